@@ -1,0 +1,107 @@
+"""The exceptions and warnings of Twinkle, and the one shape of their messages.
+
+Standard library only: this module is imported at interpreter start.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ApplyError",
+    "ConfigError",
+    "KernelError",
+    "MissingDependencyError",
+    "SourceError",
+    "TwinkleError",
+    "TwinkleWarning",
+]
+
+
+class TwinkleError(Exception):
+    """Anything Twinkle refuses to do.
+
+    The message says what is wrong, and on lines of their own where that is, what was found, what
+    was expected and what to do about it.
+
+    Args:
+        what: One sentence: what is wrong.
+        where: ``file:line (key)`` or the call that brought it in.
+        found: What was found there.
+        expected: What would have been right.
+        fix: What to do.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | None = None,
+        found: str | None = None,
+        expected: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = where
+        self.found = found
+        self.expected = expected
+        self.fix = fix
+        super().__init__(what, where, found, expected, fix)
+
+    def __str__(self) -> str:
+        lines = [self.what]
+        for label, text in (
+            ("where", self.where),
+            ("found", self.found),
+            ("expected", self.expected),
+            ("fix", self.fix),
+        ):
+            if text is not None:
+                lines.append(f"  {label + ':':<10}{text}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.found, self.expected, self.fix)
+
+    @property
+    def reason(self) -> str:
+        """The error on one line, as it stands in a report."""
+        parts = [self.what]
+        if self.found is not None:
+            parts.append(f"found {self.found}")
+        if self.expected is not None:
+            parts.append(f"expected {self.expected}")
+        return "; ".join(parts)
+
+
+def _rebuild(
+    cls: type[TwinkleError],
+    what: str,
+    where: str | None,
+    found: str | None,
+    expected: str | None,
+    fix: str | None,
+) -> TwinkleError:
+    return cls(what, where=where, found=found, expected=expected, fix=fix)
+
+
+class ConfigError(TwinkleError, ValueError):
+    """A registration or a configuration that cannot be right, whatever the machine."""
+
+
+class SourceError(TwinkleError):
+    """A kernel that cannot be loaded from where it was said to be."""
+
+
+class MissingDependencyError(SourceError, ImportError):
+    """A source that needs a package which is absent, or whose version does not fit."""
+
+
+class KernelError(TwinkleError):
+    """A kernel that was loaded and does not fit the target it was bound to."""
+
+
+class ApplyError(TwinkleError, RuntimeError):
+    """A binding that could not be put in place although ``strict`` or no fallback was asked for."""
+
+
+class TwinkleWarning(UserWarning):
+    """Something Twinkle left as it was; the message says what and why."""
