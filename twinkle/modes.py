@@ -80,8 +80,9 @@ def rank(
     """How well a kernel registered for ``mode`` suits the moment: smaller first, ``None`` never.
 
     The order is that of the ``kernels`` package (inference may use a training kernel, never the
-    reverse; a kernel for any mode comes last). A kernel that was not registered for ``compile``
-    is traced by ``torch.compile`` all the same unless it says ``can_torch_compile = False``.
+    reverse; a kernel for any mode comes last). Under ``torch.compile`` the kernels registered for
+    it come first, then those for any mode, then the others, which are traced all the same unless
+    they say ``can_torch_compile = False``.
 
     Args:
         mode: What the kernel was registered for; ``None`` is any mode.
@@ -92,22 +93,18 @@ def rank(
     if compiling and can_torch_compile is False:
         return None
     if mode is None:
-        return 9
-    if mode.bare_compile and not compiling:
-        return None
+        return 4
+    if mode.bare_compile:
+        return 1 if compiling else None
     if training:
         if not mode.train:
             return None
-        base = 0
+        order = 0
     else:
-        base = 0 if mode.inference and not mode.bare_compile else 2
-        if mode.bare_compile:
-            base = 0
+        order = 0 if mode.inference else 2
     if compiling:
-        if mode.bare_compile:
-            return 4
-        return base + (0 if mode.compile else 5)
-    return base + (1 if mode.compile else 0)
+        return order if mode.compile else order + 5
+    return order + (1 if mode.compile else 0)
 
 
 def suggest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
