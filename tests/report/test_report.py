@@ -1,0 +1,118 @@
+"""The report: what it says, and that writing it harms nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from twinkle.modes import Mode
+from twinkle.records import Binding
+from twinkle.registry import Registry
+from twinkle.report.exit import write_json
+from twinkle.report.records import snapshot
+from twinkle.report.text import render
+
+
+def example() -> Registry:
+    registry = Registry()
+    active = registry.bind(
+        Binding("layer", "pkg.models:MLP", "FastMLP", "my_kernels at /k", mode=Mode.parse("train"))
+    )
+    active.count(28)
+    active.set("active")
+    failed = registry.bind(Binding("function", "pkg.ops:add", "add", "my_kernels:add", device="cuda"))
+    failed.set("failed", "no module named my_kernels")
+    failed.note("taken by name in pkg.user before the patch")
+    return registry
+
+
+def test_every_binding_is_a_row_with_its_state_and_counts() -> None:
+    text = render(snapshot(example()), width=140)
+    (row,) = [line for line in text.splitlines() if "pkg.models:MLP" in line]
+    assert row.split() == [*"+ active pkg.models:MLP FastMLP my_kernels at /k any/train 28 layers".split()]
+
+
+def test_a_reason_and_notes_stand_below_their_row() -> None:
+    lines = render(snapshot(example()), width=140).splitlines()
+    (at,) = [i for i, line in enumerate(lines) if "pkg.ops:add" in line]
+    assert [line.strip() for line in lines[at + 1 : at + 3]] == [
+        "no module named my_kernels",
+        "taken by name in pkg.user before the patch",
+    ]
+
+
+def test_the_first_line_counts_the_states() -> None:
+    assert render(snapshot(example())).splitlines()[0].endswith(": 1 active, 1 failed")
+
+
+def test_an_empty_report_says_so() -> None:
+    assert "nothing is bound" in render(snapshot(Registry()))
+
+
+def test_a_narrow_terminal_cuts_cells_not_reasons() -> None:
+    registry = Registry()
+    binding = registry.bind(Binding("layer", "m" * 90 + ":C", "K", "s" * 90))
+    binding.set("failed", "because " * 30)
+    lines = render(snapshot(registry), width=100).splitlines()
+    assert max(len(line) for line in lines) <= 100
+    assert " ".join(line.strip() for line in lines[5:]) == ("because " * 30).strip()
+
+
+def test_json_holds_what_the_table_shows(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    write_json(snapshot(example()), str(path))
+    bindings = json.loads(path.read_text())["bindings"]
+    assert [(b["target"], b["state"], b["instances"], b["mode"]) for b in bindings] == [
+        ("pkg.models:MLP", "active", 28, "train"),
+        ("pkg.ops:add", "failed", 0, "any"),
+    ]
+
+
+def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.mkdir()
+    with pytest.raises(OSError, match="report"):
+        write_json(snapshot(Registry()), str(path))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_program_that_fails_still_reports_and_keeps_its_exit_code(tmp_path: Path) -> None:
+    code = (
+        "from twinkle.report.exit import register_at_exit\n"
+        "register_at_exit(text=True, path='r.json')\nraise SystemExit(7)"
+    )
+    done = run(code, tmp_path)
+    assert (done.returncode, done.stdout) == (7, "")
+    assert done.stderr.startswith("twinkle ")
+    assert json.loads((tmp_path / "r.json").read_text())["schema"] == 1
+
+
+def test_a_child_program_does_not_overwrite_its_parents_report(tmp_path: Path) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from twinkle.report.exit import register_at_exit\n"
+        "register_at_exit(text=True, path='r.json')\n"
+        "child = 'from twinkle.report.exit import register_at_exit as r; r(text=True, path=\"r.json\")'\n"
+        "subprocess.run([sys.executable, '-c', child], check=True)\n"
+    )
+    done = run(code, tmp_path)
+    assert done.stderr.count("twinkle ") == 1
+    assert len(list(tmp_path.glob("r.*.json"))) == 1
+    assert json.loads((tmp_path / "r.json").read_text())["process"]["argv"] == ["-c"]
+
+
+def test_a_report_path_that_cannot_be_written_is_said_and_harms_nothing(tmp_path: Path) -> None:
+    code = "from twinkle.report.exit import register_at_exit as r; r(text=False, path='no/such/r.json')"
+    done = run(code, tmp_path)
+    assert done.returncode == 0
+    assert "cannot write the report to no/such/r.json" in done.stderr

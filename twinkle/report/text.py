@@ -1,0 +1,98 @@
+"""The report as a table for a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from typing import Any
+
+__all__ = ["render", "summary"]
+
+_HEADERS = ("state", "target", "kernel", "source", "for", "where")
+_MARKS = {"active": "+", "pending": ".", "skipped": "-", "reverted": "-"}
+
+
+def render(snapshot: Mapping[str, Any], *, width: int = 120) -> str:
+    """The table: one row a binding, its reason and notes indented below it.
+
+    Args:
+        snapshot: What :func:`twinkle.report.records.snapshot` returned.
+        width: Columns of the terminal; long cells are cut in the middle, reasons are wrapped.
+    """
+    bindings: Sequence[Mapping[str, Any]] = snapshot["bindings"]
+    lines = [f"twinkle {snapshot['twinkle']}: {summary(snapshot)}"]
+    if snapshot["configs"]:
+        lines.append(f"  config: {', '.join(snapshot['configs'])}")
+    if bindings:
+        lines += ["", *_table(bindings, width)]
+    if snapshot["remarks"]:
+        lines.append("")
+        lines += [f"  note: {remark}" for remark in snapshot["remarks"]]
+    return "\n".join(lines) + "\n"
+
+
+def summary(snapshot: Mapping[str, Any]) -> str:
+    """How many bindings are in which state, in one line."""
+    counts: dict[str, int] = {}
+    for binding in snapshot["bindings"]:
+        counts[binding["state"]] = counts.get(binding["state"], 0) + 1
+    if not counts:
+        return "nothing is bound"
+    order = ("active", "pending", "skipped", "failed", "quarantined", "displaced", "reverted")
+    return ", ".join(f"{counts[state]} {state}" for state in order if state in counts)
+
+
+def _table(bindings: Sequence[Mapping[str, Any]], width: int) -> list[str]:
+    rows = [
+        (
+            f"{_MARKS.get(binding['state'], '!')} {binding['state']}",
+            binding["target"],
+            binding["kernel"],
+            binding["source"],
+            f"{binding['device']}/{binding['mode']}",
+            _count(binding),
+        )
+        for binding in bindings
+    ]
+    widths = [max(len(row[i]) for row in (*rows, _HEADERS)) for i in range(len(_HEADERS))]
+    # The target and the source are the cells that grow; they share what the others leave.
+    spare = width - 2 * len(widths) - sum(w for i, w in enumerate(widths) if i not in (1, 3))
+    if widths[1] + widths[3] > spare:
+        widths[1] = min(widths[1], max(24, spare - min(widths[3], spare // 2)))
+        widths[3] = min(widths[3], max(20, spare - widths[1]))
+    lines = [_line(_HEADERS, widths), _line(tuple("-" * w for w in widths), widths)]
+    for row, binding in zip(rows, bindings, strict=True):
+        lines.append(_line(row, widths))
+        for text in _remarks(binding):
+            lines += textwrap.wrap(
+                text, width=max(40, width), initial_indent="    ", subsequent_indent="      "
+            )
+    return lines
+
+
+def _count(binding: Mapping[str, Any]) -> str:
+    number = binding["instances"]
+    noun = "layer" if binding["kind"] == "layer" else "name"
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _remarks(binding: Mapping[str, Any]) -> list[str]:
+    remarks = [binding["reason"]] if binding["reason"] else []
+    if binding["state"] == "active" and binding["proof"] != "unproven":
+        remarks.append(binding["proof"])
+    return remarks + list(binding["notes"])
+
+
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    shown = (_cut(cell, size).ljust(size) for cell, size in zip(cells, widths, strict=True))
+    return "  ".join(shown).rstrip()
+
+
+def _cut(text: str, size: int) -> str:
+    if len(text) <= size:
+        return text
+    head = (size - 1) // 3
+    return f"{text[:head]}…{text[len(text) - (size - 1 - head) :]}"
