@@ -1,7 +1,7 @@
-"""The door of the interpreter's start: what ``twinkle.pth`` and ``twinkle.start`` call.
+"""The doors of the interpreter's start: what ``twinkle.pth``, ``twinkle.start`` and sitecustomize call.
 
-Standard library only. ``twinkle.pth`` asks the same question before it imports this module, so an
-interpreter without one of these variables does not even look for it; ``twinkle.start`` cannot ask.
+Standard library only. They ask the same question before they import this module, so an
+interpreter without one of these variables does not even look for it; only ``twinkle.start`` cannot ask.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ VARIABLES = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS")
 """The variables of which one must be set, and not empty, for the door to open."""
 
 
-def main() -> None:
+def main(door: str = "pth") -> None:
     """Activate Twinkle when the environment asks for it; the program goes on whatever happens."""
     if not any(map(os.environ.get, VARIABLES)):
         return
     try:
         from twinkle._bootstrap import activate
 
-        activate(door="pth")
+        activate(door=door)
     except Exception as error:
         import sys
 

@@ -1,0 +1,159 @@
+"""``twinkle run``: replaces this process by the program, in an interpreter where Twinkle is active.
+
+The program is started by Python itself, with the options this interpreter got and an environment
+that opens a door of Twinkle. So ``__main__``, ``sys.path``, tracebacks, signals and exit codes are
+Python's own, and child processes inherit the door (``docs/decisions/0004-run.md`` has the reasons).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from twinkle.errors import ConfigError, TwinkleError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["door_paths", "environment", "interpreter_options", "pth_folders", "start"]
+
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+def interpreter_options(orig_argv: Sequence[str]) -> list[str]:
+    """The options that Python itself was given, without the program it was told to run.
+
+    Args:
+        orig_argv: A command line as in ``sys.orig_argv``.
+    """
+    options: list[str] = []
+    words = iter(orig_argv[1:])
+    for word in words:
+        if word == "--check-hash-based-pycs":
+            options += [word, next(words, "")]
+            continue
+        if not word.startswith("-") or word in ("-", "--"):
+            break
+        if word.startswith("--"):
+            options.append(word)
+            continue
+        kept, ends = "-", False
+        for index, letter in enumerate(word[1:], 1):
+            if letter in "cm":  # the program starts here
+                ends = True
+                break
+            if letter in "WX":  # the rest of this word is its value, or else the next word
+                options.append(kept + word[index:])
+                if index == len(word) - 1:
+                    options.append(next(words, ""))
+                kept = "-"
+                break
+            kept += letter
+        if kept != "-":
+            options.append(kept)
+        if ends:
+            break
+    return options
+
+
+def pth_folders() -> list[str]:
+    """The site-packages folders of this interpreter that hold the door ``twinkle.pth``."""
+    import site
+
+    if sys.flags.no_site:
+        return []
+    folders = [*site.getsitepackages()]
+    if site.ENABLE_USER_SITE:
+        folders.append(site.getusersitepackages())
+    name = "twinkle.pth" if sys.version_info < (3, 15) else "twinkle.start"
+    return [folder for folder in folders if os.path.isfile(os.path.join(folder, name))]
+
+
+def door_paths() -> list[str]:
+    """What ``PYTHONPATH`` lacks for a new interpreter to find Twinkle and a door of it; often nothing."""
+    paths = []
+    if not pth_folders():
+        checkout = os.path.join(os.path.dirname(_PACKAGE), "sitecustomize_template")
+        is_checkout = os.path.isfile(os.path.join(checkout, "sitecustomize.py"))
+        paths.append(checkout if is_checkout else os.path.join(_PACKAGE, "_sitecustomize"))
+    # The first entry is the folder of what runs now (with -m the working directory), not of the program.
+    first = 0 if getattr(sys.flags, "safe_path", False) else 1
+    if os.path.dirname(_PACKAGE) not in map(os.path.abspath, sys.path[first:]):
+        paths.append(os.path.dirname(_PACKAGE))
+    return paths
+
+
+def environment(environ: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which a new interpreter of ours activates Twinkle.
+
+    Args:
+        environ: The environment to start from.
+        settings: ``TWINKLE_*`` variables to set in it.
+
+    Raises:
+        TwinkleError: An option of this interpreter closes every door.
+    """
+    paths = door_paths()
+    if paths and (sys.flags.ignore_environment or sys.flags.no_site):
+        raise TwinkleError(
+            "no door of Twinkle opens in this interpreter",
+            found="python was started with " + ("-S" if sys.flags.no_site else "-E or -I"),
+            expected=f"twinkle.pth in site-packages, or an interpreter that reads PYTHONPATH={paths[0]}",
+            fix="leave the option out, or install Twinkle into this environment with pip",
+        )
+    result = {**environ, **settings}
+    if paths:
+        before = environ.get("PYTHONPATH")
+        result["PYTHONPATH"] = os.pathsep.join([*paths, before] if before else paths)
+    return result
+
+
+def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
+    """The value of ``TWINKLE_CONFIG`` for the configs that were typed, absolute: children change directory.
+
+    Raises:
+        ConfigError: A path that the variable cannot hold.
+    """
+    if not paths:
+        paths = [part for part in environ.get("TWINKLE_CONFIG", "").split(os.pathsep) if part]
+    for path in paths:
+        if os.pathsep in path:
+            raise ConfigError(
+                f"the path of a config may not contain {os.pathsep!r}",
+                where="--config",
+                found=path,
+                expected="a path that TWINKLE_CONFIG can hold",
+                fix="rename the file",
+            )
+    return os.pathsep.join("auto" if path == "auto" else os.path.abspath(path) for path in paths) or "auto"
+
+
+def start(program: Sequence[str], settings: Mapping[str, str]) -> int:
+    """Run a program with Twinkle active; returns only where a process cannot be replaced (Windows).
+
+    Args:
+        program: What would stand behind ``python``: a script, directory or zip, ``-m module`` or
+            ``-c code``, then its arguments.
+        settings: ``TWINKLE_*`` variables of the run.
+
+    Returns:
+        The exit code of the program.
+
+    Raises:
+        TwinkleError: There is no interpreter to start, or none in which a door of Twinkle opens.
+    """
+    if not sys.executable:
+        raise TwinkleError("this Python does not know its own executable", fix="use TWINKLE_CONFIG instead")
+    environ = environment(os.environ, settings)
+    command = [sys.executable, *interpreter_options(sys.orig_argv), *program]
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+    if os.name == "posix":
+        os.execve(sys.executable, command, environ)
+    import signal
+    import subprocess
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return subprocess.call(command, env=environ)
