@@ -1,0 +1,161 @@
+"""Which keys go together, and what is said of those that do not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from twinkle.errors import ConfigError
+from twinkle.sources import from_spec
+from twinkle.sources.spec import check_version
+
+
+def layer(**spec: object):
+    return from_spec(spec, kind="layer", default_name="Fast", base_dir=None, where="here")
+
+
+def function(default_name: str = "silu", **spec: object):
+    return from_spec(spec, kind="function", default_name=default_name, base_dir=None, where="here")
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"layer_name": "X"},
+        {"repo_id": "a/b", "repo_path": "x", "package_name": "p"},
+        {"repo_id": "a/b", "layer_impl": Layer},
+        {"repo_path": "x"},
+        {"repo_path": "", "package_name": "p"},
+        {"repo_path": 3, "package_name": "p"},
+        {"repo_path": "x\0y", "package_name": "p"},
+        {"repo_path": "x", "package_name": "my-kernels"},
+        {"repo_path": "x", "package_name": "p", "version": 1},
+        {"repo_path": "x", "package_name": "p", "revision": "main"},
+        {"repo_path": "x", "package_name": "p", "layer_name": "a b"},
+        {"repo_id": "a/b", "package_name": "p"},
+        {"repo_id": "ab"},
+        {"repo_id": "a/b", "version": 1, "revision": "main"},
+        {"repo_id": "a/b", "version": "one"},
+        {"repo_id": "a/b", "revision": 3},
+        {"repo_id": "a/b", "trust_remote_code": "yes"},
+        {"layer_impl": Layer, "layer_name": "X"},
+        {"layer_impl": Layer()},
+        {"layer_impl": len},
+        {"layer_impl": int},
+        {"layer_impl": "nothing"},
+        {"func_impl": len},
+        {"package_name": "pkg:A", "layer_name": "B"},
+        {"package_name": "pkg:"},
+        {"package_name": "pkg", "attributes": [1]},
+    ],
+    ids=str,
+)
+def test_a_combination_that_cannot_be_right_is_a_config_error(spec):
+    with pytest.raises(ConfigError) as caught:
+        layer(**spec)
+    assert caught.value.where == "here"
+
+
+@pytest.mark.parametrize(
+    "spec", [{"func_impl": 3}, {"repo": object()}, {"repo": Layer}, {"layer_impl": Layer}]
+)
+def test_a_function_needs_something_callable(spec):
+    with pytest.raises(ConfigError):
+        function(**spec)
+
+
+def test_an_autograd_function_is_refused_with_its_apply():
+    class Square(torch.autograd.Function):
+        pass
+
+    with pytest.raises(ConfigError, match="Square.apply"):
+        function(func_impl=Square)
+
+
+def test_none_is_as_good_as_absent():
+    source = layer(repo_path="x", package_name="p", repo_id=None, layer_name=None, version=None)
+    assert source.kind == "local"
+
+
+def test_the_layer_is_called_as_the_kernel_unless_named():
+    assert layer(repo_path="x", package_name="p").name == "Fast"
+    assert layer(repo_path="x", package_name="p", layer_name="Other").name == "Other"
+
+
+def test_the_kernel_of_a_method_is_called_as_the_method():
+    assert function("Rotary.forward", repo_path="x", package_name="p").name == "forward"
+
+
+def test_a_relative_path_starts_at_the_config_file():
+    source = from_spec(
+        {"repo_path": "kernels", "package_name": "p"}, kind="layer", default_name="A", base_dir="/etc/tw"
+    )
+    assert source.repo_path == "/etc/tw/kernels"
+
+
+def test_a_relative_path_without_a_config_file_starts_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = layer(repo_path="kernels", package_name="p")
+    monkeypatch.chdir("/")
+    assert source.repo_path == str(tmp_path / "kernels")
+
+
+def test_a_path_object_and_a_tilde_are_paths(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/of/someone")
+    assert layer(repo_path=Path("~/kernels"), package_name="p").repo_path == "/home/of/someone/kernels"
+
+
+def test_the_mapping_is_not_changed():
+    spec = {"repo_path": "x", "package_name": "p", "layer_name": "A"}
+    copy = dict(spec)
+    layer(**spec)
+    from_spec(spec, kind="layer", default_name="A", base_dir=None)
+    assert spec == copy
+
+
+@pytest.mark.parametrize(
+    "version", [0, 1, "1", "v1", "0.1.0", ">=1,<3", ">= 1, < 3", "==1.*", "~=0.1", "1.0rc1"]
+)
+def test_versions_in_every_writing_are_taken(version):
+    assert check_version(version) in (version, str(version).strip())
+
+
+@pytest.mark.parametrize("version", [True, -1, 0.1, None, "", "one", "1.", ">=", ">=1,", "1 2", "=1", [1]])
+def test_a_malformed_version_is_a_config_error(version):
+    with pytest.raises(ConfigError, match="malformed version"):
+        check_version(version)
+
+
+def test_a_version_that_lost_its_quotes_is_told_so():
+    with pytest.raises(ConfigError, match='version = "0.1"'):
+        check_version(0.1)
+
+
+def test_registering_imports_next_to_nothing():
+    program = """
+import sys
+import twinkle.errors, twinkle.modes
+from twinkle.sources import from_spec
+specs = [
+    ("layer", {"layer_impl": "a:B"}),
+    ("layer", {"repo_path": "x", "package_name": "p"}),
+    ("layer", {"package_name": "p:B"}),
+    ("function", {"func_impl": "a.b"}),
+]
+for kind, spec in specs:
+    from_spec(spec, kind=kind, default_name="n", base_dir=None, trust_remote_code=False, where="w")
+heavy = {"torch", "typing", "inspect", "logging", "pathlib", "dataclasses", "importlib.metadata", "json", "ast"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

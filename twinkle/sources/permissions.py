@@ -1,0 +1,107 @@
+"""Refuse code that other users of the machine could have changed.
+
+What counts is who may write: the mode bits of the files, of their directories and of everything
+above them. Naming a path trusts its owner. Where there are no such bits (Windows), nothing is
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+
+from twinkle.errors import SourceError
+
+__all__ = ["refuse_writable", "writable_by_others"]
+
+
+def refuse_writable(package: str, *, where: str | None = None) -> None:
+    """Check a package directory (or a single file), everything in it and everything above it.
+
+    Raises:
+        SourceError: Somebody else may write there; the message has the command that stops it.
+    """
+    for path, recursive in _places(package):
+        reason = writable_by_others(path, above=not recursive)
+        if reason is not None:
+            flag = "-R " if recursive and os.path.isdir(package) else ""
+            target = package if recursive else path
+            raise SourceError(
+                "a local kernel that others can write is not run",
+                where=where,
+                found=f"{path}: {reason}",
+                expected="files and directories that only their owner can write",
+                fix=f"chmod {flag}go-w {_quoted(target)}",
+            )
+
+
+def writable_by_others(path: str, *, above: bool = False) -> str | None:
+    """Why somebody else may change what ``path`` holds, or ``None`` when nobody may.
+
+    Args:
+        path: A file or a directory; a link stands for what it points to.
+        above: It is a directory above the code: there a group that may write is left to the
+            administrator (shared project directories), and a sticky directory such as ``/tmp`` is
+            as good as a closed one.
+    """
+    if os.name != "posix":
+        return None
+    status = os.stat(path)
+    bits = stat.S_IMODE(status.st_mode)
+    if above and stat.S_ISDIR(status.st_mode) and bits & stat.S_ISVTX:
+        return None
+    if bits & stat.S_IWOTH:
+        return f"mode {bits:04o}, every user can write"
+    if bits & stat.S_IWGRP and not above and not _is_private_group(status.st_uid, status.st_gid):
+        return f"mode {bits:04o}, group {_group_name(status.st_gid)} can write"
+    return None
+
+
+def _places(package: str) -> Iterator[tuple[str, bool]]:
+    """Every path that decides what is imported; True for the package and what is in it."""
+    real = os.path.realpath(package)
+    yield real, True
+    if os.path.isdir(real):
+        for directory, directories, files in os.walk(real):
+            # Bytecode is never read for a kernel, so what is in these decides nothing.
+            directories[:] = [name for name in directories if name != "__pycache__"]
+            for name in (*directories, *files):
+                path = os.path.join(directory, name)
+                if os.path.exists(path):
+                    yield path, True
+    seen = set()
+    for start in (os.path.dirname(os.path.abspath(package)), os.path.dirname(real)):
+        here = start
+        while here not in seen:
+            seen.add(here)
+            yield here, False
+            here = os.path.dirname(here)
+
+
+def _is_private_group(user: int, group: int) -> bool:
+    """The group is the owner's own, with nobody else in it (the usual set-up with umask 002)."""
+    import grp
+    import pwd
+
+    try:
+        owner, entry = pwd.getpwuid(user), grp.getgrgid(group)
+    except KeyError:
+        return False
+    is_own = owner.pw_gid == group and entry.gr_name == owner.pw_name
+    return is_own and set(entry.gr_mem) <= {owner.pw_name}
+
+
+def _group_name(group: int) -> str:
+    import grp
+
+    try:
+        return grp.getgrgid(group).gr_name
+    except KeyError:
+        return str(group)
+
+
+def _quoted(path: str) -> str:
+    import shlex
+
+    return shlex.quote(path)

@@ -1,0 +1,297 @@
+"""From the keys of a registration to the source they mean, or the error they are.
+
+Standard library only: this module is imported at interpreter start. Nothing is imported or
+downloaded here, and no path is touched: a source loads at first use.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from twinkle.errors import ConfigError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from twinkle.sources.base import Source
+
+__all__ = ["check_version", "from_spec"]
+
+_IMPLEMENTATIONS = {"layer": ("layer_impl",), "function": ("func_impl", "repo")}
+_NAME = {"layer": "layer_name", "function": "func_name"}
+_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
+_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+_VERSION = re.compile(r"v?\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)?")
+_CLAUSE = re.compile(r"(==|!=|>=|<=|~=|>|<)\s*v?\d+(\.\d+)*(\.\*)?((a|b|rc|\.post|\.dev)\d+)?")
+
+
+def from_spec(
+    spec: Mapping[str, object],
+    *,
+    kind: str,
+    default_name: str,
+    base_dir: str | None,
+    trust_remote_code: object = False,
+    where: str | None = None,
+) -> Source:
+    """The source that the keys of one registration describe.
+
+    Args:
+        spec: ``layer_impl``, ``func_impl``, ``repo``, ``repo_path``, ``package_name``,
+            ``layer_name``, ``func_name``, ``repo_id``, ``version``, ``revision``,
+            ``trust_remote_code``, ``attributes`` and ``device``; ``None`` is as good as absent,
+            and other keys are not read.
+        kind: ``"layer"`` or ``"function"``.
+        default_name: What the implementation is called when no name is given.
+        base_dir: What a relative ``repo_path`` is relative to; ``None`` is the working directory.
+        trust_remote_code: The setting that holds where the registration says nothing.
+        where: Where the registration stands, for messages.
+
+    Raises:
+        ConfigError: The keys cannot be right together, whatever the machine.
+    """
+    where = where or None
+    given = {key: value for key, value in spec.items() if value is not None}
+    implementation = _the_one_source(given, kind, where)
+    _check_company(given, implementation, kind, where)
+    if implementation in ("layer_impl", "func_impl", "repo"):
+        from twinkle.sources.code import CodeSource, RepoSource
+
+        if implementation == "repo":
+            return RepoSource(given["repo"], kind=kind, where=where)
+        return CodeSource(given[implementation], kind=kind, where=where)
+    name = _text(given, _NAME[kind], where) or default_name.rpartition(".")[2]
+    if implementation == "repo_id":
+        return _hub(given, name, kind=kind, trust_remote_code=trust_remote_code, where=where)
+    package = _text(given, "package_name", where)
+    if implementation == "repo_path":
+        if package is None:
+            raise ConfigError(
+                "repo_path without package_name",
+                where=where,
+                found=f"repo_path = {given['repo_path']!r}",
+                expected="package_name, the package in that directory",
+                fix='add package_name = "…"',
+            )
+        _check_module(package, "package_name", where)
+        return _local(given, package, name, kind=kind, base_dir=base_dir, where=where)
+    assert package is not None
+    return _installed(given, package, name, kind=kind, where=where)
+
+
+def check_version(value: object, *, where: str | None = None) -> int | str:
+    """A version as it may be written: ``1``, ``"1"``, ``"0.1.0"`` or a range such as ``">=1,<3"``.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    fix = None
+    if isinstance(value, str):
+        text = value.strip()
+        if _VERSION.fullmatch(text) or all(_CLAUSE.fullmatch(part.strip()) for part in text.split(",")):
+            return text
+    elif isinstance(value, float):
+        fix = f'write it in quotes: version = "{value}"'
+    raise ConfigError(
+        "malformed version",
+        where=where,
+        found=repr(value),
+        expected='a whole number, "1", "0.1.0" or a range such as ">=1,<3"',
+        fix=fix,
+    )
+
+
+def _the_one_source(given: Mapping[str, object], kind: str, where: str | None) -> str:
+    """Which of the keys says where the implementation is; exactly one must."""
+    candidates = (*_IMPLEMENTATIONS[kind], "repo_path", "repo_id")
+    found = [key for key in candidates if key in given]
+    expected = f"one of {', '.join((*candidates, 'package_name'))}"
+    if len(found) > 1:
+        raise ConfigError(
+            f"two sources for one kernel: both {found[0]} and {found[1]}",
+            where=where,
+            found=", ".join(found),
+            expected=expected,
+            fix=f"keep {found[0]} or {found[1]}, not both",
+        )
+    if found:
+        return found[0]
+    if "package_name" in given:
+        return "package_name"
+    foreign = [key for other in _IMPLEMENTATIONS.values() for key in other if key in given]
+    if foreign:
+        raise ConfigError(
+            f"{foreign[0]} has no meaning for a {kind}",
+            where=where,
+            found=foreign[0],
+            expected=expected,
+        )
+    raise ConfigError(
+        "the kernel has no source", where=where, found=", ".join(given) or "nothing", expected=expected
+    )
+
+
+_COMPANY = {
+    "layer_impl": (),
+    "func_impl": (),
+    "repo": (),
+    "repo_path": ("package_name",),
+    "package_name": ("package_name",),
+    "repo_id": ("version", "revision", "trust_remote_code"),
+}
+
+
+def _check_company(given: Mapping[str, object], implementation: str, kind: str, where: str | None) -> None:
+    """Refuse the keys that say nothing about a source of this kind."""
+    allowed = _COMPANY[implementation]
+    names = () if implementation in ("layer_impl", "func_impl", "repo") else (_NAME[kind],)
+    for key in ("package_name", "version", "revision", "trust_remote_code", "layer_name", "func_name"):
+        if key not in given or key in allowed or key in names:
+            continue
+        if key == "trust_remote_code" and not given[key]:
+            continue
+        raise ConfigError(
+            f"{key} has no meaning beside {implementation}",
+            where=where,
+            found=f"{key} = {given[key]!r}",
+            expected=", ".join((implementation, *(a for a in allowed if a != implementation), *names)),
+            fix=f"remove {key}",
+        )
+
+
+def _hub(
+    given: Mapping[str, object], name: str, *, kind: str, trust_remote_code: object, where: str | None
+) -> Source:
+    repo_id = _text(given, "repo_id", where)
+    assert repo_id is not None
+    if not _REPO_ID.fullmatch(repo_id):
+        raise ConfigError(
+            "malformed repo_id",
+            where=where,
+            found=repr(repo_id),
+            expected='"organisation/repository"',
+            fix=(
+                "for a directory use repo_path and package_name"
+                if repo_id.startswith((".", "/", "~"))
+                else None
+            ),
+        )
+    if "version" in given and "revision" in given:
+        raise ConfigError(
+            "both version and revision",
+            where=where,
+            found=f"version = {given['version']!r}, revision = {given['revision']!r}",
+            expected="one of them, or neither for the newest",
+        )
+    version = check_version(given["version"], where=where) if "version" in given else None
+    revision = _text(given, "revision", where)
+    trust = given.get("trust_remote_code", trust_remote_code)
+    _check_trust(trust, where)
+
+    from twinkle.sources.hub import HubSource
+
+    source: Source = HubSource(
+        repo_id,
+        name,
+        kind=kind,
+        revision=revision,
+        version=version,
+        trust_remote_code=trust,
+        where=where,
+    )
+    return source
+
+
+def _check_trust(trust: object, where: str | None) -> None:
+    if isinstance(trust, bool):
+        return
+    if isinstance(trust, (list, tuple)) and all(isinstance(item, str) for item in trust):
+        return
+    raise ConfigError(
+        "malformed trust_remote_code",
+        where=where,
+        found=repr(trust),
+        expected='true, false or a list of repositories ["organisation/repository"]',
+    )
+
+
+def _local(
+    given: Mapping[str, object],
+    package: str,
+    name: str,
+    *,
+    kind: str,
+    base_dir: str | None,
+    where: str | None,
+) -> Source:
+    value = given["repo_path"]
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path.strip() or "\0" in path:
+        raise ConfigError(
+            "malformed repo_path", where=where, found=repr(value), expected="the path of a directory"
+        )
+    _check_module(name, _NAME[kind], where)
+
+    from twinkle.sources.local import LocalSource
+
+    return LocalSource(
+        os.path.normpath(os.path.join(base_dir or os.getcwd(), os.path.expanduser(path))),
+        package,
+        name,
+        kind=kind,
+        device=given.get("device"),
+        where=where,
+    )
+
+
+def _installed(
+    given: Mapping[str, object], package: str, name: str, *, kind: str, where: str | None
+) -> Source:
+    module, colon, attribute = package.partition(":")
+    named = _text(given, _NAME[kind], where)
+    if colon and named is not None and named != attribute:
+        raise ConfigError(
+            f"two names for one kernel: package_name says {attribute!r}, {_NAME[kind]} says {named!r}",
+            where=where,
+            found=f"package_name = {package!r}, {_NAME[kind]} = {named!r}",
+            expected="the name in one of them",
+        )
+    _check_module(module, "package_name", where)
+    attribute = attribute if colon else name
+    _check_module(attribute, "package_name" if colon else _NAME[kind], where)
+    attributes = given.get("attributes") or {}
+    if not isinstance(attributes, dict) or not all(isinstance(key, str) for key in attributes):
+        raise ConfigError(
+            "malformed attributes",
+            where=where,
+            found=repr(attributes),
+            expected='a table of names and values, such as { offset = 0.0, casting_mode = "llama" }',
+        )
+
+    from twinkle.sources.installed import InstalledSource
+
+    return InstalledSource(module, attribute, kind=kind, attributes=attributes, where=where)
+
+
+def _text(given: Mapping[str, object], key: str, where: str | None) -> str | None:
+    value = given.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise ConfigError(f"malformed {key}", where=where, found=repr(value), expected="a string")
+    return value.strip()
+
+
+def _check_module(text: str, key: str, where: str | None) -> None:
+    if not _MODULE.fullmatch(text):
+        raise ConfigError(
+            f"malformed {key}",
+            where=where,
+            found=repr(text),
+            expected="Python names joined by dots",
+            fix=f"did you mean {text.replace('-', '_')!r}?" if "-" in text else None,
+        )
