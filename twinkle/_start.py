@@ -14,10 +14,18 @@ VARIABLES = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS")
 """The variables of which one must be set, and not empty, for the door to open."""
 
 
+_opened: list[str] = []
+
+
 def main(door: str = "pth") -> None:
-    """Activate Twinkle when the environment asks for it; the program goes on whatever happens."""
-    if not any(map(os.environ.get, VARIABLES)):
+    """Activate Twinkle when the environment asks for it; the program goes on whatever happens.
+
+    Only the first call counts: Python reads the ``.pth`` files of a virtual environment twice, and
+    several doors may lead into one interpreter.
+    """
+    if _opened or not any(map(os.environ.get, VARIABLES)):
         return
+    _opened.append(door)
     try:
         from twinkle._bootstrap import activate
 

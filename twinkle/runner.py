@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["door_paths", "environment", "interpreter_options", "pth_folders", "start"]
+__all__ = ["config_variable", "door_paths", "environment", "interpreter_options", "pth_folders", "start"]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -126,7 +126,13 @@ def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
                 expected="a path that TWINKLE_CONFIG can hold",
                 fix="rename the file",
             )
-    return os.pathsep.join("auto" if path == "auto" else os.path.abspath(path) for path in paths) or "auto"
+    # Joined, not normalised: "link/../twinkle.toml" is another file than "twinkle.toml".
+    return (
+        os.pathsep.join(
+            path if path == "auto" else os.path.join(os.getcwd(), os.path.expanduser(path)) for path in paths
+        )
+        or "auto"
+    )
 
 
 def start(program: Sequence[str], settings: Mapping[str, str]) -> int:

@@ -47,7 +47,8 @@ print(json.dumps({
     "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
     "descriptors": sorted(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else [],
     "cwd": os.getcwd(),
-    "environ": {k: v for k, v in os.environ.items() if not k.startswith(("TWINKLE_", "_TWINKLE_")) and k not in DOOR},
+    "environ": {name: value for name, value in os.environ.items()
+                if not name.startswith(("TWINKLE_", "_TWINKLE_")) and name not in DOOR},
     "buffering": [sys.stdout.line_buffering, sys.stdout.write_through],
     "stdin": None if "-" in sys.orig_argv[1:2] else sys.stdin.read(),
     "active": "twinkle._bootstrap" in sys.modules,

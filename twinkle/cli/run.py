@@ -44,9 +44,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a twinkle.toml; may be repeated, the later one wins; `auto` for the defaults",
     )
-    parser.add_argument("--kernels", metavar="OPS", help="the embedded kernels: auto, off, or names with commas")
+    parser.add_argument(
+        "--kernels", metavar="OPS", help="the embedded kernels: auto, off, or names with commas"
+    )
     parser.add_argument("--strict", action="store_true", help="whatever cannot be replaced is an error")
-    parser.add_argument("--report", action="store_true", help="print at exit what was replaced, and why not more")
+    parser.add_argument(
+        "--report", action="store_true", help="print at exit what was replaced, and why not more"
+    )
     parser.add_argument("--report-file", metavar="FILE", help="write that as JSON")
     return parser
 
