@@ -1,0 +1,75 @@
+"""Resolve a kernel of the Hub with the kernels it depends on, and import them once for the process."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from twinkle.errors import SourceError
+from twinkle.sources.hub_import import import_variant
+from twinkle.sources.hub_kernels import kernels_package
+from twinkle.sources.hub_request import HubRequest
+from twinkle.sources.hub_resolve import Resolved, resolve
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from twinkle.sources.lock import Lock
+    from twinkle.sources.trust import Trust
+
+__all__ = ["forget", "load_kernel", "resolve_tree"]
+
+_guard = threading.Lock()
+_repo_locks: dict[str, threading.RLock] = {}
+
+
+def forget() -> None:
+    """Resolve every request anew."""
+    with _guard:
+        _repo_locks.clear()
+
+
+def resolve_tree(
+    request: HubRequest, trust: Trust, lock: Lock | None, *, above: tuple[str, ...] = ()
+) -> list[tuple[HubRequest, Resolved]]:
+    """The kernel and those it depends on, each resolved, trusted and checked; dependencies first.
+
+    Raises:
+        SourceError: One of them is not to be had, or they depend on each other in a circle.
+    """
+    if request.repo_id in above:
+        raise SourceError(
+            f"{request.repo_id} depends on itself",
+            where=request.where,
+            found=" -> ".join((*above, request.repo_id)),
+            fix="tell its publisher",
+        )
+    kernels = kernels_package(request.where)
+    resolved = resolve(request, trust, lock)
+    kernels.check(resolved.variant_dir, request.where)
+    tree: list[tuple[HubRequest, Resolved]] = []
+    for repo_id, revision, version in kernels.dependencies(resolved.variant_dir):
+        needed = HubRequest(repo_id, revision=revision, version=version, where=request.where)
+        tree.extend(resolve_tree(needed, trust, lock, above=(*above, request.repo_id)))
+    tree.append((request, resolved))
+    return tree
+
+
+def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[Resolved, ModuleType]:
+    """The imported kernel and what it was resolved to.
+
+    Raises:
+        SourceError: It is not to be had, not trusted, not what was locked, or does not import.
+    """
+    with _guard:
+        repo_lock = _repo_locks.setdefault(request.repo_id, threading.RLock())
+    with repo_lock:
+        modules: dict[str, ModuleType] = {}
+        for needed, resolved in resolve_tree(request, trust, lock):
+            modules[needed.repo_id] = import_variant(
+                resolved.variant_dir,
+                dependencies=dict(modules),
+                what=f"{needed} ({resolved.variant_dir.name})",
+                where=needed.where,
+            )
+        return resolved, modules[request.repo_id]
