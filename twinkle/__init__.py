@@ -1,5 +1,27 @@
-"""Twinkle: faster PyTorch and transformers programs, unchanged."""
+"""Twinkle: faster PyTorch and transformers programs, unchanged.
+
+``import twinkle`` imports nothing but this file; the names below arrive at first use.
+"""
 
 from __future__ import annotations
 
 __version__ = "0.1.0"
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from twinkle import kernel as kernel, report as report
+    from twinkle._bootstrap import activate as activate
+
+__all__ = ["__version__", "activate", "kernel", "report"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "activate":
+        from twinkle._bootstrap import activate
+
+        return activate
+    if name in ("kernel", "report"):
+        from importlib import import_module
+
+        return import_module(f"twinkle.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

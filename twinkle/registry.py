@@ -71,6 +71,13 @@ class Registry:
             self.bindings = (*self.bindings, binding)
             return binding
 
+    def unbind(self, kind: str, target: str, kernel: str) -> None:
+        """Forget the bindings of a kernel with a target that others have taken the place of."""
+        with self._lock:
+            self.bindings = tuple(
+                b for b in self.bindings if (b.kind, b.target, b.kernel) != (kind, target, kernel)
+            )
+
     def clear(self) -> None:
         """Forget everything; what is in place stays in place."""
         with self._lock:

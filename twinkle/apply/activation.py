@@ -1,0 +1,210 @@
+"""From settings to watches: what is registered is put in place when its target appears.
+
+Standard library only: this module is imported at interpreter start. The rooms that need torch are
+imported by the callbacks, when the program itself has imported torch.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from twinkle.apply.bindings import declare, layer_binding
+from twinkle.apply.options import options
+from twinkle.match.names import is_pattern, parse_target
+from twinkle.registry import registry
+from twinkle.report.records import session
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from twinkle.config import Settings
+    from twinkle.hooks.imports import Watch
+    from twinkle.records import LayerTarget
+
+__all__ = ["deactivate", "start", "watch_new"]
+
+_OWNER = "twinkle"
+
+
+class _State:
+    """What this process watches."""
+
+    def __init__(self) -> None:
+        self.active = False
+        self.watches: list[Watch] = []
+        self.layers_seen: set[LayerTarget] = set()
+        self.functions_seen: set[str] = set()
+        self.classes_seen: set[type] = set()
+        self.watches_models = False
+
+
+_state = _State()
+
+
+def start(settings: Settings, *, door: str) -> None:
+    """Register what the settings ask for, watch for its targets and arrange the report.
+
+    Raises:
+        ConfigError: A registration cannot be right; nothing was registered.
+    """
+    layer_kernels, layer_targets, function_kernels = settings.records()
+    registry.add(
+        layer_kernels=tuple(layer_kernels),
+        layer_targets=tuple(layer_targets),
+        function_kernels=tuple(function_kernels),
+    )
+    options.mode = settings.mode
+    options.device = settings.device
+    options.use_fallback = settings.use_fallback
+    options.strict = settings.strict
+    options.verify = settings.verify
+    options.disabled = settings.disable
+    session.door = door
+    session.configs = tuple(settings.paths)
+    for warning in settings.warnings:
+        session.remark(warning)
+        print(f"twinkle: {warning}", file=sys.stderr)
+    _state.active = True
+    from twinkle.hooks import imports
+
+    imports.install()
+    watch_new()
+    log = settings.log in ("info", "debug")
+    if log or settings.report:
+        from twinkle.report.exit import register_at_exit
+
+        register_at_exit(text=log, path=settings.report)
+
+
+def watch_new() -> None:
+    """Give every registration its record and, once activated, watch for its target."""
+    declare()
+    if not _state.active:
+        return
+    from twinkle.hooks import imports
+
+    for target in registry.layer_targets:
+        if target in _state.layers_seen:
+            continue
+        _state.layers_seen.add(target)
+        if isinstance(target.target, str):
+            module = parse_target(target.target).module
+            _state.watches.append(imports.watch_module(module, _on_layer_module, owner=_OWNER))
+        else:
+            _watch_class(target.target)
+    for kernel in registry.function_kernels:
+        if kernel.target_module not in _state.functions_seen:
+            _state.functions_seen.add(kernel.target_module)
+            watch = imports.watch_module(kernel.target_module, _on_function_module, owner=_OWNER)
+            _state.watches.append(watch)
+    if registry.layer_kernels and not _state.watches_models:
+        _state.watches_models = True
+        from twinkle.hooks.construction import watch_pretrained
+
+        _state.watches.append(watch_pretrained(_on_model))
+
+
+def deactivate() -> None:
+    """Cancel every watch; what is in place stays in place."""
+    global _state
+    for watch in _state.watches:
+        watch.cancel()
+    if _state.active:
+        from twinkle import _bootstrap
+        from twinkle.hooks import imports
+
+        imports.uninstall()
+        _bootstrap.forget()
+    _state = _State()
+
+
+def _on_function_module(module: ModuleType, name: str) -> None:
+    from twinkle.apply import functions
+
+    functions.apply(
+        name,
+        device=options.device,
+        mode=options.mode,
+        strict=options.strict,
+        where="activation",
+        must_apply=False,
+    )
+
+
+def _on_layer_module(module: ModuleType, name: str) -> None:
+    """Watch the construction of every class in that module which a target means."""
+    for entry in registry.layer_targets:
+        if not isinstance(entry.target, str):
+            continue
+        target = parse_target(entry.target)
+        if not target.matches_module(name):
+            continue
+        if is_pattern(target.name):
+            for cls in _classes_of(module):
+                if target.matches_name(cls.__qualname__):
+                    _watch_class(cls)
+        else:
+            found = _named_class(module, target.name, entry)
+            if found is not None:
+                _watch_class(found)
+
+
+def _classes_of(module: ModuleType) -> list[type]:
+    from torch import nn
+
+    return [
+        value
+        for value in list(vars(module).values())
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+    ]
+
+
+def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | None:
+    from torch import nn
+
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        return found
+    if not is_pattern(str(entry.target)):
+        if found is None:
+            from twinkle.modes import suggest
+
+            known = [cls.__qualname__ for cls in _classes_of(module)]
+            hint = suggest(name, known)
+            reason = f"{module.__name__} has no class {name}" + (f"; {hint}" if hint else "")
+        else:
+            reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
+        for kernel in registry.kernels_named(entry.kernel_name):
+            layer_binding(kernel, str(entry.target)).set("failed", reason)
+        _warn(f"{reason} ({entry.origin})")
+    return None
+
+
+def _watch_class(cls: type) -> None:
+    if cls in _state.classes_seen:
+        return
+    _state.classes_seen.add(cls)
+    from twinkle.hooks.construction import watch_class
+
+    _state.watches.append(watch_class(cls, _on_model))
+
+
+def _on_model(model: Any) -> None:
+    """A model, or a layer that is a target itself, was constructed."""
+    from twinkle.apply.models import kernelize_layers
+
+    kernelize_layers(model)
+
+
+def _warn(text: str) -> None:
+    import warnings
+
+    from twinkle.errors import TwinkleWarning
+
+    warnings.warn(text, TwinkleWarning, stacklevel=2)
+
+

@@ -1,0 +1,74 @@
+"""One record a binding, from the moment it is registered."""
+
+from __future__ import annotations
+
+from twinkle.match.names import class_path, is_pattern
+from twinkle.records import Binding, FunctionKernel, LayerKernel
+from twinkle.registry import Registry, registry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from twinkle.records import LayerTarget
+
+__all__ = ["declare", "function_binding", "layer_binding", "settle_pattern"]
+
+BY_NAME = "kernel_layer_name"
+
+
+def layer_binding(kernel: LayerKernel, target: type | str) -> Binding:
+    """The record of a layer kernel with a class (or with a target that no class answers to yet)."""
+    path = target if isinstance(target, str) else class_path(target)
+    return registry.bind(
+        Binding(
+            "layer",
+            path,
+            kernel.name,
+            kernel.source.describe(),
+            device=kernel.device,
+            mode=kernel.mode,
+            origin=kernel.origin,
+        )
+    )
+
+
+def function_binding(kernel: FunctionKernel) -> Binding:
+    """The record of a function kernel."""
+    return registry.bind(
+        Binding(
+            "function",
+            kernel.target,
+            kernel.name,
+            kernel.source.describe(),
+            device=kernel.device,
+            mode=kernel.mode,
+            origin=kernel.origin,
+        )
+    )
+
+
+def declare(source: Registry = registry) -> None:
+    """Give every registration its record, so that the report shows what was never met as well."""
+    targets: dict[str, list[LayerTarget]] = {}
+    for target in source.layer_targets:
+        targets.setdefault(target.kernel_name, []).append(target)
+    for kernel in source.layer_kernels:
+        for target in targets.get(kernel.name, ()):
+            binding = layer_binding(kernel, target.target)
+            if binding.state == "pending" and not binding.reason:
+                binding.set("pending", "no such layer was met yet")
+        if kernel.name not in targets:
+            binding = layer_binding(kernel, f"{BY_NAME}={kernel.name}")
+            if binding.state == "pending" and not binding.reason:
+                binding.set("pending", "no layer of that kernel_layer_name was met yet")
+    for function in source.function_kernels:
+        binding = function_binding(function)
+        if binding.state == "pending" and not binding.reason:
+            binding.set("pending", f"{function.target_module} is not imported yet")
+
+
+def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
+    """Drop the record of a pattern or a bare name now that a class answers to it."""
+    if target is None:
+        registry.unbind("layer", f"{BY_NAME}={kernel.name}", kernel.name)
+    elif isinstance(target.target, str) and is_pattern(target.target):
+        registry.unbind("layer", target.target, kernel.name)

@@ -1,0 +1,280 @@
+"""Apply function kernels: choose and load for every function of a module, then put them in place."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from twinkle.apply.bindings import function_binding
+from twinkle.apply.change import Change
+from twinkle.apply.options import options
+from twinkle.devices import absent_reason, parse_device
+from twinkle.errors import ApplyError, TwinkleError
+from twinkle.hooks import aliases
+from twinkle.modes import Mode, rank
+from twinkle.registry import registry
+from twinkle.swap.candidate import FunctionCandidate
+from twinkle.swap.functions import Placement, dispatcher, find, put, take_out
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from twinkle.records import Binding, FunctionKernel
+
+__all__ = ["apply", "registered_modules", "unapply"]
+
+
+class _Placed:
+    """A function that runs a kernel now."""
+
+    def __init__(self, placement: Placement, rebound: list[aliases.Alias], chosen: list[Binding]) -> None:
+        self.placement = placement
+        self.rebound = rebound
+        self.chosen = chosen
+
+
+_placed: dict[str, _Placed] = {}
+
+
+def registered_modules() -> list[str]:
+    """The modules that have function kernels, in registration order."""
+    return list(dict.fromkeys(kernel.target_module for kernel in registry.function_kernels))
+
+
+def apply(
+    target_module: str,
+    *,
+    device: object,
+    mode: object,
+    strict: bool,
+    where: str,
+    change: Change | None = None,
+    must_apply: bool = True,
+) -> Change:
+    """Put the kernels registered for the functions of ``target_module`` in place.
+
+    Args:
+        target_module: The module; it is imported if need be.
+        device, mode: Decide for these, once; with neither, a dispatcher decides at each call.
+        strict: Raise on the first failure.
+        where: Who asks.
+        change: Add to it; a new one when not given.
+        must_apply: With ``strict``, raise also when nothing was applied.
+
+    Raises:
+        ApplyError: As ``strict`` says; everything this call did is undone.
+    """
+    wanted_mode = mode if isinstance(mode, Mode) else Mode.parse(mode, where=where)
+    wanted_device = parse_device(device, where=where)
+    change = change or Change()
+    kernels = registry.functions_of(target_module)
+    plans: list[_Plan] = []
+    try:
+        module = _import(target_module, kernels)
+        for name in dict.fromkeys(kernel.name for kernel in kernels):
+            same = [kernel for kernel in kernels if kernel.name == name]
+            plans.append(_Plan(module, name, same, wanted_mode, wanted_device))
+            plans[-1].choose(strict=strict)
+    except TwinkleError as error:
+        if strict:
+            raise ApplyError(
+                f"function kernels of {target_module} cannot be applied",
+                where=where,
+                found=error.reason,
+                fix=error.fix or "strict=False keeps the original",
+            ) from error
+    applied = [name for plan in plans if (name := plan.commit(change)) is not None]
+    if strict and must_apply and not applied:
+        reasons = [f"{k.target}: {function_binding(k).reason}" for k in kernels]
+        raise ApplyError(
+            f"no function kernel of {target_module} was applied",
+            where=where,
+            found="; ".join(reasons) or "none is registered for that module",
+        )
+    change.applied += applied
+    return change
+
+
+def unapply(target_module: str | None = None) -> list[str]:
+    """Restore the original functions of a module, or of all; returns ``"module.function"`` of each."""
+    restored = []
+    for target in list(_placed):
+        module, _, name = target.partition(":")
+        if target_module in (None, module):
+            _restore(target, "unapplied")
+            restored.append(f"{module}.{name}")
+    return restored
+
+
+def _import(name: str, kernels: tuple[FunctionKernel, ...]) -> Any:
+    try:
+        importlib.import_module(name)
+    except Exception as error:
+        failure = ApplyError(f"cannot import {name}", found=f"{type(error).__name__}: {error}")
+        for kernel in kernels:
+            function_binding(kernel).set("failed", failure.reason)
+        raise failure from error
+    return sys.modules[name]  # a lazy module may have replaced what import_module returned
+
+
+class _Plan:
+    """What is to become of one function."""
+
+    def __init__(
+        self,
+        module: Any,
+        name: str,
+        kernels: list[FunctionKernel],
+        mode: Mode | None,
+        device: str | None,
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.target = kernels[0].target
+        self.kernels = kernels
+        self.mode = mode
+        self.device = device
+        self.implementation: Callable[..., Any] | None = None
+        self.chosen: list[Binding] = []
+
+    def choose(self, *, strict: bool) -> None:
+        """Find the implementation for the moment asked for; none leaves the original.
+
+        Raises:
+            TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
+        """
+        placed = _placed.get(self.target)
+        try:
+            original = placed.placement.original if placed else find(self.module, self.name)
+        except TwinkleError as error:
+            for kernel in self.kernels:
+                function_binding(kernel).set("failed", error.reason)
+            if strict:
+                raise
+            return
+        absent = absent_reason(self.device)
+        usable: list[FunctionCandidate] = []
+        for kernel in self.kernels:
+            binding = function_binding(kernel)
+            reason = absent or self._reason_against(kernel)
+            if reason is not None:
+                if binding.state not in ("failed", "quarantined"):
+                    binding.set("skipped", reason)
+                continue
+            usable.append(_candidate(kernel, original))
+        if self.mode is None and self.device is None and _needs_dispatch(usable):
+            self._dispatch(original, usable, strict=strict)
+        else:
+            self._decide(usable, strict=strict)
+
+    def commit(self, change: Change) -> str | None:
+        """Put it in place; returns ``"module.function"`` when a kernel runs there afterwards."""
+        shown = self.target.replace(":", ".", 1)
+        placed = _placed.get(self.target)
+        if placed is not None:
+            if placed.placement.implementation is self.implementation:
+                return shown
+            _restore(self.target, "another mode or device was applied")
+        if self.implementation is None:
+            return None
+        placement = put(self.module, self.name, self.implementation)
+        rebound = aliases.rebind(placement.original, placement.implementation) if "." not in self.name else []
+        _placed[self.target] = _Placed(placement, rebound, self.chosen)
+        for binding in self.chosen:
+            binding.count(1 + len(rebound))
+            binding.set("active")
+        change.did(lambda: _restore(self.target, "unapplied"))
+        return shown
+
+    def _reason_against(self, kernel: FunctionKernel) -> str | None:
+        if kernel.name in options.disabled:
+            return "switched off by TWINKLE_DISABLE"
+        if self.device is not None and kernel.device not in (None, self.device):
+            return f"registered for {kernel.device}, applied for {self.device}"
+        absent = absent_reason(kernel.device)
+        if absent is not None:
+            return absent
+        if self.mode is not None and self._place(kernel) is None:
+            return f"registered for mode {kernel.mode}, applied for {self.mode}"
+        return None
+
+    def _place(self, kernel: FunctionKernel, can_torch_compile: bool | None = None) -> int | None:
+        """The best place among the moments that the mode asked for stands for."""
+        if self.mode is None:
+            return 0
+        moments = [training for training in (True, False) if (self.mode.train, self.mode.inference)[not training]]
+        places = [
+            rank(
+                kernel.mode,
+                training=training,
+                compiling=self.mode.compile,
+                can_torch_compile=can_torch_compile,
+            )
+            for training in moments
+        ]
+        return None if None in places else max(place for place in places if place is not None)
+
+    def _decide(self, usable: list[FunctionCandidate], *, strict: bool) -> None:
+        order = sorted(usable, key=lambda c: (c.kernel.device is None, self._place(c.kernel) or 0))
+        for at, candidate in enumerate(order):
+            try:
+                implementation = _resolve(candidate)
+            except TwinkleError:
+                if strict:
+                    raise
+                continue
+            if self._place(candidate.kernel, candidate.can_torch_compile) is None:
+                candidate.binding.set("skipped", "it says it cannot be compiled")
+                continue
+            self.implementation = implementation
+            self.chosen = [candidate.binding]
+            for other in order[at + 1 :]:
+                other.binding.set("skipped", f"{candidate.binding.source} goes first here")
+            return
+
+    def _dispatch(self, original: Any, usable: list[FunctionCandidate], *, strict: bool) -> None:
+        if strict:
+            for candidate in usable:
+                _resolve(candidate)
+        self.implementation = dispatcher(original, tuple(usable))
+        self.chosen = [candidate.binding for candidate in usable]
+
+
+def _needs_dispatch(usable: list[FunctionCandidate]) -> bool:
+    return any(c.kernel.device is not None or c.kernel.mode is not None for c in usable)
+
+
+def _resolve(candidate: FunctionCandidate) -> Callable[..., Any]:
+    start = time.perf_counter()
+    implementation = candidate.resolve()
+    if candidate.binding.load_seconds is None:
+        candidate.binding.load_seconds = time.perf_counter() - start
+    return implementation
+
+
+_candidates: dict[str, tuple[FunctionKernel, Any, FunctionCandidate]] = {}
+
+
+def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
+    key = f"{kernel.target}|{kernel.device}|{kernel.mode}"
+    known = _candidates.get(key)
+    if known is None or known[0] is not kernel or known[1] is not original:
+        candidate = FunctionCandidate(kernel, function_binding(kernel), original)
+        known = _candidates[key] = (kernel, original, candidate)
+    return known[2]
+
+
+def _restore(target: str, reason: str) -> None:
+    placed = _placed.pop(target, None)
+    if placed is None:
+        return
+    aliases.restore(placed.rebound)
+    ours = take_out(placed.placement)
+    for binding in placed.chosen:
+        binding.count(-1 - len(placed.rebound))
+        if ours:
+            binding.set("reverted", reason)
+        else:
+            binding.set("displaced", "someone else replaced the function after Twinkle; theirs stays")

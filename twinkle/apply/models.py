@@ -1,0 +1,286 @@
+"""Kernelize a model: plan for every module first, then put all of it in place, or nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from twinkle.apply import functions
+from twinkle.apply.bindings import layer_binding, settle_pattern
+from twinkle.apply.change import Change
+from twinkle.apply.options import options
+from twinkle.devices import absent_reason, current_type, parse_device
+from twinkle.errors import ApplyError, ConfigError, TwinkleError
+from twinkle.match.names import Target, class_path, defining_match, parse_target
+from twinkle.modes import Mode, rank
+from twinkle.registry import registry
+from twinkle.swap.candidate import Candidate
+from twinkle.swap.layers import original_class, restore_class, swap_in, swap_out
+
+if TYPE_CHECKING:
+    from twinkle.records import LayerKernel, LayerTarget
+
+__all__ = ["kernelize", "kernelize_layers", "unkernelize"]
+
+
+class Wanted:
+    """The moment a request is about.
+
+    Attributes:
+        mode: The mode asked for, or ``None`` to follow each module.
+        device: The device asked for, or ``None`` for that of each module.
+        use_fallback: Keep the original where a kernel cannot be used.
+        load: Load kernels now rather than at the first forward.
+    """
+
+    def __init__(self, mode: Mode | None, device: str | None, *, use_fallback: bool, load: bool) -> None:
+        self.mode = mode
+        self.device = device
+        self.use_fallback = use_fallback
+        self.load = load
+
+    def training(self, module: nn.Module) -> bool:
+        """Whether the moment is one of training for that module."""
+        if self.mode is None or self.mode.bare_compile:
+            return module.training
+        return self.mode.train
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the moment is one under ``torch.compile``."""
+        return self.mode is not None and self.mode.compile
+
+
+def kernelize(
+    model: nn.Module | None, *, mode: object, device: object, use_fallback: bool, where: str
+) -> Change:
+    """Plan layers and functions, then put both in place.
+
+    Raises:
+        ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
+        ApplyError: ``use_fallback`` is false and something has no kernel that can be used.
+    """
+    wanted_mode = Mode.parse(mode, where=where)
+    wanted_device = parse_device(device, where=where)
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError("not a model", where=where, found=repr(type(model)), expected="an nn.Module, or None")
+    change = Change()
+    try:
+        if model is not None:
+            wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
+            _put_layers(model, wanted, change)
+        function_device = wanted_device
+        if function_device is None and model is not None:
+            function_device = _device_of(model, None)
+        for module in functions.registered_modules():
+            change.applied += functions.apply(
+                module,
+                device=function_device,
+                mode=wanted_mode,
+                strict=not use_fallback,
+                where=where,
+                change=change,
+                must_apply=False,
+            ).applied
+    except BaseException:
+        change.undo()
+        raise
+    return change
+
+
+def kernelize_layers(model: nn.Module) -> Change:
+    """Put layer kernels in place as the settings in force say; they load at the first forward."""
+    wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
+    change = Change()
+    try:
+        _put_layers(model, wanted, change)
+    except BaseException:
+        change.undo()
+        raise
+    return change
+
+
+def unkernelize(model: nn.Module | None) -> None:
+    """Restore every layer of ``model``, or every function when it is ``None``."""
+    if model is None:
+        functions.unapply()
+        return
+    for module in model.modules():
+        swap_out(module)
+
+
+def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
+    absent = absent_reason(wanted.device)
+    plans: dict[type, _ClassPlan | None] = {}
+    chosen: list[tuple[nn.Module, _ClassPlan]] = []
+    model_device = None
+    for module in model.modules():
+        cls = original_class(module)
+        if cls not in plans:
+            plans[cls] = _plan_class(cls)
+        plan = plans[cls]
+        if plan is None:
+            continue
+        if absent is not None:
+            plan.skip(absent, wanted)
+            continue
+        if wanted.load and not plan.settled:
+            if model_device is None:
+                model_device = _device_of(model, None) or "cpu"
+            plan.choose(module, wanted, model_device)
+        chosen.append((module, plan))
+    for module, plan in chosen:
+        if not plan.candidates:
+            continue
+        before = type(module)
+        if swap_in(module, plan.candidates, target=plan.target, pinned=_pin(module, wanted)):
+            change.did(lambda module=module, before=before: restore_class(module, before))  # type: ignore[misc]
+            change.layers += 1
+
+
+def _pin(module: nn.Module, wanted: Wanted) -> Mode | None:
+    """The mode to hold until the next ``.train()`` or ``.eval()``; none when the module agrees."""
+    if wanted.mode is None:
+        return None
+    if not wanted.mode.compile and wanted.training(module) == module.training:
+        return None
+    return wanted.mode
+
+
+class _ClassPlan:
+    """The kernels for one class of a model."""
+
+    def __init__(self, target: type, candidates: tuple[Candidate, ...]) -> None:
+        self.target = target
+        self.candidates = candidates
+        self.settled = False
+
+    def skip(self, reason: str, wanted: Wanted) -> None:
+        """The request is for a device that is not there: keep the originals."""
+        for candidate in self.candidates:
+            if candidate.binding.state in ("pending", "skipped"):
+                candidate.binding.set("skipped", reason)
+        if not wanted.use_fallback:
+            raise ApplyError(
+                f"no kernel for {class_path(self.target)} can be used",
+                found=reason,
+                fix="use_fallback=True keeps the original",
+            )
+
+    def choose(self, module: nn.Module, wanted: Wanted, model_device: str) -> None:
+        """Load the kernel for the moment, or the next best one, or none."""
+        self.settled = True
+        device = wanted.device or _device_of(module, model_device)
+        if device is None or device == "meta":
+            return
+        training, compiling = wanted.training(module), wanted.compiling
+        refused: list[str] = []
+        for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
+            try:
+                candidate.resolve(self.target, module)
+            except TwinkleError as error:
+                refused.append(f"{candidate.kernel.source.describe()}: {error.reason}")
+                continue
+            if rank(
+                candidate.kernel.mode,
+                training=training,
+                compiling=compiling,
+                can_torch_compile=candidate.can_torch_compile,
+            ) is None or (training and candidate.has_backward is False):
+                refused.append(f"{candidate.kernel.source.describe()}: it says it cannot do that")
+                continue
+            return
+        if not wanted.use_fallback:
+            moment = f"{device}/{wanted.mode or ('train' if training else 'inference')}"
+            raise ApplyError(
+                f"no kernel for {class_path(self.target)} can be used",
+                expected=f"a kernel for {moment}",
+                found="; ".join(refused) or "none is registered for it",
+                fix="use_fallback=True keeps the original",
+            )
+
+
+def _ranked(
+    candidates: tuple[Candidate, ...], device: str, *, training: bool, compiling: bool
+) -> list[Candidate]:
+    """The candidates that may run now, best first."""
+    order: list[tuple[int, int, int, Candidate]] = []
+    for at, candidate in enumerate(candidates):
+        if candidate.kernel.device not in (None, device):
+            continue
+        place = rank(candidate.kernel.mode, training=training, compiling=compiling)
+        if place is not None:
+            order.append((candidate.kernel.device is None, place, at, candidate))
+    return [candidate for *_, candidate in sorted(order, key=lambda entry: entry[:3])]
+
+
+def _device_of(module: nn.Module, default: str | None) -> str | None:
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None:
+            return current_type(tensor.device.type)
+    first = next(module.parameters(), None)
+    if first is None:
+        first = next(module.buffers(), None)
+    return default if first is None else current_type(first.device.type)
+
+
+def _plan_class(cls: type) -> _ClassPlan | None:
+    """What is registered for modules of a class; worked out once per state of the registry."""
+    found = _bound_name(cls)
+    if found is None:
+        return None
+    target, name, by = found
+    kernels = registry.kernels_named(name)
+    usable = [kernel for kernel in kernels if _usable(kernel, target, by)]
+    return _ClassPlan(target, tuple(_candidate(kernel, target) for kernel in usable)) if usable else None
+
+
+def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
+    settle_pattern(kernel, by)
+    binding = layer_binding(kernel, target)
+    if kernel.name in options.disabled:
+        binding.set("skipped", "switched off by TWINKLE_DISABLE")
+        return False
+    absent = absent_reason(kernel.device)
+    if absent is not None:
+        binding.set("skipped", absent)
+        return False
+    return True
+
+
+_candidates: dict[tuple[int, type], Candidate] = {}
+
+
+def _candidate(kernel: LayerKernel, target: type) -> Candidate:
+    """The one candidate of a kernel and a class, so that models share what was loaded."""
+    key = (id(kernel), target)
+    known = _candidates.get(key)
+    if known is None or known.kernel is not kernel:
+        known = _candidates[key] = Candidate(kernel, layer_binding(kernel, target))
+    return known
+
+
+def _bound_name(cls: type) -> tuple[type, str, LayerTarget | None] | None:
+    """The target class, the kernel name bound to it and by what; the newest registration wins."""
+    for entry in reversed(registry.layer_targets):
+        target = entry.target if isinstance(entry.target, type) else _parsed(entry.target)
+        match = defining_match(cls, target)
+        if match is not None:
+            return match, entry.kernel_name, entry
+    running = getattr(cls, "forward", None)
+    for base in cls.__mro__:
+        name = base.__dict__.get("kernel_layer_name")
+        if isinstance(name, str) and getattr(base, "forward", None) is running:
+            return (base, name, None) if registry.kernels_named(name) else None
+    return None
+
+
+_targets: dict[str, Target] = {}
+
+
+def _parsed(text: str) -> Target:
+    target = _targets.get(text)
+    if target is None:
+        target = _targets[text] = parse_target(text)
+    return target

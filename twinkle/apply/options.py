@@ -1,0 +1,39 @@
+"""The settings in force in this process."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from twinkle.modes import Mode
+
+__all__ = ["Options", "options"]
+
+
+class Options:
+    """What ``[twinkle]`` and the environment settled for bindings put in place by a hook.
+
+    Attributes:
+        mode: The mode asked for, or ``None`` to follow each model.
+        device: The device asked for, or ``None`` to follow each tensor.
+        use_fallback: Keep the original where a kernel cannot be used; otherwise that is an error.
+        strict: Every silent step is an error.
+        verify: ``auto``, ``off``, ``first-use`` or ``always``.
+        disabled: Kernel and function names that are switched off.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the defaults."""
+        self.mode: Mode | None = None
+        self.device: str | None = None
+        self.use_fallback = True
+        self.strict = False
+        self.verify = "auto"
+        self.disabled: Collection[str] = ()
+
+
+options = Options()

@@ -1,0 +1,47 @@
+"""From the arguments of a call to records, through the one validator."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["caller", "given", "register_document"]
+
+
+def caller() -> str:
+    """``file:line`` of the first frame outside Twinkle: where a registration was written."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package + os.sep):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def given(**arguments: object) -> dict[str, object]:
+    """The arguments that were given."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def register_document(document: Mapping[str, object], *, where: str) -> None:
+    """Validate all of ``document``, then register all of it.
+
+    Raises:
+        ConfigError: Something in it cannot be right; nothing was registered.
+    """
+    from twinkle.config.schema import validate
+    from twinkle.registry import registry
+
+    checked = validate(document, where=where, allow_objects=True)
+    layer_kernels, layer_targets, function_kernels = checked.records()
+    registry.add(
+        layer_kernels=tuple(layer_kernels),
+        layer_targets=tuple(layer_targets),
+        function_kernels=tuple(function_kernels),
+    )
+    from twinkle.apply.activation import watch_new
+
+    watch_new()

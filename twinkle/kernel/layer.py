@@ -1,0 +1,183 @@
+"""Layer kernels: whole ``nn.Module`` classes replaced by other implementations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
+
+from twinkle.kernel._calling import caller, given, register_document
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import torch
+    from torch import nn
+
+__all__ = [
+    "kernelize_model",
+    "kernelized",
+    "register_external_layer",
+    "register_layer_kernel",
+    "unkernelize_model",
+]
+
+from contextlib import contextmanager
+
+Model = TypeVar("Model", bound="nn.Module | None")
+
+
+def register_layer_kernel(
+    kernel_name: str,
+    repo_path: str | os.PathLike[str] | None = None,
+    repo_id: str | None = None,
+    layer_impl: type | str | None = None,
+    package_name: str | None = None,
+    layer_name: str | None = None,
+    version: int | str | None = None,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    mode: str | None = None,
+    *,
+    attributes: Mapping[str, object] | None = None,
+    verify: str | None = None,
+    trust_remote_code: bool | Sequence[str] | None = None,
+) -> None:
+    """Register an implementation under a kernel name.
+
+    Several modes and devices under one name add up; the same name, device and mode again replaces
+    what was registered. Nothing is loaded until a model needs it.
+
+    Args:
+        kernel_name: The name that layer classes are bound to.
+        repo_path: A directory that holds the package ``package_name``.
+        repo_id: A kernel repository of the Hub (``org/name``).
+        layer_impl: A class in hand, or ``"module:Class"``.
+        package_name: The package in ``repo_path``; alone, an installed package.
+        layer_name: The class's name there; ``kernel_name`` when not given.
+        version: A version of the Hub repository (``1``, ``"1"``, ``"0.1.0"``, ``">=1,<3"``).
+        revision: A branch, tag or commit of the Hub repository.
+        device: ``cpu``, ``cuda``, ``rocm``, ``mps``, ``npu`` or ``xpu``; any when not given.
+        mode: ``train``, ``inference``, ``compile`` or a combination (``train|compile``); any when
+            not given.
+        attributes: Class attributes that the kernel reads and its target lacks.
+        verify: ``auto``, ``off``, ``first-use`` or ``always`` for this kernel alone.
+        trust_remote_code: Load a Hub repository whose publisher is not trusted.
+
+    Raises:
+        ConfigError: The arguments cannot be right; nothing was registered.
+    """
+    spec = given(
+        repo_path=repo_path,
+        repo_id=repo_id,
+        layer_impl=layer_impl,
+        package_name=package_name,
+        layer_name=layer_name,
+        version=version,
+        revision=revision,
+        device=device,
+        mode=mode,
+        attributes=attributes,
+        verify=verify,
+        trust_remote_code=trust_remote_code,
+    )
+    register_document({"layers": {kernel_name: spec}}, where=caller())
+
+
+def register_external_layer(layer: type | str, kernel_name: str) -> None:
+    """Bind a layer class to a kernel name.
+
+    Args:
+        layer: A class, ``"module:Class"`` (bound when that module is imported), or a pattern such
+            as ``"transformers.models.*.modeling_*:*MLP"``.
+        kernel_name: The name whose kernels replace it.
+
+    Raises:
+        ConfigError: ``layer`` is no ``nn.Module`` class and no target in words.
+    """
+    from twinkle.apply.activation import watch_new
+    from twinkle.errors import ConfigError
+    from twinkle.match.names import parse_target
+    from twinkle.records import LayerTarget
+    from twinkle.registry import registry
+
+    where = caller()
+    if isinstance(layer, str):
+        layer = parse_target(layer, where=where).text
+    else:
+        from torch import nn
+
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise ConfigError(
+                "not a layer class",
+                where=where,
+                found=repr(layer),
+                expected='an nn.Module class, or "module:Class"',
+                fix="pass the class itself, not an instance" if isinstance(layer, nn.Module) else None,
+            )
+    if not isinstance(kernel_name, str) or not kernel_name:
+        raise ConfigError("not a kernel name", where=where, found=repr(kernel_name), expected="a string")
+    registry.add(layer_targets=(LayerTarget(layer, kernel_name, origin=where),))
+    watch_new()
+
+
+def kernelize_model(
+    model: Model,
+    mode: str = "inference",
+    device: str | torch.device | None = None,
+    use_fallback: bool = True,
+) -> Model:
+    """Put the registered kernels in place: layers of ``model``, then functions.
+
+    Kernels for other modes and devices stay at hand: the layers follow ``.train()``, ``.eval()``
+    and ``.to()`` from here on. Kernelizing twice is kernelizing once.
+
+    Args:
+        model: Any ``nn.Module``; ``None`` for functions only.
+        mode: The mode to start in: ``train``, ``inference``, ``compile`` or a combination.
+        device: The device to start on; that of the model when not given.
+        use_fallback: Keep the original where a kernel cannot be used; otherwise raise and leave
+            everything as it was.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
+        ApplyError: ``use_fallback=False`` and a layer or function has no kernel that can be used.
+    """
+    from twinkle.apply.models import kernelize
+
+    kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
+    return model
+
+
+def unkernelize_model(model: Model) -> Model:
+    """Restore the very originals: every layer of ``model``, and every function when it is ``None``.
+
+    Returns:
+        The same model.
+    """
+    from twinkle.apply.models import unkernelize
+
+    unkernelize(model)
+    return model
+
+
+@contextmanager
+def kernelized(
+    model: Model,
+    mode: str = "inference",
+    device: str | torch.device | None = None,
+    use_fallback: bool = True,
+) -> Iterator[Model]:
+    """:func:`kernelize_model` for the length of a ``with`` block.
+
+    What was in place before the block is in place after it, whatever happens inside.
+    """
+    from twinkle.apply.models import kernelize
+
+    change = kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
+    try:
+        yield model
+    finally:
+        change.undo()
