@@ -8,10 +8,20 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["VARIABLES", "main"]
+__all__ = ["VARIABLES", "absolute", "main"]
 
 VARIABLES = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS")
 """The variables of which one must be set, and not empty, for the door to open."""
+
+
+def absolute(path: str) -> str:
+    """A path for a variable: child processes, which read it again, may start in another directory.
+
+    ``auto`` stays, and nothing is normalised: ``link/../twinkle.toml`` is another file than
+    ``twinkle.toml``.
+    """
+    path = os.path.expanduser(path)
+    return path if path == "auto" or os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
 _opened: list[str] = []
@@ -27,6 +37,11 @@ def main(door: str = "pth") -> None:
         return
     _opened.append(door)
     try:
+        if os.environ.get("TWINKLE_CONFIG"):
+            paths = os.environ["TWINKLE_CONFIG"].split(os.pathsep)
+            os.environ["TWINKLE_CONFIG"] = os.pathsep.join(absolute(path) for path in paths if path.strip())
+        if os.environ.get("TWINKLE_REPORT"):
+            os.environ["TWINKLE_REPORT"] = absolute(os.environ["TWINKLE_REPORT"])
         from twinkle._bootstrap import activate
 
         activate(door=door)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
+from twinkle._start import absolute
 from twinkle.errors import ConfigError, TwinkleError
 
 TYPE_CHECKING = False
@@ -115,8 +116,6 @@ def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
     Raises:
         ConfigError: A path that the variable cannot hold.
     """
-    if not paths:
-        paths = [part for part in environ.get("TWINKLE_CONFIG", "").split(os.pathsep) if part]
     for path in paths:
         if os.pathsep in path:
             raise ConfigError(
@@ -126,13 +125,8 @@ def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
                 expected="a path that TWINKLE_CONFIG can hold",
                 fix="rename the file",
             )
-    # Joined, not normalised: "link/../twinkle.toml" is another file than "twinkle.toml".
-    return (
-        os.pathsep.join(
-            path if path == "auto" else os.path.join(os.getcwd(), os.path.expanduser(path)) for path in paths
-        )
-        or "auto"
-    )
+    names = paths or [part for part in environ.get("TWINKLE_CONFIG", "").split(os.pathsep) if part.strip()]
+    return os.pathsep.join(map(absolute, names)) or "auto"
 
 
 def start(program: Sequence[str], settings: Mapping[str, str]) -> int:

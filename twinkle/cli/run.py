@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from twinkle import runner
+from twinkle._start import absolute
+from twinkle.cli.clash import clash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -86,7 +89,7 @@ def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[st
     if options.report:
         result["TWINKLE_LOG"] = "info"
     if options.report_file is not None:
-        result["TWINKLE_REPORT"] = os.path.abspath(options.report_file)
+        result["TWINKLE_REPORT"] = absolute(options.report_file)
     return result
 
 
@@ -103,6 +106,9 @@ def main(words: Sequence[str]) -> int:
         parser.error("which program? a script, a directory, a zip, -m module or -c code")
     variables = settings(options, os.environ)
     _check({**os.environ, **variables})
+    problem = clash()
+    if problem:
+        print(f"twinkle: {problem}", file=sys.stderr)
     return runner.start(program, variables)
 
 
@@ -112,4 +118,4 @@ def _check(environ: Mapping[str, str]) -> None:
     from twinkle import config
 
     parts = environ["TWINKLE_CONFIG"].split(os.pathsep)
-    config.load(parts, environ, cwd=os.getcwd())
+    config.load(parts, environ, cwd=os.getcwd()).records()

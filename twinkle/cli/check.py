@@ -1,0 +1,149 @@
+"""``twinkle check``: read a configuration and print what it binds."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from twinkle import config
+from twinkle.errors import TwinkleError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from twinkle.config import Settings
+
+    Row = tuple[str, str, str, str]
+
+__all__ = ["main"]
+
+_EPILOG = """\
+examples:
+  twinkle check                       what TWINKLE_CONFIG and the other variables say
+  twinkle check twinkle.toml          a file, with the variables on top
+  twinkle check --load twinkle.toml   and load each kernel and each target, as a program would
+
+The exit code is 0 when all of it is right, 1 when something could not be loaded, 2 when the
+configuration is wrong.
+"""
+_SETTINGS = (
+    "mode",
+    "device",
+    "use_fallback",
+    "strict",
+    "verify",
+    "kernels",
+    "trust_remote_code",
+    "disable",
+    "log",
+    "report",
+)
+
+
+def main(words: Sequence[str]) -> int:
+    """Print what a configuration binds.
+
+    Raises:
+        ConfigError: It cannot be right.
+    """
+    parser = argparse.ArgumentParser(
+        prog="twinkle check",
+        description="Read a configuration and print what it binds.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config", nargs="*", metavar="FILE", help="a twinkle.toml, or `auto`; the later one wins"
+    )
+    parser.add_argument("--load", action="store_true", help="load each kernel and import each target as well")
+    options = parser.parse_args(words)
+
+    settings = config.load(options.config, os.environ, cwd=os.getcwd())
+    if settings.off:
+        print("Twinkle is switched off by TWINKLE_DISABLE or TWINKLE_USE_KERNELS; nothing was read.")
+        return 0
+    rows = list(_rows(settings))
+    print(f"{', '.join(settings.paths) or 'no file'}: right")
+    for name in _SETTINGS:
+        print(f"  {name:<19}{_shown(getattr(settings, name))}")
+    _table(rows)
+    for entry, reason in settings.left_out():
+        print(f"  left out: {entry.name}: {reason}")
+    for warning in settings.warnings:
+        print(f"  note: {warning}")
+    return _load(settings) if options.load else 0
+
+
+def _rows(settings: Settings) -> Iterator[Row]:
+    layers, targets, functions = settings.records()
+    for layer in layers:
+        named = [_name(target.target) for target in targets if target.kernel_name == layer.name]
+        for target in named or [f"classes with kernel_layer_name = {layer.name!r}"]:
+            when = f"{layer.device or 'any device'}, {layer.mode or 'any mode'}"
+            yield target, layer.source.describe(), when, layer.origin
+    for function in functions:
+        when = f"{function.device or 'any device'}, {function.mode or 'any mode'}"
+        yield function.target, function.source.describe(), when, function.origin
+
+
+def _table(rows: list[Row]) -> None:
+    if not rows:
+        print("  binds nothing by name")
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
+        print(f"  {cells[0]}  <-  {cells[1]}  {cells[2]}  {row[3]}")
+
+
+def _name(target: type | str) -> str:
+    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _load(settings: Settings) -> int:
+    layers, targets, functions = settings.records()
+    failed = 0
+    for name, source in [(kernel.name, kernel.source) for kernel in layers] + [
+        (kernel.name, kernel.source) for kernel in functions
+    ]:
+        failed += not _try(f"kernel {name}", source.load)
+    for target in targets:
+        if isinstance(target.target, str) and "*" not in target.target:
+            failed += not _try(f"target {target.target}", _find, target.target)
+    for function in functions:
+        failed += not _try(f"target {function.target}", _find, function.target)
+    return 1 if failed else 0
+
+
+def _find(target: str) -> None:
+    from importlib import import_module
+
+    module, _, name = target.partition(":")
+    found: object = import_module(module)
+    for part in name.split("."):
+        found = getattr(found, part)
+
+
+def _try(what: str, action: Callable[..., object], *arguments: object) -> bool:
+    try:
+        action(*arguments)
+    except TwinkleError as error:
+        print(f"  {what}: {error}", file=sys.stderr)
+    except Exception as error:  # an import of somebody else's code may raise anything
+        print(f"  {what}: {type(error).__name__}: {error}", file=sys.stderr)
+    else:
+        print(f"  {what}: loads")
+        return True
+    return False
