@@ -12,7 +12,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from re import Pattern
 
-__all__ = ["Target", "class_path", "defining_match", "is_pattern", "parse_target", "pattern_regex"]
+__all__ = [
+    "Target",
+    "class_path",
+    "defining_match",
+    "is_pattern",
+    "parse_target",
+    "pattern_regex",
+    "pattern_source",
+]
 
 
 class Target:
@@ -72,13 +80,20 @@ def is_pattern(text: str) -> bool:
     return "*" in text or "?" in text
 
 
-def pattern_regex(pattern: str) -> Pattern[str]:
-    """The compiled form of a pattern."""
+def pattern_source(pattern: str) -> str:
+    """The regular expression that a pattern stands for, to be combined with others."""
     import re
 
     parts = re.split(r"(\*\*|\*|\?)", pattern)
     wild = {"**": ".*", "*": "[^.]*", "?": "[^.]"}
-    return re.compile("".join(wild.get(part, re.escape(part)) for part in parts))
+    return "".join(wild.get(part, re.escape(part)) for part in parts)
+
+
+def pattern_regex(pattern: str) -> Pattern[str]:
+    """The compiled form of a pattern."""
+    import re
+
+    return re.compile(pattern_source(pattern))
 
 
 def parse_target(text: str, *, where: str | None = None) -> Target:

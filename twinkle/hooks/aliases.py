@@ -1,0 +1,246 @@
+"""Names that other modules took: where an object is held, and putting another in its place.
+
+``from target import f`` copies a reference, so a module that did so before ``target.f`` was
+replaced goes on with the original. The places are found by identity:
+
+- found and rebound: the globals of every imported module, under any name, and the attributes of
+  classes (bare or in a ``staticmethod``; not of those that ``gc.freeze`` has hidden);
+- found and reported by :func:`stale`, never changed: default arguments and closures of functions
+  and methods, ``functools.partial``, and dicts, lists, tuples, sets and frozensets, each where it
+  stands in the globals of a module or (functions) in a class there;
+- not found: anything deeper (a list in an instance, a closure in a closure, C structures).
+
+No attribute of a module or class is looked up: only dictionaries are read, so that no lazy module
+loads and no descriptor runs. Names that are taken after the replacement need nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import CellType, FunctionType, MappingProxyType, ModuleType
+
+from twinkle.hooks.finder import spec_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from typing import Any
+
+__all__ = ["Alias", "find", "rebind", "restore", "stale"]
+
+# A mapping or sequence with more entries is data, not a table of functions.
+_LARGEST_CONTAINER = 4096
+_OURS = __name__.partition(".")[0]
+
+
+class Alias:
+    """A place that holds an object.
+
+    Attributes:
+        holder: The module or class whose name it is.
+        name: The name there.
+        kind: ``module``, ``class``, ``staticmethod``; for :func:`stale` what keeps it:
+            ``default``, ``closure``, ``partial`` or ``container``.
+        original: The object that was found there.
+        replacement: What was put there, once it was.
+    """
+
+    __slots__ = ("holder", "kind", "name", "original", "replacement")
+
+    def __init__(self, holder: Any, name: str, kind: str, original: object) -> None:
+        self.holder = holder
+        self.name = name
+        self.kind = kind
+        self.original = original
+        self.replacement: object = None
+
+    @property
+    def where(self) -> str:
+        """``module.name`` or ``module.Class.name``, and the kind where that is not plain."""
+        if isinstance(self.holder, type):
+            path = f"{self.holder.__module__}.{self.holder.__qualname__}.{self.name}"
+        else:
+            path = f"{_name_of(self.holder)}.{self.name}"
+        return path if self.kind in ("module", "class", "staticmethod") else f"{path} ({self.kind})"
+
+    def _replace(self, old: object, new: object) -> bool:
+        """Put ``new`` where ``old`` stands; ``False`` when something else stands there."""
+        namespace = _namespace(self.holder)
+        value = namespace.get(self.name)
+        held = value.__func__ if type(value) is staticmethod else value
+        if held is not old:
+            return False
+        if self.kind == "module":
+            # Not setattr: a module's class may define it.
+            namespace[self.name] = new
+        else:
+            wrapped = staticmethod(new) if self.kind == "staticmethod" else new  # type: ignore[arg-type]
+            type.__setattr__(self.holder, self.name, wrapped)
+        return True
+
+    def __repr__(self) -> str:
+        return f"<Alias {self.where}>"
+
+
+def find(original: object) -> list[Alias]:
+    """The names that hold that very object, in modules and in classes."""
+    wanted = id(original)
+    found = []
+    for module, namespace in _modules(_began(original)):
+        if wanted in map(id, list(namespace.values())):  # at C speed: nearly every module says no
+            found += [
+                Alias(module, name, "module", original)
+                for name, value in list(namespace.items())
+                if value is original
+            ]
+    return found + _find_in_classes(original)
+
+
+def _find_in_classes(original: object) -> list[Alias]:
+    """Ask the garbage collector who refers to it: a third of the time of reading every class."""
+    holders: list[object] = [original, *_static_methods(original)]
+    namespaces = [one for one in gc.get_referrers(*holders) if type(one) is dict and "__module__" in one]
+    modules = {id(_namespace(module)) for module in list(sys.modules.values()) if _is_module(module)}
+    namespaces = [one for one in namespaces if id(one) not in modules]
+    if not namespaces:
+        return []
+    found = []
+    for cls in gc.get_referrers(*namespaces):
+        if not issubclass(type(cls), type) or _is_ours(_name_of_module(cls)):
+            continue
+        for name, value in list(_namespace(cls).items()):
+            if value is original:
+                found.append(Alias(cls, name, "class", original))
+            elif type(value) is staticmethod and value.__func__ is original:
+                found.append(Alias(cls, name, "staticmethod", original))
+    return found
+
+
+def _static_methods(original: object) -> list[object]:
+    return [one for one in gc.get_referrers(original) if type(one) is staticmethod]
+
+
+def rebind(original: object, replacement: object) -> list[Alias]:
+    """Put ``replacement`` under every name of :func:`find`; returns those that were changed."""
+    changed = []
+    for alias in find(original):
+        try:
+            if alias._replace(original, replacement):
+                alias.replacement = replacement
+                changed.append(alias)
+        except (AttributeError, TypeError):  # a class of C code
+            continue
+    return changed
+
+
+def restore(aliases: list[Alias]) -> list[Alias]:
+    """Put the originals back; returns the places that someone else has changed since, left alone."""
+    return [alias for alias in aliases if not alias._replace(alias.replacement, alias.original)]
+
+
+def stale(original: object) -> list[Alias]:
+    """Where the object is kept but not by a name: it is found there and cannot be replaced."""
+    found = []
+    for module, namespace in _modules():
+        for name, value in list(namespace.items()):
+            kind = _keeps(value, original)
+            if kind:
+                found.append(Alias(module, name, kind, original))
+    for cls, namespace in _classes():
+        for name, value in namespace:
+            function = value.__func__ if type(value) in (staticmethod, classmethod) else value
+            if type(function) is FunctionType and (kind := _keeps(function, original)):
+                found.append(Alias(cls, name, kind, original))
+    return found
+
+
+def _keeps(value: Any, original: object) -> str:
+    """How ``value`` keeps ``original``; empty when it does not, or is it itself."""
+    kind = type(value)
+    if value is original:
+        return ""
+    if kind is FunctionType:
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        if any(default is original for default in defaults):
+            return "default"
+        if any(_cell(cell) is original for cell in value.__closure__ or ()):
+            return "closure"
+    elif kind is dict or kind is MappingProxyType:
+        if len(value) <= _LARGEST_CONTAINER and any(held is original for held in tuple(value.values())):
+            return "container"
+    elif kind in (list, tuple, set, frozenset):
+        if len(value) <= _LARGEST_CONTAINER and any(held is original for held in tuple(value)):
+            return "container"
+    elif kind.__name__ == "partial" and kind.__module__ == "functools":
+        held = (value.func, *value.args, *value.keywords.values())
+        if any(one is original for one in held):
+            return "partial"
+    return ""
+
+
+def _cell(cell: CellType) -> object:
+    try:
+        return cell.cell_contents
+    except ValueError:  # empty
+        return None
+
+
+def _began(original: object) -> str | None:
+    """The module that defines the object, while it is being imported for the first time.
+
+    Only modules that came into ``sys.modules`` after it can have taken the object by then. That
+    spares the hook at the end of an import the look through all the others.
+    """
+    name = getattr(original, "__module__", None)
+    module = sys.modules.get(name) if isinstance(name, str) else None
+    return name if getattr(spec_of(module), "_initializing", False) else None
+
+
+def _modules(since: str | None = None) -> Iterator[tuple[ModuleType, dict[str, Any]]]:
+    """Every imported module that is not ours, once, with its globals; the newest ones first."""
+    seen = set()
+    for name in reversed(list(sys.modules)):
+        module = sys.modules.get(name)
+        if _is_module(module) and id(module) not in seen and not _is_ours(name):
+            seen.add(id(module))
+            yield module, _namespace(module)  # type: ignore[misc]
+        if name == since:
+            return
+
+
+def _classes() -> Iterator[tuple[type, list[tuple[str, Any]]]]:
+    """Every class that stands in the module that defines it, with a copy of its attributes."""
+    seen = set()
+    for module, namespace in _modules():
+        defined_in = _name_of(module)
+        for value in list(namespace.values()):
+            # id() because a metaclass may define __hash__.
+            if not issubclass(type(value), type) or id(value) in seen:
+                continue
+            if _name_of_module(value) == defined_in:
+                seen.add(id(value))
+                yield value, list(_namespace(value).items())
+
+
+def _is_module(thing: object) -> bool:
+    return issubclass(type(thing), ModuleType)
+
+
+def _is_ours(module: object) -> bool:
+    """We keep originals in order to restore them."""
+    return isinstance(module, str) and (module == _OURS or module.startswith(f"{_OURS}."))
+
+
+def _namespace(holder: Any) -> Any:
+    if issubclass(type(holder), type):
+        return type.__getattribute__(holder, "__dict__")
+    return ModuleType.__getattribute__(holder, "__dict__")
+
+
+def _name_of(module: Any) -> str:
+    return str(_namespace(module).get("__name__", "?"))
+
+
+def _name_of_module(cls: Any) -> object:
+    return _namespace(cls).get("__module__")

@@ -1,0 +1,89 @@
+"""What runs every callback: a hook never breaks the program.
+
+Standard library only: this module is imported at interpreter start.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from twinkle.errors import TwinkleWarning
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Failure", "call", "failures", "forget", "on_failure"]
+
+
+class Failure:
+    """A callback that raised.
+
+    Attributes:
+        owner: Who registered it.
+        subject: What it was called for, in words: ``module x`` or ``model x:Class``.
+        error: What it raised.
+    """
+
+    __slots__ = ("error", "owner", "subject")
+
+    def __init__(self, owner: str, subject: str, error: Exception) -> None:
+        self.owner = owner
+        self.subject = subject
+        self.error = error
+
+    def __str__(self) -> str:
+        kind = type(self.error).__name__
+        return f"a hook of {self.owner or 'unknown owner'} on {self.subject} raised {kind}: {self.error}"
+
+
+_failures: list[Failure] = []
+_handlers: list[Callable[[Failure], object]] = []
+
+
+def failures() -> tuple[Failure, ...]:
+    """Every callback that raised so far, oldest first."""
+    return tuple(_failures)
+
+
+def on_failure(handler: Callable[[Failure], object]) -> None:
+    """Call ``handler`` with every failure from now on; what it raises itself is dropped."""
+    if handler not in _handlers:
+        _handlers.append(handler)
+
+
+def forget() -> None:
+    """Drop the recorded failures and the handlers."""
+    _failures.clear()
+    _handlers.clear()
+
+
+def call(callback: Callable[..., object], *arguments: object, owner: str, subject: str) -> bool:
+    """Run a callback; an exception becomes a record, a call of the handlers and one warning.
+
+    Returns:
+        Whether it ran to its end.
+    """
+    try:
+        callback(*arguments)
+    except Exception as error:
+        failure = Failure(owner, subject, error)
+        _failures.append(failure)
+        for handler in tuple(_handlers):
+            try:
+                handler(failure)
+            except Exception as second:
+                _warn(f"the failure handler raised {type(second).__name__}: {second}")
+        _warn(f"{failure}; the program goes on without it")
+        return False
+    return True
+
+
+def _warn(text: str) -> None:
+    import warnings
+
+    try:
+        warnings.warn(text, TwinkleWarning, stacklevel=4)
+    except Warning:
+        # Under -W error the warning is raised, here, in the middle of the program's import.
+        print(f"TwinkleWarning: {text}", file=sys.stderr)
