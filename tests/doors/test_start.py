@@ -1,0 +1,88 @@
+"""The door of the interpreter's start: idle it costs nothing, and it never stops a program."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODULES = "import sys; print(*sorted(sys.modules))"
+ACTIVE = "import sys; print('twinkle._bootstrap' in sys.modules)"
+
+
+def test_idle_interpreter_imports_nothing_more_than_a_bare_one(doors):
+    bare = type(doors["pth"])(doors["sitecustomize"].folder)
+    assert doors["pth"].run("-c", MODULES, plain=True).stdout == bare.run("-c", MODULES).stdout
+
+
+def test_empty_variable_is_no_variable(doors):
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG="")
+    assert door.run("-c", MODULES).stdout == doors["pth"].run("-c", MODULES, plain=True).stdout
+
+
+@pytest.mark.parametrize("variable", ["TWINKLE_LAYERS", "TWINKLE_FUNCTIONS"])
+def test_tables_in_a_variable_open_the_door(doors, variable):
+    door = type(doors["pth"])(doors["pth"].folder, **{variable: "{}", "TWINKLE_KERNELS": "off"})
+    assert door.run("-c", ACTIVE).stdout == "True\n"
+
+
+def test_pth_is_one_line_that_python_executes(doors):
+    lines = (ROOT / "twinkle.pth").read_text().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("import ")
+
+
+def test_start_file_names_a_callable_without_arguments():
+    import inspect
+    import pkgutil
+
+    lines = (ROOT / "twinkle.start").read_text(encoding="utf-8-sig").splitlines()
+    (entry,) = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert ":" in entry
+    inspect.signature(pkgutil.resolve_name(entry)).bind()
+
+
+def test_wrong_config_warns_once_and_the_program_runs(doors, tmp_path):
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=str(tmp_path / "missing.toml"))
+    done = door.run("-c", "print('ran')")
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr.count("twinkle is not active") == 1
+    assert "missing.toml" in done.stderr
+
+
+@pytest.mark.parametrize("off", [{"TWINKLE_DISABLE": "1"}, {"TWINKLE_USE_KERNELS": "0"}])
+def test_off_switch_closes_the_door_before_the_config_is_read(doors, off, tmp_path):
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=str(tmp_path / "missing.toml"), **off)
+    done = door.run("-c", "import sys; print('ran', 'twinkle.config' in sys.modules)")
+    assert (done.stdout, done.stderr) == ("ran False\n", "")
+
+
+@pytest.mark.parametrize("damage", ["absent", "broken", "someone else's"])
+def test_package_that_cannot_be_imported_does_not_stop_the_program(doors, damage, tmp_path):
+    environment = tmp_path / "environment"
+    shutil.copytree(doors["pth"].folder, environment, symlinks=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    (site_packages / "_checkout.pth").unlink()
+    if damage != "absent":
+        (site_packages / "twinkle").mkdir()
+        (site_packages / "twinkle/__init__.py").write_text("def broken(:" if damage == "broken" else "")
+    door = type(doors["pth"])(environment, TWINKLE_CONFIG="auto")
+    done = door.run("-c", "print('ran')")
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert "twinkle is not active" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("option", "active"), [("-I", True), ("-E", True), ("-s", True), ("-S", False)])
+def test_options_of_python_that_touch_the_door(doors, option, active):
+    assert doors["pth"].run("-c", ACTIVE, options=(option,)).stdout == f"{active}\n"
+
+
+def test_relative_config_is_found_by_a_child_in_another_directory(doors, tmp_path):
+    (tmp_path / "mine.toml").write_text("[twinkle]\nkernels = 'off'\n")
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG="mine.toml")
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ACTIVE!r}], cwd='/')"
+    done = door.run("-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("True\n", "")
