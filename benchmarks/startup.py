@@ -48,12 +48,13 @@ from twinkle.hooks import imports
 
 before = set(map(id, sys.meta_path))
 imports.install()
-for number in range(100):
-    imports.watch_module(f"transformers.models.family{number}.modeling_family{number}", print, owner="benchmark")
-for number in range(20):
-    imports.watch_module(f"package{number}.models.*.modeling_*", print, owner="benchmark")
+targets = [f"transformers.models.family{number}.modeling_family{number}" for number in range(100)]
+targets += [f"package{number}.models.*.modeling_*" for number in range(20)]
+for target in targets:
+    imports.watch_module(target, print, owner="benchmark")
 finder = next(finder for finder in sys.meta_path if id(finder) not in before)
-names = [f"{head}.part{number}.inner" for number in range(500) for head in ("numpy", "torch._dynamo", "a", "json")]
+heads = ("numpy", "torch._dynamo", "a", "json")
+names = [f"{head}.part{number}.inner" for number in range(500) for head in heads]
 names += [f"transformers.models.other{number}.configuration_other" for number in range(200)]
 
 def nothing(name, path, target=None):
@@ -87,7 +88,48 @@ def environment(folder: Path, *, door: bool) -> str:
 def run(command: list[str], environ: dict[str, str]) -> float:
     """Milliseconds that a command takes from start to exit."""
     start = time.perf_counter()
-    subprocess.run(command, env=environ, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, env=environ, check=True, capture_output=True)
+    return (time.perf_counter() - start) * 1e3
+
+
+def modules(python: str, environ: dict[str, str]) -> set[str]:
+    """The modules that an interpreter has imported when the program begins."""
+    command = [python, "-c", "import sys; print(*sys.modules)"]
+    done = subprocess.run(command, env=environ, check=True, capture_output=True, text=True)
+    if done.stderr:  # Twinkle is not active: the figures would be those of something else
+        sys.exit(done.stderr)
+    return set(done.stdout.split())
+
+
+def measure(function):
+    best = []
+    for _ in range(15):
+        start = time.perf_counter()
+        for name in names:
+            function(name, None, None)
+        best.append((time.perf_counter() - start) / len(names))
+    return sorted(best)[len(best) // 2] * 1e6
+
+measure(finder.find_spec)
+print(measure(finder.find_spec) - measure(nothing))
+"""
+
+
+def environment(folder: Path, *, door: bool) -> str:
+    """A virtual environment like a wheel's installation, or bare; returns its interpreter."""
+    venv.create(folder, with_pip=False, symlinks=True)
+    site_packages = folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
+    if door:
+        (site_packages / "twinkle").symlink_to(ROOT / "twinkle")
+        for name in ("twinkle.pth", "twinkle.start"):
+            (site_packages / name).write_text((ROOT / name).read_text())
+    return str(folder / "bin/python")
+
+
+def run(command: list[str], environ: dict[str, str]) -> float:
+    """Milliseconds that a command takes from start to exit."""
+    start = time.perf_counter()
+    subprocess.run(command, env=environ, check=True, capture_output=True)
     return (time.perf_counter() - start) * 1e3
 
 
@@ -118,18 +160,18 @@ def measure(runs: int) -> dict[str, object]:
             "active, a file": ([ours, program], file),
             "twinkle run": ([ours, "-m", "twinkle", "run", program], plain),
         }
-        times: dict[str, list[float]] = {name: [] for name in cases}
-        for command, environ in cases.values():  # compiles what will be imported
-            run(command, environ)
-        for _ in range(runs):
-            for name, (command, environ) in cases.items():
-                times[name].append(run(command, environ))
         base = modules(bare, plain)
         counted = {
             "idle": sorted(modules(ours, plain) - base),
             "active, no file": sorted(modules(ours, auto) - base),
             "active, a file": sorted(modules(ours, file) - base),
         }
+        times: dict[str, list[float]] = {name: [] for name in cases}
+        for command, environ in cases.values():  # compiles what will be imported
+            run(command, environ)
+        for _ in range(runs):
+            for name, (command, environ) in cases.items():
+                times[name].append(run(command, environ))
         output = subprocess.run(
             [ours, "-c", PER_IMPORT], env=plain, check=True, capture_output=True, text=True
         )
@@ -161,7 +203,7 @@ def table(figures: dict[str, object]) -> str:
         ("an import, 100 targets, 20 patterns", f"{figures['per_import_us']:.2f} us", "2 us"),
     ]
     lines = [
-        f"over bare python {figures['python']} ({figures['bare_ms']:.1f} ms), median of {figures['runs']} runs"
+        f"over python {figures['python']} ({figures['bare_ms']:.1f} ms), medians of {figures['runs']} runs"
     ]
     lines += [
         f"  {name:<38}{value:>10}   {'limit ' + limit if limit else ''}".rstrip()
