@@ -174,11 +174,10 @@ def _names(expected: str, accept: Callable[[str], bool]) -> Check:
 
 
 def _repository(name: str) -> bool:
-    owner, slash, rest = name.partition("/")
-    return (
-        bool(owner)
-        and not any(char.isspace() for char in name)
-        and (not slash or (bool(rest) and "/" not in rest))
+    """``owner/name``, or ``owner`` alone."""
+    parts = name.split("/")
+    return len(parts) <= 2 and all(
+        part[:1].isalnum() and all(char.isalnum() or char in "_.-" for char in part) for part in parts
     )
 
 
@@ -211,7 +210,7 @@ def _repo_id(value: object, objects: bool) -> object:
     expected = 'a Hub repository such as "kernels-community/activation"'
     if not isinstance(value, str):
         raise _wrong_type(expected, "write the repository as owner/name in quotes")
-    if not _repository(value) or "/" not in value or not value.isprintable():
+    if not _repository(value) or "/" not in value:
         fix = "write it as owner/name"
         if value.startswith((".", "/", "~")):
             fix = "for a folder on this machine, use repo_path and package_name"

@@ -214,7 +214,7 @@ class _Validation:
         for key, value in table.items():
             check = keys.get(key) if isinstance(key, str) else None
             if check is None:
-                self.unknown(path, key, value, tuple(keys), _SYNONYMS[section])
+                self.unknown(path, key, value, tuple(sorted(keys)), _SYNONYMS[section])
                 continue
             try:
                 kept[key] = check(value, self.objects)
