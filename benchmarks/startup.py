@@ -101,46 +101,6 @@ def modules(python: str, environ: dict[str, str]) -> set[str]:
     return set(done.stdout.split())
 
 
-def measure(function):
-    best = []
-    for _ in range(15):
-        start = time.perf_counter()
-        for name in names:
-            function(name, None, None)
-        best.append((time.perf_counter() - start) / len(names))
-    return sorted(best)[len(best) // 2] * 1e6
-
-measure(finder.find_spec)
-print(measure(finder.find_spec) - measure(nothing))
-"""
-
-
-def environment(folder: Path, *, door: bool) -> str:
-    """A virtual environment like a wheel's installation, or bare; returns its interpreter."""
-    venv.create(folder, with_pip=False, symlinks=True)
-    site_packages = folder / f"lib/python{sys.version_info[0]}.{sys.version_info[1]}/site-packages"
-    if door:
-        (site_packages / "twinkle").symlink_to(ROOT / "twinkle")
-        for name in ("twinkle.pth", "twinkle.start"):
-            (site_packages / name).write_text((ROOT / name).read_text())
-    return str(folder / "bin/python")
-
-
-def run(command: list[str], environ: dict[str, str]) -> float:
-    """Milliseconds that a command takes from start to exit."""
-    start = time.perf_counter()
-    subprocess.run(command, env=environ, check=True, capture_output=True)
-    return (time.perf_counter() - start) * 1e3
-
-
-def modules(python: str, environ: dict[str, str]) -> set[str]:
-    """The modules that an interpreter has imported when the program begins."""
-    command = [python, "-c", "import sys; print(*sys.modules)"]
-    return set(
-        subprocess.run(command, env=environ, check=True, capture_output=True, text=True).stdout.split()
-    )
-
-
 def measure(runs: int) -> dict[str, object]:
     """All figures, in the units of their names."""
     with tempfile.TemporaryDirectory() as scratch:
