@@ -68,7 +68,7 @@ def test_a_missing_module_is_named():
 def test_a_missing_submodule_of_a_package_that_is_there_is_named(site_dir):
     (site_dir / "half_there").mkdir()
     (site_dir / "half_there" / "__init__.py").write_text("")
-    with pytest.raises(SourceError, match="no module 'half_there.fast'"):
+    with pytest.raises(SourceError, match=r"no module 'half_there\.fast'"):
         CodeSource("half_there.fast:f", kind="function").load()
 
 

@@ -14,7 +14,7 @@ import traceback
 import pytest
 import torch
 
-from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.errors import SourceError
 from twinkle.sources import packages
 from twinkle.sources.local import LocalSource
 
@@ -140,7 +140,7 @@ def test_two_repositories_with_one_package_name_live_side_by_side(write_repo):
         "import my_kernels.helper\ndef f(): return my_kernels.helper.value()",
         "import os, my_kernels.helper as h, sys\ndef f(): return h.value()",
         "def f():\n    import my_kernels.helper\n    return my_kernels.helper.value()",
-        "from __future__ import annotations\nimport my_kernels.helper\ndef f(): return my_kernels.helper.value()",
+        "from __future__ import annotations\nimport my_kernels.helper as h\ndef f(): return h.value()",
     ],
 )
 def test_a_package_imports_its_own_modules_in_every_way(write_repo, text):

@@ -12,7 +12,7 @@ from twinkle.errors import ConfigError, SourceError, TwinkleError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import ModuleType
     from typing import Any
 
@@ -30,6 +30,7 @@ class CodeSource:
         implementation: A layer class, a callable, an ``nn.Module`` class whose ``forward`` is the
             function, ``"module:attribute"`` or ``"module.attribute"``.
         kind: ``"layer"`` or ``"function"``.
+        attributes: For a layer what its class expects on ``self`` and its target lacks.
         where: Where it was registered.
 
     Raises:
@@ -38,11 +39,19 @@ class CodeSource:
 
     kind = "code"
 
-    def __init__(self, implementation: object, *, kind: str, where: str | None = None) -> None:
+    def __init__(
+        self,
+        implementation: object,
+        *,
+        kind: str,
+        attributes: Mapping[str, object] | None = None,
+        where: str | None = None,
+    ) -> None:
         self.of = kind
         self.where = where
         self.trace: list[tuple[str, bool, str]] = []
         self._module = self._attribute = ""
+        self.attributes = dict(attributes or {})
         self._loaded: Any = None
         self._given = implementation
         if isinstance(implementation, str):
@@ -105,7 +114,13 @@ class CodeSource:
             from twinkle.sources.adapters import finish
 
             found = self._import() if self._module else self._given
-            self._loaded = finish(found, kind=self.of, described=self.describe(), where=self.where)
+            self._loaded = finish(
+                found,
+                kind=self.of,
+                described=self.describe(),
+                where=self.where,
+                attributes=self.attributes,
+            )
         return self._loaded
 
     def _import(self) -> object:

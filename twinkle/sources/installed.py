@@ -52,6 +52,7 @@ class InstalledSource:
 
         Raises:
             SourceError: The package or the name is not there, or raises on import.
+            KernelError: Its class cannot do without its ``__init__``.
         """
         if self._loaded is None:
             from twinkle.sources import adapters, lookup
@@ -73,5 +74,12 @@ class InstalledSource:
                     described=f"installed package {self.package}",
                     where=self.where,
                 )
-            self._loaded = adapters.finish(found, kind=self.of, described=described, where=self.where)
+            self._loaded = adapters.finish(
+                found,
+                kind=self.of,
+                described=described,
+                where=self.where,
+                attributes=self.attributes,
+                adapt=True,
+            )
         return self._loaded

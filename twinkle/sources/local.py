@@ -9,6 +9,7 @@ from twinkle.errors import MissingDependencyError, SourceError, TwinkleError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from twinkle.sources.local_variants import Layout
@@ -26,6 +27,7 @@ class LocalSource:
         name: The layer or function; dotted for one in a submodule.
         kind: ``"layer"`` or ``"function"``.
         device: The device the kernel is for, when the registration says one: chooses the variant.
+        attributes: For a layer what its class expects on ``self`` and its target lacks.
         where: Where it was registered.
 
     Attributes:
@@ -42,6 +44,7 @@ class LocalSource:
         *,
         kind: str,
         device: object = None,
+        attributes: Mapping[str, object] | None = None,
         where: str | None = None,
     ) -> None:
         self.of = kind
@@ -50,6 +53,7 @@ class LocalSource:
         self.package = package
         self.name = name
         self.trace: list[tuple[str, bool, str]] = []
+        self.attributes = dict(attributes or {})
         self._device = device
         self._module_name = ""
         self._generation = -1
@@ -101,12 +105,22 @@ class LocalSource:
         from twinkle.sources import adapters, local_variants
 
         layout = local_variants.locate(
-            self.repo_path, self.package, device=self._device, described=self.describe(), where=self.where
+            self.repo_path,
+            self.package,
+            device=self._device,
+            described=self.describe(),
+            where=self.where,
+            trace=self.trace,
         )
-        self.trace = layout.trace
         self._module_name = layout.module_name
         found, generation = self._import(layout)
-        loaded = adapters.finish(found, kind=self.of, described=self.describe(), where=self.where)
+        loaded = adapters.finish(
+            found,
+            kind=self.of,
+            described=self.describe(),
+            where=self.where,
+            attributes=self.attributes,
+        )
         self._generation, self._loaded = generation, loaded
         return loaded
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -24,41 +25,55 @@ class Layout(NamedTuple):
     Attributes:
         module_name: The name to import it by.
         directory: The package's directory.
-        trace: ``(variant, accepted, reason)``, best first; empty for a plain package.
         beside: What else could be imported from the same directory.
     """
 
     module_name: str
     directory: str
-    trace: list[tuple[str, bool, str]]
     beside: frozenset[str]
 
 
-def locate(repo: str, package: str, *, device: object, described: str, where: str | None) -> Layout:
+def locate(
+    repo: str,
+    package: str,
+    *,
+    device: object,
+    described: str,
+    where: str | None,
+    trace: list[tuple[str, bool, str]],
+) -> Layout:
     """Find ``package`` in ``repo``.
 
     A built variant goes before a plain package of that name (a repository that has both keeps
     the sources of its binaries there).
 
+    Args:
+        repo: The directory.
+        package: The package's name.
+        device: The device the kernel is registered for.
+        described: The source in words.
+        where: Where it was registered.
+        trace: Takes ``(variant, accepted, reason)`` of every build, best first; also when none fits.
+
     Raises:
         SourceError: There is no such directory, package, or variant that fits.
     """
     _check_directory(repo, package, described, where)
-    trace: list[tuple[str, bool, str]] = []
+    trace.clear()
     for base in (os.path.join(repo, "build"), repo):
         names = [name for name in _directories(base) if variants.is_variant(name)]
         if not names:
             continue
-        trace = variants.choose(names, device=device)
+        trace.extend(variants.choose(names, device=device))
         for name, accepted, _ in trace:
             if accepted:
-                return _built(os.path.join(base, name), package, trace, described, where)
+                return _built(os.path.join(base, name), package, described, where)
         break
     plain = _plain(repo, package)
     if plain is not None:
         if os.path.isfile(os.path.join(repo, "metadata.json")):
             _check_metadata(repo, described, where)
-        return plain._replace(trace=trace)
+        return plain
     if trace:
         raise SourceError(
             f"{described} has no variant for this machine",
@@ -67,7 +82,7 @@ def locate(repo: str, package: str, *, device: object, described: str, where: st
             expected=variants.wanted(device=device),
         )
     if os.path.isfile(os.path.join(repo, "metadata.json")):
-        return _built(repo, package, trace, described, where)
+        return _built(repo, package, described, where)
     there = sorted(_importable(repo))
     raise SourceError(
         f"no package {package!r} in {repo}",
@@ -139,16 +154,10 @@ def _plain(repo: str, package: str) -> Layout | None:
     else:
         return None
     name = packages.name_of(holder, package)
-    return Layout(name, os.path.realpath(directory), [], frozenset(_importable(holder)) - {package})
+    return Layout(name, os.path.realpath(directory), frozenset(_importable(holder)) - {package})
 
 
-def _built(
-    variant: str,
-    package: str,
-    trace: list[tuple[str, bool, str]],
-    described: str,
-    where: str | None,
-) -> Layout:
+def _built(variant: str, package: str, described: str, where: str | None) -> Layout:
     """The code of one variant, after its metadata was read and its dependencies were found."""
     python_name = _check_metadata(variant, described, where)
     if python_name is not None and python_name != package:
@@ -170,7 +179,7 @@ def _built(
             found=", ".join(sorted(os.listdir(variant))) or "an empty directory",
             expected=f"__init__.py or {package}/__init__.py in {variant}",
         )
-    return Layout(name, os.path.realpath(variant), trace, frozenset())
+    return Layout(name, os.path.realpath(variant), frozenset())
 
 
 def _check_metadata(variant: str, described: str, where: str | None) -> str | None:
@@ -202,7 +211,7 @@ def _check_metadata(variant: str, described: str, where: str | None) -> str | No
             where=where,
             found=f"python-depends = {depends} in {path}",
             expected=", ".join(absent),
-            fix=f"pip install {' '.join(absent)}",
+            fix=f"pip install {shlex.join(absent)}",
         )
     return name.replace("-", "_") if name else None
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import re
+from _collections_abc import Mapping  # typing's and collections' would be imported for this alone
 
 from twinkle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from twinkle.sources.base import Source
 
 __all__ = ["check_version", "from_spec"]
@@ -61,7 +60,12 @@ def from_spec(
 
         if implementation == "repo":
             return RepoSource(given["repo"], kind=kind, where=where)
-        return CodeSource(given[implementation], kind=kind, where=where)
+        return CodeSource(
+            given[implementation],
+            kind=kind,
+            attributes=_attributes(given, kind, where),
+            where=where,
+        )
     name = _text(given, _NAME[kind], where) or default_name.rpartition(".")[2]
     if implementation == "repo_id":
         return _hub(given, name, kind=kind, trust_remote_code=trust_remote_code, where=where)
@@ -75,7 +79,7 @@ def from_spec(
                 expected="package_name, the package in that directory",
                 fix='add package_name = "…"',
             )
-        _check_module(package, "package_name", where)
+        package, name = _parted(given, package, name, kind=kind, where=where)
         return _local(given, package, name, kind=kind, base_dir=base_dir, where=where)
     assert package is not None
     return _installed(given, package, name, kind=kind, where=where)
@@ -234,7 +238,6 @@ def _local(
         raise ConfigError(
             "malformed repo_path", where=where, found=repr(value), expected="the path of a directory"
         )
-    _check_module(name, _NAME[kind], where)
 
     from twinkle.sources.local import LocalSource
 
@@ -244,6 +247,7 @@ def _local(
         name,
         kind=kind,
         device=given.get("device"),
+        attributes=_attributes(given, kind, where),
         where=where,
     )
 
@@ -251,6 +255,19 @@ def _local(
 def _installed(
     given: Mapping[str, object], package: str, name: str, *, kind: str, where: str | None
 ) -> Source:
+    module, attribute = _parted(given, package, name, kind=kind, where=where)
+
+    from twinkle.sources.installed import InstalledSource
+
+    return InstalledSource(
+        module, attribute, kind=kind, attributes=_attributes(given, kind, where), where=where
+    )
+
+
+def _parted(
+    given: Mapping[str, object], package: str, name: str, *, kind: str, where: str | None
+) -> tuple[str, str]:
+    """``package:name`` says both; the name by itself stands in ``layer_name`` or ``func_name``."""
     module, colon, attribute = package.partition(":")
     named = _text(given, _NAME[kind], where)
     if colon and named is not None and named != attribute:
@@ -261,20 +278,25 @@ def _installed(
             expected="the name in one of them",
         )
     _check_module(module, "package_name", where)
-    attribute = attribute if colon else name
-    _check_module(attribute, "package_name" if colon else _NAME[kind], where)
-    attributes = given.get("attributes") or {}
-    if not isinstance(attributes, dict) or not all(isinstance(key, str) for key in attributes):
-        raise ConfigError(
-            "malformed attributes",
-            where=where,
-            found=repr(attributes),
-            expected='a table of names and values, such as { offset = 0.0, casting_mode = "llama" }',
-        )
+    name = attribute if colon else name
+    _check_module(name, "package_name" if colon else _NAME[kind], where)
+    return module, name
 
-    from twinkle.sources.installed import InstalledSource
 
-    return InstalledSource(module, attribute, kind=kind, attributes=attributes, where=where)
+def _attributes(given: Mapping[str, object], kind: str, where: str | None) -> dict[str, object]:
+    attributes = given.get("attributes")
+    if attributes is None or (kind == "layer" and _is_table(attributes)):
+        return dict(attributes or {})  # type: ignore[call-overload, no-any-return]
+    raise ConfigError(
+        "malformed attributes" if kind == "layer" else "attributes have no meaning for a function",
+        where=where,
+        found=repr(attributes),
+        expected='a table of names and values, such as { offset = 0.0, casting_mode = "llama" }',
+    )
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, Mapping) and all(isinstance(key, str) and key.isidentifier() for key in value)
 
 
 def _text(given: Mapping[str, object], key: str, where: str | None) -> str | None:

@@ -1,0 +1,173 @@
+"""Bindings that an installed package ships: entry points of the group ``twinkle.kernels``.
+
+An entry point names a TOML document in a package, or what gives the same document in Python::
+
+    [project.entry-points."twinkle.kernels"]
+    fast-norms = "fast_norms:twinkle.toml"     # a file beside fast_norms/__init__.py
+    fast-mlps = "fast_mlps.bindings:document"  # a dict, or a callable without arguments
+
+The document is that of ``register_kernels``. Nothing here is looked for unless somebody asks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from twinkle.errors import ConfigError, SourceError
+from twinkle.modes import suggest
+from twinkle.sources import lookup
+
+__all__ = ["GROUP", "Plugin", "PluginInfo", "available", "load"]
+
+GROUP = "twinkle.kernels"
+
+
+class PluginInfo(NamedTuple):
+    """An entry point, as the package's metadata has it; nothing of the package was imported.
+
+    Attributes:
+        name: What it is switched on by.
+        dist: The distribution that has it.
+        version: Of the distribution.
+        value: ``package:file.toml`` or ``module:name``.
+    """
+
+    name: str
+    dist: str
+    version: str
+    value: str
+
+    @property
+    def where(self) -> str:
+        """The plugin in words, for messages."""
+        return f"plugin {self.name} ({self.dist} {self.version}: {self.value})"
+
+
+class Plugin(NamedTuple):
+    """A loaded plugin.
+
+    Attributes:
+        document: What ``register_kernels`` takes.
+        base_dir: What a relative ``repo_path`` in it is relative to.
+        where: The file it came from, or the plugin in words.
+        info: Its entry point.
+    """
+
+    document: dict[str, Any]
+    base_dir: str
+    where: str
+    info: PluginInfo
+
+
+def available() -> list[PluginInfo]:
+    """The plugins of the installed distributions, by name; a damaged distribution is passed over."""
+    found = []
+    for distribution in importlib.metadata.distributions():
+        try:
+            for entry in distribution.entry_points:
+                if entry.group == GROUP:
+                    dist = distribution.metadata["Name"] or "unknown"
+                    found.append(PluginInfo(entry.name, dist, distribution.version or "?", entry.value))
+        except Exception:
+            continue
+    # The first of two installations of one distribution is the one that is imported.
+    unique = {(info.dist, info.name): info for info in reversed(found)}
+    return sorted(unique.values())
+
+
+def load(name: str) -> Plugin:
+    """The document of the plugin ``name``, or of ``distribution:name`` where several share a name.
+
+    Raises:
+        ConfigError: There is no such plugin, or more than one.
+        SourceError: It is there and cannot be loaded: the reason in words, with the cause.
+    """
+    dist, _, plain = name.rpartition(":")
+    there = available()
+    matching = [info for info in there if info.name == plain and (not dist or info.dist == dist)]
+    if not matching:
+        names = [info.name for info in there]
+        raise ConfigError(
+            f"no plugin {name!r} is installed",
+            found=", ".join(names) or "no plugin at all",
+            expected=f"a package with the entry point {plain!r} in the group {GROUP}",
+            fix=suggest(plain, names),
+        )
+    if len(matching) > 1:
+        raise ConfigError(
+            f"several packages have a plugin {name!r}",
+            found=", ".join(info.dist for info in matching),
+            expected="one of them",
+            fix=f"write {matching[0].dist}:{plain}",
+        )
+    info = matching[0]
+    module, _, attribute = info.value.partition(":")
+    module, attribute = module.strip(), attribute.partition("[")[0].strip()
+    if attribute.endswith(".toml"):
+        return _from_file(info, module, attribute)
+    return _from_code(info, module, attribute)
+
+
+def _from_file(info: PluginInfo, package: str, resource: str) -> Plugin:
+    directory = _directory_of(package)
+    path = os.path.join(directory, resource) if directory else resource
+    try:
+        if directory is None:
+            raise FileNotFoundError(f"no package {package!r}")
+        with open(path, "rb") as file:
+            document = _toml().load(file)
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"{info.where} cannot be read",
+            found=f"{type(error).__name__}: {error}",
+            expected=f"the TOML document {path}",
+            fix=f"reinstall {info.dist}, or switch the plugin off",
+        ) from error
+    return Plugin(document, os.path.dirname(os.path.abspath(path)), path, info)
+
+
+def _from_code(info: PluginInfo, module_name: str, attribute: str) -> Plugin:
+    try:
+        module = importlib.import_module(module_name)
+        found = lookup.find(module, attribute, homes=("",)) if attribute else lookup.MISSING
+        if callable(found):
+            found = found()
+    except (Exception, SystemExit) as error:
+        raise SourceError(
+            f"{info.where} raised",
+            found=lookup.failure(error),
+            fix=f"switch the plugin off, or another version of {info.dist}",
+        ) from error
+    if not isinstance(found, Mapping):
+        raise SourceError(
+            f"{info.where} gives no document",
+            found=f"no {attribute!r}" if found is lookup.MISSING else repr(found),
+            expected="a dict as register_kernels takes it, or a function that returns one",
+        )
+    file = getattr(module, "__file__", None)
+    base_dir = os.path.dirname(os.path.abspath(file)) if file else os.getcwd()
+    return Plugin(dict(found), base_dir, info.where, info)
+
+
+def _directory_of(package: str) -> str | None:
+    """The directory of a package, without running any of it."""
+    top, *inner = package.split(".")
+    spec = sys.modules[top].__spec__ if top in sys.modules else importlib.util.find_spec(top)
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        directory = os.path.join(place, *inner)
+        if os.path.isdir(directory):
+            return directory
+    return None
+
+
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib
