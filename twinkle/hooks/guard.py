@@ -58,8 +58,17 @@ def forget() -> None:
     _handlers.clear()
 
 
-def call(callback: Callable[..., object], *arguments: object, owner: str, subject: str) -> bool:
+def call(
+    callback: Callable[..., object], *arguments: object, owner: str, subject: str, strict: bool = False
+) -> bool:
     """Run a callback; an exception becomes a record, a call of the handlers and one warning.
+
+    Args:
+        callback: What to run.
+        arguments: What to give it.
+        owner: Who registered it, for the message.
+        subject: What it is called for, for the message.
+        strict: Let the exception through after it was recorded, instead of the warning.
 
     Returns:
         Whether it ran to its end.
@@ -74,6 +83,8 @@ def call(callback: Callable[..., object], *arguments: object, owner: str, subjec
                 handler(failure)
             except Exception as second:
                 _warn(f"the failure handler raised {type(second).__name__}: {second}")
+        if strict:
+            raise
         _warn(f"{failure}; the program goes on without it")
         return False
     return True

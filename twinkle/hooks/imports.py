@@ -31,13 +31,16 @@ class Watch:
     Attributes:
         name: A module's name, or a pattern: ``*`` is a part of a name, ``**`` may hold dots.
         owner: Who asks, in words, for messages.
+        strict: What the callback raises fails the import.
+        active: Not cancelled.
     """
 
-    __slots__ = ("_callback", "_regex", "_seen", "active", "name", "owner")
+    __slots__ = ("_callback", "_regex", "_seen", "active", "name", "owner", "strict")
 
-    def __init__(self, name: str, callback: Callable[[Any, str], object], owner: str) -> None:
+    def __init__(self, name: str, callback: Callable[[Any, str], object], owner: str, strict: bool) -> None:
         self.name = name
         self.owner = owner
+        self.strict = strict
         self.active = True
         self._callback = callback
         self._regex: Any = None
@@ -78,8 +81,9 @@ class Watch:
             return True
 
     def run(self, name: str, module: object) -> None:
-        """Call back; what the callback raises does not leave this method."""
-        guard.call(self._callback, module, name, owner=self.owner, subject=f"module {name}")
+        """Call back; unless strict, what the callback raises does not leave this method."""
+        subject = f"module {name}"
+        guard.call(self._callback, module, name, owner=self.owner, subject=subject, strict=self.strict)
 
     def __repr__(self) -> str:
         return f"<Watch {self.name} of {self.owner or 'unknown owner'}>"
@@ -142,7 +146,11 @@ def uninstall() -> None:
 
 
 def watch_module(
-    name_or_pattern: str, callback: Callable[[ModuleType, str], object], *, owner: str = ""
+    name_or_pattern: str,
+    callback: Callable[[ModuleType, str], object],
+    *,
+    owner: str = "",
+    strict: bool = False,
 ) -> Watch:
     """Call ``callback(module, name)`` whenever a module of that name has been executed.
 
@@ -159,8 +167,9 @@ def watch_module(
         name_or_pattern: ``*`` stands for characters other than a dot, ``**`` for any.
         callback: Called in the importing thread.
         owner: Who asks, for messages.
+        strict: Let what the callback raises fail the import instead.
     """
-    watch = Watch(name_or_pattern, callback, owner)
+    watch = Watch(name_or_pattern, callback, owner, strict)
     if is_pattern(name_or_pattern):
         import re  # noqa: F401  # now, so that the finder imports nothing
     with _table.lock:

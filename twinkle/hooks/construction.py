@@ -1,0 +1,320 @@
+"""Watch for models: a callback runs at the end of the construction of an instance.
+
+Every ``__init__`` in the family of a watched class is observed: those there are, and those of the
+classes that are defined later. The outermost one that runs for an instance ends its construction,
+so whatever a subclass does after ``super().__init__()`` is done by then.
+
+Neither torch nor transformers is imported by this module.
+"""
+
+from __future__ import annotations
+
+import operator
+from _thread import RLock, _local
+from types import FunctionType, MethodType
+
+from twinkle.hooks import guard
+from twinkle.hooks.finder import own_dict
+from twinkle.hooks.imports import watch_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from types import ModuleType
+    from typing import Any, TypeVar
+
+    from twinkle.hooks.imports import Watch
+
+    _F = TypeVar("_F", bound=Callable[..., Any])
+
+__all__ = ["ConstructionWatch", "watch_class", "watch_pretrained"]
+
+# The stacklevel of warnings skips frames whose file name holds "importlib" and "_bootstrap": a
+# constructor that warns its caller still points at its caller.
+_FILE = "<twinkle.hooks.construction, hidden as importlib._bootstrap is>"
+
+
+def _hidden(function: _F) -> _F:
+    function.__code__ = function.__code__.replace(co_filename=_FILE)
+    return function
+
+
+class ConstructionWatch:
+    """A callback and the family of classes it waits for.
+
+    Attributes:
+        owner: Who asks, in words, for messages.
+        outermost: Instances inside another one of the family do not count.
+        strict: What the callback raises leaves the constructor.
+    """
+
+    def __init__(
+        self, callback: Callable[[Any], object], *, owner: str, outermost: bool, strict: bool
+    ) -> None:
+        self.owner = owner
+        self.outermost = outermost
+        self.strict = strict
+        self._callback = callback
+        self._active = True
+        self._roots: list[type] = []
+        self._import: Watch | None = None
+
+    def cancel(self) -> None:
+        """Do not call back any more; the classes that no other watch needs get their own back."""
+        self._active = False
+        if self._import is not None:
+            self._import.cancel()
+        while self._roots:
+            _release(self._roots.pop(), self)
+
+    def observe(self, root: type) -> None:
+        """Call back for instances of ``root`` too."""
+        if self._active and root not in self._roots:
+            self._roots.append(root)
+            _observe(root, self)
+
+    def run(self, instance: object) -> None:
+        """Call back; unless strict, what the callback raises does not leave this method."""
+        kind = type(instance)
+        subject = f"{kind.__module__}:{kind.__qualname__}"
+        guard.call(self._callback, instance, owner=self.owner, subject=subject, strict=self.strict)
+
+
+def watch_class(
+    cls: type, callback: Callable[[Any], object], *, owner: str = "", strict: bool = False
+) -> ConstructionWatch:
+    """Call ``callback(instance)`` at the end of the construction of each instance of ``cls``.
+
+    Instances of subclasses count, and so do instances inside others. A subclass whose ``__init__``
+    is put there after the class statement (by a class decorator) is noticed at its first instance,
+    for which the callback runs at the end of the ``__init__`` that it inherits.
+
+    Args:
+        cls: Any class written in Python.
+        callback: Called in the constructing thread; constructions in it are not reported.
+        owner: Who asks, for messages.
+        strict: Let what the callback raises leave the constructor, instead of a warning.
+
+    Raises:
+        TypeError: ``cls`` is no class, or one whose attributes cannot be set.
+    """
+    if not isinstance(cls, type):
+        raise TypeError(f"expected a class, found {cls!r}")
+    watch = ConstructionWatch(callback, owner=owner, outermost=False, strict=strict)
+    watch.observe(cls)
+    return watch
+
+
+def watch_pretrained(
+    callback: Callable[[Any], object], *, owner: str = "", strict: bool = False
+) -> ConstructionWatch:
+    """Call ``callback(model)`` at the end of the construction of each transformers model.
+
+    The outermost ``PreTrainedModel`` counts, once, whichever way it is built; the models inside it
+    are reached through it. ``from_pretrained`` constructs first and loads the weights afterwards,
+    so the model may be on ``meta``. transformers is not imported: the watch begins when it is.
+
+    Args:
+        callback: Called in the constructing thread; constructions in it are not reported.
+        owner: Who asks, for messages.
+        strict: Let what the callback raises leave the constructor, instead of a warning.
+    """
+    watch = ConstructionWatch(callback, owner=owner, outermost=True, strict=strict)
+
+    def arrived(module: ModuleType, name: str) -> None:
+        watch.observe(own_dict(module)["PreTrainedModel"])
+
+    watch._import = watch_module("transformers.modeling_utils", arrived, owner=owner)
+    return watch
+
+
+class _Thread(_local):
+    """What a thread is constructing, and whether it is in a callback."""
+
+    def __init__(self) -> None:
+        self.building: dict[int, object] = {}
+        self.reporting = False
+
+
+_thread = _Thread()
+_lock = RLock()
+_watches: dict[type, tuple[ConstructionWatch, ...]] = {}
+
+
+class _Init:
+    """An ``__init__`` that is observed.
+
+    It is its original in all that can be read or set: signature, annotations with the globals they
+    refer to, source, documentation. There is no ``__wrapped__`` by which others could strip it,
+    and pickling it by value (as cloudpickle does with the classes of ``__main__``) pickles the
+    original.
+    """
+
+    __slots__ = ("function", "owner")
+
+    @_hidden
+    def __call__(self, instance: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        building = _thread.building
+        key = id(instance)
+        outermost = key not in building
+        if outermost:
+            building[key] = instance
+        try:
+            function = _function(self)
+            owner: Any = _owner(self)
+            if owner is not None:
+                result = super(owner, instance).__init__(*arguments, **keywords)
+            elif type(function) is FunctionType:
+                result = function(instance, *arguments, **keywords)
+            else:
+                result = function.__get__(instance, type(instance))(*arguments, **keywords)
+        except BaseException as error:
+            # A bare raise adds no frame: cutting ours here leaves none (from Python 3.11 on).
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
+        finally:
+            if outermost:
+                building.pop(key, None)
+        if outermost:
+            _constructed(instance, building)
+        return result
+
+    def __get__(self, instance: object, owner: type | None = None) -> Any:
+        return self if instance is None else MethodType(self, instance)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("__call__", "__get__", "__reduce_ex__"):
+            return object.__getattribute__(self, name)
+        return getattr(_function(self), name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(_function(self), name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(_function(self), name)
+
+    def __repr__(self) -> str:
+        return repr(_function(self))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.__qualname__  # by reference, like any function
+
+
+_function: Callable[[_Init], Any] = _Init.function.__get__  # type: ignore[attr-defined]
+_owner: Callable[[_Init], type | None] = _Init.owner.__get__  # type: ignore[attr-defined]
+
+
+def _observed(function: Any, owner: type | None) -> _Init:
+    """An observed ``__init__``; with an owner, that class had none and inherits ``function``."""
+    init = _Init()
+    _Init.function.__set__(init, function)  # type: ignore[attr-defined]
+    _Init.owner.__set__(init, owner)  # type: ignore[attr-defined]
+    return init
+
+
+class _InitSubclass:
+    """An ``__init_subclass__`` that also has the new class observed."""
+
+    __slots__ = ("original", "owner")
+
+    def __init__(self, owner: Any, original: Any) -> None:
+        self.owner = owner
+        self.original = original
+
+    def __get__(self, instance: object, cls: type | None = None) -> Any:
+        return MethodType(self, cls if cls is not None else type(instance))
+
+    @_hidden
+    def __call__(self, cls: type, /, **keywords: Any) -> None:
+        try:
+            if self.original is None:
+                super(self.owner, cls).__init_subclass__(**keywords)
+            else:
+                self.original.__get__(None, cls)(**keywords)
+        except BaseException as error:
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
+        _instrument(cls)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.original is None:
+            return getattr, (object, "__init_subclass__")
+        return operator.itemgetter(0), ((self.original,),)
+
+
+def _constructed(instance: object, building: dict[int, object]) -> None:
+    kind = type(instance)
+    if type(kind.__init__) is not _Init:
+        # An __init__ that was put there after the class statement ran around the observed one.
+        for cls in kind.__mro__:
+            if any(root in cls.__mro__ for root in _watches):
+                _instrument(cls)
+    if _thread.reporting:
+        return
+    _thread.reporting = True
+    try:
+        for root in kind.__mro__:
+            for watch in _watches.get(root, ()):
+                if watch.outermost and any(isinstance(other, root) for other in building.values()):
+                    continue
+                watch.run(instance)
+    finally:
+        _thread.reporting = False
+
+
+def _observe(root: type, watch: ConstructionWatch) -> None:
+    with _lock:
+        if root not in _watches:
+            if "__init__" not in root.__dict__:
+                type.__setattr__(root, "__init__", _observed(root.__init__, root))  # type: ignore[misc]
+            own = root.__dict__.get("__init_subclass__")
+            type.__setattr__(root, "__init_subclass__", _InitSubclass(root, own))
+            for cls in _family(root):
+                _instrument(cls)
+        _watches[root] = (*_watches.get(root, ()), watch)
+
+
+def _release(root: type, watch: ConstructionWatch) -> None:
+    with _lock:
+        left = tuple(one for one in _watches.get(root, ()) if one is not watch)
+        if left:
+            _watches[root] = left
+            return
+        _watches.pop(root, None)
+        hook = root.__dict__.get("__init_subclass__")
+        if type(hook) is _InitSubclass:
+            _put_back(root, "__init_subclass__", hook.original)
+        for cls in _family(root):
+            init = cls.__dict__.get("__init__")
+            if type(init) is _Init and not any(other in _watches for other in cls.__mro__):
+                _put_back(cls, "__init__", None if _owner(init) is not None else _function(init))
+
+
+def _put_back(cls: type, name: str, original: object) -> None:
+    if original is None:
+        type.__delattr__(cls, name)
+    else:
+        type.__setattr__(cls, name, original)
+
+
+def _instrument(cls: type) -> None:
+    """Have the ``__init__`` that the class itself defines observed."""
+    init = cls.__dict__.get("__init__")
+    if init is not None and type(init) is not _Init:
+        type.__setattr__(cls, "__init__", _observed(init, None))
+
+
+def _family(root: type) -> Iterator[type]:
+    """The class and every class derived from it, each once."""
+    seen = {root}
+    waiting = [root]
+    while waiting:
+        cls = waiting.pop()
+        yield cls
+        children: list[type] = type.__subclasses__(cls)
+        for child in children:
+            if child not in seen:
+                seen.add(child)
+                waiting.append(child)
