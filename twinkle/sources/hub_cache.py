@@ -3,7 +3,7 @@
 ``<cache>/kernels--publisher--name/``
     ``refs/<name>``                  the commit a branch or tag pointed at
     ``snapshots/<commit>/build/``    the variants
-    ``twinkle/<commit>/<variant>.json``  the files of a variant with their digests, written when all are there
+    ``twinkle/<commit>.json``        the builds of a commit and the digests of their files
     ``twinkle/publisher.json``       whether the publisher was trusted when the Hub was last asked
 ``<cache>/.locks/kernels--publisher--name/twinkle.lock``  held while a process downloads
 """
@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["HubFile", "RepoCache", "cache_root", "files_of", "sha256_of"]
 
-_BYTECODE = ("__pycache__",)
 _CHUNK = 1 << 20
+
+# Seconds to wait for another process to finish its download of the same repository.
+LOCK_PATIENCE = 1800.0
 
 
 class HubFile:
@@ -88,13 +90,16 @@ def _digest(path: Path, digest: Any) -> str:
 
 def files_of(variant_dir: Path) -> list[str]:
     """The files of a variant on disk, without bytecode, sorted."""
-    found = []
+    found: list[str] = []
     for folder, folders, names in os.walk(variant_dir):
-        folders[:] = [name for name in folders if name not in _BYTECODE]
-        for name in names:
-            if not name.endswith(".pyc"):
-                found.append((Path(folder) / name).relative_to(variant_dir).as_posix())
-    return sorted(found)
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        found.extend((Path(folder) / name).relative_to(variant_dir).as_posix() for name in names)
+    return sorted(path for path in found if not is_bytecode(path))
+
+
+def is_bytecode(path: str) -> bool:
+    """Whether a file is what Python compiled: it is never fetched, never locked and never read."""
+    return path.endswith(".pyc") or "__pycache__" in path.split("/")
 
 
 def cache_root() -> Path:
@@ -135,7 +140,7 @@ class RepoCache:
         return found
 
     def remember_ref(self, name: str, commit: str) -> None:
-        """Write ``refs/<name>``, so that the same request works offline; a read-only cache is left as it is."""
+        """Write ``refs/<name>`` for the same request offline; a read-only cache is left as it is."""
         path = self.folder / "refs" / name
         with contextlib.suppress(OSError):
             if not path.exists() or path.read_text().strip() != commit:
@@ -152,53 +157,61 @@ class RepoCache:
         except OSError:
             return []
 
-    def manifest(self, commit: str, variant: str) -> list[HubFile] | None:
-        """The files of a variant as the Hub listed them, or ``None`` when this was not recorded."""
-        document = _read_json(self._manifest_path(commit, variant))
-        if document is None:
-            return self._listed_by_client(commit, variant)
+    def listing(self, commit: str) -> dict[str, list[HubFile]] | None:
+        """The builds of a commit as the Hub listed them, or ``None`` when it was never asked."""
+        document = _read_json(self._listing_path(commit))
         try:
-            return [HubFile(path, **facts) for path, facts in sorted(document["files"].items())]
+            if document is not None:
+                return {
+                    variant: [HubFile(path, **facts) for path, facts in sorted(files.items())]
+                    for variant, files in document["variants"].items()
+                }
+            return self._listed_by_client(commit)
         except (KeyError, TypeError, AttributeError):
             return None
 
-    def _listed_by_client(self, commit: str, variant: str) -> list[HubFile] | None:
+    def _listed_by_client(self, commit: str) -> dict[str, list[HubFile]] | None:
         # Newer clients keep the repository's whole listing: it tells a torn download from a whole one.
         document = _read_json(self.folder / "trees" / f"{commit}.json")
-        prefix = f"build/{variant}/"
-        try:
-            files = (document or {})["files"]
-            listed = [
-                HubFile(
-                    path[len(prefix) :],
-                    size=facts["size"],
-                    sha256=facts.get("lfs_sha256"),
-                    blob=None if facts.get("lfs_sha256") else facts["blob_id"],
-                )
-                for path, facts in sorted(files.items())
-                if path.startswith(prefix) and not path.endswith(".pyc")
-            ]
-        except (KeyError, TypeError, AttributeError):
-            return None
-        return listed or None
+        listing: dict[str, list[HubFile]] = {}
+        for path, facts in sorted((document or {"files": {}})["files"].items()):
+            top, _, rest = path.partition("/")
+            variant, _, name = rest.partition("/")
+            if top == "build" and name and not is_bytecode(name):
+                sha256 = facts.get("lfs_sha256")
+                blob = None if sha256 else facts["blob_id"]
+                file = HubFile(name, size=facts["size"], sha256=sha256, blob=blob)
+                listing.setdefault(variant, []).append(file)
+        return listing or None
 
-    def write_manifest(self, commit: str, variant: str, files: list[HubFile]) -> None:
-        """Record the files of a variant; before the download, so that a torn one is known for what it is."""
-        document = {
-            "format": 1,
-            "files": {
+    def write_listing(self, commit: str, listing: Mapping[str, list[HubFile]]) -> None:
+        """Keep the builds of a commit; before a download, so that a torn one is known for what it is."""
+        variants = {
+            variant: {
                 file.path: {
                     key: value
                     for key, value in (("size", file.size), ("sha256", file.sha256), ("blob", file.blob))
                     if value is not None
                 }
                 for file in files
-            },
+            }
+            for variant, files in listing.items()
         }
-        write_atomically(self._manifest_path(commit, variant), json.dumps(document, indent=1, sort_keys=True))
+        document = {"format": 1, "variants": variants}
+        write_atomically(self._listing_path(commit), json.dumps(document, indent=1, sort_keys=True))
 
-    def _manifest_path(self, commit: str, variant: str) -> Path:
-        return self.folder / "twinkle" / commit / f"{variant}.json"
+    def _listing_path(self, commit: str) -> Path:
+        return self.folder / "twinkle" / f"{commit}.json"
+
+    def discard(self, commit: str, variant: str, files: list[HubFile]) -> None:
+        """Remove files that arrived damaged, with what they link to."""
+        for file in files:
+            path = self.variants_dir(commit) / variant / file.path
+            with contextlib.suppress(OSError):
+                target = path.resolve()
+                path.unlink()
+                if target != path and self.folder.resolve() in target.parents:
+                    target.unlink()
 
     def publisher_record(self) -> Mapping[str, Any]:
         """What the Hub last said of the publisher; empty when it was never asked."""
@@ -218,7 +231,7 @@ class RepoCache:
         from filelock import FileLock
 
         self._lock_path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(str(self._lock_path)):
+        with FileLock(str(self._lock_path), timeout=LOCK_PATIENCE):
             yield
 
 

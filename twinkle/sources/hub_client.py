@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import inspect
+import re
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from twinkle import __version__
 from twinkle.errors import SourceError
-from twinkle.sources.hub_cache import HubFile
-from twinkle.sources.hub_faults import Retry, explain
+from twinkle.sources.hub_cache import HubFile, is_bytecode
+from twinkle.sources.hub_faults import Retry, Unreachable, explain, status_of
 from twinkle.sources.hub_request import Ref
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["HubClient"]
+__all__ = ["HubClient", "forget"]
 
 _WORKERS = 4
 
 # How patiently the Hub is asked.
 RETRY = Retry()
+
+# Seconds in which a Hub that did not answer is not asked again: with twenty kernels of a model bound to
+# twenty repositories, a network that is down must not be waited for twenty times.
+SILENCE = 30.0
+_silent: dict[str, tuple[float, str]] = {}
 
 
 class HubClient:
@@ -46,7 +53,7 @@ class HubClient:
         """Branches, then tags."""
         document = self._get(f"/api/{repo_type}s/{repo_id}/refs", f"listing the versions of {repo_id}")
         return [
-            Ref(str(ref["name"]), str(ref["targetCommit"]))
+            Ref(str(ref["name"]), self._commit(ref["targetCommit"], repo_id))
             for kind in ("branches", "tags")
             for ref in document.get(kind, ())
         ]
@@ -54,7 +61,13 @@ class HubClient:
     def commit_of(self, repo_id: str, repo_type: str, revision: str) -> str:
         """The commit that a branch or tag points at."""
         path = f"/api/{repo_type}s/{repo_id}/revision/{quote(revision, safe='')}"
-        return str(self._get(path, f"resolving revision {revision} of {repo_id}")["sha"])
+        return self._commit(self._get(path, f"resolving revision {revision} of {repo_id}")["sha"], repo_id)
+
+    def _commit(self, value: object, repo_id: str) -> str:
+        # It becomes a part of a path.
+        if isinstance(value, str) and re.fullmatch("[0-9a-f]{40}", value):
+            return value
+        raise SourceError(f"the Hub gives no commit of {repo_id}", where=self.where, found=repr(value))
 
     def trusts(self, publisher: str) -> bool:
         """Whether the Hub lists the publisher as a trusted one; a user is not one."""
@@ -81,7 +94,7 @@ class HubClient:
                 if entry.get("type") != "file" or len(parts) < 3 or parts[0] != "build":
                     continue
                 name = "/".join(parts[2:])
-                if "__pycache__" in parts or name.endswith(".pyc"):
+                if is_bytecode(name):
                     continue
                 if any(part in ("", ".", "..") or "\\" in part for part in parts):
                     raise SourceError(
@@ -163,10 +176,21 @@ class HubClient:
             hf_raise_for_status(response)
             return response.json(), response.links.get("next", {}).get("url")
 
+        since, reason = _silent.get(self.endpoint, (0.0, ""))
+        if reason and time.monotonic() - since < SILENCE:
+            raise Unreachable(f"the Hub did not answer a moment ago: {what}", where=self.where, found=reason)
         try:
             return self.retry(get)
         except Exception as error:
-            raise explain(error, what, self.where) from error
+            failure = explain(error, what, self.where)
+            if isinstance(failure, Unreachable) and status_of(error) is None:
+                _silent[self.endpoint] = time.monotonic(), failure.found or failure.what
+            raise failure from error
+
+
+def forget() -> None:
+    """Ask again, even if the Hub did not answer a moment ago."""
+    _silent.clear()
 
 
 def _bar(total: int, description: str) -> Any:

@@ -23,7 +23,7 @@ _NETWORK = frozenset(
 )
 _TIMEOUTS = frozenset(("TimeoutException", "Timeout", "TimeoutError"))
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 class Unreachable(SourceError):
@@ -68,8 +68,8 @@ class Retry:
                 time.sleep(wait)
 
     def wait(self, attempt: int, error: BaseException | None = None) -> float:
-        """Seconds to wait after failed attempt number ``attempt``; a ``Retry-After`` is heeded up to the cap."""
-        wait = min(self.cap, self.base * 2 ** (attempt - 1)) * (0.5 + random.random() / 2)
+        """Seconds to wait after failed attempt number ``attempt``; ``Retry-After`` counts up to the cap."""
+        wait: float = min(self.cap, self.base * 2 ** (attempt - 1)) * (0.5 + random.random() / 2)
         asked = _retry_after(error)
         return wait if asked is None else min(self.cap, max(wait, asked))
 
@@ -155,7 +155,7 @@ def explain(error: BaseException, what: str, where: str | None) -> SourceError:
             f"the disk is full: {what}",
             where=where,
             found=_line(error),
-            fix="free space, or point HF_HUB_CACHE or KERNELS_CACHE at a larger disk; the download then resumes",
+            fix="free space, or point HF_HUB_CACHE or KERNELS_CACHE at a larger disk; then load again",
         )
     status = status_of(error)
     if status is not None:
@@ -191,7 +191,7 @@ def explain(error: BaseException, what: str, where: str | None) -> SourceError:
             f"the cache cannot be written: {what}",
             where=where,
             found=_line(error),
-            fix="make the cache writable, point HF_HUB_CACHE or KERNELS_CACHE elsewhere, or fill it beforehand",
+            fix="make it writable, point HF_HUB_CACHE or KERNELS_CACHE elsewhere, or fill it beforehand",
         )
     return SourceError(f"failed: {what}", where=where, found=_line(error))
 

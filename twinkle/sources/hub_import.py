@@ -21,12 +21,13 @@ if TYPE_CHECKING:
 
 __all__ = ["forget", "import_variant"]
 
-_lock = threading.RLock()
+_guard = threading.Lock()
+_locks: dict[str, threading.RLock] = {}
 _modules: dict[str, ModuleType] = {}
 
 
 class _SourceOnly(SourceFileLoader):
-    """Runs the source that was verified: no bytecode beside it is read, and none is written into the cache."""
+    """Runs the source that was verified: bytecode beside it is not read, and none is written there."""
 
     def path_stats(self, path: Any) -> Any:
         raise OSError("bytecode is not used")
@@ -60,7 +61,9 @@ def import_variant(
         SourceError: It raises on import.
     """
     key = str(variant_dir)
-    with _lock:
+    with _guard:
+        lock = _locks.setdefault(key, threading.RLock())
+    with lock:
         module = _modules.get(key) or _loaded_by_kernels(variant_dir)
         if module is None:
             module = _execute(variant_dir, dependencies, what, where)
@@ -70,8 +73,7 @@ def import_variant(
 
 def forget() -> None:
     """Forget what was imported; the modules themselves stay where they are."""
-    with _lock:
-        _modules.clear()
+    _modules.clear()
 
 
 def _execute(

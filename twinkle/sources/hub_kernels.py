@@ -60,7 +60,9 @@ class KernelsPackage:
             )
         # Before 0.14 kernels were repositories of the type "model".
         release = tuple(int(part) for part in re.findall(r"\d+", self.version)[:2])
-        self.repo_types = ("model", "kernel") if release < (0, 14) else ("kernel",)
+        self.repo_types: tuple[str, ...] = ("model", "kernel") if release < (0, 14) else ("kernel",)
+        if not hasattr(importlib.import_module("huggingface_hub.constants"), "REPO_TYPE_KERNEL"):
+            self.repo_types = ("model",)
 
     def choose(self, names: Iterable[str]) -> tuple[str | None, dict[str, str]]:
         """The build variant for this machine, and why each of the others is not it.

@@ -21,12 +21,13 @@ __all__ = ["forget", "load_kernel", "resolve_tree"]
 
 _guard = threading.Lock()
 _repo_locks: dict[str, threading.RLock] = {}
+# By what was asked, and by what was allowed: a request that names no trust is not served by one that does.
+_loaded: dict[tuple[object, ...], tuple[Resolved, ModuleType]] = {}
 
 
 def forget() -> None:
     """Resolve every request anew."""
-    with _guard:
-        _repo_locks.clear()
+    _loaded.clear()
 
 
 def resolve_tree(
@@ -63,13 +64,16 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
     """
     with _guard:
         repo_lock = _repo_locks.setdefault(request.repo_id, threading.RLock())
+    key = (request.repo_id, request.key, trust.everything, trust.repos, lock.path if lock else None)
     with repo_lock:
-        modules: dict[str, ModuleType] = {}
-        for needed, resolved in resolve_tree(request, trust, lock):
-            modules[needed.repo_id] = import_variant(
-                resolved.variant_dir,
-                dependencies=dict(modules),
-                what=f"{needed} ({resolved.variant_dir.name})",
-                where=needed.where,
-            )
-        return resolved, modules[request.repo_id]
+        if key not in _loaded:
+            modules: dict[str, ModuleType] = {}
+            for needed, resolved in resolve_tree(request, trust, lock):
+                modules[needed.repo_id] = import_variant(
+                    resolved.variant_dir,
+                    dependencies=dict(modules),
+                    what=f"{needed} ({resolved.variant_dir.name})",
+                    where=needed.where,
+                )
+            _loaded[key] = resolved, modules[request.repo_id]
+        return _loaded[key]

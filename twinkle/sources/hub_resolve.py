@@ -8,19 +8,29 @@ from typing import TYPE_CHECKING
 
 from twinkle.errors import SourceError
 from twinkle.sources import trust as trusting
-from twinkle.sources.hub_cache import HubFile, RepoCache, cache_root, files_of, sha256_of
+from twinkle.sources.hub_cache import HubFile, RepoCache, cache_root, files_of
 from twinkle.sources.hub_client import HubClient
 from twinkle.sources.hub_faults import Unreachable, explain
 from twinkle.sources.hub_kernels import kernels_package
+from twinkle.sources.hub_signature import signature_note
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from twinkle.sources.hub_request import HubRequest, Ref
     from twinkle.sources.lock import Lock, LockedKernel
     from twinkle.sources.trust import Trust
 
-__all__ = ["Resolved", "resolve"]
+__all__ = [
+    "Resolved",
+    "commit_on_hub",
+    "download",
+    "fetch",
+    "locked_problems",
+    "no_variant",
+    "offline",
+    "resolve",
+]
 
 
 class Resolved:
@@ -116,30 +126,27 @@ def local_override(request: HubRequest) -> Resolved | None:
         reasons.update({n: r for n, r in rejected.items() if n.startswith(("torch", "tvm"))})
     else:
         if not (path / "metadata.json").is_file():
-            raise _no_variant(request, str(path), reasons)
+            raise no_variant(request, str(path), reasons)
         resolved = Resolved(path, None, "local", None)
     resolved.notes.append(f"taken from {path}, which LOCAL_KERNELS names, whatever the version")
     return resolved
 
 
 def _from_hub(request: HubRequest, caches: list[RepoCache], client: HubClient) -> Resolved:
-    cache, commit, version = _commit_on_hub(request, caches, client)
+    cache, commit, version = commit_on_hub(request, caches, client)
     kernels = kernels_package(request.where)
-    variant, _ = kernels.choose(cache.variants(commit))
-    files = cache.manifest(commit, variant) if variant else None
-    listing: dict[str, list[HubFile]] | None = None
-    if files is None:
-        # Not fetched before, or by somebody who kept no listing: ask for all builds, and choose among them.
+    listing = cache.listing(commit)
+    if listing is None:
         listing = client.variants(request.repo_id, cache.repo_type, commit)
-        variant, reasons = kernels.choose(listing)
-        if variant is None:
-            raise _no_variant(request, f"{request.repo_id} at {commit[:12]}", reasons)
-        files = listing[variant]
-    assert variant is not None
-    fetch(request, cache, commit, variant, files, client)
+    variant, reasons = kernels.choose(listing)
+    if variant is None:
+        raise no_variant(request, f"{request.repo_id} at {commit[:12]}", reasons)
+    note = fetch(request, cache, commit, variant, listing, client)
     if version is not None:
         cache.remember_ref(version, commit)
     resolved = Resolved(cache.variants_dir(commit) / variant, commit, cache.repo_type, version)
+    if note is not None:
+        resolved.notes.append(note)
     if request.newest:
         resolved.notes.append(_newest_note(request, version, commit))
     return resolved
@@ -152,9 +159,14 @@ def _newest_note(request: HubRequest, version: str | None, commit: str) -> str:
     )
 
 
-def _commit_on_hub(
+def commit_on_hub(
     request: HubRequest, caches: list[RepoCache], client: HubClient
 ) -> tuple[RepoCache, str, str | None]:
+    """The repository's place in the cache, the commit that is meant, and its branch or tag.
+
+    Raises:
+        SourceError: The Hub cannot be reached, or has no such repository, version or revision.
+    """
     failure: SourceError | None = None
     for cache in caches:
         try:
@@ -201,10 +213,10 @@ def _from_cache(
             continue
         variant, reasons = kernels.choose(names)
         if variant is None:
-            refusal = _no_variant(request, f"the cache at {commit[:12]}", reasons)
+            refusal = no_variant(request, f"the cache at {commit[:12]}", reasons)
             continue
         variant_dir = cache.variants_dir(commit) / variant
-        problems = problems_of(variant_dir, cache.manifest(commit, variant))
+        problems = problems_of(variant_dir, (cache.listing(commit) or {}).get(variant))
         if problems:
             refusal = SourceError(
                 f"{request} is damaged in the cache, and nothing of it was loaded",
@@ -249,7 +261,7 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
     kernels = kernels_package(request.where)
     variant, reasons = kernels.choose(locked.variants)
     if variant is None:
-        raise _no_variant(
+        raise no_variant(
             request,
             lock_path,
             reasons,
@@ -258,6 +270,7 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
     cache = RepoCache(cache_root(), request.repo_id, locked.repo_type)
     variant_dir = cache.variants_dir(locked.commit) / variant
     files = [HubFile(path, sha256=digest) for path, digest in sorted(locked.variants[variant].items())]
+    note = None
     problems = locked_problems(variant_dir, files)
     if problems and all(problem.endswith(": missing") for problem in problems):
         if offline():
@@ -267,7 +280,7 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
                 found="HF_HUB_OFFLINE is set; " + "; ".join(problems[:3]),
                 fix="run `twinkle download` where there is a network",
             )
-        _download(request, cache, locked.commit, variant, files, HubClient(request.where))
+        note = download(request, cache, locked.commit, variant, files, HubClient(request.where))
         problems = locked_problems(variant_dir, files)
     if problems:
         raise SourceError(
@@ -275,10 +288,12 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
             where=request.where,
             found="; ".join(problems[:3]),
             expected=f"the digests of {lock_path}",
-            fix=f"find out who changed it; delete {cache.folder} to fetch it again, or lock anew with `twinkle lock`",
+            fix=f"find out who changed it, then delete {cache.folder} to fetch it again",
         )
     resolved = Resolved(variant_dir, locked.commit, locked.repo_type, locked.requested)
     resolved.notes.append(f"locked at {locked.commit[:12]} by {lock_path}, and its digests are right")
+    if note is not None:
+        resolved.notes.append(note)
     return resolved
 
 
@@ -290,7 +305,7 @@ def locked_problems(variant_dir: Path, files: list[HubFile]) -> list[str]:
 
 
 def problems_of(variant_dir: Path, files: list[HubFile] | None) -> list[str]:
-    """In what a variant on disk differs from its listing; without a listing, what it cannot be loaded without."""
+    """In what a variant on disk differs from its listing; without a listing, that it is empty."""
     if files is not None:
         return [problem for file in files if (problem := file.problem(variant_dir))]
     if not files_of(variant_dir):
@@ -303,61 +318,82 @@ def fetch(
     cache: RepoCache,
     commit: str,
     variant: str,
-    files: list[HubFile],
+    listing: Mapping[str, list[HubFile]],
     client: HubClient,
-) -> None:
+) -> str | None:
     """Have all files of a variant in the cache, each as the Hub listed it, fetched by one process at a time.
+
+    Returns:
+        What was found of its signature, when it was fetched just now.
 
     Raises:
         SourceError: They cannot be had, or arrive damaged twice.
     """
-    variant_dir = cache.variants_dir(commit) / variant
-    if not problems_of(variant_dir, files):
-        return
-    _download(request, cache, commit, variant, files, client)
-    problems = problems_of(variant_dir, files)
-    if problems:
-        raise SourceError(
-            f"{request} arrived damaged, and nothing of it was loaded",
-            where=request.where,
-            found="; ".join(problems[:3]),
-            expected=f"the files as the Hub lists them at {commit[:12]}",
-            fix="try again; if it stays so, look for a proxy that changes downloads",
-        )
+    if not problems_of(cache.variants_dir(commit) / variant, listing[variant]):
+        return None
+    return download(request, cache, commit, variant, listing[variant], client, listing)
 
 
-def _download(
+def download(
     request: HubRequest,
     cache: RepoCache,
     commit: str,
     variant: str,
     files: list[HubFile],
     client: HubClient,
-) -> None:
+    listing: Mapping[str, list[HubFile]] | None = None,
+) -> str | None:
+    """Fetch those of ``files`` that are missing or wrong, check them, and the signature if there is one.
+
+    Raises:
+        SourceError: They cannot be had, or arrive damaged twice.
+    """
+    from filelock import Timeout
+
     variant_dir = cache.variants_dir(commit) / variant
     try:
         with cache.locked():
-            cache.write_manifest(commit, variant, files)
+            if listing is not None:
+                cache.write_listing(commit, listing)
             for force in (False, True):
                 # Another process may have brought them while this one waited for the lock.
                 bad = [file for file in files if file.problem(variant_dir)]
                 if not bad:
-                    return
+                    break
                 client.download(
                     request.repo_id, cache.repo_type, commit, variant, bad, cache_dir=cache.root, force=force
                 )
+            bad = [file for file in files if file.problem(variant_dir)]
+            if bad:
+                problems = [str(file.problem(variant_dir)) for file in bad]
+                cache.discard(commit, variant, bad)
+                raise SourceError(
+                    f"{request} arrived damaged, and nothing of it was loaded",
+                    where=request.where,
+                    found="; ".join(problems[:3]),
+                    expected=f"the files as they are at {commit[:12]}",
+                    fix="try again; if it stays so, look for a proxy that changes downloads",
+                )
+            try:
+                return signature_note(variant_dir, request)
+            except SourceError:
+                cache.discard(commit, variant, files)
+                raise
+    except Timeout as error:
+        raise SourceError(
+            f"{request} is being downloaded by another process",
+            where=request.where,
+            found=f"{error.lock_file} was held for too long",
+            fix="end the process that holds it, and load again",
+        ) from error
     except OSError as error:
         raise explain(error, f"downloading {request}", request.where) from error
 
 
-def digests(variant_dir: Path) -> dict[str, str]:
-    """The SHA-256 of every file of a variant, as a lock records it."""
-    return {path: sha256_of(variant_dir / path) for path in files_of(variant_dir)}
-
-
-def _no_variant(
+def no_variant(
     request: HubRequest, place: str, reasons: dict[str, str], *, fix: str | None = None
 ) -> SourceError:
+    """The error for builds of which none fits, with the reason for each."""
     listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
     return SourceError(
         f"{request} has no build for this machine",

@@ -1,4 +1,4 @@
-"""``twinkle.lock``: the commit and the SHA-256 of every file of the kernels that a configuration takes from the Hub.
+"""``twinkle.lock``: commits and digests of the kernels that a configuration takes from the Hub.
 
 JSON, two spaces deep, sorted, one entry a request::
 
@@ -25,7 +25,7 @@ import contextlib
 import json
 import os
 
-from twinkle.errors import ConfigError, SourceError
+from twinkle.errors import SourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -205,27 +205,20 @@ def in_force(directory: str | None) -> Lock | None:
     path = _given or beside(directory)
     if path is None:
         return None
+    from twinkle.sources.permissions import writable_by_others
+
     try:
         facts = os.stat(path)
     except OSError as error:
         raise SourceError(
             "the lock cannot be read", where=path, found=str(error), fix="write it again with `twinkle lock`"
         ) from error
+    reason = writable_by_others(path)
+    if reason is not None:
+        raise SourceError(
+            "a lock that others can write is not used", where=path, found=reason, fix=f"chmod go-w {path}"
+        )
     key = (os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
     if key not in _read:
         _read[key] = Lock.read(path)
     return _read[key]
-
-
-def requested(key: str, *, where: str) -> dict[str, str]:
-    """The keys of a registration that ``requested`` of an entry stands for.
-
-    Raises:
-        ConfigError: It stands for none.
-    """
-    kind, _, value = key.partition(":")
-    if key == "newest":
-        return {}
-    if kind in ("version", "revision") and value:
-        return {kind: value}
-    raise ConfigError("malformed request in a lock", where=where, found=repr(key))

@@ -50,7 +50,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(file_download, "time", impatient)
     monkeypatch.setattr(hub_client, "RETRY", hub_client.Retry(base=0.01, cap=0.02))
     modules = set(sys.modules)
-    forget = (trust.forget, hub_load.forget, hub_import.forget)
+    forget = (trust.forget, hub_client.forget, hub_load.forget, hub_import.forget)
     for each in forget:
         each()
     yield root
@@ -83,11 +83,11 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def go() -> None:
         from huggingface_hub import constants
 
-        from twinkle.sources import hub_import, hub_load, trust
+        from twinkle.sources import hub_client, hub_import, hub_load, trust
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        for module in (trust, hub_load, hub_import):
+        for module in (trust, hub_client, hub_load, hub_import):
             module.forget()
 
     return go

@@ -1,0 +1,112 @@
+"""``twinkle lock``: pin the Hub kernels of a configuration to commits and digests."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from twinkle.sources.hub import HubSource
+    from twinkle.sources.lock import Lock
+
+__all__ = ["hub_sources", "main", "parser"]
+
+_EPILOG = """\
+examples:
+  twinkle lock twinkle.toml                    write twinkle.lock beside it
+  twinkle lock --all-variants twinkle.toml     for other machines as well
+  twinkle lock --check twinkle.toml            for CI: is it up to date? nothing is written
+  twinkle download twinkle.toml                fetch what is locked, for machines without a network
+
+The exit code is 0, 1 when --check finds the lock out of date, 2 when something is wrong.
+With a lock beside its configuration a Hub kernel is loaded only as it was locked.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of ``twinkle lock``."""
+    options = argparse.ArgumentParser(
+        prog="twinkle lock",
+        description="Pin the Hub kernels of a configuration to commits and digests.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    options.add_argument("config", nargs="*", metavar="FILE", help="a twinkle.toml; the later one wins")
+    options.add_argument("--lock", metavar="FILE", help="the lock, in place of the one beside each file")
+    options.add_argument("--check", action="store_true", help="write nothing; exit 1 when it is out of date")
+    options.add_argument(
+        "--variant", action="append", default=[], metavar="NAME", help="lock this build as well; repeatable"
+    )
+    options.add_argument("--all-variants", action="store_true", help="lock the builds of all machines")
+    return options
+
+
+def hub_sources(paths: Sequence[str]) -> list[HubSource]:
+    """The Hub sources of configuration files and of the variables.
+
+    Raises:
+        ConfigError: The configuration cannot be right.
+    """
+    from twinkle import config
+    from twinkle.sources.hub import HubSource
+
+    settings = config.load(paths, os.environ, cwd=os.getcwd())
+    layers, _, functions = settings.records()
+    sources = [*(kernel.source for kernel in layers), *(kernel.source for kernel in functions)]
+    return [source for source in sources if isinstance(source, HubSource)]
+
+
+def main(words: Sequence[str]) -> int:
+    """Write or check the locks of a configuration.
+
+    Raises:
+        TwinkleError: The configuration is wrong, or a kernel cannot be locked.
+    """
+    from twinkle.sources.hub_lock import by_lock, make_lock
+    from twinkle.sources.lock import Lock
+
+    options = parser().parse_args(words)
+    sources = hub_sources(options.config)
+    if not sources:
+        print("twinkle: the configuration takes no kernel from the Hub: there is nothing to lock")
+        return 0
+    outdated = 0
+    for path, group in by_lock(sources, options.lock).items():
+        before = Lock.read(path) if os.path.lexists(path) else None
+        lock = make_lock(
+            path, group, before=before, variants=options.variant, all_variants=options.all_variants
+        )
+        changes = differences(before, lock)
+        if options.check:
+            outdated += bool(changes)
+            stream = sys.stderr if changes else sys.stdout
+            print(f"twinkle: {path} is {'out of date' if changes else 'up to date'}", file=stream)
+        else:
+            lock.write()
+            print(f"twinkle: {path} locks {len(lock.kernels)} kernel{'s' * (len(lock.kernels) != 1)}")
+        for change in changes:
+            print(f"  {change}", file=sys.stderr if options.check else sys.stdout)
+    return 1 if outdated else 0
+
+
+def differences(before: Lock | None, after: Lock) -> list[str]:
+    """What changed between two locks, a line each."""
+    known = before.kernels if before is not None else {}
+    lines = []
+    for key in sorted({*known, *after.kernels}):
+        name = f"{key[0]} {key[1]}"
+        old, new = known.get(key), after.kernels.get(key)
+        if new is None:
+            lines.append(f"- {name}: no longer asked for")
+        elif old is None:
+            lines.append(f"+ {name}: {new.commit[:12]}, {', '.join(sorted(new.variants))}")
+        elif old.commit != new.commit:
+            lines.append(f"~ {name}: {old.commit[:12]} is now {new.commit[:12]}")
+        elif old.document() != new.document():
+            added = sorted(set(new.variants) - set(old.variants))
+            lines.append(f"~ {name}: {', '.join(added) if added else 'digests'} added")
+    return lines
