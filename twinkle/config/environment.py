@@ -124,7 +124,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
 
 
 def _error(variable: str, what: str, found: str, expected: str, fix: str) -> ConfigError:
-    if fix.startswith("write ") and " = " in fix:  # advice for a file
+    if fix.startswith(("write ", "choose ")):  # advice for a file
         fix = f"set {variable} to such a value, or unset it"
     return ConfigError(
         f"{variable}: {what}",

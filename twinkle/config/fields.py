@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 VERIFY = ("auto", "off", "first-use", "always")
+_VENDORS = {"gpu": "cuda", "nvidia": "cuda", "hip": "rocm", "amd": "rocm", "metal": "mps", "ascend": "npu"}
 LOG_LEVELS = ("off", "warning", "info", "debug")
 
 
@@ -139,8 +140,10 @@ def _device(value: object, objects: bool) -> object:
     try:
         return parse_device(value)
     except ConfigError as error:
+        meant = _VENDORS.get(value.lower()) if isinstance(value, str) else None
+        fix = f"did you mean {meant!r}?" if meant else error.fix
         raise WrongError(
-            error.what, error.expected or "", error.fix or "choose one of them, or leave the key out for any"
+            error.what, error.expected or "", fix or "choose one of them, or leave the key out for any"
         ) from None
 
 

@@ -7,6 +7,7 @@ at once, at the line of its key.
 from __future__ import annotations
 
 from twinkle.config.fields import shown
+from twinkle.config.locations import printable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -122,5 +123,5 @@ def check_source(
 
 def keys_of(given: Mapping[Any, object]) -> str:
     """The keys of a spec, for a message."""
-    names = [str(key)[:40] for key in list(given)[:8]]
+    names = [printable(str(key)[:40]) for key in list(given)[:8]]
     return f"the keys {', '.join(names)}" if names else "no keys"
