@@ -1,0 +1,230 @@
+"""Kernels on their way into a target: loaded and checked once for all threads, at first use."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import traceback
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from twinkle.errors import TwinkleError, TwinkleWarning
+from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
+
+if TYPE_CHECKING:
+    from twinkle.modes import Mode
+    from twinkle.records import Binding, FunctionKernel, LayerKernel
+    from twinkle.swap.dispatch import Dispatch
+
+__all__ = ["Candidate", "FunctionCandidate", "explain"]
+
+_UNLOADED: Any = object()
+
+
+class _Candidate:
+    """What layer and function candidates share: one load, one verdict, one warning.
+
+    Two candidates are the same when kernel and binding are the same objects, so that asking for a
+    swap again is recognised.
+
+    Attributes:
+        kernel: The registration.
+        binding: Its record in the report.
+        strict: Raise what goes wrong instead of going on with the original.
+        dead: Why it is out of the running, or ``None``.
+    """
+
+    def __init__(
+        self, kernel: LayerKernel | FunctionKernel, binding: Binding, *, strict: bool = False
+    ) -> None:
+        self.kernel = kernel
+        self.binding = binding
+        self.strict = strict
+        self.dead: str | None = None
+        self.device: str | None = kernel.device
+        self.mode: Mode | None = kernel.mode
+        self._loaded: Any = _UNLOADED
+        self._lock = threading.RLock()
+        self._loading = False
+        self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Candidate) and other.kernel is self.kernel and other.binding is self.binding
+        )
+
+    def __hash__(self) -> int:
+        return hash((id(self.kernel), id(self.binding)))
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.binding.kernel} [{self.binding.device}/{self.binding.mode}]>"
+
+    @property
+    def loaded(self) -> bool:
+        """Whether its source has been asked yet."""
+        return self._loaded is not _UNLOADED
+
+    def used_by(self, dispatch: Dispatch) -> None:
+        """Remember who has to be told when it retires."""
+        self._users.add(dispatch)
+
+    def load(self) -> Any:
+        """What the source gives, or ``None`` when it failed (or is loading further up the stack)."""
+        if self._loaded is not _UNLOADED:
+            return self._loaded
+        with self._lock:
+            if self._loaded is not _UNLOADED:
+                return self._loaded
+            if self._loading or self.dead is not None:
+                return None
+            self._loading = True
+            try:
+                started = time.perf_counter()
+                with _plain_torch():
+                    loaded = self.kernel.source.load()
+                self.binding.load_seconds = time.perf_counter() - started
+            except (Exception, SystemExit) as error:
+                # A module that calls sys.exit() when imported must not end the program.
+                self.fail(error)
+                return None
+            finally:
+                self._loading = False
+            self._loaded = loaded
+            return loaded
+
+    def fail(self, error: BaseException) -> None:
+        """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
+        self.retire("failed", explain(error))
+        if self.strict:
+            raise error
+
+    def retire(self, state: str, reason: str) -> None:
+        """Take it out everywhere: the originals (or the next candidate) run from the next call on."""
+        with self._lock:
+            if self.dead is not None:
+                return
+            self.dead = reason
+        self.binding.set(state, reason)
+        for dispatch in list(self._users):
+            dispatch.rebuild()
+        if not self.strict:
+            _warn(f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r} {state}: {reason}")
+
+    def waits(self) -> None:
+        """It is in place and not loaded yet."""
+        if self.dead is None and self.binding.state != "active":
+            where = f" on a {self.device} tensor" if self.device else ""
+            self.binding.set("pending", f"in place; loads at the first forward{where}")
+
+    def succeeded(self) -> None:
+        """It is in place, loaded and fits."""
+        if self.dead is None and self.binding.state != "active":
+            self.binding.set("active")
+
+
+class Candidate(_Candidate):
+    """A layer kernel bound to a target class."""
+
+    kernel: LayerKernel
+
+    def __init__(self, kernel: LayerKernel, binding: Binding, *, strict: bool = False) -> None:
+        super().__init__(kernel, binding, strict=strict)
+        self._fits: weakref.WeakKeyDictionary[type, LayerFit] = weakref.WeakKeyDictionary()
+
+    def fit(self, target_class: type[nn.Module], instances: Sequence[nn.Module] = ()) -> LayerFit | None:
+        """The kernel as it fits ``target_class``, loaded and checked at most once; ``None`` if it does not.
+
+        Raises:
+            TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
+        """
+        if self.dead is not None:
+            return None
+        known = self._fits.get(target_class)
+        if known is not None:
+            return known
+        loaded = self.load()
+        if loaded is None:
+            return None
+        with self._lock:
+            if self.dead is None and target_class not in self._fits:
+                try:
+                    fit = read_layer(loaded, target_class, attributes=self.kernel.attributes)
+                    settle_on(fit, target_class, instances)
+                    self._fits[target_class] = fit
+                except Exception as error:
+                    self.fail(error)
+            return self._fits.get(target_class)
+
+    def known_fit(self, target_class: type[nn.Module]) -> LayerFit | None:
+        """The answer of :meth:`fit` if it was asked before; loads nothing."""
+        return self._fits.get(target_class)
+
+
+class FunctionCandidate(_Candidate):
+    """A function kernel bound to a function."""
+
+    kernel: FunctionKernel
+
+    def __init__(self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False) -> None:
+        super().__init__(kernel, binding, strict=strict)
+        self._function: Callable[..., Any] | None = None
+
+    @property
+    def flags_of(self) -> Any:
+        """What the source gave: it may say ``can_torch_compile`` and ``has_backward``."""
+        return self._loaded
+
+    def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The kernel as a function in place of ``original``, loaded and checked once; ``None`` if unfit.
+
+        Raises:
+            TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
+        """
+        if self.dead is not None:
+            return None
+        if self._function is not None:
+            return self._function
+        loaded = self.load()
+        if loaded is None:
+            return None
+        with self._lock:
+            if self.dead is None and self._function is None:
+                try:
+                    check_function(loaded, original)
+                    self._function = loaded() if isinstance(loaded, type) else loaded
+                except Exception as error:
+                    self.fail(error)
+            return self._function
+
+
+def explain(error: BaseException) -> str:
+    """An exception in one line, with the place it came from."""
+    if isinstance(error, TwinkleError):
+        return error.reason
+    text = str(error).strip().splitlines()
+    reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
+    if frames:
+        reason += f" ({frames[-1].filename}:{frames[-1].lineno})"
+    return reason
+
+
+def _warn(message: str) -> None:
+    # Under `python -W error` a warning is an exception, and it would end a program that is well.
+    with contextlib.suppress(TwinkleWarning):
+        warnings.warn(message, TwinkleWarning, stacklevel=2)
+
+
+@contextlib.contextmanager
+def _plain_torch() -> Iterator[None]:
+    """Import a kernel as at the top of a program: its constants must not become inference or fake tensors."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
+        yield

@@ -1,0 +1,552 @@
+"""The function that stands in a target's place: it picks the kernel for the moment, or the original.
+
+It is generated: arguments go through by name (no ``*args``), and only the questions are asked on
+which the answer depends. The generated code is replaced in place (``__code__``), so that whoever took the function
+(a wrapper, a bound method) has the newest, and what ``torch.compile`` guards on stays.
+"""
+
+from __future__ import annotations
+
+import inspect
+import linecache
+import threading
+from collections.abc import Callable, Iterator
+from inspect import Parameter
+from itertools import count
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from twinkle.devices import torch_type
+from twinkle.modes import rank
+from twinkle.proof.signatures import signature_of
+from twinkle.swap.candidate import explain
+
+if TYPE_CHECKING:
+    from twinkle.swap.candidate import _Candidate
+
+__all__ = ["Dispatch", "Entry", "Moment", "first_tensor"]
+
+# `x.is_cuda` takes a sixth of the time of `x.device.type`.
+_QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
+_numbers = count(1)
+
+
+class Moment:
+    """When a call happens: on which device, in training, under a compiler, with gradients recorded."""
+
+    __slots__ = ("compiling", "device", "grad", "training")
+
+    def __init__(self, device: str | None, *, training: bool, compiling: bool, grad: bool) -> None:
+        self.device = device
+        self.training = training
+        self.compiling = compiling
+        self.grad = grad
+
+
+class Entry:
+    """One candidate in one place.
+
+    Attributes:
+        state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
+        function: What to call, once loaded.
+    """
+
+    __slots__ = ("can_torch_compile", "candidate", "device", "function", "has_backward", "index", "mode", "same_signature", "state")
+
+    def __init__(self, candidate: _Candidate, index: int) -> None:
+        self.candidate = candidate
+        self.index = index
+        self.mode = candidate.mode
+        self.device = torch_type(candidate.device) if candidate.device else None
+        self.state = "new"
+        self.function: Callable[..., Any] | None = None
+        self.can_torch_compile: bool | None = None
+        self.has_backward: bool | None = None
+        self.same_signature = False
+
+    def suits(self, moment: Moment) -> tuple[int, int, int] | None:
+        """How well it suits the moment: smaller first, ``None`` never."""
+        if self.candidate.dead is not None or self.device not in (None, moment.device):
+            return None
+        if self.has_backward is False and moment.grad:
+            return None
+        place = rank(
+            self.mode,
+            training=moment.training,
+            compiling=moment.compiling,
+            can_torch_compile=self.can_torch_compile,
+        )
+        return None if place is None else (self.device is None, place, self.index)
+
+
+class Dispatch:
+    """A generated function and the candidates it chooses from.
+
+    Subclasses say where the mode is read (``training_text``) and how an entry becomes a function
+    (:meth:`prepare`).
+
+    Args:
+        original: What runs when no candidate suits.
+        candidates: In order of registration.
+        training: A fixed answer to "in training?", or ``None`` to look each time.
+        compiling: Take every call for one under a compiler.
+        skip: Leading arguments that never tell the device (``self``).
+    """
+
+    training_text = "False"
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        candidates: tuple[_Candidate, ...],
+        *,
+        training: bool | None = None,
+        compiling: bool = False,
+        skip: int = 0,
+    ) -> None:
+        self.original = original
+        self.fixed_training = training
+        self.fixed_compiling = compiling
+        self.lock = threading.RLock()
+        self.entries = [
+            Entry(candidate, index)
+            for index, candidate in enumerate(candidates)
+            if _fits_this_build(candidate.device)
+        ]
+        self._call = _CallForm(original, skip)
+        # No `__name__` in these globals: dynamo would look the constants up in the module of that
+        # name instead of here.
+        self.names: dict[str, Any] = {
+            "_tw_original": original,
+            "_tw_pending": self.first_call,
+            "_tw_where": _where,
+            "_tw_compiling": torch.compiler.is_compiling,
+            "_tw_grad": torch.is_grad_enabled,
+            "_tw_load": _constant(self._load_for_trace),
+        }
+        self._text = ""
+        self._traced_texts: dict[str, str] = {}
+        self.function = self._new_function()
+        for candidate in candidates:
+            candidate.used_by(self)
+        self.rebuild()
+
+    # What subclasses answer.
+
+    def prepare(self, entry: Entry, args: tuple[Any, ...]) -> bool:
+        """Load an entry and fill in its function; false when it is out (for this call at least)."""
+        raise NotImplementedError
+
+    def is_training(self, args: tuple[Any, ...]) -> bool:
+        """Whether the call counts as one in training."""
+        raise NotImplementedError
+
+    def rebuilt(self, only: Entry | None) -> None:
+        """Called after the code changed; ``only`` is the one entry that takes every call."""
+
+    # The choice.
+
+    def choose(self, moment: Moment) -> Entry | None:
+        """The best entry for a moment, or ``None`` for the original."""
+        best: tuple[tuple[int, int, int], Entry] | None = None
+        for entry in self.entries:
+            place = entry.suits(moment)
+            if place is not None and (best is None or place < best[0]):
+                best = (place, entry)
+        return best[1] if best else None
+
+    def load(self, moment: Moment, args: tuple[Any, ...]) -> Entry | None:
+        """The entry for a moment, loaded and checked; the next best where one drops out."""
+        while True:
+            entry = self.choose(moment)
+            if entry is None or entry.state != "new":
+                return entry
+            if not self.prepare(entry, args) and entry.candidate.dead is None:
+                return None
+            # Only now is it known what it says of itself, so choose again.
+
+    # Calls that find their entry unproven.
+
+    def first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call whose entry has not run before, and fall back on the original if it raises."""
+        if self._call.look_for(args, kwargs):
+            self.rebuild()
+        values = (*args, *kwargs.values())
+        moment = Moment(
+            _device_of(values),
+            training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
+            compiling=self.fixed_compiling or torch.compiler.is_compiling(),
+            grad=torch.is_grad_enabled(),
+        )
+        if moment.device == "meta":
+            # Shapes are being worked out: no reason to load anything.
+            return self.original(*args, **kwargs)
+        entry = self.load(moment, args)
+        if entry is None or entry.function is None:
+            self.rebuild()
+            return self.original(*args, **kwargs)
+        if entry.state == "live":
+            self.rebuild()
+            return entry.function(*args, **kwargs)
+        try:
+            result = entry.function(*args, **kwargs)
+        except Exception as error:
+            if entry.candidate.strict or _out_of_memory(error):
+                raise
+            failure = error
+        else:
+            entry.state = "live"
+            entry.candidate.succeeded()
+            self.rebuild()
+            return result
+        # Outside the handler: what the original raises is the program's own affair.
+        result = self.original(*args, **kwargs)
+        entry.candidate.retire("quarantined", f"raised at its first call: {explain(failure)}")
+        return result
+
+    def _load_for_trace(self, name: str, device: str | None, training: bool, grad: bool) -> int:
+        """Run by the compiler while it traces: load the kernel, and put it where the trace goes next."""
+        moment = Moment(device, training=training, compiling=True, grad=grad)
+        entry = self.load(moment, self.trace_arguments())
+        traced = self.names[f"_tw_traced_{name}"]
+        function = self.original if entry is None or entry.function is None else entry.function
+        unproven = entry is not None and entry.state != "live"
+        traced.__globals__["_tw_kernel"] = function
+        traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
+        text = self._traced_text(unproven)
+        if text != self._traced_texts.get(name):
+            _set_code(traced, text, f"{self._title()} under a compiler")
+            self._traced_texts[name] = text
+        return 0
+
+    def trace_arguments(self) -> tuple[Any, ...]:
+        """What :meth:`prepare` gets when there is no call at hand."""
+        return ()
+
+    def _blame(self, index: int) -> int:
+        for entry in self.entries:
+            if entry.index == index:
+                entry.candidate.retire("quarantined", "raised while torch.compile traced it")
+        return 0
+
+    # The code.
+
+    def rebuild(self) -> None:
+        """Write the function anew if what it has to ask has changed."""
+        with self.lock:
+            for entry in self.entries:
+                if entry.function is not None:
+                    self.names[f"_tw_k{entry.index}"] = entry.function
+            tree = self._tree()
+            body = list(self._lines(tree, "    ", {}))
+            probe = list(self._probe()) if isinstance(tree, _Split) and self._asks(tree, "device") else []
+            text = "\n".join([self._call.head("forward"), *probe, *body, ""])
+            if text != self._text:
+                _set_code(self.function, text, self._title())
+                self._text = text
+        only = tree if isinstance(tree, Entry) and tree.state == "live" else None
+        self.rebuilt(only)
+
+    @property
+    def text(self) -> str:
+        """The source of the function as it stands."""
+        return self._text
+
+    def _title(self) -> str:
+        return getattr(self.original, "__qualname__", "function")
+
+    def _new_function(self) -> FunctionType:
+        _execute(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
+        function = self.names.pop("forward")
+        assert isinstance(function, FunctionType)
+        self._call.dress(function, self.original)
+        return function
+
+    def _devices(self) -> list[str]:
+        alive = (e.device for e in self.entries if e.candidate.dead is None)
+        return sorted({d for d in alive if d is not None}, reverse=True)
+
+    def _tree(self) -> _Split | Entry | None:
+        alive = [e for e in self.entries if e.candidate.dead is None]
+        questions = [("device", (*self._devices(), None))]
+        if any(e.has_backward is False for e in alive):
+            questions.append(("grad", (True, False)))
+        questions.append(("training", (True, False) if self.fixed_training is None else (self.fixed_training,)))
+        questions.append(("compiling", (True,) if self.fixed_compiling else (True, False)))
+        return self._grow(questions, {"device": None, "grad": False})
+
+    def _grow(self, questions: list[Any], answers: dict[str, Any]) -> _Split | Entry | None:
+        if not questions:
+            return self.choose(Moment(**answers))
+        (name, values), rest = questions[0], questions[1:]
+        branches = [(value, self._grow(rest, {**answers, name: value})) for value in values]
+        if all(_same(branch, branches[0][1]) for _, branch in branches):
+            return branches[0][1]
+        return _Split(name, branches)
+
+    def _asks(self, tree: _Split | Entry | None, name: str) -> bool:
+        if not isinstance(tree, _Split):
+            return False
+        return tree.name == name or any(self._asks(branch, name) for _, branch in tree.branches)
+
+    def _probe(self) -> Iterator[str]:
+        """Which device, as a number: 1 for the first that kernels are for, 0 for any other."""
+        devices = self._devices()
+        values = self._call.values()
+        slow = f"_tw_where({tuple(devices)!r}, {values})"
+        argument = self._call.probe
+        if argument is None or any(d not in _QUICK for d in devices):
+            yield f"    _tw_device = {slow}"
+            return
+        quick = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1)) + " else 0"
+        yield "    try:"
+        yield f"        _tw_device = {quick}"
+        yield "    except AttributeError:"
+        yield f"        _tw_device = {slow}"
+
+    def _lines(self, tree: _Split | Entry | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        if isinstance(tree, _Split):
+            *first, last = tree.branches
+            for value, branch in first:
+                yield f"{pad}if {self._question(tree.name, value)}:"
+                yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
+            yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
+        elif tree is None:
+            yield f"{pad}return _tw_original({self._call.arguments})"
+        elif tree.state == "live":
+            yield f"{pad}return _tw_k{tree.index}({self._call.arguments})"
+        elif known.get("compiling") is True and not self.fixed_compiling:
+            yield from self._traced_lines(pad, known)
+        elif known.get("compiling") is False:
+            yield f"{pad}return _tw_pending({self._call.packed})"
+        else:
+            yield f"{pad}if _tw_compiling():"
+            yield from self._traced_lines(pad + "    ", known)
+            yield f"{pad}return _tw_pending({self._call.packed})"
+
+    def _question(self, name: str, value: Any) -> str:
+        if name == "device":
+            return f"_tw_device == {self._devices().index(value) + 1}" if value else "True"
+        return {"grad": "_tw_grad()", "training": self.training_text, "compiling": "_tw_compiling()"}[name]
+
+    def _traced_lines(self, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        letters = [str(known.get("device") or "any")] + [
+            {None: "x", True: "1", False: "0"}[known.get(n)] for n in ("training", "grad")
+        ]
+        name = "_".join(letters)
+        variable = f"_tw_traced_{name}"
+        if variable not in self.names:
+            scope: dict[str, Any] = {
+                "_tw_original": self.original,
+                "_tw_kernel": self.original,
+                "_tw_entry": -1,
+                "_tw_blame": _constant(self._blame),
+            }
+            _execute(self._traced_text(False), self._title(), scope)
+            self.names[variable] = scope.pop("forward")
+            self._call.dress(self.names[variable], self.original)
+        training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
+        # The kernel is loaded between the two lines: the trace meets it in the second.
+        yield f"{pad}_tw_load({name!r}, {known.get('device')!r}, {training}, _tw_grad())"
+        yield f"{pad}return {variable}({self._call.arguments})"
+
+    def _traced_text(self, unproven: bool) -> str:
+        call = f"return _tw_kernel({self._call.arguments})"
+        lines = [self._call.head("forward")]
+        if unproven:
+            lines += ["    try:", f"        {call}", "    except Exception:", "        _tw_blame(_tw_entry)"]
+            lines += [f"    return _tw_original({self._call.arguments})", ""]
+        else:
+            lines += [f"    {call}", ""]
+        return "\n".join(lines)
+
+
+class _Split:
+    """A question with a branch an answer."""
+
+    __slots__ = ("branches", "name")
+
+    def __init__(self, name: str, branches: list[tuple[Any, _Split | Entry | None]]) -> None:
+        self.name = name
+        self.branches = branches
+
+
+def _same(a: _Split | Entry | None, b: _Split | Entry | None) -> bool:
+    if isinstance(a, _Split) and isinstance(b, _Split):
+        return a.name == b.name and all(
+            x[0] == y[0] and _same(x[1], y[1]) for x, y in zip(a.branches, b.branches, strict=True)
+        )
+    return a is b
+
+
+class _CallForm:
+    """How the arguments of a function are taken and handed on, as text."""
+
+    def __init__(self, function: Callable[..., Any], skip: int) -> None:
+        try:
+            signature: inspect.Signature | None = inspect.signature(function, follow_wrapped=False)
+        except (TypeError, ValueError):
+            signature = None
+        if isinstance(function, FunctionType):
+            # What the code really takes, whatever `__signature__` says.
+            shown = function.__dict__.get("__signature__")
+            if shown is not None:
+                bare = FunctionType(function.__code__, {}, "f", function.__defaults__, function.__closure__)
+                bare.__kwdefaults__ = function.__kwdefaults__
+                signature = inspect.signature(bare)
+        if signature is None or any(not n.isidentifier() for n in signature.parameters):
+            self.parameters = [
+                Parameter("args", Parameter.VAR_POSITIONAL),
+                Parameter("kwargs", Parameter.VAR_KEYWORD),
+            ]
+        else:
+            self.parameters = list(signature.parameters.values())
+        self.signature = signature
+        self.skip = skip
+        handed, packed, named = [], [], []
+        for p in self.parameters:
+            if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
+                handed.append(p.name)
+                packed.append(p.name)
+            elif p.kind is Parameter.VAR_POSITIONAL:
+                handed.append(f"*{p.name}")
+                packed.append(f"*{p.name}")
+            elif p.kind is Parameter.KEYWORD_ONLY:
+                handed.append(f"{p.name}={p.name}")
+                named.append(f"{p.name!r}: {p.name}")
+            else:
+                handed.append(f"**{p.name}")
+                named.append(f"**{p.name}")
+        self.arguments = ", ".join(handed)
+        self.packed = f"({''.join(f'{p}, ' for p in packed)}), {{{', '.join(named)}}}"
+        self._names = [p.name for p in self.parameters if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+        self.probe: str | None = next(iter(self._names[skip:]), None)
+        self._settled = False
+
+    def head(self, name: str) -> str:
+        """The ``def`` line; defaults are set on the function, where they are the original's own objects."""
+        parts, star = [], False
+        for index, p in enumerate(self.parameters):
+            if p.kind is Parameter.KEYWORD_ONLY and not star:
+                parts.append("*")
+                star = True
+            parts.append({Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name)
+            star = star or p.kind is Parameter.VAR_POSITIONAL
+            after = self.parameters[index + 1].kind if index + 1 < len(self.parameters) else None
+            if p.kind is Parameter.POSITIONAL_ONLY and after is not Parameter.POSITIONAL_ONLY:
+                parts.append("/")
+        return f"def {name}({', '.join(parts)}):"
+
+    def values(self) -> str:
+        """A tuple of everything that may hold the first tensor."""
+        parts = []
+        for p in self.parameters:
+            if p.kind is Parameter.VAR_POSITIONAL:
+                parts.append(f"*{p.name}")
+            elif p.kind is Parameter.VAR_KEYWORD:
+                parts.append(f"*{p.name}.values()")
+            else:
+                parts.append(p.name)
+        return f"({''.join(f'{part}, ' for part in parts)})"
+
+    def look_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Settle on the argument that holds the first tensor, from a call that has one; true if it changed."""
+        if self._settled:
+            return False
+        given = dict(zip(self._names, args, strict=False))
+        given.update({n: v for n, v in kwargs.items() if n in self._names})
+        for name in self._names[self.skip :]:
+            if isinstance(given.get(name), torch.Tensor):
+                changed, self.probe, self._settled = self.probe != name, name, True
+                return changed
+        return False
+
+    def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
+        """Make a generated function look like the original; no ``__wrapped__``, or others strip it."""
+        if isinstance(original, FunctionType):
+            function.__defaults__ = original.__defaults__
+            function.__kwdefaults__ = original.__kwdefaults__
+        else:
+            self._set_defaults(function)
+        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
+            value = getattr(original, name, None)
+            if isinstance(value, str) or name == "__doc__":
+                setattr(function, name, value)
+        function.__annotations__ = dict(getattr(original, "__annotations__", None) or {})
+        extra = {k: v for k, v in getattr(original, "__dict__", {}).items() if k != "__wrapped__"}
+        if isinstance(original, FunctionType):
+            function.__dict__.update(extra)
+        shown = signature_of(original)
+        if shown is not None:
+            function.__signature__ = shown  # type: ignore[attr-defined]
+
+    def _set_defaults(self, function: FunctionType) -> None:
+        given = [p for p in self.parameters if p.default is not Parameter.empty]
+        positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
+        function.__defaults__ = tuple(p.default for p in given if p.kind in positional) or None
+        function.__kwdefaults__ = {p.name: p.default for p in given if p.kind is Parameter.KEYWORD_ONLY} or None
+
+
+def first_tensor(values: Any, depth: int = 2) -> torch.Tensor | None:
+    """The first tensor among values and in the lists, tuples and dicts among them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            return value
+        if depth and isinstance(value, (list, tuple, dict)):
+            found = first_tensor(value.values() if isinstance(value, dict) else value, depth - 1)
+            if found is not None:
+                return found
+    return None
+
+
+def _device_of(values: tuple[Any, ...]) -> str | None:
+    tensor = first_tensor(values)
+    if tensor is not None:
+        return tensor.device.type
+    for value in values[:1]:
+        if isinstance(value, torch.nn.Module):
+            for parameter in value.parameters():
+                return parameter.device.type
+    return None
+
+
+def _where(devices: tuple[str, ...], values: tuple[Any, ...]) -> int:
+    device = _device_of(values)
+    return devices.index(device) + 1 if device in devices else 0
+
+
+def _fits_this_build(device: str | None) -> bool:
+    """CUDA and ROCm tensors both say ``cuda``: the build tells them apart."""
+    if device in ("cuda", "rocm") and (torch.version.cuda or torch.version.hip):
+        return (device == "rocm") == bool(torch.version.hip)
+    return True
+
+
+def _constant(function: Callable[..., int]) -> Callable[..., int]:
+    """A function the compiler runs while it traces, and takes the result for a constant."""
+
+    def run(*args: Any) -> int:
+        return function(*args)
+
+    marked: Callable[..., int] = torch.compiler.assume_constant_result(run)
+    return marked
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # The kernel is not to blame, and the original, which mostly needs more, would only fail too.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+
+
+def _execute(text: str, title: str, scope: dict[str, Any]) -> None:
+    filename = f"<twinkle {title} #{next(_numbers)}>"
+    # Tracebacks and inspect.getsource find the text here.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), scope)
+
+
+def _set_code(function: FunctionType, text: str, title: str) -> None:
+    scope: dict[str, Any] = {}
+    _execute(text, title, scope)
+    function.__code__ = scope["forward"].__code__

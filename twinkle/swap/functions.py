@@ -1,0 +1,237 @@
+"""Put function kernels in the place of module functions and methods, and take them out again."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable
+from types import FunctionType, ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from twinkle.errors import KernelError
+from twinkle.proof.fit import check_function
+from twinkle.swap.candidate import FunctionCandidate
+from twinkle.swap.dispatch import Dispatch, Entry
+
+__all__ = ["Placement", "adapt", "dispatcher", "find", "put", "take_out"]
+
+_MISSING: Any = object()
+
+
+class Placement:
+    """An implementation in the place of a function.
+
+    Attributes:
+        owner: The module or class that holds it.
+        name: The attribute.
+        target: ``module:name``, dotted for a method.
+        original: The function that stood there.
+        placed: What stands there now, as it stands in the owner.
+    """
+
+    def __init__(self, owner: Any, name: str, target: str, original: Any, before: Any, placed: Any) -> None:
+        self.owner = owner
+        self.name = name
+        self.target = target
+        self.original = original
+        self.placed = placed
+        self.active = True
+        self._before = before
+
+    @property
+    def displaced(self) -> bool:
+        """Whether someone else has replaced it since."""
+        return self.active and _standing(self.owner, self.name) is not self.placed
+
+    @property
+    def implementation(self) -> Any:
+        """What a caller gets at the place: the function that runs now."""
+        return getattr(self.placed, "__func__", self.placed)
+
+    def __repr__(self) -> str:
+        state = "displaced" if self.displaced else "active" if self.active else "reverted"
+        return f"<Placement {self.target} {state}>"
+
+
+def find(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
+    """Look a function up.
+
+    Returns:
+        The module or class that is to hold a replacement, the attribute's name, and the attribute as it
+        stands (a ``staticmethod`` is not unwrapped).
+
+    Raises:
+        KernelError: There is no such attribute, or it is nothing that can be called.
+    """
+    owner: Any = module
+    *path, name = dotted_name.split(".")
+    where = f"{module.__name__}:{dotted_name}"
+    for step in path:
+        owner = getattr(owner, step, _MISSING)
+        if owner is _MISSING:
+            raise KernelError(f"{where} does not exist", found=f"no {step!r}", fix=_near(module, step))
+    raw = _MISSING
+    if isinstance(owner, type):
+        raw = inspect.getattr_static(owner, name, _MISSING)
+    if raw is _MISSING:
+        # A lazy module makes the attribute only when it is asked for.
+        raw = getattr(owner, name, _MISSING)
+    if raw is _MISSING:
+        raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_near(owner, name))
+    inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+    if not callable(inner):
+        raise KernelError(f"{where} is no function", found=type(raw).__name__, expected="a function or a method")
+    return owner, name, raw
+
+
+def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: bool = True) -> Placement:
+    """Replace a function of a module, or with a dotted name a method of a class.
+
+    Args:
+        module: Where callers look the function up.
+        dotted_name: ``function``, ``Class.method``; static and class methods stay what they are.
+        implementation: A callable, or an ``nn.Module`` class of which one instance is made. It is put in
+            place as it is wherever that behaves as the original does.
+        check: Compare the signatures first.
+
+    Raises:
+        KernelError: There is no such function, or the implementation does not fit it.
+    """
+    owner, name, raw = find(module, dotted_name)
+    inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+    if check:
+        check_function(implementation, inner)
+    plain = isinstance(owner, type) and not isinstance(raw, staticmethod)
+    function = adapt(implementation, inner, method=plain)
+    placed = type(raw)(function) if isinstance(raw, (staticmethod, classmethod)) else function
+    before = vars(owner).get(name, _MISSING) if hasattr(owner, "__dict__") else raw
+    setattr(owner, name, placed)
+    return Placement(owner, name, f"{module.__name__}:{dotted_name}", inner, before, placed)
+
+
+def take_out(placement: Placement) -> bool:
+    """Restore what stood there; false when someone else has replaced it since (theirs stays)."""
+    if not placement.active or placement.displaced:
+        return False
+    if placement._before is _MISSING:
+        # It was inherited, or made by the module's own __getattr__.
+        delattr(placement.owner, placement.name)
+    else:
+        setattr(placement.owner, placement.name, placement._before)
+    placement.active = False
+    return True
+
+
+def adapt(implementation: Any, original: Callable[..., Any], *, method: bool = False) -> Callable[..., Any]:
+    """An implementation as something that can stand where ``original`` stands.
+
+    Args:
+        implementation: A callable or an ``nn.Module`` class.
+        original: What it replaces.
+        method: It has to bind ``self`` when it is looked up on an instance.
+    """
+    if isinstance(implementation, type) and issubclass(implementation, nn.Module):
+        try:
+            implementation = implementation()
+        except Exception as error:
+            raise KernelError(
+                f"kernel {implementation.__qualname__} cannot be made: {type(error).__name__}: {error}",
+                expected="an nn.Module class whose instance needs no arguments",
+            ) from error
+    if isinstance(implementation, nn.Module) or (method and not isinstance(implementation, FunctionType)):
+        return _Forward(original, implementation).function
+    made: Callable[..., Any] = implementation
+    return made
+
+
+def dispatcher(
+    original: Callable[..., Any],
+    candidates: Iterable[FunctionCandidate],
+    *,
+    training: bool | None = None,
+    compiling: bool = False,
+) -> FunctionType:
+    """A function that runs the kernel for the moment: the first tensor's device, gradients or not, a compiler.
+
+    It looks like the original (name, module, signature) and costs a few hundred nanoseconds at most. Kernels
+    are loaded at the first call that wants them; one that raises then is turned off and the original runs.
+
+    Args:
+        original: What runs when no candidate suits.
+        candidates: In order of registration.
+        training: A fixed answer to "are gradients recorded?"; looked up at each call by default.
+        compiling: Take every call for one under a compiler.
+    """
+    made = FunctionDispatch(original, tuple(candidates), training=training, compiling=compiling)
+    return made.function
+
+
+class FunctionDispatch(Dispatch):
+    """The choice behind a dispatcher."""
+
+    training_text = "_tw_grad()"
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        candidates: tuple[FunctionCandidate, ...],
+        *,
+        training: bool | None = None,
+        compiling: bool = False,
+    ) -> None:
+        super().__init__(
+            original, candidates, training=training, compiling=compiling, skip=_self_arguments(original)
+        )
+        # The dispatch lives as long as its function.
+        self.names["_tw_dispatch"] = self
+
+    def prepare(self, entry: Entry, args: tuple[Any, ...]) -> bool:
+        """Load a kernel and check its signature."""
+        candidate = entry.candidate
+        assert isinstance(candidate, FunctionCandidate)
+        function = candidate.function(self.original)
+        if function is None:
+            return False
+        with self.lock:
+            if entry.state == "new":
+                entry.can_torch_compile = _flag(candidate.flags_of, "can_torch_compile")
+                entry.has_backward = _flag(candidate.flags_of, "has_backward")
+                entry.function = adapt(function, self.original)
+                entry.state = "ready"
+        candidate.succeeded()
+        return True
+
+    def is_training(self, args: tuple[Any, ...]) -> bool:
+        """Gradients are recorded."""
+        return torch.is_grad_enabled()
+
+
+class _Forward(Dispatch):
+    """A plain function that hands its arguments to a callable which is none."""
+
+    def __init__(self, original: Callable[..., Any], callee: Callable[..., Any]) -> None:
+        super().__init__(original, ())
+        self.names["_tw_original"] = callee
+
+
+def _self_arguments(function: Callable[..., Any]) -> int:
+    code = getattr(function, "__code__", None)
+    first = code.co_varnames[:1] if code is not None and code.co_argcount else ()
+    return 1 if first and first[0] in ("self", "cls") else 0
+
+
+def _flag(thing: Any, name: str) -> bool | None:
+    value = getattr(thing, name, None)
+    return value if isinstance(value, bool) else None
+
+
+def _standing(owner: Any, name: str) -> Any:
+    return vars(owner).get(name, _MISSING) if hasattr(owner, "__dict__") else getattr(owner, name, _MISSING)
+
+
+def _near(owner: Any, name: str) -> str | None:
+    from twinkle.modes import suggest
+
+    return suggest(name, [known for known in dir(owner) if not known.startswith("_")])

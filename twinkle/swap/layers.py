@@ -1,0 +1,252 @@
+"""Swap modules: put kernels in the place of their ``forward``, and take them out again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.errors import KernelError
+from twinkle.swap import instance
+from twinkle.swap.candidate import Candidate
+from twinkle.swap.dispatch import Moment
+from twinkle.swap.generated import LayerDispatch, Pin, class_for, core_of, original_of
+
+if TYPE_CHECKING:
+    from twinkle.modes import Mode
+
+__all__ = [
+    "Plan",
+    "candidates_of",
+    "is_swapped",
+    "matches",
+    "original_class",
+    "plan",
+    "resolve_now",
+    "swap_in",
+    "swap_out",
+]
+
+
+class Plan:
+    """A swap that can be made; nothing has been touched yet.
+
+    Attributes:
+        module: The module it is about.
+        changes: False when the module already is as it would be.
+    """
+
+    def __init__(self, module: nn.Module, dispatch: LayerDispatch) -> None:
+        self.module = module
+        self._dispatch = dispatch
+        self.changes = _dispatch_of(module) is not dispatch
+
+    def resolve(self, *, device: str | None = None, training: bool | None = None) -> str | None:
+        """Load the kernels now that the module would run, ahead of the first forward.
+
+        Args:
+            device: What ``tensor.device.type`` will say; by default that of the module.
+            training: By default what the module says.
+
+        Returns:
+            Why nothing is left to swap, or ``None``.
+
+        Raises:
+            TwinkleError: A candidate is ``strict`` and cannot be loaded or does not fit.
+        """
+        _load(self._dispatch, self.module, device, training)
+        left = []
+        for candidate in self._dispatch.candidates:
+            problem = candidate.dead or _problem(candidate, self._dispatch.target, self.module)
+            if problem is None:
+                left.append(candidate)
+            elif candidate.strict:
+                raise KernelError(f"{candidate.binding.target}: {problem}")
+        if not left:
+            return "; ".join(
+                c.dead or _problem(c, self._dispatch.target, self.module) or "" for c in self._dispatch.candidates
+            )
+        self._dispatch = class_for(self._dispatch.target, tuple(left), self._dispatch.pin)
+        self.changes = _dispatch_of(self.module) is not self._dispatch
+        return None
+
+    def commit(self) -> bool:
+        """Make the swap; false when there was nothing to change."""
+        if not self.changes:
+            return False
+        _move(self.module, self._dispatch)
+        self.changes = False
+        return True
+
+
+def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | None = None) -> Plan | str:
+    """Work out a swap without touching the module.
+
+    Args:
+        module: Its own ``forward`` is replaced; see :func:`matches`.
+        candidates: In order of registration; those out of the running are passed over.
+        pinned: A mode that was asked for by name. It holds until the next ``train()`` or ``eval()``.
+
+    Returns:
+        The plan, or why the module is left alone.
+    """
+    asked = tuple(candidates)
+    core, _ = core_of(type(module))
+    now = _dispatch_of(module)
+    target = now.target if now is not None else core
+    reasons: list[str] = []
+    usable: list[Candidate] = []
+    for candidate in asked:
+        problem = candidate.dead or _problem(candidate, target, module)
+        if problem is None:
+            usable.append(candidate)
+        elif problem not in reasons:
+            reasons.append(problem)
+    if not usable:
+        return "; ".join(reasons) or "no kernel to put in place"
+    if target.forward is nn.Module.forward:
+        return f"{target.__name__} has no forward"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{target.__name__} turns into another class at its first forward: kernelize it after that"
+    if instance.has_wrapper(module):
+        functions = [target.forward, *(now.functions if now is not None else ())]
+        if not instance.reachable(module, functions):
+            return (
+                f"this {target.__name__} has a forward of its own ({instance.describe(module)}) "
+                "that does not go on to the class's"
+            )
+    try:
+        dispatch = class_for(target, tuple(usable), _pin(module, pinned))
+    except TypeError as error:
+        return f"{target.__name__} cannot be subclassed: {error}"
+    return Plan(module, dispatch)
+
+
+def swap_in(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | None = None) -> bool:
+    """Plan and commit; true when the module is swapped now. A reason against it is noted in the bindings."""
+    asked = tuple(candidates)
+    made = plan(module, asked, pinned=pinned)
+    if isinstance(made, str):
+        for candidate in asked:
+            candidate.binding.note(made)
+        return False
+    made.commit()
+    return True
+
+
+def swap_out(module: nn.Module) -> bool:
+    """Restore a module; false when it was not swapped."""
+    dispatch = _dispatch_of(module)
+    if dispatch is None:
+        return False
+    instance.rebind(module, dispatch.functions, dispatch.target.forward)
+    object.__setattr__(module, "__class__", original_of(type(module)))
+    dispatch.leave(module)
+    return True
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a kernel is in place (loaded or not)."""
+    return _dispatch_of(module) is not None
+
+
+def original_class(module: nn.Module) -> type:
+    """The class the module has without Twinkle."""
+    return original_of(type(module))
+
+
+def candidates_of(module: nn.Module) -> tuple[Candidate, ...]:
+    """What stands behind a swapped module, in order; nothing for another."""
+    dispatch = _dispatch_of(module)
+    return dispatch.candidates if dispatch is not None else ()
+
+
+def matches(module: nn.Module, target_class: type[nn.Module]) -> bool:
+    """Whether the ``forward`` that would run is the target's own (a subclass that overrides it is left alone)."""
+    dispatch = _dispatch_of(module)
+    cls = dispatch.target if dispatch is not None else type(module)
+    return isinstance(module, target_class) and cls.forward is target_class.forward
+
+
+def resolve_now(module: nn.Module, *, device: str | None = None, training: bool | None = None) -> None:
+    """Load the kernels a swapped module would run, ahead of its first forward.
+
+    Args:
+        module: Nothing happens when it is not swapped, or is on ``meta``.
+        device: What ``tensor.device.type`` will say; by default that of the module.
+        training: By default what the module says.
+
+    Raises:
+        TwinkleError: A candidate is ``strict`` and cannot be loaded or does not fit.
+    """
+    dispatch = _dispatch_of(module)
+    if dispatch is not None:
+        _load(dispatch, module, device, training)
+
+
+def unpin(module: nn.Module) -> None:
+    """Let a module that was swapped for a mode asked for by name follow its own mode."""
+    dispatch = _dispatch_of(module)
+    if dispatch is not None and dispatch.pin is not None:
+        _move(module, class_for(dispatch.target, dispatch.candidates, None))
+
+
+def drop(module: nn.Module, candidate: Candidate, why: str) -> None:
+    """Take one candidate out of one module."""
+    dispatch = _dispatch_of(module)
+    candidate.binding.note(why)
+    if dispatch is None or candidate not in dispatch.candidates:
+        return
+    left = tuple(c for c in dispatch.candidates if c != candidate)
+    if left:
+        _move(module, class_for(dispatch.target, left, dispatch.pin))
+    else:
+        swap_out(module)
+
+
+def _dispatch_of(module: nn.Module) -> LayerDispatch | None:
+    # The class is found by inheritance also below what torch generated on top.
+    return getattr(type(module), "__twinkle__", None)
+
+
+def _move(module: nn.Module, dispatch: LayerDispatch) -> None:
+    now = _dispatch_of(module)
+    functions = [dispatch.target.forward, *(now.functions if now is not None else ())]
+    _, wrappers = core_of(type(module))
+    if now is not None:
+        now.leave(module)
+    dispatch.enter(module, wrappers)
+    instance.rebind(module, functions, dispatch.function)
+
+
+def _load(dispatch: LayerDispatch, module: nn.Module, device: str | None, training: bool | None) -> None:
+    if device is None:
+        tensors = (*module.parameters(), *module.buffers())
+        device = next((t.device.type for t in tensors), None)
+    if device == "meta":
+        return
+    if dispatch.fixed_training is not None:
+        training = dispatch.fixed_training
+    moment = Moment(
+        device,
+        training=module.training if training is None else training,
+        compiling=dispatch.fixed_compiling,
+        grad=torch.is_grad_enabled(),
+    )
+    dispatch.load(moment, (module,))
+    dispatch.rebuild()
+
+
+def _pin(module: nn.Module, mode: Mode | None) -> Pin | None:
+    """What has to be held on to: nothing when the module's own mode says the same."""
+    if mode is None:
+        return None
+    training = None if mode.train == mode.inference or mode.train == module.training else mode.train
+    return (training, mode.compile) if training is not None or mode.compile else None
+
+
+def _problem(candidate: Candidate, target: type[nn.Module], module: nn.Module) -> str | None:
+    fit = candidate.known_fit(target)
+    return fit.problem_with(module) if fit is not None else None
