@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import os
@@ -17,6 +18,13 @@ import torch
 from twinkle.errors import SourceError
 from twinkle.sources import packages
 from twinkle.sources.local import LocalSource
+
+CLASS = """
+import torch
+class f(torch.nn.Module):
+    def forward(self, x):
+        return x.sin() + 1
+"""
 
 
 def layer(repo, name="Doubled", package="my_kernels", **more):
@@ -345,3 +353,77 @@ def test_a_kernel_that_needs_itself_while_it_is_imported_is_told_so(write_repo):
     finally:
         del sys.twinkle_test_hook
     assert "needed while it is being imported itself" in reasons[0]
+
+
+def test_an_import_hook_sees_the_modules_of_a_kernel(seed_repo):
+    seen = []
+
+    class Watcher:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            seen.append(name)
+
+    sys.meta_path.insert(0, Watcher)
+    try:
+        layer(seed_repo).load()
+    finally:
+        sys.meta_path.remove(Watcher)
+    assert packages.name_of(str(seed_repo), "my_kernels.layers") in seen
+    assert packages.__name__ not in getattr(sys.meta_path[0], "__module__", "")
+
+
+def test_threads_that_need_each_other_s_imports_do_not_wait_for_ever(write_repo, site_dir):
+    (site_dir / "hooked_target.py").write_text(
+        "import sys\nsys.twinkle_test_started.wait(5)\nsys.twinkle_test_load()\n"
+    )
+    repo = write_repo(
+        {
+            "my_kernels/__init__.py": """
+                import sys
+                sys.twinkle_test_started.set()
+                import hooked_target
+                def f(): pass
+            """
+        }
+    )
+    source = function(repo, "f")
+
+    def load():
+        with contextlib.suppress(SourceError):
+            source.load()
+
+    sys.twinkle_test_started = threading.Event()
+    sys.twinkle_test_load = load
+    threads = [
+        threading.Thread(target=importlib.import_module, args=("hooked_target",), daemon=True),
+        threading.Thread(target=load, daemon=True),
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=30)
+        assert not any(thread.is_alive() for thread in threads)
+    finally:
+        del sys.twinkle_test_started, sys.twinkle_test_load
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_child_forked_in_the_middle_of_an_import_can_import(write_repo):
+    repo = write_repo({"my_kernels/__init__.py": "def f(): return 5\n"})
+    with packages._lock:
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(function(repo, "f").load()())
+            finally:
+                os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
+
+
+@pytest.mark.parametrize("text", ["def f(x): return x.sin() + 1", CLASS])
+def test_a_function_kernel_compiles_without_a_graph_break(write_repo, text):
+    f = function(write_repo({"my_kernels/__init__.py": text}), "f").load()
+    compiled = torch.compile(lambda x: f(x) * 2, backend="eager", fullgraph=True)
+    x = torch.ones(3)
+    assert torch.equal(compiled(x), f(x) * 2)

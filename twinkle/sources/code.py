@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 
 from twinkle.errors import ConfigError, SourceError, TwinkleError
 
@@ -21,6 +22,8 @@ __all__ = ["CodeSource", "RepoSource"]
 _NAMES = r"[^\W\d]\w*(?:\.[^\W\d]\w*)*"
 _WITH_COLON = re.compile(rf"({_NAMES}):({_NAMES})")
 _DOTTED = re.compile(rf"({_NAMES})\.([^\W\d]\w*)")
+
+_keeping = threading.Lock()
 
 
 class CodeSource:
@@ -114,13 +117,14 @@ class CodeSource:
             from twinkle.sources.adapters import finish
 
             found = self._import() if self._module else self._given
-            self._loaded = finish(
+            finished = finish(
                 found,
                 kind=self.of,
                 described=self.describe(),
                 where=self.where,
                 attributes=self.attributes,
             )
+            return keep_first(self, finished)
         return self._loaded
 
     def _import(self) -> object:
@@ -193,8 +197,17 @@ class RepoSource:
                 raise SourceError(
                     f"{self.describe()} raised", where=self.where, found=lookup.failure(error)
                 ) from error
-            self._loaded = finish(found, kind=self.of, described=self.describe(), where=self.where)
+            finished = finish(found, kind=self.of, described=self.describe(), where=self.where)
+            return keep_first(self, finished)
         return self._loaded
+
+
+def keep_first(source: Any, loaded: object) -> object:
+    """Of several threads that loaded at once all get what the first one has made."""
+    with _keeping:
+        if source._loaded is None:
+            source._loaded = loaded
+        return source._loaded
 
 
 def import_named(name: str, *, described: str, where: str | None) -> ModuleType:

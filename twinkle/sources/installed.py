@@ -56,7 +56,7 @@ class InstalledSource:
         """
         if self._loaded is None:
             from twinkle.sources import adapters, lookup
-            from twinkle.sources.code import import_named
+            from twinkle.sources.code import import_named, keep_first
 
             described = self.describe()
             module = import_named(self.package, described=described, where=self.where)
@@ -74,7 +74,7 @@ class InstalledSource:
                     described=f"installed package {self.package}",
                     where=self.where,
                 )
-            self._loaded = adapters.finish(
+            finished = adapters.finish(
                 found,
                 kind=self.of,
                 described=described,
@@ -82,4 +82,5 @@ class InstalledSource:
                 attributes=self.attributes,
                 adapt=True,
             )
+            return keep_first(self, finished)
         return self._loaded

@@ -5,6 +5,8 @@ Light at import: this module is imported at interpreter start when a configurati
 
 from __future__ import annotations
 
+import threading
+
 from twinkle.errors import MissingDependencyError, SourceError, TwinkleError
 
 TYPE_CHECKING = False
@@ -15,6 +17,8 @@ if TYPE_CHECKING:
     from twinkle.sources.local_variants import Layout
 
 __all__ = ["LocalSource"]
+
+_keeping = threading.Lock()
 
 
 class LocalSource:
@@ -121,8 +125,11 @@ class LocalSource:
             where=self.where,
             attributes=self.attributes,
         )
-        self._generation, self._loaded = generation, loaded
-        return loaded
+        with _keeping:
+            # Of several threads that loaded at once all get what the first one has made.
+            if self._loaded is None or self._generation != generation:
+                self._generation, self._loaded = generation, loaded
+            return self._loaded
 
     def _import(self, layout: Layout) -> tuple[object, int]:
         import importlib

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -224,6 +225,8 @@ def _is_installed(dependency: str) -> bool:
     name = re.split(r"[\s<>=!~;\[]", dependency, maxsplit=1)[0]
     try:
         importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return importlib.util.find_spec(name.replace("-", "_").partition(".")[0]) is not None
-    return True
+        return True
+    except (importlib.metadata.PackageNotFoundError, ValueError):
+        pass
+    module = name.replace("-", "_").partition(".")[0]
+    return module in sys.modules or (bool(module) and importlib.util.find_spec(module) is not None)

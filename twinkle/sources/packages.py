@@ -278,12 +278,27 @@ def _place(spec: importlib.machinery.ModuleSpec) -> str:
 
 
 def _install() -> None:
-    # In front: the path finder would find the same files, and read their bytecode.
+    """Stand before the path finder, which would find the same files and read their bytecode.
+
+    Not at the front: hooks that watch imports are asked first, for these as for all others.
+    """
+
     def is_ours(finder: object) -> bool:
         return (getattr(finder, "__module__", ""), getattr(finder, "__name__", "")) == (__name__, "_Finder")
 
-    sys.meta_path[:] = [finder for finder in sys.meta_path if not is_ours(finder)]
-    sys.meta_path.insert(0, _Finder)
+    finders = [finder for finder in sys.meta_path if not is_ours(finder)]
+    path_finder = importlib.machinery.PathFinder
+    finders.insert(finders.index(path_finder) if path_finder in finders else len(finders), _Finder)
+    sys.meta_path[:] = finders
+
+
+def _in_child() -> None:
+    # Of the threads only the forking one lives on: no import of another is under way here.
+    global _lock
+    _lock = threading.Lock()
+    _threads.clear()
 
 
 _install()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

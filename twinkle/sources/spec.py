@@ -14,16 +14,15 @@ from twinkle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from twinkle.sources.base import Source
 
-__all__ = ["check_version", "from_spec"]
+__all__ = ["from_spec"]
 
 _IMPLEMENTATIONS = {"layer": ("layer_impl",), "function": ("func_impl", "repo")}
 _NAME = {"layer": "layer_name", "function": "func_name"}
 _MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
-_REPO_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-_VERSION = re.compile(r"v?\d+(\.\d+)*((a|b|rc|\.post|\.dev)\d+)?")
-_CLAUSE = re.compile(r"(==|!=|>=|<=|~=|>|<)\s*v?\d+(\.\d+)*(\.\*)?((a|b|rc|\.post|\.dev)\d+)?")
 
 
 def from_spec(
@@ -68,7 +67,14 @@ def from_spec(
         )
     name = _text(given, _NAME[kind], where) or default_name.rpartition(".")[2]
     if implementation == "repo_id":
-        return _hub(given, name, kind=kind, trust_remote_code=trust_remote_code, where=where)
+        return _hub(
+            given,
+            name,
+            kind=kind,
+            base_dir=base_dir,
+            trust_remote_code=trust_remote_code,
+            where=where,
+        )
     package = _text(given, "package_name", where)
     if implementation == "repo_path":
         if package is None:
@@ -83,30 +89,6 @@ def from_spec(
         return _local(given, package, name, kind=kind, base_dir=base_dir, where=where)
     assert package is not None
     return _installed(given, package, name, kind=kind, where=where)
-
-
-def check_version(value: object, *, where: str | None = None) -> int | str:
-    """A version as it may be written: ``1``, ``"1"``, ``"0.1.0"`` or a range such as ``">=1,<3"``.
-
-    Raises:
-        ConfigError: It is none of these.
-    """
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return value
-    fix = None
-    if isinstance(value, str):
-        text = value.strip()
-        if _VERSION.fullmatch(text) or all(_CLAUSE.fullmatch(part.strip()) for part in text.split(",")):
-            return text
-    elif isinstance(value, float):
-        fix = f'write it in quotes: version = "{value}"'
-    raise ConfigError(
-        "malformed version",
-        where=where,
-        found=repr(value),
-        expected='a whole number, "1", "0.1.0" or a range such as ">=1,<3"',
-        fix=fix,
-    )
 
 
 def _the_one_source(given: Mapping[str, object], kind: str, where: str | None) -> str:
@@ -168,59 +150,38 @@ def _check_company(given: Mapping[str, object], implementation: str, kind: str, 
 
 
 def _hub(
-    given: Mapping[str, object], name: str, *, kind: str, trust_remote_code: object, where: str | None
+    given: Mapping[str, object],
+    name: str,
+    *,
+    kind: str,
+    base_dir: str | None,
+    trust_remote_code: object,
+    where: str | None,
 ) -> Source:
     repo_id = _text(given, "repo_id", where)
     assert repo_id is not None
-    if not _REPO_ID.fullmatch(repo_id):
+    if repo_id.startswith((".", "/", "~")):
         raise ConfigError(
-            "malformed repo_id",
+            "repo_id is a path",
             where=where,
             found=repr(repo_id),
-            expected='"organisation/repository"',
-            fix=(
-                "for a directory use repo_path and package_name"
-                if repo_id.startswith((".", "/", "~"))
-                else None
-            ),
+            expected='"publisher/name" of a repository of the Hub',
+            fix="for a directory use repo_path and package_name",
         )
-    if "version" in given and "revision" in given:
-        raise ConfigError(
-            "both version and revision",
-            where=where,
-            found=f"version = {given['version']!r}, revision = {given['revision']!r}",
-            expected="one of them, or neither for the newest",
-        )
-    version = check_version(given["version"], where=where) if "version" in given else None
-    revision = _text(given, "revision", where)
-    trust = given.get("trust_remote_code", trust_remote_code)
-    _check_trust(trust, where)
 
     from twinkle.sources.hub import HubSource
 
+    written: dict[str, Any] = {key: given.get(key) for key in ("revision", "version")}
     source: Source = HubSource(
         repo_id,
         name,
         kind=kind,
-        revision=revision,
-        version=version,
-        trust_remote_code=trust,
+        **written,
+        trust_remote_code=given.get("trust_remote_code", trust_remote_code),
         where=where,
+        base_dir=base_dir,
     )
     return source
-
-
-def _check_trust(trust: object, where: str | None) -> None:
-    if isinstance(trust, bool):
-        return
-    if isinstance(trust, (list, tuple)) and all(isinstance(item, str) for item in trust):
-        return
-    raise ConfigError(
-        "malformed trust_remote_code",
-        where=where,
-        found=repr(trust),
-        expected='true, false or a list of repositories ["organisation/repository"]',
-    )
 
 
 def _local(
