@@ -226,7 +226,7 @@ class _InitSubclass:
         return MethodType(self, cls if cls is not None else type(instance))
 
     @_hidden
-    def __call__(self, cls: type, /, **keywords: Any) -> None:
+    def __call__(self, cls: Any, /, **keywords: Any) -> None:
         try:
             if self.original is None:
                 super(self.owner, cls).__init_subclass__(**keywords)
