@@ -1,0 +1,1 @@
+"""Prove that a kernel can stand in for its target."""

@@ -146,7 +146,9 @@ def read_layer(
     attributes = dict(attributes or {})
     what = _name(kernel_class)
     if not isinstance(kernel_class, type):
-        raise KernelError("a layer kernel must be a class", found=repr(kernel_class), expected="an nn.Module class")
+        raise KernelError(
+            "a layer kernel must be a class", found=repr(kernel_class), expected="an nn.Module class"
+        )
     if not issubclass(kernel_class, nn.Module):
         raise KernelError(
             f"kernel {what} is no nn.Module", found=f"a class with bases {_bases(kernel_class)}",
@@ -156,12 +158,14 @@ def read_layer(
     forward = inspect.getattr_static(kernel_class, "forward", None)
     if forward is nn.Module.forward or not isinstance(forward, FunctionType):
         found = "no forward" if forward is nn.Module.forward else f"a {type(forward).__name__} as forward"
-        raise KernelError(f"kernel {what} has no forward of its own", found=found, expected="def forward(self, …)")
+        raise KernelError(
+            f"kernel {what} has no forward of its own", found=found, expected="def forward(self, …)"
+        )
     if not attributes:
         for klass in chain:
             if "__init__" in vars(klass):
                 raise KernelError(
-                    f"kernel {what} has an __init__ of its own, which is never run: it takes over the target's state",
+                    f"kernel {what} has an __init__ of its own, which never runs",
                     found=f"{_name(klass)}.__init__",
                     expected="a class with forward only",
                     fix="give what its code reads as `attributes` of the registration, or drop the __init__",
@@ -190,13 +194,15 @@ def check_function(implementation: Callable[..., object], original: Callable[...
     """
     if not callable(implementation):
         raise KernelError(
-            "a function kernel must be callable", found=repr(implementation), expected="a function or an nn.Module class"
-        )  # fmt: skip
+            "a function kernel must be callable",
+            found=repr(implementation),
+            expected="a function or a layer class",
+        )
     kernel = implementation
     if isinstance(implementation, nn.Module):
         kernel = implementation.forward
     elif isinstance(implementation, type) and issubclass(implementation, nn.Module):
-        kernel = _unbound(implementation.forward)
+        kernel = _unbound(inspect.getattr_static(implementation, "forward"))
     ours, theirs = signature_of(kernel), signature_of(original)
     if ours is None or theirs is None:
         return
@@ -213,7 +219,7 @@ def check_function(implementation: Callable[..., object], original: Callable[...
 
 def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Module]) -> bool:
     """Raise when the signatures differ; tell whether they are the same to the last default."""
-    original = target_class.forward
+    original: Callable[..., object] = target_class.forward
     ours, theirs = signature_of(forward), signature_of(original)
     if ours is None or theirs is None:
         return False
@@ -329,7 +335,7 @@ def _reads_freely(cls: type) -> bool:
     """Whether a ``__getattr__`` of its own may answer for attributes that stand nowhere."""
     return (
         inspect.getattr_static(cls, "__getattr__", None) is not vars(nn.Module)["__getattr__"]
-        or cls.__getattribute__ is not object.__getattribute__
+        or inspect.getattr_static(cls, "__getattribute__") is not object.__dict__["__getattribute__"]
     )
 
 

@@ -108,6 +108,8 @@ def _leaves_on_top(instruction: dis.Instruction, name: str) -> bool:
     if instruction.opname in _LOADS:
         return bool(instruction.argval == name)
     # Python 3.13 loads two variables at once; the second is on top of the stack.
-    if instruction.opname.startswith(("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST", "STORE_FAST_LOAD_FAST")):
+    if instruction.opname.startswith(
+        ("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST", "STORE_FAST_LOAD_FAST")
+    ):
         return isinstance(instruction.argval, tuple) and instruction.argval[-1] == name
     return False

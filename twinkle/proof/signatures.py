@@ -49,7 +49,10 @@ def mismatch(kernel: Signature, original: Signature) -> tuple[str, str | None] |
             if not takes_rest:
                 return f"takes no *{parameter.name}", None
             if len(positional) > index:
-                return f"argument {positional[index].name!r} would swallow what belongs to *{parameter.name}", None
+                return (
+                    f"argument {positional[index].name!r} would swallow what belongs to *{parameter.name}",
+                    None,
+                )
         elif parameter.kind is Parameter.KEYWORD_ONLY:
             mate = named.get(parameter.name)
             if mate is None and not takes_names:
@@ -61,12 +64,9 @@ def mismatch(kernel: Signature, original: Signature) -> tuple[str, str | None] |
         elif not takes_names:
             return f"takes no **{parameter.name}", None
     for parameter in ours:
-        if parameter.name not in used and parameter.kind not in (
-            Parameter.VAR_POSITIONAL,
-            Parameter.VAR_KEYWORD,
-        ):
-            if not _optional(parameter):
-                return f"wants an argument {parameter.name!r} that the original is never given", None
+        star = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+        if parameter.name not in used and not star and not _optional(parameter):
+            return f"wants an argument {parameter.name!r} that the original is never given", None
     return None
 
 
@@ -98,7 +98,10 @@ def _positional(
 
 def _absent(parameter: Parameter, named: dict[str, Parameter]) -> tuple[str, str | None]:
     if parameter.name in named:
-        return f"argument {parameter.name!r} is of another kind ({named[parameter.name].kind.description})", None
+        return (
+            f"argument {parameter.name!r} is of another kind ({named[parameter.name].kind.description})",
+            None,
+        )
     return f"has no argument {parameter.name!r}", suggest(parameter.name, list(named))
 
 

@@ -1,0 +1,1 @@
+"""Put kernels in place and take them out again."""

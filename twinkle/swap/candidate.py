@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.errors import TwinkleError, TwinkleWarning
+from twinkle.errors import KernelError, TwinkleError, TwinkleWarning
 from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
 
 if TYPE_CHECKING:
@@ -52,12 +52,11 @@ class _Candidate:
         self._loaded: Any = _UNLOADED
         self._lock = threading.RLock()
         self._loading = False
+        self._error: BaseException | None = None
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _Candidate) and other.kernel is self.kernel and other.binding is self.binding
-        )
+        return isinstance(other, _Candidate) and other.kernel is self.kernel and other.binding is self.binding
 
     def __hash__(self) -> int:
         return hash((id(self.kernel), id(self.binding)))
@@ -69,6 +68,16 @@ class _Candidate:
     def loaded(self) -> bool:
         """Whether its source has been asked yet."""
         return self._loaded is not _UNLOADED
+
+    @property
+    def can_torch_compile(self) -> bool | None:
+        """What the kernel says of itself, once loaded; ``None`` when it does not."""
+        return _flag(self._loaded, "can_torch_compile")
+
+    @property
+    def has_backward(self) -> bool | None:
+        """What the kernel says of itself, once loaded; ``None`` when it does not."""
+        return _flag(self._loaded, "has_backward")
 
     def used_by(self, dispatch: Dispatch) -> None:
         """Remember who has to be told when it retires."""
@@ -100,9 +109,20 @@ class _Candidate:
 
     def fail(self, error: BaseException) -> None:
         """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
+        self._error = error
         self.retire("failed", explain(error))
         if self.strict:
             raise error
+
+    def _refuse(self) -> TwinkleError:
+        """Why it is out of the running, as an error to raise."""
+        if isinstance(self._error, TwinkleError):
+            return self._error
+        refused = KernelError(
+            f"kernel {self.binding.kernel!r} cannot be used: {self.dead or 'it is being loaded'}"
+        )
+        refused.__cause__ = self._error
+        return refused
 
     def retire(self, state: str, reason: str) -> None:
         """Take it out everywhere: the originals (or the next candidate) run from the next call on."""
@@ -114,7 +134,9 @@ class _Candidate:
         for dispatch in list(self._users):
             dispatch.rebuild()
         if not self.strict:
-            _warn(f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r} {state}: {reason}")
+            _warn(
+                f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r} {state}: {reason}"
+            )
 
     def waits(self) -> None:
         """It is in place and not loaded yet."""
@@ -161,6 +183,17 @@ class Candidate(_Candidate):
                     self.fail(error)
             return self._fits.get(target_class)
 
+    def resolve(self, target_class: type[nn.Module], instance: nn.Module | None = None) -> LayerFit:
+        """As :meth:`fit`, and an error when it does not.
+
+        Raises:
+            TwinkleError: It cannot be loaded, does not fit, or was turned off.
+        """
+        fit = self.fit(target_class, [instance] if instance is not None else [])
+        if fit is None:
+            raise self._refuse()
+        return fit
+
     def known_fit(self, target_class: type[nn.Module]) -> LayerFit | None:
         """The answer of :meth:`fit` if it was asked before; loads nothing."""
         return self._fits.get(target_class)
@@ -171,17 +204,20 @@ class FunctionCandidate(_Candidate):
 
     kernel: FunctionKernel
 
-    def __init__(self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False) -> None:
+    def __init__(
+        self,
+        kernel: FunctionKernel,
+        binding: Binding,
+        original: Callable[..., Any],
+        *,
+        strict: bool = False,
+    ) -> None:
         super().__init__(kernel, binding, strict=strict)
+        self.original = original
         self._function: Callable[..., Any] | None = None
 
-    @property
-    def flags_of(self) -> Any:
-        """What the source gave: it may say ``can_torch_compile`` and ``has_backward``."""
-        return self._loaded
-
-    def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:
-        """The kernel as a function in place of ``original``, loaded and checked once; ``None`` if unfit.
+    def function(self) -> Callable[..., Any] | None:
+        """The kernel as a function, loaded and checked at most once; ``None`` if it does not fit.
 
         Raises:
             TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
@@ -196,11 +232,29 @@ class FunctionCandidate(_Candidate):
         with self._lock:
             if self.dead is None and self._function is None:
                 try:
-                    check_function(loaded, original)
-                    self._function = loaded() if isinstance(loaded, type) else loaded
+                    from twinkle.swap.functions import adapt
+
+                    check_function(loaded, self.original)
+                    self._function = adapt(loaded, self.original)
                 except Exception as error:
                     self.fail(error)
             return self._function
+
+    def resolve(self) -> Callable[..., Any]:
+        """As :meth:`function`, and an error when it does not fit.
+
+        Raises:
+            TwinkleError: It cannot be loaded, does not fit, or was turned off.
+        """
+        function = self.function()
+        if function is None:
+            raise self._refuse()
+        return function
+
+
+def _flag(thing: Any, name: str) -> bool | None:
+    value = getattr(thing, name, None)
+    return value if isinstance(value, bool) else None
 
 
 def explain(error: BaseException) -> str:

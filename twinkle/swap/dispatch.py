@@ -1,18 +1,14 @@
 """The function that stands in a target's place: it picks the kernel for the moment, or the original.
 
 It is generated: arguments go through by name (no ``*args``), and only the questions are asked on
-which the answer depends. The generated code is replaced in place (``__code__``), so that whoever took the function
-(a wrapper, a bound method) has the newest, and what ``torch.compile`` guards on stays.
+which the answer depends. The code is replaced in place (``__code__``), so that whoever took the
+function (a wrapper, a bound method) has the newest, and what ``torch.compile`` guards on stays.
 """
 
 from __future__ import annotations
 
-import inspect
-import linecache
 import threading
 from collections.abc import Callable, Iterator
-from inspect import Parameter
-from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +16,8 @@ import torch
 
 from twinkle.devices import torch_type
 from twinkle.modes import rank
-from twinkle.proof.signatures import signature_of
 from twinkle.swap.candidate import explain
+from twinkle.swap.code import CallForm, execute, set_code
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import _Candidate
@@ -30,7 +26,6 @@ __all__ = ["Dispatch", "Entry", "Moment", "first_tensor"]
 
 # `x.is_cuda` takes a sixth of the time of `x.device.type`.
 _QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
-_numbers = count(1)
 
 
 class Moment:
@@ -53,7 +48,17 @@ class Entry:
         function: What to call, once loaded.
     """
 
-    __slots__ = ("can_torch_compile", "candidate", "device", "function", "has_backward", "index", "mode", "same_signature", "state")
+    __slots__ = (
+        "can_torch_compile",
+        "candidate",
+        "device",
+        "function",
+        "has_backward",
+        "index",
+        "mode",
+        "same_signature",
+        "state",
+    )
 
     def __init__(self, candidate: _Candidate, index: int) -> None:
         self.candidate = candidate
@@ -115,7 +120,7 @@ class Dispatch:
             for index, candidate in enumerate(candidates)
             if _fits_this_build(candidate.device)
         ]
-        self._call = _CallForm(original, skip)
+        self._call = CallForm(original, skip)
         # No `__name__` in these globals: dynamo would look the constants up in the module of that
         # name instead of here.
         self.names: dict[str, Any] = {
@@ -217,7 +222,7 @@ class Dispatch:
         traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
         text = self._traced_text(unproven)
         if text != self._traced_texts.get(name):
-            _set_code(traced, text, f"{self._title()} under a compiler")
+            set_code(traced, text, f"{self._title()} under a compiler")
             self._traced_texts[name] = text
         return 0
 
@@ -244,7 +249,7 @@ class Dispatch:
             probe = list(self._probe()) if isinstance(tree, _Split) and self._asks(tree, "device") else []
             text = "\n".join([self._call.head("forward"), *probe, *body, ""])
             if text != self._text:
-                _set_code(self.function, text, self._title())
+                set_code(self.function, text, self._title())
                 self._text = text
         only = tree if isinstance(tree, Entry) and tree.state == "live" else None
         self.rebuilt(only)
@@ -258,7 +263,7 @@ class Dispatch:
         return getattr(self.original, "__qualname__", "function")
 
     def _new_function(self) -> FunctionType:
-        _execute(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
+        execute(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
         function = self.names.pop("forward")
         assert isinstance(function, FunctionType)
         self._call.dress(function, self.original)
@@ -270,10 +275,12 @@ class Dispatch:
 
     def _tree(self) -> _Split | Entry | None:
         alive = [e for e in self.entries if e.candidate.dead is None]
-        questions = [("device", (*self._devices(), None))]
+        questions: list[Any] = [("device", (*self._devices(), None))]
         if any(e.has_backward is False for e in alive):
             questions.append(("grad", (True, False)))
-        questions.append(("training", (True, False) if self.fixed_training is None else (self.fixed_training,)))
+        questions.append(
+            ("training", (True, False) if self.fixed_training is None else (self.fixed_training,))
+        )
         questions.append(("compiling", (True,) if self.fixed_compiling else (True, False)))
         return self._grow(questions, {"device": None, "grad": False})
 
@@ -344,7 +351,7 @@ class Dispatch:
                 "_tw_entry": -1,
                 "_tw_blame": _constant(self._blame),
             }
-            _execute(self._traced_text(False), self._title(), scope)
+            execute(self._traced_text(False), self._title(), scope)
             self.names[variable] = scope.pop("forward")
             self._call.dress(self.names[variable], self.original)
         training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
@@ -381,114 +388,6 @@ def _same(a: _Split | Entry | None, b: _Split | Entry | None) -> bool:
     return a is b
 
 
-class _CallForm:
-    """How the arguments of a function are taken and handed on, as text."""
-
-    def __init__(self, function: Callable[..., Any], skip: int) -> None:
-        try:
-            signature: inspect.Signature | None = inspect.signature(function, follow_wrapped=False)
-        except (TypeError, ValueError):
-            signature = None
-        if isinstance(function, FunctionType):
-            # What the code really takes, whatever `__signature__` says.
-            shown = function.__dict__.get("__signature__")
-            if shown is not None:
-                bare = FunctionType(function.__code__, {}, "f", function.__defaults__, function.__closure__)
-                bare.__kwdefaults__ = function.__kwdefaults__
-                signature = inspect.signature(bare)
-        if signature is None or any(not n.isidentifier() for n in signature.parameters):
-            self.parameters = [
-                Parameter("args", Parameter.VAR_POSITIONAL),
-                Parameter("kwargs", Parameter.VAR_KEYWORD),
-            ]
-        else:
-            self.parameters = list(signature.parameters.values())
-        self.signature = signature
-        self.skip = skip
-        handed, packed, named = [], [], []
-        for p in self.parameters:
-            if p.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD):
-                handed.append(p.name)
-                packed.append(p.name)
-            elif p.kind is Parameter.VAR_POSITIONAL:
-                handed.append(f"*{p.name}")
-                packed.append(f"*{p.name}")
-            elif p.kind is Parameter.KEYWORD_ONLY:
-                handed.append(f"{p.name}={p.name}")
-                named.append(f"{p.name!r}: {p.name}")
-            else:
-                handed.append(f"**{p.name}")
-                named.append(f"**{p.name}")
-        self.arguments = ", ".join(handed)
-        self.packed = f"({''.join(f'{p}, ' for p in packed)}), {{{', '.join(named)}}}"
-        self._names = [p.name for p in self.parameters if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
-        self.probe: str | None = next(iter(self._names[skip:]), None)
-        self._settled = False
-
-    def head(self, name: str) -> str:
-        """The ``def`` line; defaults are set on the function, where they are the original's own objects."""
-        parts, star = [], False
-        for index, p in enumerate(self.parameters):
-            if p.kind is Parameter.KEYWORD_ONLY and not star:
-                parts.append("*")
-                star = True
-            parts.append({Parameter.VAR_POSITIONAL: "*", Parameter.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name)
-            star = star or p.kind is Parameter.VAR_POSITIONAL
-            after = self.parameters[index + 1].kind if index + 1 < len(self.parameters) else None
-            if p.kind is Parameter.POSITIONAL_ONLY and after is not Parameter.POSITIONAL_ONLY:
-                parts.append("/")
-        return f"def {name}({', '.join(parts)}):"
-
-    def values(self) -> str:
-        """A tuple of everything that may hold the first tensor."""
-        parts = []
-        for p in self.parameters:
-            if p.kind is Parameter.VAR_POSITIONAL:
-                parts.append(f"*{p.name}")
-            elif p.kind is Parameter.VAR_KEYWORD:
-                parts.append(f"*{p.name}.values()")
-            else:
-                parts.append(p.name)
-        return f"({''.join(f'{part}, ' for part in parts)})"
-
-    def look_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Settle on the argument that holds the first tensor, from a call that has one; true if it changed."""
-        if self._settled:
-            return False
-        given = dict(zip(self._names, args, strict=False))
-        given.update({n: v for n, v in kwargs.items() if n in self._names})
-        for name in self._names[self.skip :]:
-            if isinstance(given.get(name), torch.Tensor):
-                changed, self.probe, self._settled = self.probe != name, name, True
-                return changed
-        return False
-
-    def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
-        """Make a generated function look like the original; no ``__wrapped__``, or others strip it."""
-        if isinstance(original, FunctionType):
-            function.__defaults__ = original.__defaults__
-            function.__kwdefaults__ = original.__kwdefaults__
-        else:
-            self._set_defaults(function)
-        for name in ("__module__", "__name__", "__qualname__", "__doc__"):
-            value = getattr(original, name, None)
-            if isinstance(value, str) or name == "__doc__":
-                setattr(function, name, value)
-        function.__annotations__ = dict(getattr(original, "__annotations__", None) or {})
-        extra = {k: v for k, v in getattr(original, "__dict__", {}).items() if k != "__wrapped__"}
-        if isinstance(original, FunctionType):
-            function.__dict__.update(extra)
-        shown = signature_of(original)
-        if shown is not None:
-            function.__signature__ = shown  # type: ignore[attr-defined]
-
-    def _set_defaults(self, function: FunctionType) -> None:
-        given = [p for p in self.parameters if p.default is not Parameter.empty]
-        positional = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
-        function.__defaults__ = tuple(p.default for p in given if p.kind in positional) or None
-        function.__kwdefaults__ = {p.name: p.default for p in given if p.kind is Parameter.KEYWORD_ONLY} or None
-
-
 def first_tensor(values: Any, depth: int = 2) -> torch.Tensor | None:
     """The first tensor among values and in the lists, tuples and dicts among them."""
     for value in values:
@@ -504,11 +403,11 @@ def first_tensor(values: Any, depth: int = 2) -> torch.Tensor | None:
 def _device_of(values: tuple[Any, ...]) -> str | None:
     tensor = first_tensor(values)
     if tensor is not None:
-        return tensor.device.type
+        return str(tensor.device.type)
     for value in values[:1]:
         if isinstance(value, torch.nn.Module):
             for parameter in value.parameters():
-                return parameter.device.type
+                return str(parameter.device.type)
     return None
 
 
@@ -537,16 +436,3 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
 def _out_of_memory(error: Exception) -> bool:
     # The kernel is not to blame, and the original, which mostly needs more, would only fail too.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError))
-
-
-def _execute(text: str, title: str, scope: dict[str, Any]) -> None:
-    filename = f"<twinkle {title} #{next(_numbers)}>"
-    # Tracebacks and inspect.getsource find the text here.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    exec(compile(text, filename, "exec"), scope)
-
-
-def _set_code(function: FunctionType, text: str, title: str) -> None:
-    scope: dict[str, Any] = {}
-    _execute(text, title, scope)
-    function.__code__ = scope["forward"].__code__

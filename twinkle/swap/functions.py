@@ -29,52 +29,57 @@ class Placement:
         target: ``module:name``, dotted for a method.
         original: The function that stood there.
         placed: What stands there now, as it stands in the owner.
+        implementation: For a module's function the object that stands there, for a method what was given.
     """
 
-    def __init__(self, owner: Any, name: str, target: str, original: Any, before: Any, placed: Any) -> None:
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        target: str,
+        original: Callable[..., Any],
+        before: Any,
+        placed: Any,
+        implementation: Any,
+    ) -> None:
         self.owner = owner
         self.name = name
         self.target = target
         self.original = original
         self.placed = placed
+        self.implementation = implementation
         self.active = True
         self._before = before
 
     @property
     def displaced(self) -> bool:
         """Whether someone else has replaced it since."""
-        return self.active and _standing(self.owner, self.name) is not self.placed
-
-    @property
-    def implementation(self) -> Any:
-        """What a caller gets at the place: the function that runs now."""
-        return getattr(self.placed, "__func__", self.placed)
+        return self.active and bool(_standing(self.owner, self.name) is not self.placed)
 
     def __repr__(self) -> str:
         state = "displaced" if self.displaced else "active" if self.active else "reverted"
         return f"<Placement {self.target} {state}>"
 
 
-def find(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
-    """Look a function up.
-
-    Returns:
-        The module or class that is to hold a replacement, the attribute's name, and the attribute as it
-        stands (a ``staticmethod`` is not unwrapped).
+def find(module: ModuleType, dotted_name: str) -> Callable[..., Any]:
+    """The function that stands at a place, without its ``staticmethod`` or ``classmethod``.
 
     Raises:
         KernelError: There is no such attribute, or it is nothing that can be called.
     """
+    return _locate(module, dotted_name)[3]
+
+
+def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any, Callable[..., Any]]:
+    """The owner, the attribute's name, the attribute as it stands, and the function in it."""
     owner: Any = module
     *path, name = dotted_name.split(".")
     where = f"{module.__name__}:{dotted_name}"
     for step in path:
-        owner = getattr(owner, step, _MISSING)
+        inside, owner = owner, getattr(owner, step, _MISSING)
         if owner is _MISSING:
-            raise KernelError(f"{where} does not exist", found=f"no {step!r}", fix=_near(module, step))
-    raw = _MISSING
-    if isinstance(owner, type):
-        raw = inspect.getattr_static(owner, name, _MISSING)
+            raise KernelError(f"{where} does not exist", found=f"no {step!r}", fix=_near(inside, step))
+    raw = inspect.getattr_static(owner, name, _MISSING) if isinstance(owner, type) else _MISSING
     if raw is _MISSING:
         # A lazy module makes the attribute only when it is asked for.
         raw = getattr(owner, name, _MISSING)
@@ -82,8 +87,10 @@ def find(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
         raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_near(owner, name))
     inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
     if not callable(inner):
-        raise KernelError(f"{where} is no function", found=type(raw).__name__, expected="a function or a method")
-    return owner, name, raw
+        raise KernelError(
+            f"{where} is no function", found=type(raw).__name__, expected="a function or a method"
+        )
+    return owner, name, raw, inner
 
 
 def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: bool = True) -> Placement:
@@ -99,16 +106,16 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
     Raises:
         KernelError: There is no such function, or the implementation does not fit it.
     """
-    owner, name, raw = find(module, dotted_name)
-    inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+    owner, name, raw, inner = _locate(module, dotted_name)
     if check:
         check_function(implementation, inner)
     plain = isinstance(owner, type) and not isinstance(raw, staticmethod)
     function = adapt(implementation, inner, method=plain)
     placed = type(raw)(function) if isinstance(raw, (staticmethod, classmethod)) else function
-    before = vars(owner).get(name, _MISSING) if hasattr(owner, "__dict__") else raw
+    before = _standing(owner, name)
     setattr(owner, name, placed)
-    return Placement(owner, name, f"{module.__name__}:{dotted_name}", inner, before, placed)
+    given = implementation if isinstance(owner, type) else function
+    return Placement(owner, name, f"{module.__name__}:{dotted_name}", inner, before, placed, given)
 
 
 def take_out(placement: Placement) -> bool:
@@ -155,8 +162,8 @@ def dispatcher(
 ) -> FunctionType:
     """A function that runs the kernel for the moment: the first tensor's device, gradients or not, a compiler.
 
-    It looks like the original (name, module, signature) and costs a few hundred nanoseconds at most. Kernels
-    are loaded at the first call that wants them; one that raises then is turned off and the original runs.
+    It looks like the original (name, module, signature). Kernels are loaded at the first call that wants
+    them; one that raises then is turned off and the original runs.
 
     Args:
         original: What runs when no candidate suits.
@@ -191,14 +198,14 @@ class FunctionDispatch(Dispatch):
         """Load a kernel and check its signature."""
         candidate = entry.candidate
         assert isinstance(candidate, FunctionCandidate)
-        function = candidate.function(self.original)
+        function = candidate.function()
         if function is None:
             return False
         with self.lock:
             if entry.state == "new":
-                entry.can_torch_compile = _flag(candidate.flags_of, "can_torch_compile")
-                entry.has_backward = _flag(candidate.flags_of, "has_backward")
-                entry.function = adapt(function, self.original)
+                entry.can_torch_compile = candidate.can_torch_compile
+                entry.has_backward = candidate.has_backward
+                entry.function = function
                 entry.state = "ready"
         candidate.succeeded()
         return True
@@ -222,13 +229,8 @@ def _self_arguments(function: Callable[..., Any]) -> int:
     return 1 if first and first[0] in ("self", "cls") else 0
 
 
-def _flag(thing: Any, name: str) -> bool | None:
-    value = getattr(thing, name, None)
-    return value if isinstance(value, bool) else None
-
-
 def _standing(owner: Any, name: str) -> Any:
-    return vars(owner).get(name, _MISSING) if hasattr(owner, "__dict__") else getattr(owner, name, _MISSING)
+    return vars(owner).get(name, _MISSING)
 
 
 def _near(owner: Any, name: str) -> str | None:

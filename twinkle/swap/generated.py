@@ -68,7 +68,7 @@ class Pinned(Swapped):
         """Follow the module from now on."""
         from twinkle.swap.layers import unpin
 
-        unpin(self)  # type: ignore[arg-type]
+        unpin(self)
         return self.train(mode)
 
 
@@ -219,7 +219,8 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
         }
         if "__firstlineno__" in vars(core):
             space["__firstlineno__"] = vars(core)["__firstlineno__"]
-        cls = type(core)(core.__name__, (Swapped if pin is None else Pinned, core), space)
+        meta: Any = type(core)
+        cls: type = meta(core.__name__, (Swapped if pin is None else Pinned, core), space)
         _check_layout(core, cls)
         dispatch.born(cls)
         _classes[key] = cls
@@ -231,7 +232,7 @@ def _check_layout(core: type, cls: type) -> None:
     if hasattr(core, "__del__"):
         return
     try:
-        probe = object.__new__(core)
+        probe: Any = object.__new__(core)
     except TypeError:
         return
     object.__setattr__(probe, "__class__", cls)
@@ -271,7 +272,9 @@ def _over(wrapper: type, core: type) -> type:
     with _lock:
         known = _rebased.get((wrapper, core)) or _known_to_fsdp(wrapper, core)
         if known is None:
-            space = {k: v for k, v in vars(wrapper).items() if k not in ("__dict__", "__weakref__", "__doc__")}
+            space = {
+                k: v for k, v in vars(wrapper).items() if k not in ("__dict__", "__weakref__", "__doc__")
+            }
             if not hasattr(core, "__twinkle__"):
                 space.pop("__twinkle_source__", None)
             else:
@@ -303,7 +306,8 @@ def _adopt(member: Any, owner: type) -> Any:
     if isinstance(member, (staticmethod, classmethod)):
         return type(member)(_adopt(member.__func__, owner))
     if isinstance(member, property):
-        return property(*(_adopt(f, owner) for f in (member.fget, member.fset, member.fdel)), doc=member.__doc__)
+        parts = (_adopt(part, owner) for part in (member.fget, member.fset, member.fdel))
+        return property(*parts)
     if not isinstance(member, FunctionType) or "__class__" not in member.__code__.co_freevars:
         return member
     cells = tuple(
@@ -343,7 +347,8 @@ def _clone(module: Any, reduce: Any, memo: dict[int, Any] | None) -> Any:
         value = reduce(4)
     if isinstance(value, str):
         return module
-    make, arguments, state, items, pairs, setter = (*value, *[None] * (6 - len(value)))
+    parts: list[Any] = [*value, None, None, None, None]
+    make, arguments, state, items, pairs, setter = parts[:6]
     twin = make(*through(arguments))
     if memo is not None:
         memo[id(module)] = twin

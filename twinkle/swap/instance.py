@@ -57,8 +57,7 @@ def _places(module: nn.Module, functions: Sequence[Any]) -> Iterator[tuple[bool,
 
     names: set[str] = set()
     if "forward" in state and not wanted(state["forward"]):
-        for calls, method, put in _inside(state["forward"], wanted, names, set(), 0):
-            yield calls, method, put
+        yield from _inside(state["forward"], wanted, names, set(), 0)
     for key, value in list(state.items()):
         if wanted(value):
             yield key == "forward" or key in names, value, functools.partial(state.__setitem__, key)
@@ -95,14 +94,18 @@ def _inside(
                 yield True, value, functools.partial(setattr, wrapper, key)
             elif isinstance(value, (FunctionType, functools.partial)):
                 yield from _inside(value, wanted, names, seen, depth + 1)
-    wrapped = getattr(wrapper, "__wrapped__", None)
+    wrapped: Any = getattr(wrapper, "__wrapped__", None)
     if wanted(wrapped):
         # Only for show: signatures are read through it.
         yield False, wrapped, functools.partial(setattr, wrapper, "__wrapped__")
 
 
 def _in_partial(
-    wrapper: functools.partial[Any], wanted: Callable[[object], bool], names: set[str], seen: set[int], depth: int
+    wrapper: functools.partial[Any],
+    wanted: Callable[[object], bool],
+    names: set[str],
+    seen: set[int],
+    depth: int,
 ) -> Iterator[tuple[bool, MethodType, _Set]]:
     def put(index: int, method: Any) -> None:
         args = (*wrapper.args[:index], method, *wrapper.args[index + 1 :])

@@ -23,8 +23,11 @@ __all__ = [
     "is_swapped",
     "matches",
     "original_class",
+    "placed",
     "plan",
     "resolve_now",
+    "restore",
+    "restore_class",
     "swap_in",
     "swap_out",
 ]
@@ -57,17 +60,17 @@ class Plan:
             TwinkleError: A candidate is ``strict`` and cannot be loaded or does not fit.
         """
         _load(self._dispatch, self.module, device, training)
-        left = []
+        left, reasons = [], []
         for candidate in self._dispatch.candidates:
             problem = candidate.dead or _problem(candidate, self._dispatch.target, self.module)
             if problem is None:
                 left.append(candidate)
             elif candidate.strict:
                 raise KernelError(f"{candidate.binding.target}: {problem}")
+            else:
+                reasons.append(problem)
         if not left:
-            return "; ".join(
-                c.dead or _problem(c, self._dispatch.target, self.module) or "" for c in self._dispatch.candidates
-            )
+            return "; ".join(reasons)
         self._dispatch = class_for(self._dispatch.target, tuple(left), self._dispatch.pin)
         self.changes = _dispatch_of(self.module) is not self._dispatch
         return None
@@ -95,7 +98,7 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
     asked = tuple(candidates)
     core, _ = core_of(type(module))
     now = _dispatch_of(module)
-    target = now.target if now is not None else core
+    target: type[nn.Module] = now.target if now is not None else core
     reasons: list[str] = []
     usable: list[Candidate] = []
     for candidate in asked:
@@ -124,8 +127,26 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
     return Plan(module, dispatch)
 
 
-def swap_in(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | None = None) -> bool:
-    """Plan and commit; true when the module is swapped now. A reason against it is noted in the bindings."""
+def swap_in(
+    module: nn.Module,
+    candidates: Iterable[Candidate],
+    *,
+    target: type[nn.Module] | None = None,
+    pinned: Mode | None = None,
+) -> bool:
+    """Plan and commit; a reason against it is noted in the bindings.
+
+    Args:
+        module: As for :func:`plan`.
+        candidates: As for :func:`plan`.
+        target: Leave modules alone that do not match it.
+        pinned: As for :func:`plan`.
+
+    Returns:
+        Whether the module has these kernels now.
+    """
+    if target is not None and not matches(module, target):
+        return False
     asked = tuple(candidates)
     made = plan(module, asked, pinned=pinned)
     if isinstance(made, str):
@@ -147,6 +168,15 @@ def swap_out(module: nn.Module) -> bool:
     return True
 
 
+def restore_class(module: nn.Module, before: type) -> None:
+    """Give a module the class it had before a swap, which may itself be that of an earlier swap."""
+    earlier: LayerDispatch | None = getattr(before, "__twinkle__", None)
+    if earlier is None:
+        swap_out(module)
+    elif _dispatch_of(module) is not earlier:
+        _move(module, earlier)
+
+
 def is_swapped(module: nn.Module) -> bool:
     """Whether a kernel is in place (loaded or not)."""
     return _dispatch_of(module) is not None
@@ -157,6 +187,19 @@ def original_class(module: nn.Module) -> type:
     return original_of(type(module))
 
 
+def placed(module: nn.Module) -> LayerDispatch | None:
+    """What is in place on a module now, to be given to :func:`restore` later."""
+    return _dispatch_of(module)
+
+
+def restore(module: nn.Module, before: LayerDispatch | None) -> None:
+    """Bring a module back to what :func:`placed` said of it."""
+    if before is None:
+        swap_out(module)
+    elif before is not _dispatch_of(module):
+        _move(module, before)
+
+
 def candidates_of(module: nn.Module) -> tuple[Candidate, ...]:
     """What stands behind a swapped module, in order; nothing for another."""
     dispatch = _dispatch_of(module)
@@ -164,7 +207,7 @@ def candidates_of(module: nn.Module) -> tuple[Candidate, ...]:
 
 
 def matches(module: nn.Module, target_class: type[nn.Module]) -> bool:
-    """Whether the ``forward`` that would run is the target's own (a subclass that overrides it is left alone)."""
+    """Whether the ``forward`` that would run is the target's own: not where a subclass overrides it."""
     dispatch = _dispatch_of(module)
     cls = dispatch.target if dispatch is not None else type(module)
     return isinstance(module, target_class) and cls.forward is target_class.forward
