@@ -32,26 +32,34 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; every option says what it is in tokens, bytes or seconds."""
     parser = argparse.ArgumentParser(
         description="Train a small byte-level Qwen3 on Python's own documentation and sources.",
-        epilog="One step reads BATCH x SEQ-LEN bytes; a byte is a token. A loss of 5.55 (ln 256) is guessing, "
-        "below 2.5 the model writes words.",
+        epilog="One step reads BATCH x SEQ-LEN bytes; a byte is a token. A loss of 5.55 (ln 256) "
+        "is guessing; below 2.5 the model writes words.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     run = parser.add_argument_group("how long")
     run.add_argument("--steps", type=int, default=120, help="optimizer steps")
     run.add_argument("--batch", type=int, default=8, help="sequences in a step")
     run.add_argument("--seq-len", type=int, default=256, help="tokens in a sequence")
-    run.add_argument("--lr", type=float, default=2e-3, help="peak learning rate: warmed up, then cosine to a tenth")
+    run.add_argument(
+        "--lr", type=float, default=2e-3, help="peak learning rate: warmed up, then cosine to a tenth"
+    )
     model = parser.add_argument_group("how large")
     model.add_argument("--hidden-size", type=int, default=256, help="width of the residual stream")
     model.add_argument("--layers", type=int, default=4, help="decoder layers")
     model.add_argument("--head-dim", type=int, default=64, help="width of one attention head")
     data = parser.add_argument_group("on what")
     data.add_argument("--corpus-bytes", type=int, default=4_000_000, help="read at most this much text")
-    data.add_argument("--eval-split", type=float, default=0.05, help="share of the text kept for the final loss")
-    data.add_argument("--eval-batches", type=int, default=8, help="batches of held-out text in the final loss")
+    data.add_argument(
+        "--eval-split", type=float, default=0.05, help="share of the text kept for the final loss"
+    )
+    data.add_argument(
+        "--eval-batches", type=int, default=8, help="batches of held-out text in the final loss"
+    )
     where = parser.add_argument_group("where")
     where.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps ...")
-    where.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights and activations")
+    where.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="weights and activations"
+    )
     where.add_argument("--threads", type=int, default=0, help="CPU threads, 0 for torch's own choice")
     where.add_argument("--seed", type=int, default=0, help="of the weights and of the order of the text")
     where.add_argument("--json", metavar="FILE", help="write losses, speed and settings here")
@@ -222,7 +230,9 @@ def main(arguments: list[str] | None = None) -> int:
     memory = peak_memory_mb(options.device)
     held_out = None if interrupted else evaluate(model, test_data, options)
 
-    print(f"loss        {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps" + " (stopped)" * interrupted)
+    print(
+        f"loss        {losses[0]:.4f} -> {losses[-1]:.4f} in {len(losses)} steps" + " (stopped)" * interrupted
+    )
     if held_out is not None:
         print(f"held out    {held_out:.4f}")
     print(f"speed       {tokens_per_second:,.0f} tokens per second ({steady * 1e3:.0f} ms a step)")

@@ -33,7 +33,7 @@ class _Rotary(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(cos, sin)  # the textbook form keeps four of these, expanded by its multiplications
+        ctx.save_for_backward(cos, sin)
         low, high = sin.chunk(2, dim=-1)
         return _turn(q, cos, low, high), _turn(k, cos, low, high)
 
@@ -52,8 +52,19 @@ class _Rotary(torch.autograd.Function):
 
 
 def _textbook(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    low, high = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-high, low), dim=-1) * sin
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
+
+
+def _fits(x: torch.Tensor, cos: torch.Tensor) -> bool:
+    """Whether the angles are spread over ``x`` and not ``x`` over the angles: its gradient is then no sum."""
+    return (
+        x.dtype == cos.dtype
+        and x.dim() == cos.dim()
+        and x.shape[-1] == cos.shape[-1]
+        and x.shape[-1] % 2 == 0
+        and all(angles in (1, size) for size, angles in zip(x.shape, cos.shape, strict=True))
+    )
 
 
 def apply_rotary_pos_emb(
@@ -61,9 +72,9 @@ def apply_rotary_pos_emb(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate queries and keys by their positions (half-split form, RoFormer, arXiv:2104.09864).
 
-    Forward results and first gradients are those of transformers' function, bit for bit, in float32 and in
-    bfloat16. Where only the textbook form is right (a gradient for ``cos`` or ``sin``, mixed dtypes) or where a
-    compiler fuses better than we do, that form runs.
+    Results and gradients are those of transformers' function, bit for bit, in float32 and in bfloat16.
+    Where only the textbook form is right (a gradient for ``cos`` or ``sin``, mixed dtypes, shapes that spread
+    ``q`` over the angles) or where a compiler fuses better, that form runs. Second derivatives are refused.
 
     Args:
         q: Queries, ``[batch, heads, tokens, head_dim]`` (or with heads and tokens swapped, see below).
@@ -77,7 +88,9 @@ def apply_rotary_pos_emb(
     """
     cos = cos.unsqueeze(unsqueeze_dim)
     sin = sin.unsqueeze(unsqueeze_dim)
-    same_dtype = q.dtype == k.dtype == cos.dtype == sin.dtype
-    if torch.compiler.is_compiling() or not same_dtype or cos.requires_grad or sin.requires_grad:
+    constant = (
+        not (cos.requires_grad or sin.requires_grad) and sin.shape == cos.shape and sin.dtype == cos.dtype
+    )
+    if torch.compiler.is_compiling() or not constant or not _fits(q, cos) or not _fits(k, cos):
         return _textbook(q, cos, sin), _textbook(k, cos, sin)
     return _Rotary.apply(q, k, cos, sin)

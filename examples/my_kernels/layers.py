@@ -2,7 +2,7 @@
 
 A kernel class has no ``__init__``: its ``forward`` runs on the layer that is already there and reads only
 attributes which that layer has. Under ``torch.compile`` the plain formula runs, because a compiler fuses it
-better than a fixed sequence of ready-made operators.
+better than a fixed sequence of ready-made operators. Second derivatives are refused.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["GatedMLP", "RMSNorm"]
+__all__ = ["DenseGelu", "GatedMLP", "RMSNorm"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -37,10 +37,18 @@ class _RMSNorm(torch.autograd.Function):
         needs_x, needs_weight, _ = ctx.needs_input_grad
         size = x.shape[-1]
         grad32, weight32 = grad.float(), weight.float()
-        # torch has a fused backward of LayerNorm. With a mean of zero it is that of RMSNorm, less the gradient of
-        # the mean that was subtracted there: rstd * mean(grad * weight), one number a row, put back here.
+        # torch has a fused backward of LayerNorm. With a mean of zero it is that of RMSNorm, less the
+        # gradient of the mean that was subtracted there: rstd * mean(grad * weight), one number a row,
+        # put back here.
         dx, dw, _ = torch.ops.aten.native_layer_norm_backward(
-            grad32, x.float(), [size], torch.zeros_like(rstd), rstd, weight32, None, [needs_x, needs_weight, False]
+            grad32,
+            x.float(),
+            [size],
+            torch.zeros_like(rstd),
+            rstd,
+            weight32,
+            None,
+            [needs_x, needs_weight, False],
         )
         if needs_x:
             with torch.autocast(grad.device.type, enabled=False):  # a matrix product, but not one to round
@@ -89,14 +97,23 @@ class _SiluMul(torch.autograd.Function):
         return grad_gate, grad_up
 
 
-def _is_plain_silu(activation: nn.Module) -> bool:
-    """Whether it computes ``silu(x)`` and nobody listens: a hook or a patched ``forward`` must still run."""
+def _nobody_listens(module: nn.Module) -> bool:
+    """Whether it may be left out: a hook on it or a ``forward`` put on it must still run."""
+    return not (
+        "forward" in vars(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _is_silu(activation: object) -> bool:
+    """Whether calling it is ``silu(x)`` and nothing else."""
     return (
-        type(activation).__name__ in ("SiLU", "SiLUActivation")
-        and "forward" not in vars(activation)
-        and not activation._forward_hooks
-        and not activation._forward_pre_hooks
-        and not activation._backward_hooks
+        isinstance(activation, nn.Module)
+        and type(activation).__name__ in ("SiLU", "SiLUActivation")
+        and _nobody_listens(activation)
     )
 
 
@@ -118,6 +135,41 @@ class GatedMLP(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map ``[..., hidden_size]`` to the same shape."""
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling() or gate.dtype != up.dtype or not _is_plain_silu(self.act_fn):
+        if torch.compiler.is_compiling() or gate.dtype != up.dtype or not _is_silu(self.act_fn):
             return self.down_proj(self.act_fn(gate) * up)
         return self.down_proj(_SiluMul.apply(gate, up))
+
+
+def _is_exact_gelu(activation: object) -> bool:
+    """Whether calling it is ``gelu(x)`` in the form of the error function, and nothing else."""
+    if not isinstance(activation, nn.Module) or not _nobody_listens(activation):
+        return False
+    if type(activation) is nn.GELU:
+        return activation.approximate == "none"
+    return (
+        type(activation).__name__ == "GELUActivation"
+        and getattr(activation, "act", None) is nn.functional.gelu
+    )
+
+
+class DenseGelu(nn.Module):
+    """``intermediate_act_fn(dense(x))`` of BERT's MLP, with the activation written over its input.
+
+    For inference: the widest tensor of the model is allocated once instead of twice. Where that input is
+    still needed (a gradient is recorded, a hook may hold it) or the activation is another, the original
+    steps run. The result is transformers', bit for bit.
+    """
+
+    can_torch_compile = True
+    has_backward = True
+
+    dense: nn.Module
+    intermediate_act_fn: nn.Module
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Map ``[..., hidden_size]`` to ``[..., intermediate_size]``."""
+        wide = self.dense(hidden_states)
+        ours = type(self.dense) is nn.Linear and _nobody_listens(self.dense) and not wide.requires_grad
+        if torch.compiler.is_compiling() or not ours or not _is_exact_gelu(self.intermediate_act_fn):
+            return self.intermediate_act_fn(wide)
+        return torch.ops.aten.gelu_(wide)
