@@ -196,7 +196,7 @@ def check_function(implementation: Callable[..., object], original: Callable[...
         raise KernelError(
             "a function kernel must be callable",
             found=repr(implementation),
-            expected="a function or a layer class",
+            expected="a function or a class",
         )
     kernel = implementation
     if isinstance(implementation, nn.Module):

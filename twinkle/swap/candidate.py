@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.errors import KernelError, TwinkleError, TwinkleWarning
+from twinkle.errors import TwinkleError, TwinkleWarning
 from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ class _Candidate:
         self._loaded: Any = _UNLOADED
         self._lock = threading.RLock()
         self._loading = False
-        self._error: BaseException | None = None
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
@@ -109,20 +108,9 @@ class _Candidate:
 
     def fail(self, error: BaseException) -> None:
         """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
-        self._error = error
         self.retire("failed", explain(error))
         if self.strict:
             raise error
-
-    def _refuse(self) -> TwinkleError:
-        """Why it is out of the running, as an error to raise."""
-        if isinstance(self._error, TwinkleError):
-            return self._error
-        refused = KernelError(
-            f"kernel {self.binding.kernel!r} cannot be used: {self.dead or 'it is being loaded'}"
-        )
-        refused.__cause__ = self._error
-        return refused
 
     def retire(self, state: str, reason: str) -> None:
         """Take it out everywhere: the originals (or the next candidate) run from the next call on."""
@@ -183,17 +171,6 @@ class Candidate(_Candidate):
                     self.fail(error)
             return self._fits.get(target_class)
 
-    def resolve(self, target_class: type[nn.Module], instance: nn.Module | None = None) -> LayerFit:
-        """As :meth:`fit`, and an error when it does not.
-
-        Raises:
-            TwinkleError: It cannot be loaded, does not fit, or was turned off.
-        """
-        fit = self.fit(target_class, [instance] if instance is not None else [])
-        if fit is None:
-            raise self._refuse()
-        return fit
-
     def known_fit(self, target_class: type[nn.Module]) -> LayerFit | None:
         """The answer of :meth:`fit` if it was asked before; loads nothing."""
         return self._fits.get(target_class)
@@ -204,52 +181,35 @@ class FunctionCandidate(_Candidate):
 
     kernel: FunctionKernel
 
-    def __init__(
-        self,
-        kernel: FunctionKernel,
-        binding: Binding,
-        original: Callable[..., Any],
-        *,
-        strict: bool = False,
-    ) -> None:
+    def __init__(self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False) -> None:
         super().__init__(kernel, binding, strict=strict)
-        self.original = original
-        self._function: Callable[..., Any] | None = None
+        self._function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
-    def function(self) -> Callable[..., Any] | None:
-        """The kernel as a function, loaded and checked at most once; ``None`` if it does not fit.
+    def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:
+        """The kernel as a function in the place of ``original``, loaded and checked once; ``None`` if unfit.
 
         Raises:
             TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
         """
         if self.dead is not None:
             return None
-        if self._function is not None:
-            return self._function
+        if self._function is not None and self._function[0] is original:
+            return self._function[1]
         loaded = self.load()
         if loaded is None:
             return None
         with self._lock:
-            if self.dead is None and self._function is None:
-                try:
-                    from twinkle.swap.functions import adapt
+            if self.dead is not None:
+                return None
+            from twinkle.swap.functions import adapt
 
-                    check_function(loaded, self.original)
-                    self._function = adapt(loaded, self.original)
-                except Exception as error:
-                    self.fail(error)
-            return self._function
-
-    def resolve(self) -> Callable[..., Any]:
-        """As :meth:`function`, and an error when it does not fit.
-
-        Raises:
-            TwinkleError: It cannot be loaded, does not fit, or was turned off.
-        """
-        function = self.function()
-        if function is None:
-            raise self._refuse()
-        return function
+            try:
+                check_function(loaded, original)
+                self._function = (original, adapt(loaded, original))
+            except Exception as error:
+                self.fail(error)
+                return None
+            return self._function[1]
 
 
 def _flag(thing: Any, name: str) -> bool | None:

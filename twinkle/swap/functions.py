@@ -54,24 +54,24 @@ class Placement:
     @property
     def displaced(self) -> bool:
         """Whether someone else has replaced it since."""
-        return self.active and bool(_standing(self.owner, self.name) is not self.placed)
+        standing = vars(self.owner).get(self.name, _MISSING)
+        return self.active and standing is not self.placed
 
     def __repr__(self) -> str:
         state = "displaced" if self.displaced else "active" if self.active else "reverted"
         return f"<Placement {self.target} {state}>"
 
 
-def find(module: ModuleType, dotted_name: str) -> Callable[..., Any]:
-    """The function that stands at a place, without its ``staticmethod`` or ``classmethod``.
+def find(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
+    """Look a function up.
+
+    Returns:
+        The module or class that is to hold a replacement, the attribute's name, and the attribute as
+        it stands (a ``staticmethod`` is not unwrapped).
 
     Raises:
         KernelError: There is no such attribute, or it is nothing that can be called.
     """
-    return _locate(module, dotted_name)[3]
-
-
-def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any, Callable[..., Any]]:
-    """The owner, the attribute's name, the attribute as it stands, and the function in it."""
     owner: Any = module
     *path, name = dotted_name.split(".")
     where = f"{module.__name__}:{dotted_name}"
@@ -85,12 +85,11 @@ def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any, Callab
         raw = getattr(owner, name, _MISSING)
     if raw is _MISSING:
         raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_near(owner, name))
-    inner = raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
-    if not callable(inner):
+    if not callable(_inner(raw)):
         raise KernelError(
             f"{where} is no function", found=type(raw).__name__, expected="a function or a method"
         )
-    return owner, name, raw, inner
+    return owner, name, raw
 
 
 def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: bool = True) -> Placement:
@@ -106,13 +105,14 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
     Raises:
         KernelError: There is no such function, or the implementation does not fit it.
     """
-    owner, name, raw, inner = _locate(module, dotted_name)
+    owner, name, raw = find(module, dotted_name)
+    inner = _inner(raw)
     if check:
         check_function(implementation, inner)
     plain = isinstance(owner, type) and not isinstance(raw, staticmethod)
     function = adapt(implementation, inner, method=plain)
     placed = type(raw)(function) if isinstance(raw, (staticmethod, classmethod)) else function
-    before = _standing(owner, name)
+    before = vars(owner).get(name, _MISSING)
     setattr(owner, name, placed)
     given = implementation if isinstance(owner, type) else function
     return Placement(owner, name, f"{module.__name__}:{dotted_name}", inner, before, placed, given)
@@ -160,7 +160,7 @@ def dispatcher(
     training: bool | None = None,
     compiling: bool = False,
 ) -> FunctionType:
-    """A function that runs the kernel for the moment: the first tensor's device, gradients or not, a compiler.
+    """A function that runs the kernel for the moment: the first tensor's device, gradients, a compiler.
 
     It looks like the original (name, module, signature). Kernels are loaded at the first call that wants
     them; one that raises then is turned off and the original runs.
@@ -198,7 +198,7 @@ class FunctionDispatch(Dispatch):
         """Load a kernel and check its signature."""
         candidate = entry.candidate
         assert isinstance(candidate, FunctionCandidate)
-        function = candidate.function()
+        function = candidate.function(self.original)
         if function is None:
             return False
         with self.lock:
@@ -223,14 +223,14 @@ class _Forward(Dispatch):
         self.names["_tw_original"] = callee
 
 
+def _inner(raw: Any) -> Any:
+    return raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+
+
 def _self_arguments(function: Callable[..., Any]) -> int:
     code = getattr(function, "__code__", None)
     first = code.co_varnames[:1] if code is not None and code.co_argcount else ()
     return 1 if first and first[0] in ("self", "cls") else 0
-
-
-def _standing(owner: Any, name: str) -> Any:
-    return vars(owner).get(name, _MISSING)
 
 
 def _near(owner: Any, name: str) -> str | None:

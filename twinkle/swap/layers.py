@@ -168,13 +168,17 @@ def swap_out(module: nn.Module) -> bool:
     return True
 
 
-def restore_class(module: nn.Module, before: type) -> None:
-    """Give a module the class it had before a swap, which may itself be that of an earlier swap."""
-    earlier: LayerDispatch | None = getattr(before, "__twinkle__", None)
-    if earlier is None:
+def placed(module: nn.Module) -> LayerDispatch | None:
+    """What is in place, to give back to :func:`restore`; ``None`` when nothing is."""
+    return _dispatch_of(module)
+
+
+def restore(module: nn.Module, before: LayerDispatch | None) -> None:
+    """Bring a module back to what :func:`placed` said before."""
+    if before is None:
         swap_out(module)
-    elif _dispatch_of(module) is not earlier:
-        _move(module, earlier)
+    elif _dispatch_of(module) is not before:
+        _move(module, before)
 
 
 def is_swapped(module: nn.Module) -> bool:
