@@ -427,3 +427,26 @@ def test_a_function_kernel_compiles_without_a_graph_break(write_repo, text):
     compiled = torch.compile(lambda x: f(x) * 2, backend="eager", fullgraph=True)
     x = torch.ones(3)
     assert torch.equal(compiled(x), f(x) * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_worker_processes_run_a_kernel_of_their_parent(write_repo, tmp_path, method):
+    repo = write_repo({"my_kernels/__init__.py": "def square(x): return x * x\n"})
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"""
+import multiprocessing
+from twinkle.sources.local import LocalSource
+
+if __name__ == "__main__":
+    square = LocalSource({str(repo)!r}, "my_kernels", "square", kind="function").load()
+    with multiprocessing.get_context({method!r}).Pool(1) as pool:
+        print(pool.map(square, range(4)))
+"""
+    )
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    run = subprocess.run(
+        [sys.executable, program], capture_output=True, text=True, check=True, env=environ, timeout=100
+    )
+    assert run.stdout == "[0, 1, 4, 9]\n"
