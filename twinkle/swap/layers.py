@@ -27,7 +27,6 @@ __all__ = [
     "plan",
     "resolve_now",
     "restore",
-    "restore_class",
     "swap_in",
     "swap_out",
 ]
@@ -166,19 +165,6 @@ def swap_out(module: nn.Module) -> bool:
     object.__setattr__(module, "__class__", original_of(type(module)))
     dispatch.leave(module)
     return True
-
-
-def placed(module: nn.Module) -> LayerDispatch | None:
-    """What is in place, to give back to :func:`restore`; ``None`` when nothing is."""
-    return _dispatch_of(module)
-
-
-def restore(module: nn.Module, before: LayerDispatch | None) -> None:
-    """Bring a module back to what :func:`placed` said before."""
-    if before is None:
-        swap_out(module)
-    elif _dispatch_of(module) is not before:
-        _move(module, before)
 
 
 def is_swapped(module: nn.Module) -> bool:
