@@ -62,16 +62,17 @@ class Placement:
         return f"<Placement {self.target} {state}>"
 
 
-def find(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
-    """Look a function up.
-
-    Returns:
-        The module or class that is to hold a replacement, the attribute's name, and the attribute as
-        it stands (a ``staticmethod`` is not unwrapped).
+def find(module: ModuleType, dotted_name: str) -> Any:
+    """The function that stands at a place, without its ``staticmethod`` or ``classmethod``.
 
     Raises:
         KernelError: There is no such attribute, or it is nothing that can be called.
     """
+    return _inner(_locate(module, dotted_name)[2])
+
+
+def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
+    """The module or class that is to hold a replacement, the attribute's name, and what stands there."""
     owner: Any = module
     *path, name = dotted_name.split(".")
     where = f"{module.__name__}:{dotted_name}"
@@ -105,7 +106,7 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
     Raises:
         KernelError: There is no such function, or the implementation does not fit it.
     """
-    owner, name, raw = find(module, dotted_name)
+    owner, name, raw = _locate(module, dotted_name)
     inner = _inner(raw)
     if check:
         check_function(implementation, inner)
@@ -212,7 +213,7 @@ class FunctionDispatch(Dispatch):
 
     def is_training(self, args: tuple[Any, ...]) -> bool:
         """Gradients are recorded."""
-        return torch.is_grad_enabled()
+        return bool(torch.is_grad_enabled())
 
 
 class _Forward(Dispatch):
