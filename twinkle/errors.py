@@ -13,6 +13,7 @@ __all__ = [
     "SourceError",
     "TwinkleError",
     "TwinkleWarning",
+    "warn",
 ]
 
 
@@ -105,3 +106,14 @@ class ApplyError(TwinkleError, RuntimeError):
 
 class TwinkleWarning(UserWarning):
     """Something Twinkle left as it was; the message says what and why."""
+
+
+def warn(text: str) -> None:
+    """Warn once of something that was left as it was; never an exception, even under ``-W error``."""
+    import sys
+    import warnings
+
+    try:
+        warnings.warn(text, TwinkleWarning, stacklevel=3)
+    except TwinkleWarning:
+        print(f"TwinkleWarning: {text}", file=sys.stderr)

@@ -10,6 +10,7 @@ import sys
 
 from twinkle.apply.bindings import declare, layer_binding
 from twinkle.apply.options import options
+from twinkle.errors import warn
 from twinkle.match.names import is_pattern, parse_target
 from twinkle.registry import registry
 from twinkle.report.records import session
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from twinkle.config import Settings
+    from twinkle.hooks.guard import Failure
+    from twinkle.hooks.construction import ConstructionWatch
     from twinkle.hooks.imports import Watch
     from twinkle.records import LayerTarget
 
@@ -33,7 +36,7 @@ class _State:
 
     def __init__(self) -> None:
         self.active = False
-        self.watches: list[Watch] = []
+        self.watches: list[Watch | ConstructionWatch] = []
         self.layers_seen: set[LayerTarget] = set()
         self.functions_seen: set[str] = set()
         self.classes_seen: set[type] = set()
@@ -65,10 +68,14 @@ def start(settings: Settings, *, door: str) -> None:
     session.configs = tuple(settings.paths)
     for warning in settings.warnings:
         session.remark(warning)
-        print(f"twinkle: {warning}", file=sys.stderr)
+        if settings.log != "off":
+            print(f"twinkle: {warning}", file=sys.stderr)
+    for entry, reason in settings.left_out():
+        session.remark(f"{entry.name}: {reason}")
     _state.active = True
-    from twinkle.hooks import imports
+    from twinkle.hooks import guard, imports
 
+    guard.on_failure(_on_failure)
     imports.install()
     watch_new()
     log = settings.log in ("info", "debug")
@@ -85,25 +92,29 @@ def watch_new() -> None:
         return
     from twinkle.hooks import imports
 
+    strict = options.strict or not options.use_fallback
     for target in registry.layer_targets:
         if target in _state.layers_seen:
             continue
         _state.layers_seen.add(target)
         if isinstance(target.target, str):
             module = parse_target(target.target).module
-            _state.watches.append(imports.watch_module(module, _on_layer_module, owner=_OWNER))
+            watch = imports.watch_module(module, _on_layer_module, owner=_OWNER, strict=strict)
+            _state.watches.append(watch)
         else:
             _watch_class(target.target)
     for kernel in registry.function_kernels:
         if kernel.target_module not in _state.functions_seen:
             _state.functions_seen.add(kernel.target_module)
-            watch = imports.watch_module(kernel.target_module, _on_function_module, owner=_OWNER)
+            watch = imports.watch_module(
+                kernel.target_module, _on_function_module, owner=_OWNER, strict=strict
+            )
             _state.watches.append(watch)
     if registry.layer_kernels and not _state.watches_models:
         _state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
-        _state.watches.append(watch_pretrained(_on_model))
+        _state.watches.append(watch_pretrained(_on_model, owner=_OWNER, strict=strict))
 
 
 def deactivate() -> None:
@@ -113,9 +124,10 @@ def deactivate() -> None:
         watch.cancel()
     if _state.active:
         from twinkle import _bootstrap
-        from twinkle.hooks import imports
+        from twinkle.hooks import guard, imports
 
         imports.uninstall()
+        guard.forget()
         _bootstrap.forget()
     _state = _State()
 
@@ -180,7 +192,7 @@ def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | No
             reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
         for kernel in registry.kernels_named(entry.kernel_name):
             layer_binding(kernel, str(entry.target)).set("failed", reason)
-        _warn(f"{reason} ({entry.origin})")
+        warn(f"{reason} ({entry.origin})")
     return None
 
 
@@ -190,7 +202,8 @@ def _watch_class(cls: type) -> None:
     _state.classes_seen.add(cls)
     from twinkle.hooks.construction import watch_class
 
-    _state.watches.append(watch_class(cls, _on_model))
+    strict = options.strict or not options.use_fallback
+    _state.watches.append(watch_class(cls, _on_model, owner=_OWNER, strict=strict))
 
 
 def _on_model(model: Any) -> None:
@@ -200,11 +213,5 @@ def _on_model(model: Any) -> None:
     kernelize_layers(model)
 
 
-def _warn(text: str) -> None:
-    import warnings
-
-    from twinkle.errors import TwinkleWarning
-
-    warnings.warn(text, TwinkleWarning, stacklevel=2)
-
-
+def _on_failure(failure: Failure) -> None:
+    session.remark(str(failure))

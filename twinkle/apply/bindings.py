@@ -56,7 +56,9 @@ def declare(source: Registry = registry) -> None:
             binding = layer_binding(kernel, target.target)
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", "no such layer was met yet")
-        if kernel.name not in targets:
+        if kernel.name in targets:
+            source.unbind("layer", f"{BY_NAME}={kernel.name}", kernel.name)
+        else:
             binding = layer_binding(kernel, f"{BY_NAME}={kernel.name}")
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", "no layer of that kernel_layer_name was met yet")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-import time
+from functools import partial
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.apply.bindings import function_binding
 from twinkle.apply.change import Change
 from twinkle.apply.options import options
 from twinkle.devices import absent_reason, parse_device
-from twinkle.errors import ApplyError, TwinkleError
+from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.hooks import aliases
 from twinkle.modes import Mode, rank
 from twinkle.registry import registry
@@ -21,7 +22,7 @@ from twinkle.swap.functions import Placement, dispatcher, find, put, take_out
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twinkle.records import Binding, FunctionKernel
+    from twinkle.records import FunctionKernel
 
 __all__ = ["apply", "registered_modules", "unapply"]
 
@@ -29,10 +30,22 @@ __all__ = ["apply", "registered_modules", "unapply"]
 class _Placed:
     """A function that runs a kernel now."""
 
-    def __init__(self, placement: Placement, rebound: list[aliases.Alias], chosen: list[Binding]) -> None:
+    def __init__(
+        self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
+    ) -> None:
         self.placement = placement
         self.rebound = rebound
         self.chosen = chosen
+
+    def same(self, implementation: object, chosen: list[FunctionCandidate]) -> bool:
+        """Whether that is what is in place already."""
+        if self.placement.displaced:
+            return False
+        return self.placement.implementation is implementation or (
+            isinstance(self.placement.implementation, FunctionType)
+            and "_tw_dispatch" in self.placement.implementation.__globals__
+            and self.chosen == chosen
+        )
 
 
 _placed: dict[str, _Placed] = {}
@@ -137,7 +150,7 @@ class _Plan:
         self.mode = mode
         self.device = device
         self.implementation: Callable[..., Any] | None = None
-        self.chosen: list[Binding] = []
+        self.chosen: list[FunctionCandidate] = []
 
     def choose(self, *, strict: bool) -> None:
         """Find the implementation for the moment asked for; none leaves the original.
@@ -153,105 +166,106 @@ class _Plan:
                 function_binding(kernel).set("failed", error.reason)
             if strict:
                 raise
+            warn(f"{self.target} is not replaced: {error.reason} ({self.kernels[0].origin})")
             return
         absent = absent_reason(self.device)
         usable: list[FunctionCandidate] = []
         for kernel in self.kernels:
             binding = function_binding(kernel)
             reason = absent or self._reason_against(kernel)
-            if reason is not None:
-                if binding.state not in ("failed", "quarantined"):
-                    binding.set("skipped", reason)
-                continue
-            usable.append(_candidate(kernel, original))
-        if self.mode is None and self.device is None and _needs_dispatch(usable):
+            if reason is None:
+                usable.append(_candidate(kernel, original))
+            elif binding.state not in ("active", "failed", "quarantined"):
+                binding.set("skipped", reason)
+        if self.mode is None and self.device is None:
             self._dispatch(original, usable, strict=strict)
         else:
-            self._decide(usable, strict=strict)
+            self._decide(original, usable, strict=strict)
 
     def commit(self, change: Change) -> str | None:
         """Put it in place; returns ``"module.function"`` when a kernel runs there afterwards."""
         shown = self.target.replace(":", ".", 1)
         placed = _placed.get(self.target)
         if placed is not None:
-            if placed.placement.implementation is self.implementation:
+            if placed.same(self.implementation, self.chosen):
                 return shown
             _restore(self.target, "another mode or device was applied")
         if self.implementation is None:
             return None
-        placement = put(self.module, self.name, self.implementation)
+        placement = put(self.module, self.name, self.implementation, check=False)
         rebound = aliases.rebind(placement.original, placement.implementation) if "." not in self.name else []
+        stale = aliases.stale(placement.original)
         _placed[self.target] = _Placed(placement, rebound, self.chosen)
-        for binding in self.chosen:
-            binding.count(1 + len(rebound))
-            binding.set("active")
-        change.did(lambda: _restore(self.target, "unapplied"))
+        for candidate in self.chosen:
+            candidate.binding.count(1 + len(rebound))
+            for alias in stale:
+                candidate.binding.note(f"{alias.where} still holds the original")
+            if candidate.dead is None:
+                candidate.binding.set("active")
+        change.did(partial(_restore, self.target, "taken back"))
         return shown
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
-        if kernel.name in options.disabled:
+        if not {kernel.name, kernel.target, kernel.target.replace(":", ".", 1)}.isdisjoint(options.disabled):
             return "switched off by TWINKLE_DISABLE"
         if self.device is not None and kernel.device not in (None, self.device):
             return f"registered for {kernel.device}, applied for {self.device}"
         absent = absent_reason(kernel.device)
         if absent is not None:
             return absent
-        if self.mode is not None and self._place(kernel) is None:
+        if self.mode is not None and self._place(kernel.mode) is None:
             return f"registered for mode {kernel.mode}, applied for {self.mode}"
         return None
 
-    def _place(self, kernel: FunctionKernel, can_torch_compile: bool | None = None) -> int | None:
-        """The best place among the moments that the mode asked for stands for."""
+    def _place(self, mode: Mode | None, can_torch_compile: bool | None = None) -> int | None:
+        """The place among the moments that the mode asked for stands for; all of them must allow it."""
         if self.mode is None:
             return 0
-        moments = [training for training in (True, False) if (self.mode.train, self.mode.inference)[not training]]
         places = [
-            rank(
-                kernel.mode,
-                training=training,
-                compiling=self.mode.compile,
-                can_torch_compile=can_torch_compile,
-            )
-            for training in moments
+            rank(mode, training=training, compiling=self.mode.compile, can_torch_compile=can_torch_compile)
+            for training, asked in ((True, self.mode.train), (False, self.mode.inference))
+            if asked
         ]
         return None if None in places else max(place for place in places if place is not None)
 
-    def _decide(self, usable: list[FunctionCandidate], *, strict: bool) -> None:
-        order = sorted(usable, key=lambda c: (c.kernel.device is None, self._place(c.kernel) or 0))
+    def _decide(self, original: Any, usable: list[FunctionCandidate], *, strict: bool) -> None:
+        order = sorted(usable, key=lambda c: (c.kernel.device is None, self._place(c.kernel.mode) or 0))
         for at, candidate in enumerate(order):
-            try:
-                implementation = _resolve(candidate)
-            except TwinkleError:
-                if strict:
-                    raise
+            implementation = _resolve(candidate, original, strict=strict)
+            if implementation is None:
                 continue
-            if self._place(candidate.kernel, candidate.can_torch_compile) is None:
+            if self._place(candidate.kernel.mode, candidate.can_torch_compile) is None:
                 candidate.binding.set("skipped", "it says it cannot be compiled")
                 continue
             self.implementation = implementation
-            self.chosen = [candidate.binding]
+            self.chosen = [candidate]
             for other in order[at + 1 :]:
                 other.binding.set("skipped", f"{candidate.binding.source} goes first here")
             return
 
     def _dispatch(self, original: Any, usable: list[FunctionCandidate], *, strict: bool) -> None:
-        if strict:
-            for candidate in usable:
-                _resolve(candidate)
-        self.implementation = dispatcher(original, tuple(usable))
-        self.chosen = [candidate.binding for candidate in usable]
+        """Decide at each call; also where there is nothing to decide, for a guarded first call."""
+        for candidate in usable:
+            if strict or _is_for_any(candidate):
+                _resolve(candidate, original, strict=strict)
+        self.chosen = [candidate for candidate in usable if candidate.dead is None]
+        if self.chosen:
+            self.implementation = dispatcher(original, self.chosen)
 
 
-def _needs_dispatch(usable: list[FunctionCandidate]) -> bool:
-    return any(c.kernel.device is not None or c.kernel.mode is not None for c in usable)
+def _is_for_any(candidate: FunctionCandidate) -> bool:
+    return candidate.device is None and candidate.mode is None
 
 
-def _resolve(candidate: FunctionCandidate) -> Callable[..., Any]:
-    start = time.perf_counter()
-    implementation = candidate.resolve()
-    if candidate.binding.load_seconds is None:
-        candidate.binding.load_seconds = time.perf_counter() - start
-    return implementation
+def _resolve(candidate: FunctionCandidate, original: Any, *, strict: bool) -> Callable[..., Any] | None:
+    function = candidate.function(original)
+    if function is None and strict:
+        raise ApplyError(
+            f"kernel {candidate.binding.source} cannot stand in for {candidate.binding.target}",
+            where=candidate.kernel.origin,
+            found=candidate.dead,
+        )
+    return function
 
 
 _candidates: dict[str, tuple[FunctionKernel, Any, FunctionCandidate]] = {}
@@ -261,8 +275,7 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     key = f"{kernel.target}|{kernel.device}|{kernel.mode}"
     known = _candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
-        candidate = FunctionCandidate(kernel, function_binding(kernel), original)
-        known = _candidates[key] = (kernel, original, candidate)
+        known = _candidates[key] = (kernel, original, FunctionCandidate(kernel, function_binding(kernel)))
     return known[2]
 
 
@@ -272,9 +285,9 @@ def _restore(target: str, reason: str) -> None:
         return
     aliases.restore(placed.rebound)
     ours = take_out(placed.placement)
-    for binding in placed.chosen:
-        binding.count(-1 - len(placed.rebound))
-        if ours:
-            binding.set("reverted", reason)
-        else:
-            binding.set("displaced", "someone else replaced the function after Twinkle; theirs stays")
+    for candidate in placed.chosen:
+        candidate.binding.count(-1 - len(placed.rebound))
+        if not ours:
+            candidate.binding.set("displaced", "someone else replaced the function after Twinkle; theirs stays")
+        elif candidate.dead is None:
+            candidate.binding.set("reverted", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -11,12 +12,12 @@ from twinkle.apply.bindings import layer_binding, settle_pattern
 from twinkle.apply.change import Change
 from twinkle.apply.options import options
 from twinkle.devices import absent_reason, current_type, parse_device
-from twinkle.errors import ApplyError, ConfigError, TwinkleError
+from twinkle.errors import ApplyError, ConfigError
 from twinkle.match.names import Target, class_path, defining_match, parse_target
 from twinkle.modes import Mode, rank
 from twinkle.registry import registry
+from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
-from twinkle.swap.layers import original_class, restore_class, swap_in, swap_out
 
 if TYPE_CHECKING:
     from twinkle.records import LayerKernel, LayerTarget
@@ -107,68 +108,68 @@ def unkernelize(model: nn.Module | None) -> None:
         functions.unapply()
         return
     for module in model.modules():
-        swap_out(module)
+        swap.swap_out(module)
 
 
 def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
     absent = absent_reason(wanted.device)
     plans: dict[type, _ClassPlan | None] = {}
-    chosen: list[tuple[nn.Module, _ClassPlan]] = []
+    chosen: list[tuple[swap.Plan, _ClassPlan]] = []
     model_device = None
     for module in model.modules():
-        cls = original_class(module)
+        cls = swap.original_class(module)
         if cls not in plans:
             plans[cls] = _plan_class(cls)
         plan = plans[cls]
         if plan is None:
             continue
-        if absent is not None:
-            plan.skip(absent, wanted)
+        if absent is not None or not plan.candidates:
+            plan.skip(absent or "none of its kernels is for a device of this machine", wanted)
             continue
         if wanted.load and not plan.settled:
-            if model_device is None:
-                model_device = _device_of(model, None) or "cpu"
-            plan.choose(module, wanted, model_device)
-        chosen.append((module, plan))
-    for module, plan in chosen:
-        if not plan.candidates:
-            continue
-        before = type(module)
-        if swap_in(module, plan.candidates, target=plan.target, pinned=_pin(module, wanted)):
-            change.did(lambda module=module, before=before: restore_class(module, before))  # type: ignore[misc]
-            change.layers += 1
-
-
-def _pin(module: nn.Module, wanted: Wanted) -> Mode | None:
-    """The mode to hold until the next ``.train()`` or ``.eval()``; none when the module agrees."""
-    if wanted.mode is None:
-        return None
-    if not wanted.mode.compile and wanted.training(module) == module.training:
-        return None
-    return wanted.mode
+            model_device = model_device or _device_of(model, None) or "cpu"
+            plan.settle(module, wanted, model_device)
+        made = swap.plan(module, plan.candidates, pinned=wanted.mode)
+        if isinstance(made, str):
+            plan.leave(made, wanted)
+        else:
+            chosen.append((made, plan))
+    for made, plan in chosen:
+        before = swap.placed(made.module)
+        if made.commit():
+            change.did(partial(swap.restore, made.module, before))
+        change.layers += 1
+        plan.placed += 1
+    for plan in plans.values():
+        if plan is not None:
+            plan.tell()
 
 
 class _ClassPlan:
     """The kernels for one class of a model."""
 
-    def __init__(self, target: type, candidates: tuple[Candidate, ...]) -> None:
+    def __init__(self, cls: type, target: type, candidates: tuple[Candidate, ...]) -> None:
+        self.cls = cls
         self.target = target
         self.candidates = candidates
         self.settled = False
+        self.placed = 0
 
     def skip(self, reason: str, wanted: Wanted) -> None:
         """The request is for a device that is not there: keep the originals."""
         for candidate in self.candidates:
             if candidate.binding.state in ("pending", "skipped"):
                 candidate.binding.set("skipped", reason)
-        if not wanted.use_fallback:
-            raise ApplyError(
-                f"no kernel for {class_path(self.target)} can be used",
-                found=reason,
-                fix="use_fallback=True keeps the original",
-            )
+        self._refuse(reason, wanted)
 
-    def choose(self, module: nn.Module, wanted: Wanted, model_device: str) -> None:
+    def leave(self, reason: str, wanted: Wanted) -> None:
+        """One module cannot be swapped: keep the original there."""
+        for candidate in self.candidates:
+            if candidate.dead is None:
+                candidate.binding.note(reason)
+        self._refuse(reason, wanted)
+
+    def settle(self, module: nn.Module, wanted: Wanted, model_device: str) -> None:
         """Load the kernel for the moment, or the next best one, or none."""
         self.settled = True
         device = wanted.device or _device_of(module, model_device)
@@ -177,26 +178,38 @@ class _ClassPlan:
         training, compiling = wanted.training(module), wanted.compiling
         refused: list[str] = []
         for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
-            try:
-                candidate.resolve(self.target, module)
-            except TwinkleError as error:
-                refused.append(f"{candidate.kernel.source.describe()}: {error.reason}")
+            fit = candidate.fit(self.cls, (module,))
+            problem = candidate.dead if fit is None else fit.problem_with(module)
+            if problem is None and fit is not None:
+                if fit.can_torch_compile is False and compiling:
+                    problem = "it says it cannot be compiled"
+                elif fit.has_backward is False and training:
+                    problem = "it says it has no backward"
+            if problem is None:
+                return
+            refused.append(f"{candidate.kernel.source.describe()}: {problem}")
+        moment = f"{device}/{wanted.mode or ('train' if training else 'inference')}"
+        self._refuse("; ".join(refused) or f"no kernel is registered for {moment}", wanted, moment)
+
+    def tell(self) -> None:
+        """Bring the records up to date with what was put in place."""
+        for candidate in self.candidates:
+            if candidate.dead is not None:
                 continue
-            if rank(
-                candidate.kernel.mode,
-                training=training,
-                compiling=compiling,
-                can_torch_compile=candidate.can_torch_compile,
-            ) is None or (training and candidate.has_backward is False):
-                refused.append(f"{candidate.kernel.source.describe()}: it says it cannot do that")
-                continue
-            return
+            if self.placed and candidate.known_fit(self.cls) is not None:
+                candidate.succeeded()
+            elif self.placed and candidate.binding.state == "pending":
+                when = f"{candidate.binding.device}/{candidate.binding.mode}".replace("any/any", "the")
+                candidate.binding.set("pending", f"in place; loads at the first {when} forward")
+            elif not self.placed and candidate.binding.state == "pending" and candidate.binding.notes:
+                candidate.binding.set("skipped", candidate.binding.notes[-1])
+
+    def _refuse(self, reason: str, wanted: Wanted, moment: str | None = None) -> None:
         if not wanted.use_fallback:
-            moment = f"{device}/{wanted.mode or ('train' if training else 'inference')}"
             raise ApplyError(
                 f"no kernel for {class_path(self.target)} can be used",
-                expected=f"a kernel for {moment}",
-                found="; ".join(refused) or "none is registered for it",
+                expected=f"a kernel for {moment}" if moment else None,
+                found=reason,
                 fix="use_fallback=True keeps the original",
             )
 
@@ -232,8 +245,10 @@ def _plan_class(cls: type) -> _ClassPlan | None:
         return None
     target, name, by = found
     kernels = registry.kernels_named(name)
+    if not kernels:
+        return None
     usable = [kernel for kernel in kernels if _usable(kernel, target, by)]
-    return _ClassPlan(target, tuple(_candidate(kernel, target) for kernel in usable)) if usable else None
+    return _ClassPlan(cls, target, tuple(_candidate(kernel, target) for kernel in usable))
 
 
 def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:

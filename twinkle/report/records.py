@@ -77,8 +77,17 @@ def snapshot(source: Registry = registry) -> dict[str, object]:
             }
             for binding in source.bindings
         ],
-        "remarks": list(session.remarks),
+        "remarks": [*session.remarks, *_bypassed()],
     }
+
+
+def _bypassed() -> list[str]:
+    """Modules that came in without our finder being asked, and past whom."""
+    imports = sys.modules.get("twinkle.hooks.imports")
+    if imports is None:
+        return []
+    found = [f"{module} was imported past Twinkle's finder: {whom}" for module, whom in imports.bypassed().items()]
+    return found + [f"{module} was imported past Twinkle's finder, and is as it was" for module in imports.missed()]
 
 
 def _versions() -> dict[str, str]:
