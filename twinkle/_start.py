@@ -7,6 +7,7 @@ interpreter without one of these variables does not even look for it; only ``twi
 from __future__ import annotations
 
 import os
+import sys
 
 __all__ = ["VARIABLES", "absolute", "main"]
 
@@ -24,6 +25,14 @@ def absolute(path: str) -> str:
     return path if path == "auto" or os.path.isabs(path) else os.path.join(os.getcwd(), path)
 
 
+def _is_our_command() -> bool:
+    if not any("twinkle" in word for word in sys.orig_argv[1:]):
+        return False
+    from twinkle.runner import is_our_command
+
+    return is_our_command(sys.orig_argv)
+
+
 _opened: list[str] = []
 
 
@@ -37,6 +46,8 @@ def main(door: str = "pth") -> None:
         return
     _opened.append(door)
     try:
+        if _is_our_command():  # it reads the configuration itself, and starts another interpreter
+            return
         if os.environ.get("TWINKLE_CONFIG"):
             paths = os.environ["TWINKLE_CONFIG"].split(os.pathsep)
             os.environ["TWINKLE_CONFIG"] = os.pathsep.join(absolute(path) for path in paths if path.strip())
@@ -46,7 +57,5 @@ def main(door: str = "pth") -> None:
 
         activate(door=door)
     except Exception as error:
-        import sys
-
         # A traceback here would be printed by every child process of a program that did nothing wrong.
         print("twinkle is not active:", repr(error), file=sys.stderr)

@@ -17,45 +17,63 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["config_variable", "door_paths", "environment", "interpreter_options", "pth_folders", "start"]
+__all__ = [
+    "config_variable",
+    "door_paths",
+    "environment",
+    "is_our_command",
+    "pth_folders",
+    "split_command",
+    "start",
+]
 
 _PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
 
-def interpreter_options(orig_argv: Sequence[str]) -> list[str]:
-    """The options that Python itself was given, without the program it was told to run.
+def split_command(orig_argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options that Python itself was given, and the program it was told to run.
 
     Args:
         orig_argv: A command line as in ``sys.orig_argv``.
+
+    Returns:
+        The options, and the words of the program: ``-m``, ``-c`` or a path first.
     """
     options: list[str] = []
-    words = iter(orig_argv[1:])
-    for word in words:
-        if word == "--check-hash-based-pycs":
-            options += [word, next(words, "")]
-            continue
-        if not word.startswith("-") or word in ("-", "--"):
+    words = list(orig_argv[1:])
+    while words:
+        word = words[0]
+        if word == "--":
+            return options, words[1:]
+        if not word.startswith("-") or word == "-":
             break
+        words.pop(0)
         if word.startswith("--"):
             options.append(word)
+            if word == "--check-hash-based-pycs":
+                options += words[:1]
+                del words[:1]
             continue
-        kept, ends = "-", False
         for index, letter in enumerate(word[1:], 1):
             if letter in "cm":  # the program starts here
-                ends = True
-                break
+                options += [word[:index]] if index > 1 else []
+                return options, [f"-{letter}", *([word[index + 1 :]] if word[index + 1 :] else []), *words]
             if letter in "WX":  # the rest of this word is its value, or else the next word
-                options.append(kept + word[index:])
                 if index == len(word) - 1:
-                    options.append(next(words, ""))
-                kept = "-"
+                    options += [word, *words[:1]]
+                    del words[:1]
+                else:
+                    options.append(word)
                 break
-            kept += letter
-        if kept != "-":
-            options.append(kept)
-        if ends:
-            break
-    return options
+        else:
+            options.append(word)
+    return options, words
+
+
+def is_our_command(orig_argv: Sequence[str]) -> bool:
+    """This interpreter was started for ``twinkle …`` or ``python -m twinkle …``."""
+    _, program = split_command(orig_argv)
+    return program[:2] == ["-m", "twinkle"] or os.path.basename(program[0] if program else "") == "twinkle"
 
 
 def pth_folders() -> list[str]:
@@ -146,12 +164,17 @@ def start(program: Sequence[str], settings: Mapping[str, str]) -> int:
     if not sys.executable:
         raise TwinkleError("this Python does not know its own executable", fix="use TWINKLE_CONFIG instead")
     environ = environment(os.environ, settings)
-    command = [sys.executable, *interpreter_options(sys.orig_argv), *program]
+    command = [sys.executable, *split_command(sys.orig_argv)[0], *program]
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
     if os.name == "posix":
-        os.execve(sys.executable, command, environ)
+        try:
+            os.execve(sys.executable, command, environ)
+        except OSError as error:
+            raise TwinkleError(
+                "Python cannot be started", found=f"{sys.executable}: {error.strerror}"
+            ) from None
     import signal
     import subprocess
 

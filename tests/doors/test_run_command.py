@@ -36,7 +36,24 @@ COMMAND_LINES = {
 
 @pytest.mark.parametrize(("words", "options"), COMMAND_LINES.values(), ids=COMMAND_LINES.keys())
 def test_options_of_python_are_told_from_the_program(words, options):
-    assert runner.interpreter_options(words) == options
+    assert runner.split_command(words)[0] == options
+
+
+PROGRAMS = {
+    "script": (["python", "-O", "x.py", "-m", "y"], ["x.py", "-m", "y"]),
+    "module": (["python", "-Im", "twinkle", "-X"], ["-m", "twinkle", "-X"]),
+    "module in one word": (["python", "-Bmtwinkle", "run"], ["-m", "twinkle", "run"]),
+    "value that looks like a program": (["python", "-X", "x.py", "-W", "-m", "y.py"], ["y.py"]),
+    "code": (["python", "-c", "pass", "a"], ["-c", "pass", "a"]),
+    "dashes": (["python", "-B", "--", "x.py"], ["x.py"]),
+    "standard input": (["python", "-", "a"], ["-", "a"]),
+    "nothing": (["python", "-q"], []),
+}
+
+
+@pytest.mark.parametrize(("words", "program"), PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_program_is_told_from_the_options_of_python(words, program):
+    assert runner.split_command(words)[1] == program
 
 
 SPLITS = {

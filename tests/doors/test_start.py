@@ -86,3 +86,47 @@ def test_relative_config_is_found_by_a_child_in_another_directory(doors, tmp_pat
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ACTIVE!r}], cwd='/')"
     done = door.run("-c", code, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+HEAVY = [
+    *("asyncio", "dataclasses", "importlib.metadata", "inspect", "logging"),
+    *("pathlib", "tomllib", "torch", "typing", "wrapt"),
+]
+FILE = """\
+[layers.MLP]
+target = "transformers.models.*.modeling_*:*MLP"
+repo_path = "kernels"
+package_name = "my_kernels"
+
+[functions.rope]
+target_module = "transformers.models.qwen3.modeling_qwen3"
+func_name = "apply_rotary_pos_emb"
+func_impl = "my_kernels.rope:apply_rotary_pos_emb"
+"""
+
+
+@pytest.mark.parametrize("config", ["auto", "file"])
+def test_active_interpreter_has_imported_nothing_heavy(doors, config, tmp_path):
+    if config == "file":
+        config = str(tmp_path / "twinkle.toml")
+        (tmp_path / "twinkle.toml").write_text(FILE)
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=config)
+    done = door.run("-c", MODULES)
+    assert done.stderr == ""
+    imported = done.stdout.split()
+    assert "twinkle.hooks.imports" in imported
+    assert [name for name in HEAVY if name in imported] == []
+
+
+def test_command_of_ours_does_not_open_the_door_for_itself(doors, tmp_path):
+    missing = str(tmp_path / "missing.toml")
+    for prefix in (("-m", "twinkle"), ("-Bmtwinkle",), (str(doors["pth"].folder / "bin/twinkle"),)):
+        door = type(doors["pth"])(doors["pth"].folder, prefix, TWINKLE_CONFIG=missing)
+        done = door.run("run", "-c", "print('ran')")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "twinkle is not active" not in done.stderr
+
+
+@pytest.mark.parametrize("program", [("-c", ACTIVE, "-m", "twinkle"), ("-c", ACTIVE, "twinkle")])
+def test_program_with_arguments_like_our_command_is_patched(doors, program):
+    assert doors["pth"].run(*program).stdout == "True\n"
