@@ -20,7 +20,7 @@ from twinkle.config.schema import validate
 from twinkle.errors import TwinkleError
 
 relaxed = settings(
-    max_examples=400,
+    max_examples=250,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )

@@ -242,6 +242,42 @@ def test_a_torch_device_is_a_device_from_python() -> None:
     assert validate(document, allow_objects=True).layers[0].device == "cuda"
 
 
+def test_the_unified_example_of_the_specification_is_accepted() -> None:
+    document = {
+        "layers": {
+            "linear": {
+                "repo_id": "kernels-community/linear",
+                "layer_name": "Linear",
+                "version": "0.1.0",
+                "device": "cuda",
+                "mode": "train",
+            },
+            "conv2d": {
+                "repo_path": "/path/to/local/repo",
+                "package_name": "my_kernels",
+                "layer_name": "Conv2d",
+                "device": "cuda",
+            },
+        },
+        "functions": {
+            "add": {
+                "target_module": "my_pkg.math_ops",
+                "func_impl": lambda x, y: x + y + 1,
+                "device": "cuda",
+                "mode": "inference",
+            },
+            "relu": {
+                "target_module": "my_pkg.activations",
+                "repo_id": "kernels-community/activation",
+                "revision": "main",
+                "device": "cuda",
+            },
+        },
+    }
+    found = validate(document, allow_objects=True)
+    assert [entry.name for entry in (*found.layers, *found.functions)] == ["linear", "conv2d", "add", "relu"]
+
+
 def test_any_mapping_is_a_table_from_python() -> None:
     spec = MappingProxyType({"layer_impl": "k:L"})
     assert validate(OrderedDict(layers={"L": spec}), allow_objects=True).layers[0].name == "L"
@@ -440,6 +476,15 @@ def test_a_spec_directly_under_its_section_is_explained(section: str) -> None:
     assert error.found == "repo_path = 'k' (a string)"
     assert f"[{section}.NAME]" in error.expected
     assert error.fix.startswith(f"write [{section}.NAME] above this line")
+
+
+@pytest.mark.parametrize("key", ["func_impl = 'k:f'", "target_module = 'm'\nfunc_impl = 'k:f'", "x = 1"])
+def test_a_dotted_name_without_quotes_is_explained(key: str) -> None:
+    error = mistake(f"[functions.Norm.forward]\n{key}\n")
+    assert error.what == "a name with a dot stands without quotes"
+    assert error.where == "t.toml:1 (functions.Norm.forward)"
+    assert error.found == "a table functions.Norm.forward in functions.Norm"
+    assert error.fix == 'write [functions."Norm.forward"]'
 
 
 def test_both_repo_id_and_repo_path_are_refused() -> None:

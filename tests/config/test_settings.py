@@ -87,6 +87,10 @@ def test_paths_come_from_the_variable_when_none_are_given(write: Write) -> None:
     assert settings.paths == (first, second)
 
 
+def test_a_path_object_is_a_path(write: Write) -> None:
+    assert config.load([Path(write("[twinkle]\nlog = 'info'\n"))], {}).log == "info"
+
+
 def test_given_paths_replace_the_variable(write: Write) -> None:
     path = write("[twinkle]\nlog = 'info'\n")
     assert config.load([path], {"TWINKLE_CONFIG": "/missing.toml"}).log == "info"

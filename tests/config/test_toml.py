@@ -308,7 +308,7 @@ def judge(text: str) -> object:
         return None
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=800, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TEXTS)
 @example("a.b = 1\n[a.c]")
 @example("[[a]]\nb.c = 1\n[a.b]")
@@ -318,7 +318,7 @@ def test_what_is_read_is_what_tomllib_reads(text: str) -> None:
         assert same(document, judge(text))
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab=.[]{}\"'\\#\n\r\t ,10u-e+_t", max_size=60))
 def test_any_characters_are_read_as_tomllib_reads_them_or_left(text: str) -> None:
     document = scan(text).document
@@ -334,7 +334,7 @@ def paths_of(value: object, path: tuple[str | int, ...] = ()) -> list[tuple[str 
     return found
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TEXTS)
 def test_every_key_that_tomllib_reads_has_a_place(text: str) -> None:
     document = judge(text)
@@ -342,7 +342,7 @@ def test_every_key_that_tomllib_reads_has_a_place(text: str) -> None:
         assert set(paths_of(document)) - {()} <= set(scan(text).offsets)
 
 
-@settings(max_examples=600, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(TEXTS)
 def test_a_key_stands_where_its_name_is(text: str) -> None:
     found = scan(text)

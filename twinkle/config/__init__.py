@@ -139,7 +139,10 @@ class Settings:
 
 
 def load(
-    paths: Sequence[str] = (), environ: Mapping[str, str] | None = None, *, cwd: str | None = None
+    paths: Sequence[str | os.PathLike[str]] = (),
+    environ: Mapping[str, str] | None = None,
+    *,
+    cwd: str | None = None,
 ) -> Settings:
     """Read files and variables.
 
@@ -156,7 +159,7 @@ def load(
     if switched_off(environ):
         return Settings(kernels="off", off=True)
     cwd = _working_directory() if cwd is None else cwd
-    names = list(paths) or config_paths(environ)
+    names = [os.fspath(path) for path in paths] or config_paths(environ)
     documents = []
     files = []
     for name in names:

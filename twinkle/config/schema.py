@@ -16,7 +16,7 @@ from twinkle.config.fields import (
     is_table,
     shown,
 )
-from twinkle.config.locations import Locations
+from twinkle.config.locations import Locations, dotted, printable
 from twinkle.config.one_source import SOURCE_KEYS, check_source, keys_of
 from twinkle.errors import ConfigError
 from twinkle.modes import suggest
@@ -289,7 +289,18 @@ class _Validation:
                     fix="rename the table",
                 )
             elif is_table(value, self.objects):
-                yield path, key, self.copied(value)
+                spec = self.copied(value)
+                inside = next(iter(spec), None)
+                if all(name not in keys and is_table(inner) for name, inner in spec.items()) and spec:
+                    self.wrong(
+                        (*path, str(inside)),
+                        "a name with a dot stands without quotes",
+                        found=f"a table {dotted((*path, str(inside)))} in {dotted(path)}",
+                        expected=_EXAMPLE[section],
+                        fix=f'write [{section}."{printable(key)}.{printable(str(inside))}"]',
+                    )
+                else:
+                    yield path, key, spec
             elif isinstance(value, (list, tuple)) and value:
                 for index, spec in enumerate(value):
                     if is_table(spec, self.objects):
