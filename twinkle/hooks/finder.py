@@ -46,7 +46,7 @@ class Finder:
         self._sources: tuple[str, ...] = ()
         self._searching: set[tuple[str, int]] = set()
         self._front: object = self
-        self._size = -1
+        self._size = sys.maxsize
         self._asked = ""
         self.suspicious = False
 
@@ -159,12 +159,13 @@ class Finder:
         before = sys.meta_path[: sys.meta_path.index(self)]
         if all(_is_wrapts(finder) for finder in before):
             self._front = sys.meta_path[0]  # wrapt's finder asks us for everything
-            self._size = -1
+            self._size = sys.maxsize
             return False
         # One import adds the name that was asked for, when it succeeds; more has not passed here.
+        # Fewer is what is found at the first look, and where modules were deleted: look as well.
         known, self._size = self._size, len(sys.modules)
         asked, self._asked = self._asked, fullname
-        if known < 0 or self._size > known + (asked in sys.modules):
+        if not known <= self._size <= known + (asked in sys.modules):
             self.suspicious = True
         return self.suspicious
 

@@ -186,18 +186,21 @@ def missed() -> list[str]:
 
     Normally empty: another finder before ours may load a module without asking us.
     """
-    return sorted({name for _, name in _missing()})
+    return sorted({name for _, name, module in _unseen() if _is_complete(module)})
 
 
 def catch_up() -> list[str]:
-    """Run the callbacks of the modules in :func:`missed`; returns their names."""
+    """Run the callbacks of the modules in :func:`missed`; returns their names.
+
+    Those of modules that are still being imported run at the end of that.
+    """
     _table.finder.suspicious = False
-    names = []
-    for watch, name in _missing():
-        _table.bypassed.setdefault(name, _who_bypassed(name))
+    names = missed()
+    for watch, name, _ in _unseen():
+        if name in names:
+            _table.bypassed.setdefault(name, _who_bypassed(name))
         _arrived(watch, name)
-        names.append(name)
-    return sorted(set(names))
+    return names
 
 
 def bypassed() -> dict[str, str]:
@@ -205,18 +208,18 @@ def bypassed() -> dict[str, str]:
     return dict(_table.bypassed)
 
 
-def _missing() -> list[tuple[Watch, str]]:
+def _unseen() -> list[tuple[Watch, str, object]]:
     modules = list(sys.modules)
     return [
-        (watch, name)
+        (watch, name, module)
         for watch in _table.watches
         for name in watch.names_in(modules)
-        if _is_complete(module := sys.modules.get(name)) and not watch.has_run(name, module)
+        if (module := sys.modules.get(name)) is not None and not watch.has_run(name, module)
     ]
 
 
 def _is_complete(module: object) -> bool:
-    return module is not None and not is_lazy(module) and not _is_initializing(module)
+    return not is_lazy(module) and not _is_initializing(module)
 
 
 def _is_initializing(module: object) -> bool:
