@@ -81,7 +81,7 @@ def door(request: pytest.FixtureRequest, doors: dict[str, Door]) -> Door:
     return doors[request.param]
 
 
-@pytest.fixture(params=["pth", "run", "run without pth"])
+@pytest.fixture(params=["pth", "run without pth"])
 def main_door(request: pytest.FixtureRequest, doors: dict[str, Door]) -> Door:
-    """The doors that differ in how the program is started."""
+    """The two that have every mechanism between them: .pth; a new interpreter and sitecustomize."""
     return doors[request.param]
