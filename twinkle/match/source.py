@@ -1,0 +1,106 @@
+"""The syntax tree of a function, and the function that a wrapper stands for.
+
+Reading by line numbers parses the function alone: parsing the whole module, as ``inspect.getsource``
+of a class does, costs 10 to 60 ms for a modeling file.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import linecache
+import textwrap
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+
+__all__ = ["NoSource", "function_of", "parse", "unwrap"]
+
+
+class NoSource(Exception):
+    """There is no source to read; the message says for what."""
+
+
+_parsed: dict[CodeType, ast.FunctionDef] = {}
+
+
+def parse(function: FunctionType) -> ast.FunctionDef:
+    """The definition of ``function``.
+
+    Raises:
+        NoSource: It is a lambda, was compiled, or its file is gone or was changed.
+    """
+    code = function.__code__
+    found = _parsed.get(code)
+    if found is None:
+        found = _parsed[code] = _parse(function, code)
+    return found
+
+
+def _parse(function: FunctionType, code: CodeType) -> ast.FunctionDef:
+    lines = linecache.getlines(code.co_filename, function.__globals__)
+    what = f"{function.__module__}.{function.__qualname__}"
+    if not lines:
+        raise NoSource(f"no source for {what} ({code.co_filename})")
+    start = code.co_firstlineno - 1
+    for text in _blocks(lines, start, code):
+        try:
+            tree = ast.parse(textwrap.dedent(text))
+        except (SyntaxError, ValueError):
+            continue
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name == code.co_name:
+                return node
+    raise NoSource(f"{code.co_filename}:{code.co_firstlineno} does not hold the source of {what}")
+
+
+def _blocks(lines: list[str], start: int, code: CodeType) -> Any:
+    last = _last_line(code)
+    if last:
+        yield "".join(lines[start:last])
+    try:
+        yield "".join(inspect.getblock(lines[start:]))
+    except Exception:  # tokenize raises several kinds on text that is no Python
+        return
+
+
+def _last_line(code: CodeType) -> int:
+    positions = getattr(code, "co_positions", None)  # from Python 3.11
+    if positions is None:
+        return 0
+    last = max((end for _, end, _, _ in positions() if end is not None), default=0)
+    for const in code.co_consts:
+        if isinstance(const, CodeType):
+            last = max(last, _last_line(const))
+    return last
+
+
+# Wrappers that call what they wrap with the same arguments and return what it returns (or, for the
+# experts, what the implementation chosen in the config returns, which the instance check reads).
+_TRANSPARENT = ("transformers.", "kernels.", "accelerate.")
+
+
+def unwrap(function: Any) -> tuple[Any, str | None]:
+    """The innermost function, and the name of the first wrapper on the way that is not known."""
+    foreign = None
+    while (inner := getattr(function, "__wrapped__", None)) is not None:
+        module = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
+        if foreign is None and not str(module).startswith(_TRANSPARENT):
+            foreign = f"{module}.{getattr(function.__code__, 'co_qualname', function.__code__.co_name)}"
+        function = inner
+    return function, foreign
+
+
+def function_of(obj: Any) -> FunctionType | None:
+    """The plain function behind ``obj``: itself, a bound method, or a layer made of a function."""
+    if isinstance(obj, FunctionType):
+        return obj
+    if isinstance(obj, MethodType):
+        return function_of(obj.__func__)
+    if isinstance(obj, type):
+        return None
+    # `kernels` turns a decorated function into an instance of a class whose forward calls it.
+    forward = getattr(type(obj), "forward", None)
+    if isinstance(forward, FunctionType) and forward.__code__.co_freevars == ("func",):
+        inner = forward.__closure__[0].cell_contents if forward.__closure__ else None
+        return function_of(inner)
+    return None

@@ -1,0 +1,204 @@
+"""Recognition of a class or a function by the structure of its code.
+
+    >>> from twinkle.match.structure import recognise
+    >>> from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    >>> found = recognise(LlamaRMSNorm)
+    >>> found.op, found.form.name, found.facts["eps"]
+    ('rms_norm', 'llama', 'variance_epsilon')
+
+No name of a class, function or attribute takes part in the decision.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.match import source, templates
+from twinkle.match.execute import Run, Unsupported, execute
+from twinkle.match.instance import Reason, check_instance
+from twinkle.match.nearness import NearMiss, hearts, near_misses
+from twinkle.match.sites import recognise_sites
+from twinkle.match.terms import Arena, Term, show, walk
+from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "clear_cache", "recognise"]
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a class or function was recognised as.
+
+    Attributes:
+        target: ``module:Name``.
+        op: The op, or None.
+        form: The frozen form of that op (``twinkle.ops.<op>.reference``), or None.
+        facts: Each argument of the form's reference: the name of the attribute or of the parameter it
+            is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
+        instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
+        reason: Why nothing was recognised, where there is more to say than that it is something else.
+    """
+
+    target: str
+    op: str | None = None
+    form: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    instance_facts: tuple[str, ...] = ()
+    reason: str | None = None
+    # Comparing with every form takes longer than recognising one, and only a reader asks for it.
+    _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def near(self) -> tuple[NearMiss, ...]:
+        """The forms that it almost is, with the first difference."""
+        return () if self._nearest is None else self._nearest()
+
+    def __bool__(self) -> bool:
+        return self.op is not None
+
+
+_cache: dict[Any, Recognition] = {}
+
+
+def clear_cache() -> None:
+    """Forget every recognition."""
+    _cache.clear()
+
+
+def recognise(obj: Any) -> Recognition:
+    """Recognise a class (by the ``forward`` its instances run) or a function.
+
+    Args:
+        obj: A class, a function, or a layer that `kernels` made of a function.
+
+    Returns:
+        The recognition; false when nothing was recognised. The same object for the same code.
+    """
+    function, owner, reason = _code(obj)
+    target = _target(obj if owner is not None or function is None else function)
+    if function is None:
+        return Recognition(target, reason=reason)
+    key = (function.__code__, owner)
+    found = _cache.get(key)
+    if found is None:
+        found = _cache[key] = _recognise(target, function, owner, reason)
+    return found
+
+
+def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:
+    owner = obj if isinstance(obj, type) else None
+    function = getattr(obj, "forward", None) if owner is not None else source.function_of(obj)
+    if function is None:
+        return None, None, "it has no forward" if owner is not None else "it is no function with a source"
+    function, foreign = source.unwrap(function)
+    if not isinstance(function, FunctionType):
+        return None, owner, "its forward is no Python function"
+    return function, owner, None if foreign is None else f"its forward is wrapped by {foreign}"
+
+
+def _target(obj: Any) -> str:
+    name = getattr(obj, "__qualname__", None) or type(obj).__qualname__
+    return f"{getattr(obj, '__module__', type(obj).__module__)}:{name}"
+
+
+def _recognise(target: str, function: FunctionType, owner: type | None, reason: str | None) -> Recognition:
+    if reason is not None:
+        return Recognition(target, reason=reason)
+    try:
+        term, run = execute(function, Arena(), owner=owner)
+    except (source.NoSource, Unsupported) as error:
+        return Recognition(target, reason=str(error))
+    except RecursionError:
+        return Recognition(target, reason="too deep to follow")
+    found = _as_expression(target, function, owner, term, run)
+    if found is not None:
+        return found
+    if owner is not None:
+        sites = recognise_sites(term, run, function, owner)
+        if sites is not None:
+            return Recognition(target, *sites)
+    why = "; ".join(run.effects) if run.effects and hearts(term) else None
+    return Recognition(target, reason=why, _nearest=partial(near_misses, term, run))
+
+
+def _as_expression(
+    target: str, function: FunctionType, owner: type | None, term: Term, run: Run
+) -> Recognition | None:
+    if len(walk(term)) > 400:
+        return None
+    # Methods that overwrite their own input in place, or write attributes, are more than what they return.
+    if not run.effects:
+        made = _lookup(target, term, owner, ())
+        if made is not None:
+            return made
+    for assume in _assumptions(function, term):
+        special, special_run = execute(function, Arena(), owner=owner, assume=assume)
+        if not special_run.effects:
+            requires = tuple(f"{name} {state}" for name, state in assume.items())
+            made = _lookup(target, special, owner, requires)
+            if made is not None:
+                return made
+    return None
+
+
+def _assumptions(function: FunctionType, term: Term) -> list[dict[str, str]]:
+    """Parameters whose being None chooses the path, when all the others are used as they are."""
+    tested = [
+        part.args[0].args[0]
+        for part in walk(term)
+        if part.op == "is" and part.args[0].op == "input" and part.args[1].args == (None,)
+    ]
+    optional = [
+        name
+        for name, parameter in inspect.signature(function, follow_wrapped=False).parameters.items()
+        if parameter.default is not parameter.empty or name in tested
+    ]
+    names = [name for name in dict.fromkeys(tested) if name in optional]
+    if not names or len(names) > 2:
+        return []
+    return [dict.fromkeys(names, "given"), dict.fromkeys(names, "absent")]
+
+
+def _lookup(target: str, term: Term, owner: type | None, requires: tuple[str, ...]) -> Recognition | None:
+    key = shape_key(term)
+    for op in hearts(term):
+        for template in templates.templates(op):
+            bound = unify(template.term, term, templates.ROLES[op]) if template.key == key else None
+            if bound is not None:
+                facts, instance_facts = _facts(bound, owner)
+                if requires:
+                    facts["requires"] = requires
+                return Recognition(target, op, template.form, facts, instance_facts)
+    return None
+
+
+def _facts(bound: Bindings, owner: type | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+    facts: dict[str, Any] = {}
+    ask: list[str] = []
+    for role, term in bound.items():
+        path = attribute_path(term)
+        if path is not None:
+            facts[role] = path
+            ask.append(role)
+        elif term.op in ("input", "const"):
+            facts[role] = term.args[0]
+        elif term.op == "py":
+            value = term.args[0].value
+            facts[role] = value if isinstance(value, tuple) else getattr(value, "__name__", repr(value))
+            if isinstance(value, tuple):
+                facts[role] = _activation(value)
+        else:
+            facts[role] = show(term)
+            if any(part.op == "self" for part in walk(term)):
+                ask.append(role)
+    return facts, tuple(ask)
+
+
+def _activation(key: tuple[Any, ...]) -> str:
+    return "gelu_tanh" if key == ("gelu", "tanh") else str(key[0])

@@ -1,0 +1,60 @@
+"""Every class and function of a module, recognised."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.match import source
+from twinkle.match.structure import Recognition, recognise
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["candidates", "modeling_modules", "survey_module"]
+
+
+def modeling_modules() -> list[str]:
+    """The names of all ``modeling_*`` modules of the installed transformers, none of them imported."""
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or not spec.submodule_search_locations:
+        return []
+    root = os.path.join(spec.submodule_search_locations[0], "models")
+    found = []
+    for family in sorted(os.listdir(root)):
+        folder = os.path.join(root, family)
+        if os.path.isdir(folder):
+            found += [
+                f"transformers.models.{family}.{name[:-3]}"
+                for name in sorted(os.listdir(folder))
+                if name.startswith("modeling_") and name.endswith(".py")
+            ]
+    return found
+
+
+def candidates(module: ModuleType) -> Iterator[tuple[str, Any]]:
+    """The layers and functions that a module defines itself, in the order of the file."""
+    for name, value in list(vars(module).items()):
+        if isinstance(value, type):
+            forward = getattr(value, "forward", None)
+            own = value.__module__ == module.__name__ and isinstance(forward, FunctionType)
+            # A class that inherits its forward runs code that stands elsewhere in the file.
+            if own and "forward" in vars(value):
+                yield name, value
+        elif not isinstance(value, ModuleType):
+            function = source.function_of(value)
+            if function is not None and function.__module__ == module.__name__:
+                yield name, value
+
+
+def survey_module(name: str) -> list[Recognition]:
+    """The recognition of each layer and function that the module of that name defines.
+
+    Raises:
+        ImportError: The module cannot be imported.
+    """
+    module = importlib.import_module(name)
+    return [recognise(value) for _, value in candidates(module)]

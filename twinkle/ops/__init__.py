@@ -1,0 +1,1 @@
+"""The embedded kernels, one folder an op; `reference.py` in it is the definition."""

@@ -1,0 +1,1 @@
+"""The op `experts`: its definition in plain torch, and its kernels."""

@@ -1,0 +1,160 @@
+"""Mixture of experts with 3-D parameters: every token through its top-k experts, weighted and summed.
+
+``y[t] = Σ_k weights[t, k] · down_e(gating(gate_up_e(x[t])))`` with ``e = indices[t, k]``; expert by expert,
+each over the tokens routed to it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Literal
+
+    from torch import Tensor
+
+__all__ = ["FORMS", "ExpertsForm", "experts"]
+
+
+@dataclass(frozen=True)
+class ExpertsForm:
+    """How the experts lay out their parameters and gate.
+
+    Attributes:
+        name: A short name.
+        transposed: Parameters are ``[experts, in, out]`` instead of ``[experts, out, in]``.
+        bias: Both projections have one.
+        gating: ``activation``: ``act(gate) · up``; ``float32``: in float32, rounded to the gate's dtype;
+            ``clamped``: both clamped first; ``clamped_activated``: the activated gate clamped;
+            ``swish``: clamped, ``(up + 1) · gate · sigmoid(alpha · gate)``.
+        interleaved: Gate and up take turns in the fused projection instead of halves.
+        float32: All arithmetic and the sum in float32.
+        norm: A norm behind the down projection.
+        padding: Index ``num_experts`` marks a slot without expert, and the one-hot has room for it.
+    """
+
+    name: str
+    transposed: bool = False
+    bias: bool = False
+    gating: Literal["activation", "float32", "clamped", "clamped_activated", "swish"] = "activation"
+    interleaved: bool = False
+    float32: bool = False
+    norm: bool = False
+    padding: bool = True
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_experts: int,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    *,
+    form: ExpertsForm,
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    norm: Callable[[Tensor], Tensor] | None = None,
+    limit: float | None = None,
+    alpha: float = 1.702,
+) -> Tensor:
+    """The definition.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        indices: ``[tokens, k]``, the experts of each token.
+        weights: ``[tokens, k]``.
+        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged.
+        down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
+        num_experts: How many there are.
+        activation: Of the gate.
+        form: How they are laid out.
+        gate_up_bias: ``[experts, 2 · intermediate]``.
+        down_bias: ``[experts, hidden]``.
+        norm: Of a form with a norm.
+        limit: Of a clamped form.
+        alpha: Of the ``swish`` gating.
+
+    Returns:
+        ``[tokens, hidden]``.
+    """
+    if form.float32:
+        total = torch.zeros_like(x, dtype=torch.float32)
+    else:
+        total = torch.zeros_like(x)
+    classes = num_experts + 1 if form.padding else num_experts
+    with torch.no_grad():
+        mask = F.one_hot(indices, num_classes=classes).permute(2, 1, 0)
+        hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
+    for expert in hit:
+        expert = expert[0]
+        if expert == num_experts:
+            continue
+        slot, token = torch.where(mask[expert])
+        h = x[token]
+        if form.float32:
+            h = h.float() @ gate_up[expert].float() + gate_up_bias[expert].float()
+        elif form.bias:
+            h = h @ gate_up[expert] + gate_up_bias[expert]
+        elif form.transposed:
+            h = h @ gate_up[expert]
+        else:
+            h = F.linear(h, gate_up[expert])
+        if form.interleaved:
+            gate, up = h[..., ::2], h[..., 1::2]
+        else:
+            gate, up = h.chunk(2, dim=-1)
+        h = _gated(gate, up, activation, limit, alpha, form)
+        if form.float32:
+            h = h.float() @ down[expert].float() + down_bias[expert].float()
+        elif form.bias:
+            h = h @ down[expert] + down_bias[expert]
+        elif form.transposed:
+            h = h @ down[expert]
+        else:
+            h = F.linear(h, down[expert])
+        if form.norm:
+            h = norm(h)
+        if form.float32:
+            h = h * weights[token, slot, None].float()
+            total.index_add_(0, token, h)
+        else:
+            h = h * weights[token, slot, None]
+            total.index_add_(0, token, h.to(total.dtype))
+    if form.float32:
+        return total.to(x.dtype)
+    return total
+
+
+def _gated(gate, up, activation, limit, alpha, form):
+    if form.gating == "float32":
+        return (activation(gate.float()) * up.float()).to(gate.dtype)
+    if form.gating == "clamped_activated":
+        return activation(gate).clamp(max=limit) * up.clamp(min=-limit, max=limit)
+    if form.gating == "activation":
+        return activation(gate) * up
+    gate = gate.clamp(max=limit)
+    up = up.clamp(min=-limit, max=limit)
+    if form.gating == "swish":
+        return (up + 1) * (gate * torch.sigmoid(gate * alpha))
+    return activation(gate) * up
+
+
+FORMS: tuple[ExpertsForm, ...] = (
+    ExpertsForm("plain"),
+    ExpertsForm("transposed", transposed=True),
+    ExpertsForm("float32_gating", gating="float32"),
+    ExpertsForm("clamped", gating="clamped"),
+    ExpertsForm("clamped_activated", gating="clamped_activated"),
+    ExpertsForm("swish", gating="swish"),
+    ExpertsForm("normed", norm=True),
+    ExpertsForm("gpt_oss", transposed=True, bias=True, gating="swish", interleaved=True, padding=False),
+    ExpertsForm("float32_swish", transposed=True, bias=True, gating="swish", float32=True, padding=False),
+)
+"""Every form that is recognised."""

@@ -1,0 +1,120 @@
+"""LayerNorm: ``y = (x - mean(x)) / sqrt(var(x) + eps) · w + b`` (Ba et al. 2016).
+
+torch's own function is one kernel already; recognised are the layers that call it and those that
+write it out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from torch import Tensor
+
+__all__ = ["FORMS", "LayerNormForm", "layer_norm"]
+
+
+@dataclass(frozen=True)
+class LayerNormForm:
+    """How a LayerNorm is written and where it rounds.
+
+    Attributes:
+        name: A short name.
+        written: ``fused``: `F.layer_norm`; ``out``: mean and variance by hand.
+        compute: ``input`` or ``float32`` (and the result cast back).
+        affine: ``both``, ``weight`` or ``none``.
+        variance: ``mean_square`` of the centred input, or ``var`` (biased), when written out.
+        inverse: ``rsqrt`` or ``divide``, when written out.
+        cast: Where a float32 result is rounded, when written out.
+    """
+
+    name: str
+    written: Literal["fused", "out"] = "fused"
+    compute: Literal["input", "float32"] = "input"
+    affine: Literal["both", "weight", "none"] = "both"
+    variance: Literal["mean_square", "var"] = "mean_square"
+    inverse: Literal["rsqrt", "divide"] = "divide"
+    cast: Literal["before_weight", "after_weight"] = "after_weight"
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    form: LayerNormForm,
+    normalized_shape: tuple[int, ...] = (),
+) -> Tensor:
+    """The definition.
+
+    Args:
+        x: ``[..., hidden]``.
+        weight: ``[hidden]`` or None.
+        bias: ``[hidden]`` or None.
+        eps: Added to the variance.
+        form: How it is written and where it rounds.
+        normalized_shape: Of a ``fused`` form.
+
+    Returns:
+        ``[..., hidden]``.
+    """
+    dtype = x.dtype
+    h = x.float() if form.compute == "float32" else x
+    if form.written == "fused":
+        if form.affine == "both":
+            h = F.layer_norm(h, normalized_shape, weight, bias, eps)
+        elif form.affine == "weight":
+            h = F.layer_norm(h, normalized_shape, weight, None, eps)
+        else:
+            h = F.layer_norm(h, normalized_shape, None, None, eps)
+        return h.to(dtype) if form.compute == "float32" else h
+    mean = h.mean(-1, keepdim=True)
+    if form.variance == "var":
+        variance = h.var(-1, unbiased=False, keepdim=True)
+    else:
+        variance = (h - mean).pow(2).mean(-1, keepdim=True)
+    if form.inverse == "divide":
+        h = (h - mean) / torch.sqrt(variance + eps)
+    else:
+        h = (h - mean) * torch.rsqrt(variance + eps)
+    if form.compute == "float32" and form.cast == "before_weight":
+        h = h.to(dtype)
+    if form.affine != "none":
+        h = weight * h
+    if form.affine == "both":
+        h = h + bias
+    if form.compute == "float32" and form.cast == "after_weight":
+        h = h.to(dtype)
+    return h
+
+
+def _written_out() -> tuple[LayerNormForm, ...]:
+    made = []
+    for compute in ("input", "float32"):
+        for affine in ("both", "weight", "none"):
+            for variance in ("mean_square", "var"):
+                for inverse in ("divide", "rsqrt"):
+                    for cast in ("after_weight", "before_weight"):
+                        if cast == "before_weight" and (compute == "input" or affine == "none"):
+                            continue
+                        name = "_".join(("out", compute, affine, variance, inverse, cast))
+                        made.append(LayerNormForm(name, "out", compute, affine, variance, inverse, cast))
+    return tuple(made)
+
+
+FORMS: tuple[LayerNormForm, ...] = (
+    LayerNormForm("fused"),
+    LayerNormForm("fused_unweighted", affine="none"),
+    LayerNormForm("fused_no_bias", affine="weight"),
+    LayerNormForm("fused_float32", compute="float32"),
+    LayerNormForm("fused_float32_unweighted", compute="float32", affine="none"),
+    *_written_out(),
+)
+"""Every form that is recognised."""

@@ -1,0 +1,1 @@
+"""The op `qk_norm_rotary`: its definition in plain torch, and its kernels."""

@@ -1,0 +1,1 @@
+"""The op `residual_norm`: its definition in plain torch, and its kernels."""

@@ -1,0 +1,1 @@
+"""The op `rotary`: its definition in plain torch, and its kernels."""
