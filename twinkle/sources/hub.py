@@ -55,7 +55,8 @@ class HubSource:
         self.attr = attr
         self.implements = kind
         self.trust = Trust.parse(trust_remote_code, where=where)
-        self.base_dir = base_dir
+        # Entries of a variable have the working directory as base: no lock is looked for there.
+        self.base_dir = None if where is not None and where.startswith("TWINKLE_") else base_dir
         self.resolved: Resolved | None = None
         self._lock = threading.Lock()
         self._loaded: object = None
@@ -96,7 +97,7 @@ class HubSource:
         return module
 
     def _attribute(self, module: ModuleType) -> object:
-        from twinkle.sources import lookup
+        from twinkle.sources import adapters, lookup
 
         where = self.request.where
         homes = lookup.HOMES[self.implements]
@@ -113,4 +114,4 @@ class HubSource:
             raise lookup.not_found(
                 module, self.attr, kind=self.implements, homes=homes, described=str(self.request), where=where
             )
-        return found
+        return adapters.finish(found, kind=self.implements, described=str(self.request), where=where)

@@ -186,6 +186,13 @@ def explain(error: BaseException, what: str, where: str | None) -> SourceError:
             found=_line(error),
             fix="check the network and HF_ENDPOINT, or fill the cache with `twinkle download` elsewhere",
         )
+    if "JSONDecodeError" in names:
+        return Unreachable(
+            f"something answers in the Hub's place: {what}",
+            where=where,
+            found=_line(error),
+            fix="check HF_ENDPOINT, proxies, and whether this network wants a login in a browser",
+        )
     if code in _UNWRITABLE:
         return SourceError(
             f"the cache cannot be written: {what}",
@@ -193,7 +200,12 @@ def explain(error: BaseException, what: str, where: str | None) -> SourceError:
             found=_line(error),
             fix="make it writable, point HF_HUB_CACHE or KERNELS_CACHE elsewhere, or fill it beforehand",
         )
-    return SourceError(f"failed: {what}", where=where, found=_line(error))
+    return SourceError(
+        f"failed: {what}",
+        where=where,
+        found=_line(error),
+        fix="try again; if it stays so, pin another version, or use `func_impl`, `layer_impl` or `repo_path`",
+    )
 
 
 def _line(error: BaseException) -> str:

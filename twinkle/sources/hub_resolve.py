@@ -180,10 +180,11 @@ def commit_on_hub(
             ref = request.choose(client.refs(request.repo_id, cache.repo_type), listed_from="the Hub")
             return cache, ref.commit, ref.name
         except SourceError as error:
-            not_found = (error.found or "").startswith(("HTTP 404", "HTTP 401"))
-            failure = failure or error
-            if not not_found:
+            # A repository of another type is told from one that is not there by asking for both.
+            if not (error.found or "").startswith(("HTTP 401", "HTTP 404")):
                 raise
+            if failure is None or (error.found or "").startswith("HTTP 404"):
+                failure = error
     assert failure is not None
     raise failure
 

@@ -167,7 +167,7 @@ def _entry(table: Mapping[str, object]) -> LockedKernel:
         for path, digest in files.items():
             if not isinstance(digest, str) or len(digest) != 64 or not _HEX.issuperset(digest):
                 raise ValueError(f"digest {digest!r} of {path}")
-            if any(part in ("", ".", "..") or "\\" in part for part in (*path.split("/"), name)):
+            if any(part in ("", ".", "..") or "\\" in part for part in (*path.split("/"), *name.split("/"))):
                 raise ValueError(f"path {name}/{path}")
     repo_type = table.get("repo_type", "kernel")
     if repo_type not in ("kernel", "model"):

@@ -94,10 +94,10 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
             found = f"the Hub could not be asked: {error.reason}"
         else:
             record = {"endpoint": client.endpoint, "publisher": request.publisher, "trusted": trusted}
-            if trusted or caches[0].folder.exists():
-                caches[0].write_publisher_record(
-                    {**record, "asked": time.strftime("%Y-%m-%d", time.gmtime())}
-                )
+            record["asked"] = time.strftime("%Y-%m-%d", time.gmtime())
+            known = [cache for cache in caches if cache.folder.exists()]
+            for cache in known or (caches[:1] if trusted else ()):
+                cache.write_publisher_record(record)
             if trusted:
                 return "its publisher is trusted by the Hub"
             raise _refused(request, f"the Hub does not list {request.publisher} as a trusted publisher")
