@@ -116,7 +116,7 @@ class Binding:
         kind: ``layer`` or ``function``.
         target: ``module:Class`` or ``module:function``.
         kernel: The kernel name (for a function, the function's name).
-        source: The source in words.
+        source: The source in words, as it describes itself now.
         device, mode: As registered, in words; ``any`` when not given.
         state: One of :data:`STATES`.
         reason: Why the state is not ``active``; notes when it is.
@@ -128,6 +128,7 @@ class Binding:
 
     __slots__ = (
         "_lock",
+        "_source",
         "device",
         "instances",
         "kernel",
@@ -138,7 +139,6 @@ class Binding:
         "origin",
         "proof",
         "reason",
-        "source",
         "state",
         "target",
     )
@@ -148,7 +148,7 @@ class Binding:
         kind: str,
         target: str,
         kernel: str,
-        source: str,
+        source: Source | str,
         *,
         device: str | None = None,
         mode: Mode | None = None,
@@ -157,7 +157,7 @@ class Binding:
         self.kind = kind
         self.target = target
         self.kernel = kernel
-        self.source = source
+        self._source = source
         self.device = device or "any"
         self.mode = str(mode) if mode is not None else "any"
         self.origin = origin
@@ -168,6 +168,11 @@ class Binding:
         self.proof = "unproven"
         self.load_seconds: float | None = None
         self._lock = threading.Lock()
+
+    @property
+    def source(self) -> str:
+        """The source in words; one of the Hub says more once it was resolved."""
+        return self._source if isinstance(self._source, str) else self._source.describe()
 
     def set(self, state: str, reason: str = "") -> None:
         """Move to ``state``; every state but ``active`` needs its reason in words."""

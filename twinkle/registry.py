@@ -9,6 +9,10 @@ import threading
 
 from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 __all__ = ["Registry", "registry"]
 
 
@@ -25,7 +29,7 @@ class Registry:
         self.layer_targets: tuple[LayerTarget, ...] = ()
         self.function_kernels: tuple[FunctionKernel, ...] = ()
         self.bindings: tuple[Binding, ...] = ()
-        self.generation = 0
+        self._bound: dict[tuple[LayerKernel | FunctionKernel, str], Binding] = {}
 
     def add(
         self,
@@ -43,6 +47,7 @@ class Registry:
             for kernel in layer_kernels:
                 key = (kernel.name, kernel.device, kernel.mode)
                 kept = [k for k in self.layer_kernels if (k.name, k.device, k.mode) != key]
+                self._replaced(set(self.layer_kernels).difference(kept))
                 self.layer_kernels = (*kept, kernel)
             for target in layer_targets:
                 same = [t for t in self.layer_targets if t.target != target.target]
@@ -50,8 +55,8 @@ class Registry:
             for function in function_kernels:
                 at = (function.target, function.device, function.mode)
                 others = [f for f in self.function_kernels if (f.target, f.device, f.mode) != at]
+                self._replaced(set(self.function_kernels).difference(others))
                 self.function_kernels = (*others, function)
-            self.generation += 1
 
     def kernels_named(self, name: str) -> tuple[LayerKernel, ...]:
         """The layer kernels registered under ``name``, in registration order."""
@@ -61,22 +66,36 @@ class Registry:
         """The function kernels whose target is ``module``, in registration order."""
         return tuple(f for f in self.function_kernels if f.target_module == module)
 
-    def bind(self, binding: Binding) -> Binding:
-        """Record a binding, or return the record that stands for the same one."""
+    def bind(self, kernel: LayerKernel | FunctionKernel, target: str) -> Binding:
+        """The record of a registration with a target; made at the first question."""
         with self._lock:
-            key = _key(binding)
-            for known in self.bindings:
-                if _key(known) == key:
-                    return known
-            self.bindings = (*self.bindings, binding)
-            return binding
+            known = self._bound.get((kernel, target))
+            if known is None:
+                known = Binding(
+                    "layer" if isinstance(kernel, LayerKernel) else "function",
+                    target,
+                    kernel.name,
+                    kernel.source,
+                    device=kernel.device,
+                    mode=kernel.mode,
+                    origin=kernel.origin,
+                )
+                self._bound[kernel, target] = known
+                self.bindings = (*self.bindings, known)
+            return known
 
-    def unbind(self, kind: str, target: str, kernel: str) -> None:
-        """Forget the bindings of a kernel with a target that others have taken the place of."""
+    def unbind(self, kernel: LayerKernel | FunctionKernel, target: str) -> None:
+        """Forget a record that others have taken the place of."""
         with self._lock:
-            self.bindings = tuple(
-                b for b in self.bindings if (b.kind, b.target, b.kernel) != (kind, target, kernel)
-            )
+            gone = self._bound.pop((kernel, target), None)
+            self.bindings = tuple(binding for binding in self.bindings if binding is not gone)
+
+    def _replaced(self, kernels: Iterable[LayerKernel | FunctionKernel]) -> None:
+        """Forget the records of registrations that are no more, but for what is still in place."""
+        for kernel in kernels:
+            for known, target in list(self._bound):
+                if known is kernel and not self._bound[known, target].instances:
+                    self.unbind(known, target)
 
     def clear(self) -> None:
         """Forget everything; what is in place stays in place."""
@@ -85,18 +104,7 @@ class Registry:
             self.layer_targets = ()
             self.function_kernels = ()
             self.bindings = ()
-            self.generation += 1
-
-
-def _key(binding: Binding) -> tuple[str, ...]:
-    return (
-        binding.kind,
-        binding.target,
-        binding.kernel,
-        binding.source,
-        binding.device,
-        binding.mode,
-    )
+            self._bound = {}
 
 
 registry = Registry()

@@ -10,21 +10,36 @@ from pathlib import Path
 import pytest
 
 from twinkle.modes import Mode
-from twinkle.records import Binding
+from twinkle.records import FunctionKernel, LayerKernel
 from twinkle.registry import Registry
 from twinkle.report.exit import write_json
 from twinkle.report.records import snapshot
 from twinkle.report.text import render
 
 
+class InWords:
+    kind = "code"
+
+    def __init__(self, words: str) -> None:
+        self.words = words
+
+    def describe(self) -> str:
+        return self.words
+
+    def load(self) -> object:
+        raise AssertionError("a report loads nothing")
+
+
 def example() -> Registry:
     registry = Registry()
     active = registry.bind(
-        Binding("layer", "pkg.models:MLP", "FastMLP", "my_kernels at /k", mode=Mode.parse("train"))
+        LayerKernel("FastMLP", InWords("my_kernels at /k"), mode=Mode.parse("train")), "pkg.models:MLP"
     )
     active.count(28)
     active.set("active")
-    failed = registry.bind(Binding("function", "pkg.ops:add", "add", "my_kernels:add", device="cuda"))
+    failed = registry.bind(
+        FunctionKernel("add", "pkg.ops", InWords("my_kernels:add"), device="cuda"), "pkg.ops:add"
+    )
     failed.set("failed", "no module named my_kernels")
     failed.note("taken by name in pkg.user before the patch")
     return registry
@@ -55,7 +70,7 @@ def test_an_empty_report_says_so() -> None:
 
 def test_a_narrow_terminal_cuts_cells_not_reasons() -> None:
     registry = Registry()
-    binding = registry.bind(Binding("layer", "m" * 90 + ":C", "K", "s" * 90))
+    binding = registry.bind(LayerKernel("K", InWords("s" * 90)), "m" * 90 + ":C")
     binding.set("failed", "because " * 30)
     lines = render(snapshot(registry), width=100).splitlines()
     assert max(len(line) for line in lines) <= 100

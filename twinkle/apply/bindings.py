@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from twinkle.match.names import class_path, is_pattern
-from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.registry import Registry, registry
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from twinkle.records import LayerTarget
+    from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
 __all__ = ["declare", "function_binding", "layer_binding", "settle_pattern"]
 
@@ -17,33 +16,12 @@ BY_NAME = "kernel_layer_name"
 
 def layer_binding(kernel: LayerKernel, target: type | str) -> Binding:
     """The record of a layer kernel with a class (or with a target that no class answers to yet)."""
-    path = target if isinstance(target, str) else class_path(target)
-    return registry.bind(
-        Binding(
-            "layer",
-            path,
-            kernel.name,
-            kernel.source.describe(),
-            device=kernel.device,
-            mode=kernel.mode,
-            origin=kernel.origin,
-        )
-    )
+    return registry.bind(kernel, target if isinstance(target, str) else class_path(target))
 
 
 def function_binding(kernel: FunctionKernel) -> Binding:
     """The record of a function kernel."""
-    return registry.bind(
-        Binding(
-            "function",
-            kernel.target,
-            kernel.name,
-            kernel.source.describe(),
-            device=kernel.device,
-            mode=kernel.mode,
-            origin=kernel.origin,
-        )
-    )
+    return registry.bind(kernel, kernel.target)
 
 
 def declare(source: Registry = registry) -> None:
@@ -57,7 +35,7 @@ def declare(source: Registry = registry) -> None:
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", "no such layer was met yet")
         if kernel.name in targets:
-            source.unbind("layer", f"{BY_NAME}={kernel.name}", kernel.name)
+            source.unbind(kernel, f"{BY_NAME}={kernel.name}")
         else:
             binding = layer_binding(kernel, f"{BY_NAME}={kernel.name}")
             if binding.state == "pending" and not binding.reason:
@@ -71,6 +49,6 @@ def declare(source: Registry = registry) -> None:
 def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
     """Drop the record of a pattern or a bare name now that a class answers to it."""
     if target is None:
-        registry.unbind("layer", f"{BY_NAME}={kernel.name}", kernel.name)
+        registry.unbind(kernel, f"{BY_NAME}={kernel.name}")
     elif isinstance(target.target, str) and is_pattern(target.target):
-        registry.unbind("layer", target.target, kernel.name)
+        registry.unbind(kernel, target.target)

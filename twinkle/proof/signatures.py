@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable
 from inspect import Parameter, Signature
 
+from torch import nn
+
 from twinkle.modes import suggest
 
 __all__ = ["mismatch", "signature_of"]
@@ -14,7 +16,12 @@ _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def signature_of(function: Callable[..., object]) -> Signature | None:
-    """The signature that callers see, or ``None`` where there is none to read (many builtins)."""
+    """The signature that callers see, or ``None`` where there is none to read (many builtins).
+
+    That of a module in a function's place (``kernels`` decorates functions so) is its ``forward``'s.
+    """
+    if isinstance(function, nn.Module):
+        function = function.forward
     try:
         return inspect.signature(function)
     except (ValueError, TypeError):
