@@ -12,7 +12,6 @@ import functools
 import threading
 import weakref
 from collections.abc import Sequence
-from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -20,6 +19,7 @@ from torch import nn
 from twinkle.proof.fit import LayerFit
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.dispatch import Dispatch, Entry
+from twinkle.swap.members import adopt
 
 __all__ = ["LayerDispatch", "Pin", "Pinned", "Swapped", "class_for", "core_of", "original_of", "rebase"]
 
@@ -161,16 +161,20 @@ class LayerDispatch(Dispatch):
     def _take(self, entry: Entry, fit: LayerFit, candidate: Candidate) -> bool:
         cls = self.cls
         assert cls is not None
-        for name, value in fit.members.items():
-            if self._members.get(name, value) is not value:
-                others = ", ".join(c.binding.kernel for c in self.candidates if c is not candidate)
-                candidate.retire("failed", f"has a member {name!r} that {others} has otherwise")
-                return False
-        for name, value in fit.members.items():
+        taken = [name for name, value in fit.members.items() if self._members.get(name, value) is not value]
+        names = {name: f"{name}__{entry.index}" for name in taken}
+        try:
+            members = {names.get(n, n): adopt(v, cls, names) for n, v in fit.members.items()}
+            function = adopt(fit.forward, cls, names)
+        except ValueError as error:
+            others = ", ".join(c.binding.kernel for c in self.candidates if c is not candidate)
+            candidate.retire("failed", f"has a member {error} that {others} has otherwise")
+            return False
+        for name, value in members.items():
             if name not in self._members:
-                self._members[name] = value
-                type.__setattr__(cls, name, _adopt(value, cls))
-        entry.function = _adopt(fit.forward, cls)
+                self._members[name] = fit.members.get(name, value)
+                type.__setattr__(cls, name, value)
+        entry.function = function
         entry.can_torch_compile = fit.can_torch_compile
         entry.has_backward = fit.has_backward
         entry.same_signature = fit.same_signature
@@ -299,31 +303,6 @@ def original_of(cls: type) -> type:
     core, wrappers = core_of(cls)
     dispatch = vars(core).get("__twinkle__")
     return rebase(wrappers, dispatch.target) if dispatch is not None else cls
-
-
-def _adopt(member: Any, owner: type) -> Any:
-    """A member of the kernel class as a member of ``owner``: its ``super()`` is the original's."""
-    if isinstance(member, (staticmethod, classmethod)):
-        return type(member)(_adopt(member.__func__, owner))
-    if isinstance(member, property):
-        parts = (_adopt(part, owner) for part in (member.fget, member.fset, member.fdel))
-        return property(*parts)
-    if not isinstance(member, FunctionType) or "__class__" not in member.__code__.co_freevars:
-        return member
-    cells = tuple(
-        CellType(owner) if name == "__class__" else cell
-        for name, cell in zip(member.__code__.co_freevars, member.__closure__ or (), strict=True)
-    )
-    twin = FunctionType(member.__code__, member.__globals__, member.__name__, member.__defaults__, cells)
-    twin.__kwdefaults__ = member.__kwdefaults__
-    return _dressed(twin, member)
-
-
-def _dressed(twin: FunctionType, member: FunctionType) -> FunctionType:
-    for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
-        setattr(twin, name, getattr(member, name))
-    twin.__dict__.update(member.__dict__)
-    return twin
 
 
 def _as_swapped(twin: Any, cls: type) -> Any:

@@ -1,0 +1,481 @@
+"""What a swap leaves unchanged, what it follows, and how it is undone."""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.modes import Mode
+from twinkle.swap.layers import (
+    is_swapped,
+    matches,
+    original_class,
+    placed,
+    plan,
+    resolve_now,
+    restore,
+    swap_in,
+    swap_out,
+)
+
+
+@pytest.fixture
+def gate(kit: Any) -> Any:
+    return kit.Gate()
+
+
+def test_the_kernel_runs(kit: Any, gate: Any) -> None:
+    assert swap_in(gate, [kit.candidate(kit.GateKernel)])
+    assert kit.factor(gate) == 2
+
+
+def test_swapping_out_restores_the_very_class(kit: Any, gate: Any) -> None:
+    before = dict(gate.__dict__)
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x)
+    assert swap_out(gate)
+    assert type(gate) is kit.Gate
+    assert gate.__dict__ == before
+    assert kit.factor(gate) == 1
+
+
+def test_swapping_out_what_is_not_swapped_is_false(gate: Any) -> None:
+    assert not swap_out(gate)
+
+
+def test_nothing_is_kept_in_the_instance(kit: Any, gate: Any) -> None:
+    keys = set(gate.__dict__)
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x)
+    assert set(gate.__dict__) == keys
+
+
+def test_names_and_state_are_unchanged(kit: Any) -> None:
+    model = kit.Model()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    names = [n for n, _ in model.named_modules()], [n for n, _ in model.named_parameters()]
+    swap_in(model.first, [kit.candidate(kit.GateKernel)])
+    model(kit.x)
+    assert ([n for n, _ in model.named_modules()], [n for n, _ in model.named_parameters()]) == names
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(state[k], v) for k, v in model.state_dict().items())
+
+
+def test_repr_is_unchanged(kit: Any) -> None:
+    model = kit.Model()
+    before = repr(model)
+    swap_in(model.first, [kit.candidate(kit.GateKernel)])
+    assert repr(model) == before
+
+
+def test_the_class_looks_like_the_original(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    cls = type(gate)
+    assert isinstance(gate, kit.Gate)
+    assert original_class(gate) is kit.Gate
+    assert (cls.__name__, cls.__qualname__, cls.__module__, cls.__doc__) == (
+        kit.Gate.__name__,
+        kit.Gate.__qualname__,
+        kit.Gate.__module__,
+        kit.Gate.__doc__,
+    )
+
+
+def test_the_signature_of_forward_is_the_originals(kit: Any) -> None:
+    class Layer(nn.Module):
+        def forward(
+            self, x: torch.Tensor, /, scale: float = 2.0, *rest: int, bias: int = 1, **more: int
+        ) -> Any:
+            return x * scale
+
+    class Kernel(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return torch.stack([args[0] * args[1], args[0] * kwargs["bias"]])
+
+    layer = Layer()
+    signature = inspect.signature(layer.forward)
+    swap_in(layer, [kit.candidate(Kernel, device="cpu")])
+    assert inspect.signature(layer.forward) == signature
+    out = layer(kit.x, 3.0, 7, bias=5, other=1)
+    assert torch.equal(out, torch.stack([kit.x * 3, kit.x * 5]))
+    assert inspect.signature(layer.forward) == signature
+
+
+def test_the_originals_defaults_hold(kit: Any) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor, scale: float = 2.0) -> torch.Tensor:
+            return x * scale
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor, scale: float = 100.0) -> torch.Tensor:
+            return x * scale
+
+    layer = Layer()
+    swap_in(layer, [kit.candidate(Kernel)])
+    assert torch.equal(layer(kit.x), kit.x * 2)
+    assert torch.equal(layer(kit.x), kit.x * 2)
+
+
+def test_keyword_calls_reach_the_kernel(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel, device="cpu")])
+    gate(x=kit.x)
+    assert torch.equal(gate(x=kit.x), kit.GateKernel.forward(gate, kit.x))
+
+
+def test_forward_hooks_run(kit: Any, gate: Any) -> None:
+    seen = []
+    gate.register_forward_hook(lambda m, a, out: seen.append(out))
+    gate.register_forward_pre_hook(lambda m, a: seen.append(a[0]))
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    out = gate(kit.x)
+    assert [id(t) for t in seen] == [id(kit.x), id(out)]
+
+
+def test_gradients_flow_through_the_kernel(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x).sum().backward()
+    swapped = gate.proj.weight.grad.clone()
+    gate.proj.weight.grad = None
+    swap_out(gate)
+    gate(kit.x).sum().backward()
+    torch.testing.assert_close(swapped, 2 * gate.proj.weight.grad)
+
+
+def test_modes_are_followed(kit: Any, gate: Any) -> None:
+    swap_in(
+        gate,
+        [
+            kit.candidate(kit.kernel_times(3), mode="train"),
+            kit.candidate(kit.kernel_times(5), mode="inference"),
+        ],
+    )
+    assert [kit.factor(gate.train()), kit.factor(gate.eval()), kit.factor(gate.train())] == [3, 5, 3]
+
+
+def test_inference_may_use_a_training_kernel_and_never_the_reverse(kit: Any) -> None:
+    one, other = kit.Gate(), kit.Gate()
+    swap_in(one, [kit.candidate(kit.kernel_times(3), mode="train")])
+    swap_in(other, [kit.candidate(kit.kernel_times(5), mode="inference")])
+    assert kit.factor(one.eval()) == 3
+    assert kit.factor(other.train()) == 1
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_pinned_mode_holds_until_the_mode_is_set(kit: Any, gate: Any, training: bool) -> None:
+    gate.train(training)
+    asked = Mode.parse("inference" if training else "train")
+    swap_in(
+        gate,
+        [
+            kit.candidate(kit.kernel_times(3), mode="train"),
+            kit.candidate(kit.kernel_times(5), mode="inference"),
+        ],
+        pinned=asked,
+    )
+    pinned = kit.factor(gate)
+    gate.train(training)
+    followed = kit.factor(gate)
+    assert (pinned, followed) == ((5, 3) if training else (3, 5))
+
+
+def test_a_parents_train_call_ends_the_pin(kit: Any) -> None:
+    model = kit.Model()
+    kernels = [
+        kit.candidate(kit.kernel_times(3), mode="train"),
+        kit.candidate(kit.kernel_times(5), mode="inference"),
+    ]
+    swap_in(model.first, kernels, pinned=Mode.parse("inference"))
+    assert model.train() is model
+    assert kit.factor(model.first) == 3
+
+
+def test_pinned_to_compile_runs_the_compile_kernel(kit: Any, gate: Any) -> None:
+    kernels = [
+        kit.candidate(kit.kernel_times(3), mode="compile"),
+        kit.candidate(kit.kernel_times(5), mode="train"),
+    ]
+    swap_in(gate, kernels[:1], pinned=Mode.parse("compile"))
+    assert kit.factor(gate) == 3
+    gate.eval()
+    assert kit.factor(gate) == 1
+
+
+def test_another_device_runs_the_original(kit: Any, gate: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel, device="cuda")
+    swap_in(gate, [wanted])
+    assert kit.factor(gate) == 1
+    assert wanted.kernel.source.loads == 0
+
+
+def test_a_kernel_for_the_device_goes_before_one_for_any(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.kernel_times(3)), kit.candidate(kit.kernel_times(5), device="cpu")])
+    assert kit.factor(gate) == 5
+
+
+def test_a_kernel_loads_at_the_first_forward(kit: Any, gate: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(gate, [wanted])
+    assert wanted.kernel.source.loads == 0
+    gate(kit.x)
+    gate(kit.x)
+    assert wanted.kernel.source.loads == 1
+
+
+def test_a_kernel_does_not_load_on_meta(kit: Any) -> None:
+    with torch.device("meta"):
+        gate = kit.Gate()
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(gate, [wanted])
+    resolve_now(gate)
+    assert gate(torch.empty(3, 4, device="meta")).is_meta
+    assert wanted.kernel.source.loads == 0
+    gate.to_empty(device="cpu")
+    nn.init.ones_(gate.proj.weight)
+    nn.init.ones_(gate.proj.bias)
+    assert kit.factor(gate) == 2
+
+
+def test_resolve_now_loads_the_kernel_for_the_moment_only(kit: Any, gate: Any) -> None:
+    first, second = (kit.candidate(kit.GateKernel, mode=m) for m in ("train", "inference"))
+    swap_in(gate, [first, second])
+    resolve_now(gate)
+    assert (first.kernel.source.loads, second.kernel.source.loads) == (1, 0)
+
+
+def test_bindings_say_what_happens(kit: Any, gate: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(gate, [wanted])
+    assert (wanted.binding.state, wanted.binding.instances) == ("pending", 1)
+    gate(kit.x)
+    assert wanted.binding.state == "active"
+    assert wanted.binding.load_seconds is not None
+    swap_out(gate)
+    assert wanted.binding.instances == 0
+
+
+@pytest.mark.parametrize("change", ["half", "double", "bfloat16"])
+def test_dtype_changes_are_followed(kit: Any, gate: Any, change: str) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x)
+    getattr(gate, change)()
+    x = kit.x.to(gate.proj.weight.dtype)
+    assert torch.equal(gate(x), kit.GateKernel.forward(gate, x))
+
+
+def test_swapping_twice_is_swapping_once(kit: Any, gate: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(gate, [wanted])
+    cls = type(gate)
+    assert swap_in(gate, [wanted])
+    assert type(gate) is cls
+    assert wanted.binding.instances == 1
+
+
+def test_equal_candidates_are_the_same_swap(kit: Any, gate: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(gate, [wanted])
+    cls = type(gate)
+    swap_in(gate, [type(wanted)(wanted.kernel, wanted.binding)])
+    assert type(gate) is cls
+
+
+def test_other_candidates_take_the_place_of_the_first(kit: Any, gate: Any) -> None:
+    first, second = kit.candidate(kit.kernel_times(3)), kit.candidate(kit.kernel_times(5))
+    swap_in(gate, [first])
+    swap_in(gate, [second])
+    assert kit.factor(gate) == 5
+    assert (first.binding.instances, second.binding.instances) == (0, 1)
+    swap_out(gate)
+    assert type(gate) is kit.Gate
+
+
+def test_modules_share_one_class(kit: Any) -> None:
+    model = kit.Model()
+    wanted = kit.candidate(kit.GateKernel)
+    swap_in(model.first, [wanted])
+    swap_in(model.second, [wanted])
+    assert type(model.first) is type(model.second)
+
+
+def test_another_module_of_the_class_is_not_affected(kit: Any, gate: Any) -> None:
+    other = kit.Gate()
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x)
+    assert type(other) is kit.Gate
+    assert kit.factor(other) == 1
+
+
+def test_two_models_with_different_kernels(kit: Any, gate: Any) -> None:
+    other = kit.Gate()
+    swap_in(gate, [kit.candidate(kit.kernel_times(3))])
+    swap_in(other, [kit.candidate(kit.kernel_times(5))])
+    assert (kit.factor(gate), kit.factor(other)) == (3, 5)
+    swap_out(gate)
+    assert (kit.factor(gate), kit.factor(other)) == (1, 5)
+
+
+def test_a_plan_touches_nothing(kit: Any, gate: Any) -> None:
+    made = plan(gate, [kit.candidate(kit.GateKernel)])
+    assert not isinstance(made, str)
+    assert made.resolve() is None
+    assert type(gate) is kit.Gate
+    assert made.commit()
+    assert kit.factor(gate) == 2
+
+
+def test_a_plan_says_that_no_kernel_is_left(kit: Any, gate: Any) -> None:
+    with pytest.warns(UserWarning, match="nope"):
+        made = plan(gate, [kit.candidate(ImportError("nope"))])
+        assert not isinstance(made, str)
+        assert "nope" in (made.resolve() or "")
+
+
+def test_restore_brings_an_earlier_swap_back(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.kernel_times(3))])
+    before = placed(gate)
+    swap_in(gate, [kit.candidate(kit.kernel_times(5))])
+    restore(gate, before)
+    assert kit.factor(gate) == 3
+    restore(gate, None)
+    assert not is_swapped(gate)
+
+
+def test_a_subclass_that_keeps_forward_matches(kit: Any) -> None:
+    class Named(kit.Gate):  # type: ignore[misc, name-defined]
+        pass
+
+    gate = Named()
+    assert matches(gate, kit.Gate)
+    assert swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
+    assert kit.factor(gate) == 2
+    assert isinstance(gate, Named)
+
+
+def test_a_subclass_that_overrides_forward_is_left_alone(kit: Any) -> None:
+    class Own(kit.Gate):  # type: ignore[misc, name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    gate = Own()
+    assert not swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
+    assert type(gate) is Own
+
+
+def test_a_base_class_of_the_target_is_left_alone(kit: Any, gate: Any) -> None:
+    class Derived(kit.Gate):  # type: ignore[misc, name-defined]
+        pass
+
+    assert not matches(gate, Derived)
+
+
+def test_a_swapped_module_still_matches(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    assert matches(gate, kit.Gate)
+
+
+def test_a_subclass_registry_does_not_hear_of_generated_classes(kit: Any) -> None:
+    heard = []
+
+    class Base(nn.Module):
+        def __init_subclass__(cls, *, tag: str, **kwargs: Any) -> None:
+            heard.append(cls)
+
+    class Layer(Base, tag="x"):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * 2
+
+    layer = Layer()
+    assert swap_in(layer, [kit.candidate(Kernel)])
+    assert heard == [Layer]
+
+
+def test_a_lazy_module_is_left_alone_with_a_reason(kit: Any) -> None:
+    wanted = kit.candidate(kit.GateKernel)
+    lazy = nn.LazyLinear(3)
+    assert not swap_in(lazy, [wanted])
+    assert "first forward" in wanted.binding.notes[0]
+
+
+def test_no_reference_cycle_keeps_a_module_alive(kit: Any) -> None:
+    gate = kit.Gate()
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    gate(kit.x)
+    gone = weakref.ref(gate)
+    gc.disable()
+    try:
+        del gate
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_generated_classes_go_with_their_target(kit: Any) -> None:
+    class Passing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    module = Passing()
+    swap_in(module, [kit.candidate(Kernel)])
+    module(kit.x)
+    gone = weakref.ref(Passing)
+    del module, Passing
+    gc.collect()  # the generated class, whose cache entry held its target
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_builtin_layer_can_be_swapped(kit: Any) -> None:
+    class LinearKernel(nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, self.weight, self.bias) + 1
+
+    linear = nn.Linear(4, 2)
+    expected = linear(kit.x) + 1
+    swap_in(linear, [kit.candidate(LinearKernel)])
+    assert torch.equal(linear(kit.x), expected)
+
+
+def test_a_kernel_without_backward_does_not_run_where_gradients_flow(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.kernel_times(3, has_backward=False), mode="inference")])
+    gate.eval()
+    with torch.no_grad():
+        assert kit.factor(gate) == 3
+    assert kit.factor(gate) == 1
+
+
+def test_functional_call_uses_the_kernel(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    doubled = {k: 2 * v for k, v in gate.named_parameters()}
+    out = torch.func.functional_call(gate, doubled, (kit.x,))
+    expected = (
+        2 * torch.sigmoid(nn.functional.linear(kit.x, doubled["proj.weight"], doubled["proj.bias"])) * kit.x
+    )
+    torch.testing.assert_close(out, expected)
+
+
+def test_a_tensor_after_other_arguments_tells_the_device(kit: Any) -> None:
+    class Layer(nn.Module):
+        def forward(self, size: int, x: torch.Tensor | None = None) -> Any:
+            return size
+
+    class Kernel(nn.Module):
+        def forward(self, size: int, x: torch.Tensor | None = None) -> Any:
+            return size + 1
+
+    layer = Layer()
+    swap_in(layer, [kit.candidate(Kernel, device="cpu")])
+    assert [layer(1, kit.x), layer(1, x=kit.x), layer(1), layer(1, [kit.x])] == [2, 2, 1, 2]
