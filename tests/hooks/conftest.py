@@ -55,7 +55,9 @@ def python(tmp_path: Path) -> Callable[..., str]:
     def run(source: str, *arguments: str, timeout: float = 60, path: str = "") -> str:
         program = tmp_path / "program.py"
         program.write_text(textwrap.dedent(source))
-        folders = os.pathsep.join(folder for folder in (path, str(ROOT), os.environ.get("PYTHONPATH")) if folder)
+        folders = os.pathsep.join(
+            folder for folder in (path, str(ROOT), os.environ.get("PYTHONPATH")) if folder
+        )
         environ = {k: v for k, v in os.environ.items() if not k.startswith(("TWINKLE_", "PYTEST_"))}
         done = subprocess.run(
             [sys.executable, *arguments, str(program)],

@@ -16,12 +16,13 @@ from twinkle.hooks.imports import watch_module
 @pytest.fixture
 def original(write):
     """A function and modules that took it in every way."""
-    write({
-        "tw_defines.py": """
+    write(
+        {
+            "tw_defines.py": """
             def f(x):
                 return x + 1
         """,
-        "tw_takes.py": """
+            "tw_takes.py": """
             from tw_defines import f
             from tw_defines import f as other_name
             class Holder:
@@ -32,7 +33,7 @@ def original(write):
             def call():
                 return f(1)
         """,
-        "tw_keeps.py": """
+            "tw_keeps.py": """
             import functools
             from tw_defines import f as _f
             table = {"f": _f}
@@ -51,9 +52,10 @@ def original(write):
             def unrelated(x=1): return x
             del _f
         """,
-        "tw_package/__init__.py": "from .inner import *",
-        "tw_package/inner.py": "from tw_defines import f",
-    })
+            "tw_package/__init__.py": "from .inner import *",
+            "tw_package/inner.py": "from tw_defines import f",
+        }
+    )
     for name in ("tw_takes", "tw_package"):
         importlib.import_module(name)
     return sys.modules["tw_defines"].f
@@ -123,10 +125,12 @@ def test_a_name_taken_after_the_replacement_needs_nothing(write):
 
 
 def test_a_name_taken_in_a_circle_is_rebound_by_a_hook_at_the_end_of_the_import(write):
-    write({
-        "tw_circle.py": "def f(): return 1\nimport tw_taker\nclass Own:\n    act = staticmethod(f)\n",
-        "tw_taker.py": "from tw_circle import f",
-    })
+    write(
+        {
+            "tw_circle.py": "def f(): return 1\nimport tw_taker\nclass Own:\n    act = staticmethod(f)\n",
+            "tw_taker.py": "from tw_circle import f",
+        }
+    )
     seen = []
     watch_module("tw_circle", lambda module, name: seen.extend(aliases.rebind(module.f, lambda: 2)))
     module = importlib.import_module("tw_circle")

@@ -252,7 +252,9 @@ def test_instances_and_classes_copy_and_pickle_as_before(seen):
 
 def test_a_class_pickled_by_value_is_the_original(seen):
     cloudpickle = pytest.importorskip("cloudpickle")
-    source = "class Main(Base):\n    def __init__(self, n):\n        super().__init__(n)\n        self.n = n\n"
+    source = (
+        "class Main(Base):\n    def __init__(self, n):\n        super().__init__(n)\n        self.n = n\n"
+    )
     namespace = {"__name__": "__main__", "Base": Layer}
     exec(source, namespace)
     seen.watch(namespace["Main"])

@@ -23,10 +23,8 @@ from twinkle.hooks.imports import watch_module
 
 
 def finder(exact=(), patterns=()):
-    from twinkle.hooks.imports import _by_head
-
     found = Finder(lambda name, module: None)
-    found.watch(exact, _by_head(list(patterns)))
+    found.watch(exact, list(patterns))
     return found
 
 

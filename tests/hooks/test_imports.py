@@ -53,28 +53,32 @@ def test_modules_of_a_pattern_that_are_imported_already_are_reported_at_once(wri
 
 
 def test_a_watch_from_within_the_module_runs_when_the_module_is_finished(write):
-    write({
-        "tw_within.py": """
+    write(
+        {
+            "tw_within.py": """
             from twinkle.hooks.imports import watch_module
             seen = []
             watch_module("tw_within", lambda module, name: seen.append("last" in vars(module)))
             assert seen == []
             last = 1
         """
-    })
+        }
+    )
     assert importlib.import_module("tw_within").seen == [True]
 
 
 def test_a_watch_from_within_a_module_that_then_raises_does_not_run(write, calls, monkeypatch):
-    write({
-        "tw_fails.py": """
+    write(
+        {
+            "tw_fails.py": """
             from twinkle.hooks.imports import watch_module
             import tw_fails_calls
             watch_module("tw_fails", tw_fails_calls.calls)
             raise ValueError
         """,
-        "tw_fails_calls.py": "",
-    })
+            "tw_fails_calls.py": "",
+        }
+    )
     importlib.import_module("tw_fails_calls").calls = calls
     with pytest.raises(ValueError):  # noqa: PT011
         importlib.import_module("tw_fails")
@@ -114,8 +118,9 @@ def test_a_module_removed_and_imported_again_is_reported_again(write, calls):
 
 
 def test_what_stands_in_sys_modules_is_handed_over(write):
-    write({
-        "tw_replaced.py": """
+    write(
+        {
+            "tw_replaced.py": """
             import sys, types
             class Lazy(types.ModuleType):
                 def __getattr__(self, name):
@@ -124,7 +129,8 @@ def test_what_stands_in_sys_modules_is_handed_over(write):
                     raise RuntimeError(f"{name} was loaded")
             sys.modules[__name__] = Lazy(__name__)
         """
-    })
+        }
+    )
     seen = []
     watch_module("tw_replaced", lambda module, name: seen.append(module))
     importlib.import_module("tw_replaced")

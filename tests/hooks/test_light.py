@@ -16,6 +16,7 @@ LIGHT = {
     "twinkle.hooks.finder",
     "twinkle.hooks.guard",
     "twinkle.hooks.imports",
+    "twinkle.hooks.patterns",
     "twinkle.match",
     "twinkle.match.names",
 }
@@ -47,8 +48,9 @@ def test_importing_the_hooks_brings_in_these_modules_and_no_other(brings_in):
     assert brings_in("import twinkle.hooks.imports") == LIGHT
 
 
-def test_watching_names_brings_in_nothing_else(brings_in):
-    code = "from twinkle.hooks.imports import watch_module; watch_module('some.name', print)"
+@pytest.mark.parametrize("name", ["some.name", "some.*.name_*"])
+def test_watching_brings_in_nothing_else(brings_in, name):
+    code = f"from twinkle.hooks.imports import watch_module; watch_module({name!r}, print)"
     assert brings_in(code) == LIGHT
 
 

@@ -108,11 +108,13 @@ def test_a_second_bypassed_target_is_patched_too(write, calls):
 
 
 def test_a_bypassed_target_that_imports_is_patched_when_it_is_finished(write):
-    write({
-        "tw_target.py": "value = 1\nimport tw_inner\nlast = 1\n",
-        "tw_inner.py": "",
-        "tw_next.py": "",
-    })
+    write(
+        {
+            "tw_target.py": "value = 1\nimport tw_inner\nlast = 1\n",
+            "tw_inner.py": "",
+            "tw_next.py": "",
+        }
+    )
     seen = []
     watch_module("tw_target", lambda module, name: seen.append("last" in vars(module)))
     sys.meta_path.insert(0, PathFinding("tw_target"))
@@ -248,15 +250,16 @@ def test_ours_runs_where_wrapt_is_missing(python, write):
 
 @pytest.mark.parametrize("ours_first", [True, False])
 def test_the_assertions_of_a_watched_module_are_rewritten_by_pytest(python, write, ours_first):
-    folder = write({
-        "tw_plugin.py": """
+    folder = write(
+        {
+            "tw_plugin.py": """
             from twinkle.hooks.imports import watch_module
             seen = []
             watch_module("tw_helper", lambda module, name: seen.append(name))
             watch_module("test_tw_inner", lambda module, name: seen.append(name))
         """,
-        "tw_helper.py": "def check(found):\n    assert found == 2\n",
-        "test_tw_inner.py": """
+            "tw_helper.py": "def check(found):\n    assert found == 2\n",
+            "test_tw_inner.py": """
             import pytest
             import tw_helper, tw_plugin
             from twinkle.hooks import imports
@@ -267,7 +270,7 @@ def test_the_assertions_of_a_watched_module_are_rewritten_by_pytest(python, writ
                 print(tw_plugin.seen)
                 assert sorted(tw_plugin.seen) == ["test_tw_inner", "tw_helper"]
         """,
-        "conftest.py": """
+            "conftest.py": """
             import sys
             import pytest
             pytest.register_assert_rewrite("tw_helper")
@@ -279,11 +282,13 @@ def test_the_assertions_of_a_watched_module_are_rewritten_by_pytest(python, writ
             rewriter = next(i for i, one in enumerate(sys.meta_path) if "Rewriting" in type(one).__name__)
             sys.meta_path.insert(rewriter + (0 if {first} else 1), ours)
         """.replace("{first}", str(ours_first)),
-    })
+        }
+    )
     out = python(
         """
         import sys, pytest
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", sys.path[1], sys.path[1]]))
+        folder = sys.path[1]
+        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", folder, folder]))
         """,
         path=str(folder),
     )

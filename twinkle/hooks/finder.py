@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from _thread import get_ident
 
+from twinkle.hooks.patterns import Patterns
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -42,19 +44,17 @@ class Finder:
     def __init__(self, loaded: Callable[[str, ModuleType], None]) -> None:
         self._loaded = loaded
         self._verdicts: dict[str, bool] = {}
-        self._match: Callable[[str], object] | None = None
-        self._sources: tuple[str, ...] = ()
+        self._patterns = Patterns(())
         self._searching: set[tuple[str, int]] = set()
         self._front: object = self
         self._size = sys.maxsize
         self._asked = ""
         self.suspicious = False
 
-    def watch(self, exact: Iterable[str], sources: Iterable[str]) -> None:
-        """Watch these names and these regular expressions, and nothing else from now on."""
-        # Readers take the verdicts first and the match second: set them the other way round.
-        self._sources = tuple(sources)
-        self._match = None
+    def watch(self, exact: Iterable[str], patterns: Sequence[str]) -> None:
+        """Watch these names and what these patterns mean, and nothing else from now on."""
+        # Readers take the verdicts first and the patterns second: set them the other way round.
+        self._patterns = Patterns(patterns)
         self._verdicts = dict.fromkeys(exact, True)
 
     def is_watched(self, name: str) -> bool:
@@ -62,14 +62,7 @@ class Finder:
         verdicts = self._verdicts
         known = verdicts.get(name)
         if known is None:
-            if self._sources and self._match is None:
-                # Compiled here and not in watch(), which is called once a registration.
-                import re  # loaded since watch() got a pattern: nothing is imported by a finder
-
-                self._match = re.compile("|".join(self._sources)).fullmatch
-            match = self._match
-            known = match is not None and match(name) is not None
-            verdicts[name] = known
+            known = verdicts[name] = self._patterns.match(name)
         return known
 
     @_as_machinery

@@ -14,7 +14,8 @@ from _thread import RLock
 
 from twinkle.hooks import guard
 from twinkle.hooks.finder import Finder, is_lazy, spec_of, when_initialized
-from twinkle.match.names import is_pattern, pattern_regex, pattern_source
+from twinkle.hooks.patterns import Patterns
+from twinkle.match.names import is_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Watch:
         active: Not cancelled.
     """
 
-    __slots__ = ("_callback", "_regex", "_seen", "active", "name", "owner", "strict")
+    __slots__ = ("_callback", "_patterns", "_seen", "active", "name", "owner", "strict")
 
     def __init__(self, name: str, callback: Callable[[Any, str], object], owner: str, strict: bool) -> None:
         self.name = name
@@ -43,22 +44,18 @@ class Watch:
         self.strict = strict
         self.active = True
         self._callback = callback
-        self._regex: Any = None
+        self._patterns = Patterns((name,)) if is_pattern(name) else None
         self._seen: dict[str, Callable[[], object]] = {}
 
     def matches(self, module: str) -> bool:
         """The watch waits for a module of that name."""
-        if not is_pattern(self.name):
-            return module == self.name
-        if self._regex is None:
-            self._regex = pattern_regex(self.name)
-        return self._regex.fullmatch(module) is not None
+        return module == self.name if self._patterns is None else self._patterns.match(module)
 
     def names_in(self, modules: list[str]) -> list[str]:
         """Those of ``modules`` that the watch waits for."""
-        if not is_pattern(self.name):
+        if self._patterns is None:
             return [self.name] if self.name in sys.modules else []
-        return [name for name in modules if self.matches(name)]
+        return [name for name in modules if self._patterns.match(name)]
 
     def cancel(self) -> None:
         """Do not call back any more; what the callback did stays done."""
@@ -116,7 +113,7 @@ class _Table:
         """Let the finder know what is watched."""
         exact = [watch.name for watch in self.watches if not is_pattern(watch.name)]
         patterns = [watch.name for watch in self.watches if is_pattern(watch.name)]
-        self.finder.watch(exact, _by_head(patterns))
+        self.finder.watch(exact, patterns)
 
     def after_fork(self) -> None:
         self.lock = RLock()
@@ -170,8 +167,6 @@ def watch_module(
         strict: Let what the callback raises fail the import instead.
     """
     watch = Watch(name_or_pattern, callback, owner, strict)
-    if is_pattern(name_or_pattern):
-        import re  # noqa: F401  # now, so that the finder imports nothing
     with _table.lock:
         _table.watches = (*_table.watches, watch)
         _table.tell()
@@ -317,16 +312,6 @@ def _reference(module: object) -> Callable[[], object]:
         return ref(module)
     except TypeError:  # anything may stand in sys.modules
         return lambda: module
-
-
-def _by_head(patterns: list[str]) -> list[str]:
-    """Regular expressions, one for each literal head: most names fail at their first letters."""
-    groups: dict[str, list[str]] = {}
-    for pattern in patterns:
-        literal = pattern.replace("?", "*").partition("*")[0]
-        head = literal[: literal.rfind(".") + 1]
-        groups.setdefault(head, []).append(pattern_source(pattern[len(head) :]))
-    return [f"{pattern_source(head)}(?:{'|'.join(tails)})" for head, tails in groups.items()]
 
 
 _table = _Table()
