@@ -1,4 +1,4 @@
-"""A Hub on 127.0.0.1 that speaks as much of the real protocol as the real client asks, with a fault switch."""
+"""A Hub on 127.0.0.1 with a fault switch: as much of the real protocol as the real client asks for."""
 
 from __future__ import annotations
 

@@ -15,7 +15,9 @@ __all__ = ["main"]
 
 _COMMANDS = {
     "check": "read a configuration and print what it binds",
+    "download": "fetch the Hub kernels of a configuration",
     "env": "print versions, doors and variables, for a bug report",
+    "lock": "pin the Hub kernels of a configuration to commits and digests",
     "run": "run a Python program with Twinkle active",
 }
 
@@ -25,7 +27,7 @@ usage: twinkle COMMAND …
 Faster PyTorch and transformers programs, without changing a line of them.
 
 commands:
-{chr(10).join(f"  {name:<8}{text}" for name, text in _COMMANDS.items())}
+{chr(10).join(f"  {name:<10}{text}" for name, text in _COMMANDS.items())}
 
 examples:
   twinkle run train.py --lr 1e-4                     the embedded kernels, no configuration

@@ -109,7 +109,7 @@ def source(cache: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def hand_made(cache: Path) -> Callable[..., Path]:
-    """``hand_made(files, refs=("v1",))`` puts a repository into the cache as plain files, and gives its folder."""
+    """``hand_made(files)`` puts a repository into the cache as plain files, and gives its folder."""
 
     def make(
         files: dict[str, bytes],

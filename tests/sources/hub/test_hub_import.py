@@ -255,6 +255,7 @@ def test_twinkle_works_offline_after_a_download_by_the_kernels_package(hub, sour
     assert source(revision=commit, trust_remote_code=True).load().label == "v1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_programs_own_variables_are_enough(hub, cache, tmp_path, source, offline):
     """With nothing patched: HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE in the environment of a process."""

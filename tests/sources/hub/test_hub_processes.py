@@ -100,7 +100,7 @@ def test_process_killed_in_mid_download_leaves_nothing_torn(hub, cache, program,
         from twinkle.errors import SourceError
 
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(SourceError, match="damaged in the cache|not in the cache"):
+        with pytest.raises(SourceError, match=r"damaged in the cache|not in the cache"):
             source(version=1, trust_remote_code=True).load()
     assert source(version=1).load().label == "v1"
 

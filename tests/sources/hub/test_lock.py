@@ -267,7 +267,7 @@ def test_dependencies_are_locked_as_well(project, hub, go_offline, cache):
     needed = next(path for path in cache.rglob("layers.py") if "acme--needed" in str(path))
     needed.write_text("")
     forget()
-    with pytest.raises(SourceError, match="acme/needed.* differs from the lock"):
+    with pytest.raises(SourceError, match=r"acme/needed.* differs from the lock"):
         sources(project)[0].load()
 
 
@@ -331,7 +331,7 @@ def test_lock_beside_the_working_directory_alone_does_not_count(project, monkeyp
         "{}",
         '{"format": 2, "kernels": []}',
         '{"format": 1, "kernels": [{}]}',
-        '{"format": 1, "kernels": [{"repo_id": "a/b", "requested": "newest", "commit": "../..", "variants": {}}]}',
+        '{"format": 1, "kernels": [{"repo_id": "a/b", "requested": "x", "commit": "..", "variants": {}}]}',
         json.dumps(
             {
                 "format": 1,
