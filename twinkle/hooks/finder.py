@@ -70,9 +70,10 @@ class Finder:
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec that the finders behind us give for a watched name; ``None`` for any other."""
-        watched = self._verdicts.get(fullname)
+        verdicts = self._verdicts  # as is_watched() does it, without the time of a call
+        watched = verdicts.get(fullname)
         if watched is None:
-            watched = self.is_watched(fullname)
+            watched = verdicts[fullname] = self._patterns.match(fullname)
         if not watched and (sys.meta_path[0] is self._front or not self._was_bypassed(fullname)):
             return None
         # Someone asks for the spec while we look for it: let them find the real one.
@@ -268,7 +269,12 @@ def spec_of(module: object) -> Any:
 
 def is_lazy(module: object) -> bool:
     """The module is one of ``importlib.util.LazyLoader`` and was not touched yet."""
-    return type(module).__name__ == "_LazyModule" and type(module).__module__ == "importlib.util"
+    kind = type(module)
+    if kind.__name__ != "_LazyModule" or kind.__module__ != "importlib.util":
+        return False
+    # Python 3.13 changes the class when the module has been executed, older ones before that.
+    state = getattr(spec_of(module), "loader_state", None)
+    return not (isinstance(state, dict) and state.get("is_loading"))
 
 
 def when_initialized(spec: Any, done: Callable[[], None]) -> bool:
