@@ -6,7 +6,7 @@ interpreter start.
 
 from __future__ import annotations
 
-import threading
+from _thread import allocate_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class Binding:
         self.instances = 0
         self.proof = "unproven"
         self.load_seconds: float | None = None
-        self._lock = threading.Lock()
+        self._lock = allocate_lock()
 
     @property
     def source(self) -> str:

@@ -5,7 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-import threading
+from _thread import RLock
 
 from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
@@ -24,7 +24,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()
+        self._lock = RLock()
         self.layer_kernels: tuple[LayerKernel, ...] = ()
         self.layer_targets: tuple[LayerTarget, ...] = ()
         self.function_kernels: tuple[FunctionKernel, ...] = ()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from twinkle.config import Settings
+    from twinkle.config.entries import Records
     from twinkle.hooks.guard import Failure
     from twinkle.hooks.construction import ConstructionWatch
     from twinkle.hooks.imports import Watch
@@ -52,12 +53,8 @@ def start(settings: Settings, *, door: str) -> None:
     Raises:
         ConfigError: A registration cannot be right; nothing was registered.
     """
-    layer_kernels, layer_targets, function_kernels = settings.records()
-    registry.add(
-        layer_kernels=tuple(layer_kernels),
-        layer_targets=tuple(layer_targets),
-        function_kernels=tuple(function_kernels),
-    )
+    for layers, targets, functions in (*_plugin_records(settings), settings.records()):
+        registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
     options.mode = settings.mode
     options.device = settings.device
     options.use_fallback = settings.use_fallback
@@ -83,6 +80,31 @@ def start(settings: Settings, *, door: str) -> None:
         from twinkle.report.exit import register_at_exit
 
         register_at_exit(text=log, path=settings.report)
+
+
+def _plugin_records(settings: Settings) -> list[Records]:
+    """What the plugins named in the settings ask for; one that is broken is a remark, or an error."""
+    if not settings.plugins:
+        return []
+    from twinkle.config.schema import validate
+    from twinkle.errors import SourceError
+    from twinkle.sources import plugins
+
+    records = []
+    for name in settings.plugins:
+        try:
+            plugin = plugins.load(name)
+        except SourceError as error:
+            if settings.strict:
+                raise
+            session.remark(f"plugin {name}: {error.reason}")
+            warn(f"plugin {name} is left out: {error.reason}")
+            continue
+        checked = validate(
+            plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True
+        )
+        records.append(checked.records(trust_remote_code=settings.trust_remote_code))
+    return records
 
 
 def watch_new() -> None:

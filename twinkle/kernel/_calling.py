@@ -32,16 +32,11 @@ def register_document(document: Mapping[str, object], *, where: str) -> None:
     Raises:
         ConfigError: Something in it cannot be right; nothing was registered.
     """
+    from twinkle.apply.activation import watch_new
     from twinkle.config.schema import validate
     from twinkle.registry import registry
 
     checked = validate(document, where=where, allow_objects=True)
-    layer_kernels, layer_targets, function_kernels = checked.records()
-    registry.add(
-        layer_kernels=tuple(layer_kernels),
-        layer_targets=tuple(layer_targets),
-        function_kernels=tuple(function_kernels),
-    )
-    from twinkle.apply.activation import watch_new
-
+    layers, targets, functions = checked.records()
+    registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
     watch_new()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import textwrap
 
 TYPE_CHECKING = False
@@ -51,7 +52,7 @@ def _table(bindings: Sequence[Mapping[str, Any]], width: int) -> list[str]:
             f"{_MARKS.get(binding['state'], '!')} {binding['state']}",
             binding["target"],
             binding["kernel"],
-            binding["source"],
+            _near(binding["source"]),
             f"{binding['device']}/{binding['mode']}",
             _count(binding),
         )
@@ -71,6 +72,14 @@ def _table(bindings: Sequence[Mapping[str, Any]], width: int) -> list[str]:
                 text, width=max(40, width), initial_indent="    ", subsequent_indent="      "
             )
     return lines
+
+
+def _near(text: str) -> str:
+    """A path in the working directory or the home directory, as a reader there would write it."""
+    for root, short in ((os.getcwd(), "."), (os.path.expanduser("~"), "~")):
+        if len(root) > 1:
+            text = text.replace(root, short)
+    return text
 
 
 def _count(binding: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Light at import: this module is imported at interpreter start when a configurati
 
 from __future__ import annotations
 
-import threading
+from _thread import allocate_lock
 
 from twinkle.errors import MissingDependencyError, SourceError, TwinkleError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalSource"]
 
-_keeping = threading.Lock()
+_keeping = allocate_lock()
 
 
 class LocalSource:

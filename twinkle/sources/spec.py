@@ -7,10 +7,10 @@ downloaded here, and no path is touched: a source loads at first use.
 from __future__ import annotations
 
 import os
-import re
 from _collections_abc import Mapping  # typing's and collections' would be imported for this alone
 
 from twinkle.errors import ConfigError
+from twinkle.sources.code import is_dotted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,7 +22,6 @@ __all__ = ["from_spec"]
 
 _IMPLEMENTATIONS = {"layer": ("layer_impl",), "function": ("func_impl", "repo")}
 _NAME = {"layer": "layer_name", "function": "func_name"}
-_MODULE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*")
 
 
 def from_spec(
@@ -270,7 +269,7 @@ def _text(given: Mapping[str, object], key: str, where: str | None) -> str | Non
 
 
 def _check_module(text: str, key: str, where: str | None) -> None:
-    if not _MODULE.fullmatch(text):
+    if not is_dotted(text):
         raise ConfigError(
             f"malformed {key}",
             where=where,

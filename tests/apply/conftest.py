@@ -1,0 +1,129 @@
+"""Programs that run in a process of their own, with a package to be replaced and kernels to do it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FILES = {
+    "site/pkg/__init__.py": "",
+    "site/pkg/layers.py": """
+        import torch
+        from torch import nn
+
+
+        class Scale(nn.Module):
+            def __init__(self, size: int = 4, *, fill: float = 1.0) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.full((size,), fill))
+
+            def forward(self, x):
+                return x * self.weight
+
+
+        class ScaleMLP(Scale):
+            pass
+
+
+        class NoLayer:
+            pass
+    """,
+    "site/pkg/ops.py": """
+        def add(x, y):
+            return x + y
+
+
+        class Box:
+            def get(self, x):
+                return x
+    """,
+    "site/pkg/user.py": """
+        from pkg.ops import add
+
+
+        def three():
+            return add(1, 2)
+    """,
+    "kernels/my_kernels/__init__.py": "from . import layers\n",
+    "kernels/my_kernels/layers.py": """
+        from torch import nn
+
+
+        class Plus(nn.Module):
+            def forward(self, x):
+                return x * self.weight + 1
+
+
+        class Broken(nn.Module):
+            def forward(self, x):
+                raise RuntimeError("broken on purpose")
+
+
+        def plus_one(x, y):
+            return x + y + 1
+
+
+        def broken(x, y):
+            raise RuntimeError("broken on purpose")
+    """,
+}
+
+
+class Program:
+    """Writes a configuration and programs, and runs them."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name, text in FILES.items():
+            path = root / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(textwrap.dedent(text))
+
+    def run(
+        self, code: str, config: str | None = None, *, check: bool = True, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run ``code`` after ``twinkle.activate()``; ``report()`` in it prints the report as JSON."""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
+        paths = [str(self.root / "site"), os.path.dirname(os.path.dirname(os.path.dirname(__file__)))]
+        environ["PYTHONPATH"] = os.pathsep.join(paths)
+        if config is not None:
+            (self.root / "twinkle.toml").write_text(textwrap.dedent(config))
+            environ["TWINKLE_CONFIG"] = str(self.root / "twinkle.toml")
+        environ.update(variables)
+        prelude = (
+            "import json, twinkle\n"
+            "def report():\n    print(json.dumps(twinkle.report.snapshot()))\n"
+            "twinkle.activate()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", prelude + textwrap.dedent(code)],
+            cwd=self.root,
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        if check:
+            assert done.returncode == 0, done.stderr
+        return done
+
+    def bindings(self, code: str, config: str | None = None, **variables: str) -> list[dict[str, Any]]:
+        """What the report says at the end of ``code``."""
+        done = self.run(textwrap.dedent(code) + "\nreport()\n", config, **variables)
+        bindings: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["bindings"]
+        return bindings
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Program:
+    return Program(tmp_path)
