@@ -287,8 +287,8 @@ def test_the_assertions_of_a_watched_module_are_rewritten_by_pytest(python, writ
     out = python(
         """
         import sys, pytest
-        folder = sys.path[1]
-        sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", folder, folder]))
+        options = ["-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", sys.path[1]]
+        sys.exit(pytest.main([*options, sys.path[1]]))
         """,
         path=str(folder),
     )

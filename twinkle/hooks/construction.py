@@ -75,9 +75,12 @@ class ConstructionWatch:
 
     def run(self, instance: object) -> None:
         """Call back; unless strict, what the callback raises does not leave this method."""
-        kind = type(instance)
-        subject = f"{kind.__module__}:{kind.__qualname__}"
-        guard.call(self._callback, instance, owner=self.owner, subject=subject, strict=self.strict)
+        try:
+            self._callback(instance)
+        except Exception as error:
+            kind = type(instance)
+            subject = f"{kind.__module__}:{kind.__qualname__}"
+            guard.failed(error, owner=self.owner, subject=subject, strict=self.strict)
 
 
 def watch_class(
@@ -251,15 +254,18 @@ def _constructed(instance: object, building: dict[int, object]) -> None:
         for cls in kind.__mro__:
             if any(root in cls.__mro__ for root in _watches):
                 _instrument(cls)
-    if _thread.reporting:
+    ready = [
+        watch
+        for root in kind.__mro__
+        for watch in _watches.get(root, ())
+        if not (watch.outermost and any(isinstance(other, root) for other in building.values()))
+    ]
+    if not ready or _thread.reporting:
         return
     _thread.reporting = True
     try:
-        for root in kind.__mro__:
-            for watch in _watches.get(root, ()):
-                if watch.outermost and any(isinstance(other, root) for other in building.values()):
-                    continue
-                watch.run(instance)
+        for watch in ready:
+            watch.run(instance)
     finally:
         _thread.reporting = False
 

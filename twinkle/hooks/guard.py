@@ -1,4 +1,4 @@
-"""What runs every callback: a hook never breaks the program.
+"""What becomes of a callback that raises: a hook never breaks the program.
 
 Standard library only: this module is imported at interpreter start.
 """
@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Failure", "call", "failures", "forget", "on_failure"]
+__all__ = ["Failure", "failed", "failures", "forget", "on_failure"]
 
 
 class Failure:
@@ -58,36 +58,25 @@ def forget() -> None:
     _handlers.clear()
 
 
-def call(
-    callback: Callable[..., object], *arguments: object, owner: str, subject: str, strict: bool = False
-) -> bool:
-    """Run a callback; an exception becomes a record, a call of the handlers and one warning.
+def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
+    """A callback raised, and this is its ``except`` block: record it, tell the handlers, warn once.
 
     Args:
-        callback: What to run.
-        arguments: What to give it.
-        owner: Who registered it, for the message.
-        subject: What it is called for, for the message.
-        strict: Let the exception through after it was recorded, instead of the warning.
-
-    Returns:
-        Whether it ran to its end.
+        error: What it raised.
+        owner: Who registered it.
+        subject: What it was called for, in words.
+        strict: Raise it again instead of warning.
     """
-    try:
-        callback(*arguments)
-    except Exception as error:
-        failure = Failure(owner, subject, error)
-        _failures.append(failure)
-        for handler in tuple(_handlers):
-            try:
-                handler(failure)
-            except Exception as second:
-                _warn(f"the failure handler raised {type(second).__name__}: {second}")
-        if strict:
-            raise
-        _warn(f"{failure}; the program goes on without it")
-        return False
-    return True
+    failure = Failure(owner, subject, error)
+    _failures.append(failure)
+    for handler in tuple(_handlers):
+        try:
+            handler(failure)
+        except Exception as second:
+            _warn(f"the failure handler raised {type(second).__name__}: {second}")
+    if strict:
+        raise error
+    _warn(f"{failure}; the program goes on without it")
 
 
 def _warn(text: str) -> None:

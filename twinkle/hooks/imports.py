@@ -79,8 +79,10 @@ class Watch:
 
     def run(self, name: str, module: object) -> None:
         """Call back; unless strict, what the callback raises does not leave this method."""
-        subject = f"module {name}"
-        guard.call(self._callback, module, name, owner=self.owner, subject=subject, strict=self.strict)
+        try:
+            self._callback(module, name)
+        except Exception as error:
+            guard.failed(error, owner=self.owner, subject=f"module {name}", strict=self.strict)
 
     def __repr__(self) -> str:
         return f"<Watch {self.name} of {self.owner or 'unknown owner'}>"
