@@ -16,6 +16,7 @@ loads and no descriptor runs. Names that are taken after the replacement need no
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 from types import CellType, FunctionType, MappingProxyType, ModuleType
@@ -24,7 +25,7 @@ from twinkle.hooks.finder import spec_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 __all__ = ["Alias", "find", "rebind", "restore", "stale"]
@@ -140,42 +141,63 @@ def restore(aliases: list[Alias]) -> list[Alias]:
 
 def stale(original: object) -> list[Alias]:
     """Where the object is kept but not by a name: it is found there and cannot be replaced."""
+    since = _began(original)
     found = []
-    for module, namespace in _modules():
+    for module, namespace in _modules(since):
         for name, value in list(namespace.items()):
-            kind = _keeps(value, original)
-            if kind:
+            keep = _KEEPERS.get(type(value))
+            if keep is not None and value is not original and (kind := keep(value, original)):
                 found.append(Alias(module, name, kind, original))
-    for cls in _classes():
+    for cls in _classes(since):
         for name, value in list(_namespace(cls).items()):
             function = value.__func__ if type(value) in (staticmethod, classmethod) else value
-            if type(function) is FunctionType and (kind := _keeps(function, original)):
-                found.append(Alias(cls, name, kind, original))
+            if type(function) is FunctionType and function is not original:
+                kind = _keeps_in_function(function, original)
+                if kind:
+                    found.append(Alias(cls, name, kind, original))
     return found
 
 
-def _keeps(value: Any, original: object) -> str:
-    """How ``value`` keeps ``original``; empty when it does not, or is it itself."""
-    kind = type(value)
-    if value is original:
-        return ""
-    if kind is FunctionType:
-        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        if any(default is original for default in defaults):
+def _keeps_in_function(function: FunctionType, original: object) -> str:
+    for default in function.__defaults__ or ():
+        if default is original:
             return "default"
-        if any(_cell(cell) is original for cell in value.__closure__ or ()):
+    for default in (function.__kwdefaults__ or {}).values():
+        if default is original:
+            return "default"
+    for cell in function.__closure__ or ():
+        if _cell(cell) is original:
             return "closure"
-    elif kind is dict or kind is MappingProxyType:
-        if len(value) <= _LARGEST_CONTAINER and any(held is original for held in tuple(value.values())):
-            return "container"
-    elif kind in (list, tuple, set, frozenset):
-        if len(value) <= _LARGEST_CONTAINER and any(held is original for held in tuple(value)):
-            return "container"
-    elif kind.__name__ == "partial" and kind.__module__ == "functools":
-        held = (value.func, *value.args, *value.keywords.values())
-        if any(one is original for one in held):
-            return "partial"
     return ""
+
+
+def _keeps_in_values(table: Any, original: object) -> str:
+    if len(table) > _LARGEST_CONTAINER:
+        return ""
+    return "container" if id(original) in map(id, tuple(table.values())) else ""
+
+
+def _keeps_in_items(items: Any, original: object) -> str:
+    if len(items) > _LARGEST_CONTAINER:
+        return ""
+    return "container" if id(original) in map(id, tuple(items)) else ""
+
+
+def _keeps_in_partial(partial: Any, original: object) -> str:
+    held = (partial.func, *partial.args, *partial.keywords.values())
+    return "partial" if id(original) in map(id, held) else ""
+
+
+_KEEPERS: dict[type, Callable[[Any, object], str]] = {
+    FunctionType: _keeps_in_function,
+    functools.partial: _keeps_in_partial,
+    dict: _keeps_in_values,
+    MappingProxyType: _keeps_in_values,
+    list: _keeps_in_items,
+    tuple: _keeps_in_items,
+    set: _keeps_in_items,
+    frozenset: _keeps_in_items,
+}
 
 
 def _cell(cell: CellType) -> object:
