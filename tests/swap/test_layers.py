@@ -481,3 +481,19 @@ def test_a_tensor_after_other_arguments_tells_the_device(kit: Any) -> None:
     layer = Layer()
     swap_in(layer, [kit.candidate(Kernel, device="cpu")])
     assert [layer(1, kit.x), layer(1, x=kit.x), layer(1), layer(1, [kit.x])] == [2, 2, 1, 2]
+
+
+def test_code_for_several_gpus_runs_on_the_cpu_too(kit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinkle.swap import dispatch
+
+    monkeypatch.setattr(dispatch, "several_gpus", lambda: True)
+    for device in (None, "cpu"):
+        gate = kit.Gate()
+        swap_in(
+            gate, [kit.candidate(kit.GateKernel, device=device), kit.candidate(kit.GateKernel, device="cuda")]
+        )
+        gate(kit.x)
+        assert kit.factor(gate) == 2
+        assert "get_device()" in placed(gate).text
+        torch._dynamo.reset()
+        assert torch.equal(torch.compile(gate, backend="eager", fullgraph=True)(kit.x), gate(kit.x))

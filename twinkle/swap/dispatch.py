@@ -18,11 +18,20 @@ from twinkle.devices import torch_type
 from twinkle.modes import rank
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
+from twinkle.swap.tensors import (
+    call_there,
+    current_gpu,
+    device_number,
+    device_of,
+    fits_this_build,
+    on_another_gpu,
+    several_gpus,
+)
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import _Candidate
 
-__all__ = ["Dispatch", "Entry", "Moment", "first_tensor"]
+__all__ = ["Dispatch", "Entry", "Moment"]
 
 # `x.is_cuda` takes a sixth of the time of `x.device.type`.
 _QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
@@ -118,7 +127,7 @@ class Dispatch:
         self.entries = [
             Entry(candidate, index)
             for index, candidate in enumerate(candidates)
-            if _fits_this_build(candidate.device)
+            if fits_this_build(candidate.device)
         ]
         self._call = CallForm(original, skip)
         # No `__name__` in these globals: dynamo would look the constants up in the module of that
@@ -126,10 +135,13 @@ class Dispatch:
         self.names: dict[str, Any] = {
             "_tw_original": original,
             "_tw_pending": self.first_call,
-            "_tw_where": _where,
+            "_tw_where": device_number,
             "_tw_compiling": torch.compiler.is_compiling,
             "_tw_grad": torch.is_grad_enabled,
             "_tw_load": _constant(self._load_for_trace),
+            "_tw_current": current_gpu,
+            "_tw_there": call_there,
+            "_tw_astray": on_another_gpu,
         }
         self._text = ""
         self._traced_texts: dict[str, str] = {}
@@ -180,7 +192,7 @@ class Dispatch:
             self.rebuild()
         values = (*args, *kwargs.values())
         moment = Moment(
-            _device_of(values),
+            device_of(values),
             training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
             compiling=self.fixed_compiling or torch.compiler.is_compiling(),
             grad=torch.is_grad_enabled(),
@@ -194,9 +206,17 @@ class Dispatch:
             return self.original(*args, **kwargs)
         if entry.state == "live":
             self.rebuild()
-            return entry.function(*args, **kwargs)
+            return (
+                call_there(entry.function, args, kwargs)
+                if on_another_gpu(values)
+                else entry.function(*args, **kwargs)
+            )
         try:
-            result = entry.function(*args, **kwargs)
+            result = (
+                call_there(entry.function, args, kwargs)
+                if on_another_gpu(values)
+                else entry.function(*args, **kwargs)
+            )
         except Exception as error:
             if entry.candidate.strict or _out_of_memory(error):
                 raise
@@ -246,12 +266,13 @@ class Dispatch:
                     self.names[f"_tw_k{entry.index}"] = entry.function
             tree = self._tree()
             body = list(self._lines(tree, "    ", {}))
-            probe = list(self._probe()) if isinstance(tree, _Split) and self._asks(tree, "device") else []
-            text = "\n".join([self._call.head("forward"), *probe, *body, ""])
+            text = "\n".join([self._call.head("forward"), *self._probe(tree), *body, ""])
             if text != self._text:
                 set_code(self.function, text, self._title())
                 self._text = text
-        only = tree if isinstance(tree, Entry) and tree.state == "live" else None
+        only = (
+            tree if isinstance(tree, Entry) and tree.state == "live" and not self._minds_the_gpu() else None
+        )
         self.rebuilt(only)
 
     @property
@@ -293,25 +314,31 @@ class Dispatch:
             return branches[0][1]
         return _Split(name, branches)
 
-    def _asks(self, tree: _Split | Entry | None, name: str) -> bool:
-        if not isinstance(tree, _Split):
-            return False
-        return tree.name == name or any(self._asks(branch, name) for _, branch in tree.branches)
+    def _minds_the_gpu(self) -> bool:
+        """Whether a tensor may lie on another GPU than the current one, where a kernel would be launched."""
+        devices = [e.device for e in self.entries if e.candidate.dead is None]
+        return any(d in (None, "cuda") for d in devices) and several_gpus()
 
-    def _probe(self) -> Iterator[str]:
+    def _probe(self, tree: _Split | Entry | None) -> Iterator[str]:
         """Which device, as a number: 1 for the first that kernels are for, 0 for any other."""
-        devices = self._devices()
-        values = self._call.values()
-        slow = f"_tw_where({tuple(devices)!r}, {values})"
-        argument = self._call.probe
-        if argument is None or any(d not in _QUICK for d in devices):
-            yield f"    _tw_device = {slow}"
+        by_device = isinstance(tree, _Split) and tree.name == "device"
+        gpus = self._minds_the_gpu() and tree is not None
+        devices, values, argument = self._devices(), self._call.values(), self._call.probe
+        slow = [f"_tw_device = _tw_where({tuple(devices)!r}, {values})"] if by_device else []
+        slow += [f"_tw_away = _tw_astray({values})"] if gpus else []
+        if not slow:
             return
-        quick = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1)) + " else 0"
+        if argument is None or (by_device and any(d not in _QUICK for d in devices)):
+            yield from (f"    {line}" for line in slow)
+            return
         yield "    try:"
-        yield f"        _tw_device = {quick}"
+        if by_device:
+            asked = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
+            yield f"        _tw_device = {asked} else 0"
+        if gpus:
+            yield f"        _tw_away = {argument}.is_cuda and {argument}.get_device() != _tw_current()"
         yield "    except AttributeError:"
-        yield f"        _tw_device = {slow}"
+        yield from (f"        {line}" for line in slow)
 
     def _lines(self, tree: _Split | Entry | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
         if isinstance(tree, _Split):
@@ -323,6 +350,9 @@ class Dispatch:
         elif tree is None:
             yield f"{pad}return _tw_original({self._call.arguments})"
         elif tree.state == "live":
+            if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
+                yield f"{pad}if _tw_away:"
+                yield f"{pad}    return _tw_there(_tw_k{tree.index}, {self._call.packed})"
             yield f"{pad}return _tw_k{tree.index}({self._call.arguments})"
         elif known.get("compiling") is True and not self.fixed_compiling:
             yield from self._traced_lines(pad, known)
@@ -386,41 +416,6 @@ def _same(a: _Split | Entry | None, b: _Split | Entry | None) -> bool:
             x[0] == y[0] and _same(x[1], y[1]) for x, y in zip(a.branches, b.branches, strict=True)
         )
     return a is b
-
-
-def first_tensor(values: Any, depth: int = 2) -> torch.Tensor | None:
-    """The first tensor among values and in the lists, tuples and dicts among them."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            return value
-        if depth and isinstance(value, (list, tuple, dict)):
-            found = first_tensor(value.values() if isinstance(value, dict) else value, depth - 1)
-            if found is not None:
-                return found
-    return None
-
-
-def _device_of(values: tuple[Any, ...]) -> str | None:
-    tensor = first_tensor(values)
-    if tensor is not None:
-        return str(tensor.device.type)
-    for value in values[:1]:
-        if isinstance(value, torch.nn.Module):
-            for parameter in value.parameters():
-                return str(parameter.device.type)
-    return None
-
-
-def _where(devices: tuple[str, ...], values: tuple[Any, ...]) -> int:
-    device = _device_of(values)
-    return devices.index(device) + 1 if device in devices else 0
-
-
-def _fits_this_build(device: str | None) -> bool:
-    """CUDA and ROCm tensors both say ``cuda``: the build tells them apart."""
-    if device in ("cuda", "rocm") and (torch.version.cuda or torch.version.hip):
-        return (device == "rocm") == bool(torch.version.hip)
-    return True
 
 
 def _constant(function: Callable[..., int]) -> Callable[..., int]:
