@@ -169,7 +169,9 @@ class HubClient:
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
         url = path if path.startswith("http") else self.endpoint + path
-        headers = build_hf_headers(library_name="twinkle", library_version=__version__)
+        # A next page on another host gets no token.
+        token = None if url.startswith(f"{self.endpoint}/") else False
+        headers = build_hf_headers(token=token, library_name="twinkle", library_version=__version__)
 
         def get() -> tuple[Any, str | None]:
             response = get_session().get(url, headers=headers, timeout=self.timeout)
@@ -207,22 +209,32 @@ def _part_of(bar: Any) -> Callable[..., Any]:
     lock = threading.Lock()
 
     class Part:
-        def __init__(self, *args: object, **options: object) -> None:
-            pass
+        # The methods that the client calls on a bar that stands for many files.
+        def __init__(self, *args: object, **options: Any) -> None:
+            self.update(options.get("initial") or 0)
 
-        def update(self, n: float = 1) -> None:
+        def update(self, n: float | None = 1) -> None:
             with lock:
                 bar.update(n)
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """The same bytes once more, as they came over the network."""
+
+        def set_postfix_str(self, text: str = "", refresh: bool = False) -> None:
+            pass
+
+        set_transfer_postfix_str = set_postfix_str
+
+        def refresh(self) -> None:
+            pass
+
+        def close(self) -> None:
+            pass
 
         def __enter__(self) -> Part:
             return self
 
         def __exit__(self, *exception: object) -> None:
             pass
-
-        def __getattr__(self, name: str) -> Callable[..., None]:
-            if name.startswith("_") or name == "update_transfer":
-                raise AttributeError(name)
-            return lambda *args, **options: None
 
     return Part

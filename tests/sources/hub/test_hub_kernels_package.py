@@ -195,13 +195,14 @@ def test_wrong_signature_is_refused(signed, source, kind):
     assert kind in str(raised.value)
 
 
-def test_kernel_with_a_wrong_signature_is_not_left_in_the_cache(signed, source, go_offline):
+def test_kernel_with_a_wrong_signature_is_not_left_in_the_cache(hub, signed, source, go_offline):
     signed(result("SignatureBundleInvalid", reason="tampered"))
     with pytest.raises(SourceError):
         source(version=1).load()
     go_offline()
-    with pytest.raises(SourceError):
-        source(version=1, trust_remote_code=True).load()
+    commit = hub.repos["acme/my-kernel"].branches["v1"]
+    with pytest.raises(SourceError, match="damaged in the cache"):
+        source(revision=commit, trust_remote_code=True).load()
 
 
 def test_signature_of_somebody_else_is_noted(signed, source):

@@ -81,6 +81,7 @@ def test_eight_processes_at_once_make_one_download(hub, cache, program):
     out, err = program(EIGHT).communicate(timeout=120)
     assert out == "v1\n" * 8, err
     assert hub.count("GET .*/resolve/") == files_in(repo)
+    assert hub.count("HEAD .*/resolve/") == files_in(repo)
 
 
 @pytest.mark.slow
