@@ -189,3 +189,37 @@ def test_half_precision(kit: Any, model: Any) -> None:
     swap_all(kit, model)
     model.to(torch.bfloat16)
     assert model(IDS).logits.dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_peft(kit: Any, model: Any, order: str) -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["gate_proj", "down_proj"], r=2, task_type="CAUSAL_LM")
+    before = model(IDS).logits
+    if order == "before":
+        swap_all(kit, model)
+    adapted = peft.get_peft_model(model, config)
+    if order == "after":
+        swap_all(kit, adapted)
+    assert is_swapped(model.model.layers[0].mlp)
+    assert not torch.allclose(adapted(IDS).logits, before)
+    adapted(IDS, labels=IDS).loss.backward()
+    grads = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
+    assert all(grad is not None for grad in grads)
+    merged = adapted.merge_and_unload()
+    assert is_swapped(merged.model.layers[0].mlp)
+    merged(IDS)
+
+
+def test_accelerate_offload_hooks_from_before(kit: Any, model: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    before = model(IDS).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    swapped = swap_all(kit, model)
+    assert len(swapped) == 2 + 5
+    changed = model(IDS).logits
+    assert not torch.allclose(changed, before)
+    assert torch.equal(model(IDS).logits, changed)
+    for module in swapped:
+        swap_out(module)
+    assert torch.equal(model(IDS).logits, before)
