@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import inspect
 from types import FunctionType, ModuleType
 from typing import Any
@@ -85,6 +86,8 @@ class Run:
         self.instance = instance
         self.effects: list[str] = []
         self.calls: list[tuple[str, Term]] = []
+        self.guards: list[Term] = []
+        self.inlined: list[tuple[FunctionType, list[Term]]] = []
         self.none = self.idioms.none
         self.cls: type | None = None
         self.depth = 0
@@ -104,8 +107,8 @@ class Run:
             return self.arena.term("raises")
         return self.none if result is None or result is _CONTINUES else result
 
-    def embed(self, value: Any) -> Term:
-        """A Python object as a term."""
+    def embed(self, value: Any, called: str | None = None) -> Term:
+        """A Python object as a term; ``called`` is its name where it was found."""
         if value is None or isinstance(value, bool | int | float | str) or value is Ellipsis:
             return self.idioms.const(value)
         kind = type(value)
@@ -113,9 +116,14 @@ class Run:
             return self.arena.term("dtype", str(value).removeprefix("torch."))
         if isinstance(value, tuple | list) and len(value) <= 16:
             return self.arena.term("tuple", *(self.embed(item) for item in value))
-        if _is_form(value) or not isinstance(value, dict | set):
-            return self.arena.term("py", Ref(value))
-        return self.arena.term("py", Ref(value))
+        return self.arena.term("py", Ref(value, called if isinstance(value, dict) else None))
+
+    def apply(self, value: Any, args: list[Term]) -> Term:
+        """The term of a call of any Python object."""
+
+        def caller() -> None: ...
+
+        return _Frame(self, caller).call(self.embed(value), args, {})  # type: ignore[arg-type]
 
     def unknown(self, why: str) -> Term:
         """Something that is not followed; never equal to anything."""
@@ -243,6 +251,8 @@ class _Frame:
         if yes is None and no is None:
             self.merge(test, env_yes, env_no)
             return False, None
+        if yes is _RAISES or no is _RAISES:
+            self.run.guards.append(test)
         if yes is _RAISES:
             self.env = env_no
             return no is not None, no
@@ -457,7 +467,7 @@ class _Frame:
             except ValueError:
                 return self.run.unknown(f"{name} (empty cell)")
         if name in self.function.__globals__:
-            return self.run.embed(self.function.__globals__[name])
+            return self.run.embed(self.function.__globals__[name], name)
         if hasattr(builtins, name):
             return self.term("py", Ref(getattr(builtins, name)))
         return self.run.unknown(f"{name} is not defined")
@@ -629,7 +639,7 @@ class _Frame:
         if self.run.instance is None:
             return None
         value = getattr(self.run.instance, name, None)
-        if isinstance(value, bool | int | float | str) or source.function_of(value) is not None:
+        if isinstance(value, bool | int | float | str | functools.partial) or source.function_of(value) is not None:
             return self.run.embed(value)
         # torch's own functions are builtins, not functions with a source.
         return self.run.embed(value) if type(value).__name__ == "builtin_function_or_method" else None
@@ -686,6 +696,10 @@ class _Frame:
         return made
 
     def python_call(self, value: Any, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        if isinstance(value, functools.partial):
+            args = [*map(self.run.embed, value.args), *args]
+            kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}
+            return self.call(self.run.embed(value.func), args, kwargs)
         function = source.function_of(value)
         module = getattr(value, "__module__", None) or ""
         name = getattr(value, "__name__", "")
@@ -740,6 +754,8 @@ class _Frame:
             run.effects = effects
             del run.calls[calls:]
             return None
+        if run.depth == 0:
+            run.inlined.append((function, [*args, *kwargs.values()]))
         return result
 
 

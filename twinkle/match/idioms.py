@@ -364,11 +364,29 @@ class Idioms:
                 return x.args[at]  # type: ignore[no-any-return]
         if index.op == "tuple":
             return self._multi_index(x, index)
+        pair = self._pair(x, index)
+        if pair is not None:
+            return pair
         if index.op == "const" and index.args[0] is None:
             return self.term("unsqueeze", x, self.const(0))
         if x.op == "if" and x.args[1].op == x.args[2].op == "tuple":
             return self.choose(x.args[0], self.index(x.args[1], index), self.index(x.args[2], index))
         return self.term("index", x, index)
+
+    def _pair(self, x: Term, index: Term) -> Term | None:
+        """``x.view(*x.shape[:-1], -1, 2).unbind(-1)[i]`` is ``x[..., i::2]``."""
+        if x.op != "unbind" or x.args[1].args != (-1,) or x.args[0].op not in ("reshape", "unflatten"):
+            return None
+        pairs, sizes = x.args[0].args[0], x.args[0].args[1]
+        if x.args[0].op == "unflatten":
+            if sizes.args != (-1,) or [size.args for size in x.args[0].args[2].args] != [(-1,), (2,)]:
+                return None
+        else:
+            lead = self.index(self.shape(pairs), self.slice(self.none, self.const(-1), self.none))
+            if sizes.args != (self.term("star", lead), self.const(-1), self.const(2)):
+                return None
+        window = self.slice(index, self.none, self.const(2))
+        return self.index(pairs, self.term("tuple", self.const(Ellipsis), window))
 
     def _multi_index(self, x: Term, index: Term) -> Term:
         # x[:, :, None, :] is x.unsqueeze(2); x[..., None] is x.unsqueeze(-1).

@@ -1,5 +1,246 @@
-"""stub"""
+"""The facts that only an instance can tell: numbers, activations, biases, the type of its layers."""
+
 from __future__ import annotations
-from typing import Any
-class Reason: ...
-def check_instance(recognition: Any, module: Any) -> Any: ...
+
+import functools
+import re
+from dataclasses import dataclass
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.match import source
+from twinkle.match.execute import Run, Unsupported, execute
+from twinkle.match.idioms import ACTIVATIONS
+from twinkle.match.terms import Arena, Term
+from twinkle.match.unify import attribute_path
+
+if TYPE_CHECKING:
+    from twinkle.match.structure import Recognition
+
+__all__ = ["Reason", "activation_name", "causal_loss_names", "check_instance", "read_path"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an instance is not what its class promises."""
+
+    text: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class _Refused(Exception):
+    pass
+
+
+_NUMBERS = frozenset({"eps", "limit", "alpha", "gate_scale", "output_scale", "num_experts", "group_size"})
+_TENSORS = frozenset({"weight", "bias", "gate_up_bias", "down_bias"})
+_LINEARS = frozenset({"gate", "up", "down", "gate_up"})
+
+
+def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
+    """Read from ``module`` what its class left open.
+
+    Args:
+        recognition: The recognition of ``type(module)``.
+        module: An instance.
+
+    Returns:
+        The facts: names of attributes for tensors and layers, values for numbers and flags, a
+        canonical name for an activation (``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``,
+        ``sigmoid``, ``tanh``, ``quick_gelu``, else ``unknown:<its class>``). Or the reason why this
+        instance is not to be replaced.
+    """
+    if recognition.op is None:
+        return Reason(recognition.reason or "its class is not recognised")
+    facts = dict(recognition.facts)
+    try:
+        if recognition.op == "causal_lm_loss":
+            _check_loss(facts, module)
+        else:
+            for role in recognition.instance_facts:
+                facts[role] = _read(recognition, role, facts[role], module)
+        _check_form(recognition, facts, module)
+    except _Refused as error:
+        return Reason(str(error))
+    return facts
+
+
+def read_path(module: Any, path: str) -> Any:
+    """The value at a path such as ``config.get_text_config().scales[0]``.
+
+    Raises:
+        AttributeError: There is no such attribute.
+    """
+    value = module
+    for name, suffix in re.findall(r"(\w+)((?:\(\)|\[-?\d+\])*)", path):
+        value = getattr(value, name)
+        for part in re.findall(r"\(\)|\[-?\d+\]", suffix):
+            value = value() if part == "()" else value[int(part[1:-1])]
+    return value
+
+
+def _get(module: Any, path: str) -> Any:
+    try:
+        return read_path(module, path)
+    except (AttributeError, LookupError, TypeError) as error:
+        raise _Refused(f"{path} cannot be read: {error}") from None
+
+
+def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
+    import torch
+
+    optional = role == "weight" and (recognition.form.optional_weight if recognition.op == "rms_norm" else False)
+    if optional and not hasattr(module, path):
+        return None
+    value = _get(module, path)
+    if role in _NUMBERS:
+        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not value.requires_grad:
+            value = value.item()
+        absent = value is None and (role == "group_size" or (role == "eps" and recognition.form.name == "fused"))
+        if not absent and (not isinstance(value, int | float) or isinstance(value, bool)):
+            raise _Refused(f"{path} is {type(value).__name__}, not a number")
+        return value
+    if role == "activation":
+        return activation_name(value)
+    if role in _TENSORS or (recognition.op == "experts" and role in ("gate_up", "down")):
+        absent = value is None and getattr(recognition.form, "compute", "") == "fused"
+        absent = absent or (value is None and getattr(recognition.form, "written", "") == "fused")
+        if not absent and not isinstance(value, torch.Tensor):
+            raise _Refused(f"{path} is {type(value).__name__}, not a tensor")
+        return path if value is not None else None
+    if role in _LINEARS and type(value) is not torch.nn.Linear:
+        raise _Refused(f"{path} is a {type(value).__module__}.{type(value).__qualname__}, not a torch.nn.Linear")
+    if role in ("norm", "q_norm", "k_norm"):
+        from twinkle.match.structure import recognise
+
+        if recognise(type(value)).op not in ("rms_norm", "layer_norm"):
+            raise _Refused(f"{path} is a {type(value).__qualname__}, which is not recognised as a norm")
+    if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
+        raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
+    return bool(value) if role == "with_weight" else path
+
+
+def _check_form(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
+    """What must hold between facts."""
+    if recognition.op == "gated_mlp":
+        layers = [_get(module, facts[role]) for role in ("gate", "up", "gate_up", "down") if role in facts]
+        facts["biases"] = tuple(role for role in ("gate", "up", "gate_up", "down") if _bias(module, facts, role))
+        facts["hidden_size"], facts["intermediate_size"] = layers[-1].out_features, layers[-1].in_features
+    elif recognition.op == "rms_norm" and facts.get("with_weight", True) and facts.get("weight"):
+        facts["hidden_size"] = _get(module, facts["weight"]).shape[-1]
+    elif recognition.op == "experts" and getattr(_get(module, facts["gate_up"]), "ndim", 0) != 3:
+        raise _Refused(f"{facts['gate_up']} has not three dimensions")
+
+
+def _bias(module: Any, facts: dict[str, Any], role: str) -> bool:
+    return role in facts and _get(module, facts[role]).bias is not None
+
+
+def _check_loss(facts: dict[str, Any], module: Any) -> None:
+    import torch
+
+    head = facts["head"]
+    layer = _get(module, head)
+    while type(layer) is not torch.nn.Linear:
+        inner = _last_layer(layer)
+        if inner is None:
+            raise _Refused(f"{head} is a {type(layer).__qualname__}, and no torch.nn.Linear makes its result")
+        head = f"{head}.{inner}"
+        layer = _get(module, head)
+    facts["head"] = head
+    factors = []
+    for path in facts["factors"]:
+        value = path
+        if path is not None:
+            value = float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else _get(module, path)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise _Refused(f"{path} is {type(value).__name__}, not a number")
+        factors.append(value)
+    facts["factors"] = tuple(factors)
+    loss = source.function_of(getattr(module, "loss_function", None))
+    if loss is None or f"{loss.__module__}.{loss.__qualname__}" != "transformers.loss.loss_utils.ForCausalLMLoss":
+        raise _Refused(f"its loss_function is {getattr(loss, '__qualname__', loss)}, not that of causal models")
+    facts["loss_function"] = loss.__qualname__
+    facts["vocab_size"], facts["hidden_size"] = layer.weight.shape
+    facts["bias"] = layer.bias is not None
+
+
+@functools.cache
+def causal_loss_names() -> tuple[tuple[str, ...], frozenset[str]] | None:
+    """The names of transformers' losses, and those that are the loss of causal models."""
+    try:
+        from transformers.loss import loss_utils
+    except ImportError:
+        return None
+    table = loss_utils.LOSS_MAPPING
+    causal = {name for name, function in table.items() if function is loss_utils.ForCausalLMLoss}
+    return tuple(table), frozenset(causal)
+
+
+def _last_layer(layer: Any) -> str | None:
+    """The attribute whose call makes the result of ``layer``."""
+    forward = getattr(type(layer), "forward", None)
+    if not isinstance(forward, FunctionType):
+        return None
+    try:
+        term, run = execute(forward, Arena(), owner=type(layer))
+    except (source.NoSource, Unsupported):
+        return None
+    if run.effects or term.op != "call" or len(term.args[1]) != 1:
+        return None
+    return attribute_path(term.args[0])
+
+
+def activation_name(value: Any) -> str:
+    """The canonical name of an elementwise function: a name in transformers' table, a function or a layer."""
+    if isinstance(value, str):
+        value = _by_name(value)
+    arena = Arena()
+    unknown = f"unknown:{getattr(value, '__qualname__', type(value).__qualname__)}"
+    x = arena.term("input", "x")
+    function = source.function_of(getattr(type(value), "forward", None))
+    try:
+        if function is not None:
+            instance = value
+            run = Run(arena, instance=instance)
+            run.cls = type(value)
+            term = run.function(function, [arena.term("self"), x], {})
+        else:
+            run = Run(arena)
+            term = run.apply(value, [x])
+    except (source.NoSource, Unsupported):
+        return unknown
+    return (_name(term, x) if not run.effects else None) or unknown
+
+
+def _by_name(name: str) -> Any:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name] if name in ACT2FN else functools.partial(_missing, name)
+
+
+def _missing(name: str, x: Any) -> Any:
+    raise KeyError(name)
+
+
+def _name(term: Term, x: Term) -> str | None:
+    if term.op in ACTIVATIONS and term.args[0] is x:
+        if term.op == "gelu":
+            return "gelu_tanh" if term.args[1].args == ("tanh",) else "gelu"
+        return term.op
+    if term is x:
+        return "identity"
+    if term.op == "pow2" and term.args[0].op == "relu" and term.args[0].args[0] is x:
+        return "relu2"
+    if term.op == "mul" and x in term.args:
+        other = term.args[1] if term.args[0] is x else term.args[0]
+        if other.op == "sigmoid" and other.args[0].op == "mul":
+            factors = [part.args[0] for part in other.args[0].args if part.op == "const"]
+            if factors == [1.702] and x in other.args[0].args:
+                return "quick_gelu"
+    return None

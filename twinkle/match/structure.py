@@ -12,10 +12,11 @@ No name of a class, function or attribute takes part in the decision.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from twinkle.match import source, templates
 from twinkle.match.execute import Run, Unsupported, execute
@@ -42,6 +43,7 @@ class Recognition:
         facts: Each argument of the form's reference: the name of the attribute or of the parameter it
             is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
         instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
+        guards: Attributes that the code only reads to raise an error.
         reason: Why nothing was recognised, where there is more to say than that it is something else.
     """
 
@@ -50,6 +52,7 @@ class Recognition:
     form: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
     instance_facts: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
     reason: str | None = None
     # Comparing with every form takes longer than recognising one, and only a reader asks for it.
     _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
@@ -63,7 +66,8 @@ class Recognition:
         return self.op is not None
 
 
-_cache: dict[Any, Recognition] = {}
+# By the object, not by its code: two modules may hold the same code over different helpers.
+_cache: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
 
 
 def clear_cache() -> None:
@@ -84,7 +88,7 @@ def recognise(obj: Any) -> Recognition:
     target = _target(obj if owner is not None or function is None else function)
     if function is None:
         return Recognition(target, reason=reason)
-    key = (function.__code__, owner)
+    key = function if owner is None else owner
     found = _cache.get(key)
     if found is None:
         found = _cache[key] = _recognise(target, function, owner, reason)
@@ -120,10 +124,13 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
     if found is not None:
         return found
     if owner is not None:
-        sites = recognise_sites(term, run, function, owner)
-        if sites is not None:
-            return Recognition(target, *sites)
+        site = recognise_sites(term, run, owner)
+        if site is not None:
+            run.cls = None
+            made = Recognition(target, site.op, site.form, site.facts, site.instance_facts)
+            return replace(made, _nearest=lambda: site.near) if site.near else made
     why = "; ".join(run.effects) if run.effects and hearts(term) else None
+    run.cls = None
     return Recognition(target, reason=why, _nearest=partial(near_misses, term, run))
 
 
@@ -134,14 +141,14 @@ def _as_expression(
         return None
     # Methods that overwrite their own input in place, or write attributes, are more than what they return.
     if not run.effects:
-        made = _lookup(target, term, owner, ())
+        made = _lookup(target, term, run, ())
         if made is not None:
             return made
     for assume in _assumptions(function, term):
         special, special_run = execute(function, Arena(), owner=owner, assume=assume)
         if not special_run.effects:
             requires = tuple(f"{name} {state}" for name, state in assume.items())
-            made = _lookup(target, special, owner, requires)
+            made = _lookup(target, special, special_run, requires)
             if made is not None:
                 return made
     return None
@@ -165,20 +172,21 @@ def _assumptions(function: FunctionType, term: Term) -> list[dict[str, str]]:
     return [dict.fromkeys(names, "given"), dict.fromkeys(names, "absent")]
 
 
-def _lookup(target: str, term: Term, owner: type | None, requires: tuple[str, ...]) -> Recognition | None:
+def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Recognition | None:
+    guards = tuple(dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part))))
     key = shape_key(term)
     for op in hearts(term):
         for template in templates.templates(op):
             bound = unify(template.term, term, templates.ROLES[op]) if template.key == key else None
             if bound is not None:
-                facts, instance_facts = _facts(bound, owner)
+                facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
-                return Recognition(target, op, template.form, facts, instance_facts)
+                return Recognition(target, op, template.form, facts, instance_facts, guards)
     return None
 
 
-def _facts(bound: Bindings, owner: type | None) -> tuple[dict[str, Any], tuple[str, ...]]:
+def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
     facts: dict[str, Any] = {}
     ask: list[str] = []
     for role, term in bound.items():
@@ -193,10 +201,14 @@ def _facts(bound: Bindings, owner: type | None) -> tuple[dict[str, Any], tuple[s
             facts[role] = value if isinstance(value, tuple) else getattr(value, "__name__", repr(value))
             if isinstance(value, tuple):
                 facts[role] = _activation(value)
+        elif term.op == "index" and (path := attribute_path(term.args[0])) is not None:
+            facts[role] = f"{path}[{show(term.args[1])}]"
+            ask.append(role)
+        elif term.op == "index" and (path := attribute_path(term.args[1])) is not None:
+            facts[role] = path  # the name of an entry of a table of activations
+            ask.append(role)
         else:
             facts[role] = show(term)
-            if any(part.op == "self" for part in walk(term)):
-                ask.append(role)
     return facts, tuple(ask)
 
 

@@ -20,9 +20,9 @@ class Ref:
 
     __slots__ = ("name", "value")
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, called: str | None = None) -> None:
         self.value = value
-        name = getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
+        name = called or getattr(value, "__qualname__", None) or getattr(value, "__name__", None)
         self.name = str(name or type(value).__name__)
 
     def __eq__(self, other: object) -> bool:

@@ -32,6 +32,7 @@ class LayerNormForm:
         variance: ``mean_square`` of the centred input, or ``var`` (biased), when written out.
         inverse: ``rsqrt`` or ``divide``, when written out.
         cast: Where a float32 result is rounded, when written out.
+        weight_cast: The weight is cast to float32 before use.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LayerNormForm:
     variance: Literal["mean_square", "var"] = "mean_square"
     inverse: Literal["rsqrt", "divide"] = "divide"
     cast: Literal["before_weight", "after_weight"] = "after_weight"
+    weight_cast: bool = False
 
 
 def layer_norm(
@@ -87,7 +89,7 @@ def layer_norm(
     if form.compute == "float32" and form.cast == "before_weight":
         h = h.to(dtype)
     if form.affine != "none":
-        h = weight * h
+        h = weight.float() * h if form.weight_cast else weight * h
     if form.affine == "both":
         h = h + bias
     if form.compute == "float32" and form.cast == "after_weight":
@@ -115,6 +117,7 @@ FORMS: tuple[LayerNormForm, ...] = (
     LayerNormForm("fused_no_bias", affine="weight"),
     LayerNormForm("fused_float32", compute="float32"),
     LayerNormForm("fused_float32_unweighted", compute="float32", affine="none"),
+    LayerNormForm("cohere", "out", "float32", "weight", inverse="rsqrt", weight_cast=True),
     *_written_out(),
 )
 """Every form that is recognised."""

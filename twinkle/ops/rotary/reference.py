@@ -93,13 +93,13 @@ def rotary(
         return _matrix(q, k, cos, sin, unsqueeze_dim)
     cos = _table(cos, unsqueeze_dim, position_ids, mrope_section, form, slice_last)
     sin = _table(sin, unsqueeze_dim, position_ids, mrope_section, form, slice_last)
-    q_out = _turn(q, cos, sin, q.dtype, form)
+    q_out = _turn(q, cos, sin, q, form)
     if form.tensors == 1:
         return q_out
-    k_out = _turn(k, cos, sin, q.dtype, form)
+    k_out = _turn(k, cos, sin, q, form)
     if form.tensors == 2:
         return q_out, k_out
-    return q_out, k_out, _turn(v, cos, sin, q.dtype, form)
+    return q_out, k_out, _turn(v, cos, sin, q, form)
 
 
 def _table(table, unsqueeze_dim, position_ids, mrope_section, form, slice_last):
@@ -135,17 +135,17 @@ def _widen(table, form):
     return table
 
 
-def _turn(x, cos, sin, query_dtype, form):
+def _turn(x, cos, sin, query, form):
     if form.part == "first":
         width = cos.shape[-1]
-        return torch.cat([_rounded(x[..., :width], x, cos, sin, query_dtype, form), x[..., width:]], dim=-1)
+        return torch.cat([_rounded(x[..., :width], x, cos, sin, query.dtype, form), x[..., width:]], dim=-1)
     if form.part == "last":
         width = cos.shape[-1]
-        return torch.cat([x[..., :-width], _rounded(x[..., -width:], x, cos, sin, query_dtype, form)], dim=-1)
+        return torch.cat([x[..., :-width], _rounded(x[..., -width:], x, cos, sin, query.dtype, form)], dim=-1)
     if form.part == "prefix":
-        prefix, patches = x.split((x.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
-        return torch.cat((prefix, _rounded(patches, x, cos, sin, query_dtype, form)), dim=-2)
-    return _rounded(x, x, cos, sin, query_dtype, form)
+        prefix, patches = x.split((query.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
+        return torch.cat((prefix, _rounded(patches, x, cos, sin, query.dtype, form)), dim=-2)
+    return _rounded(x, x, cos, sin, query.dtype, form)
 
 
 def _rounded(x, whole, cos, sin, query_dtype, form):
@@ -194,8 +194,8 @@ def _complex(q, k, table, form):
 
 
 def _matrix(q, k, cos, sin, unsqueeze_dim):
-    cos = cos[..., : cos.shape[-1] // 2]
-    sin = sin[..., : sin.shape[-1] // 2]
+    width = cos.shape[-1] // 2
+    cos, sin = cos[..., :width], sin[..., :width]
     table = torch.stack([cos, -sin, sin, cos], dim=-1)
     table = table.view(*cos.shape, 2, 2).unsqueeze(unsqueeze_dim)
     q_ = q.reshape(*q.shape[:-1], -1, 1, 2)

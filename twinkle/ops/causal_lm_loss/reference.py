@@ -1,0 +1,96 @@
+"""The loss of a causal language model: ``cross_entropy(transform(hidden @ weight.T + bias), next token)``.
+
+What lies between the head and the loss differs: a scale, a tanh softcap, a cast. The loss itself is
+that of transformers: logits in float32, labels shifted by one, mean over the labels that count.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from torch import Tensor
+
+__all__ = ["CausalLMLossForm", "causal_lm_loss"]
+
+
+@dataclass(frozen=True)
+class CausalLMLossForm:
+    """What lies between the hidden states and the loss.
+
+    Attributes:
+        name: A short name.
+        steps: In order: ``multiply`` and ``divide`` by a number, ``softcap`` (divide, tanh, multiply),
+            ``float32`` (a cast); ``optional_softcap_float32`` casts only where it caps; with ``optional_`` in front, only where the number is not None.
+        hidden_cast: The hidden states are cast to the dtype of the head's weight first.
+        labels: ``labels`` are shifted by the loss, ``shift_labels`` are shifted already, ``both`` may be given.
+        sliced: The caller may ask for the logits of the last tokens only.
+    """
+
+    name: str
+    steps: tuple[str, ...] = ()
+    hidden_cast: bool = False
+    labels: Literal["labels", "shift_labels", "both"] = "labels"
+    sliced: bool = True
+
+
+def causal_lm_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    *,
+    form: CausalLMLossForm,
+    factors: tuple[float | None, ...] = (),
+    ignore_index: int = -100,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition.
+
+    Args:
+        hidden: ``[batch, tokens, hidden]``.
+        weight: ``[vocab, hidden]``.
+        bias: ``[vocab]`` or None.
+        labels: ``[batch, tokens]``.
+        form: What lies between.
+        factors: One number a step of the form, None for a cast or a softcap that is off.
+        ignore_index: Labels of this value do not count.
+        num_items_in_batch: Divide the sum by this instead of the number of labels that count.
+        shift_labels: Labels that are shifted already, instead of ``labels``.
+
+    Returns:
+        The loss, a scalar, and the logits ``[batch, tokens, vocab]``.
+    """
+    if form.hidden_cast:
+        hidden = hidden.to(weight.dtype)
+    logits = F.linear(hidden, weight, bias)
+    for step, factor in zip(form.steps, factors, strict=True):
+        if step == "float32":
+            logits = logits.float()
+        elif factor is None:
+            continue
+        elif step.endswith("multiply"):
+            logits = logits * factor
+        elif step.endswith("divide"):
+            logits = logits / factor
+        elif step == "optional_softcap_float32":
+            logits = torch.tanh(logits.float() / factor) * factor
+        else:
+            logits = torch.tanh(logits / factor) * factor
+    rows = logits.float()
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:].contiguous()
+    rows = rows.view(-1, rows.shape[-1])
+    targets = shift_labels.view(-1).to(rows.device)
+    reduction = "sum" if num_items_in_batch is not None else "mean"
+    loss = F.cross_entropy(rows, targets, ignore_index=ignore_index, reduction=reduction)
+    if num_items_in_batch is not None:
+        loss = loss / num_items_in_batch
+    return loss, logits
