@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from twinkle.errors import SourceError
 from twinkle.sources.hub_request import HubRequest
 from twinkle.sources.trust import Trust
@@ -58,7 +56,6 @@ class HubSource:
         # Entries of a variable have the working directory as base: no lock is looked for there.
         self.base_dir = None if where is not None and where.startswith("TWINKLE_") else base_dir
         self.resolved: Resolved | None = None
-        self._lock = threading.Lock()
         self._loaded: object = None
 
     @property
@@ -82,11 +79,12 @@ class HubSource:
         Raises:
             SourceError: It is not to be had, not trusted, not what was locked, or does not import.
         """
-        with self._lock:
-            if self._loaded is None:
-                module = self._module()
-                self._loaded = self._attribute(module)
-            return self._loaded
+        found = self._loaded
+        if found is None:
+            # No lock of its own, which a fork in another thread would leave locked: the first one counts.
+            found = self.__dict__.setdefault("_found", self._attribute(self._module()))
+            self._loaded = found
+        return found
 
     def _module(self) -> ModuleType:
         from twinkle.sources.hub_load import load_kernel

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from twinkle import __version__
 from twinkle.errors import SourceError
 from twinkle.sources.hub_cache import HubFile, is_bytecode
 from twinkle.sources.hub_faults import Retry, Unreachable, explain, status_of
-from twinkle.sources.hub_request import Ref
+from twinkle.sources.hub_request import Ref, is_commit
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -65,8 +64,8 @@ class HubClient:
 
     def _commit(self, value: object, repo_id: str) -> str:
         # It becomes a part of a path.
-        if isinstance(value, str) and re.fullmatch("[0-9a-f]{40}", value):
-            return value
+        if is_commit(value):
+            return str(value)
         raise SourceError(f"the Hub gives no commit of {repo_id}", where=self.where, found=repr(value))
 
     def trusts(self, publisher: str) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import threading
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
@@ -109,14 +110,14 @@ def _execute(
         # Half of it must not stay: a retry imports from scratch.
         for loaded in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
             del sys.modules[loaded]
-        if not isinstance(error, Exception):
+        if not isinstance(error, (Exception, SystemExit)):
             raise
         raise _import_failed(error, name, what, where) from error
     _tell_kernels(variant_dir, module)
     return module
 
 
-def _import_failed(error: Exception, name: str, what: str, where: str | None) -> SourceError:
+def _import_failed(error: BaseException, name: str, what: str, where: str | None) -> SourceError:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and missing.partition(".")[0] != name:
         package = missing.partition(".")[0]
@@ -195,3 +196,14 @@ def _dependencies(dependencies: Mapping[str, ModuleType]) -> contextlib.Abstract
         return contextlib.nullcontext()
     manager: contextlib.AbstractContextManager[Any] = use(dict(dependencies))
     return manager
+
+
+def _in_child() -> None:
+    # Whoever held these in the parent is not here.
+    global _guard
+    _guard = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

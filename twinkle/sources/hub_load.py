@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import TYPE_CHECKING
 
@@ -77,3 +78,14 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
                 )
             _loaded[key] = resolved, modules[request.repo_id]
         return _loaded[key]
+
+
+def _in_child() -> None:
+    # Whoever held these in the parent is not here.
+    global _guard
+    _guard = threading.Lock()
+    _repo_locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

@@ -1,8 +1,10 @@
-"""What a registration asks the Hub for: a repository, and a version, a revision or the newest."""
+"""What a registration asks the Hub for: a repository, and a version, a revision or the newest.
+
+Standard library only, without ``re``: this module is imported at interpreter start when a
+configuration names a repository.
+"""
 
 from __future__ import annotations
-
-import re
 
 from twinkle.errors import ConfigError, SourceError
 
@@ -10,14 +12,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["HubRequest", "Ref"]
+__all__ = ["HubRequest", "Ref", "is_commit"]
 
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_NUMBER = r"v?\d+(?:\.\d+)*(?:(?:a|b|rc)\d+)?(?:\.post\d+)?(?:\.dev\d+)?"
-_EXACT = re.compile(_NUMBER)
-_CLAUSE = re.compile(rf"(?:===?|!=|<=|>=|<|>|~=)\s*{_NUMBER}(?:\.\*)?")
-_VERSION_NAME = re.compile(rf"v?({_NUMBER.removeprefix('v?')})")
+_NAME = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-")
+_HEX = frozenset("0123456789abcdef")
 
 
 class Ref:
@@ -58,7 +56,7 @@ class HubRequest:
         version: object = None,
         where: str | None = None,
     ) -> None:
-        if not isinstance(repo_id, str) or not _REPO_ID.fullmatch(repo_id) or ".." in repo_id:
+        if not isinstance(repo_id, str) or not _is_repo_id(repo_id):
             raise ConfigError(
                 "malformed repo_id",
                 where=where,
@@ -72,7 +70,7 @@ class HubRequest:
                 found=f"revision = {revision!r}, version = {version!r}",
                 fix="remove one of them; a commit as revision pins the code exactly",
             )
-        if revision is not None and (not isinstance(revision, str) or not _is_ref_name(revision)):
+        if revision is not None and not _is_ref_name(revision):
             raise ConfigError(
                 "malformed revision",
                 where=where,
@@ -80,7 +78,7 @@ class HubRequest:
                 expected="a branch, a tag or a commit of 40 hexadecimal digits, as a string",
             )
         self.repo_id = repo_id
-        self.revision = revision
+        self.revision: str | None = revision  # type: ignore[assignment]
         self.version = None if version is None else _parse_version(version, where)
         self.where = where
 
@@ -92,7 +90,7 @@ class HubRequest:
     @property
     def pinned_commit(self) -> str | None:
         """The commit, when the revision already is one."""
-        return self.revision if self.revision and _COMMIT.fullmatch(self.revision) else None
+        return self.revision if is_commit(self.revision) else None
 
     @property
     def newest(self) -> bool:
@@ -129,9 +127,8 @@ class HubRequest:
         refs = list(refs)
         versions: dict[Version, Ref] = {}
         for ref in refs:
-            match = _VERSION_NAME.fullmatch(ref.name)
-            if match:
-                versions.setdefault(Version(match[1]), ref)
+            if _is_exact(ref.name):
+                versions.setdefault(Version(ref.name), ref)
         if self.version is None:
             if versions:
                 return versions[max(versions)]
@@ -139,7 +136,7 @@ class HubRequest:
                 if ref.name == "main":
                     return ref
             raise self._lacks("any version", versions, refs, listed_from)
-        if _EXACT.fullmatch(self.version):
+        if _is_exact(self.version):
             exact = versions.get(Version(self.version))
             if exact is not None:
                 return exact
@@ -172,21 +169,64 @@ def _parse_version(version: object, where: str | None) -> str:
         return str(version)
     if isinstance(version, str):
         text = version.strip()
-        clauses = [clause.strip() for clause in text.split(",")]
-        if _EXACT.fullmatch(text) or all(_CLAUSE.fullmatch(clause) for clause in clauses):
+        if _is_exact(text) or all(_is_clause(clause.strip()) for clause in text.split(",")):
             return text
+    fix = f'write it in quotes: version = "{version}"' if isinstance(version, float) else None
     raise ConfigError(
         "malformed version",
         where=where,
         found=repr(version),
         expected='1, "1", "0.1.0" or a range such as ">=1,<3"',
+        fix=fix,
     )
 
 
-def _is_ref_name(name: str) -> bool:
-    parts = name.split("/")
-    return (
-        bool(name)
-        and all(part not in ("", ".", "..") for part in parts)
-        and not re.search(r"[\s\\:?*~^]", name)
-    )
+def _is_exact(text: str) -> bool:
+    """``1``, ``v0.1.0``, ``1.0rc1``: a version as PEP 440 has it, without epoch and local part."""
+    text = text.removeprefix("v")
+    for marker in (".dev", ".post"):
+        text, found, number = text.partition(marker)
+        if found and not _is_number(number):
+            return False
+    for marker in ("rc", "a", "b"):
+        release, found, number = text.partition(marker)
+        if found:
+            return _is_release(release) and _is_number(number)
+    return _is_release(text)
+
+
+def _is_clause(text: str) -> bool:
+    """``>=1``, ``~=0.1``, ``==1.*``: one condition of a range."""
+    operator = text[:2] if text[1:2] == "=" else text[:1]
+    version = text[len(operator) :].strip()
+    if operator in ("==", "!=") and version.endswith(".*"):
+        return _is_release(version[:-2].removeprefix("v"))
+    if operator == "~=" and "." not in version:
+        return False
+    return operator in ("==", "!=", "<=", ">=", "~=", "<", ">") and _is_exact(version)
+
+
+def _is_release(text: str) -> bool:
+    return all(_is_number(part) for part in text.split("."))
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def is_commit(text: object) -> bool:
+    """Whether it is the 40 hexadecimal digits of a commit, which may become part of a path."""
+    return isinstance(text, str) and len(text) == 40 and _HEX.issuperset(text)
+
+
+def _is_repo_id(text: object) -> bool:
+    if not isinstance(text, str) or text.count("/") != 1:
+        return False
+    parts = text.split("/")
+    return all(part[:1].isalnum() and _NAME.issuperset(part) and ".." not in part for part in parts)
+
+
+def _is_ref_name(name: object) -> bool:
+    if not isinstance(name, str) or any(letter in "\\:?*~^" or letter <= " " for letter in name):
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))

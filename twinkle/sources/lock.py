@@ -26,6 +26,7 @@ import json
 import os
 
 from twinkle.errors import SourceError
+from twinkle.sources.hub_request import is_commit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ class Lock:
 
 def _entry(table: Mapping[str, object]) -> LockedKernel:
     commit, variants = table["commit"], table["variants"]
-    if not isinstance(commit, str) or len(commit) != 40 or not _HEX.issuperset(commit):
+    if not isinstance(commit, str) or not is_commit(commit):
         raise ValueError(f"commit {commit!r}")
     if not isinstance(variants, dict):
         raise ValueError(f"variants {variants!r}")

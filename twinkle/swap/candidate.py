@@ -97,6 +97,8 @@ class _Candidate:
                 with _plain_torch():
                     loaded = self.kernel.source.load()
                 self.binding.load_seconds = time.perf_counter() - started
+                for note in getattr(self.kernel.source, "notes", ()):
+                    self.binding.note(note)
             except (Exception, SystemExit) as error:
                 # A module that calls sys.exit() when imported must not end the program.
                 self.fail(error)

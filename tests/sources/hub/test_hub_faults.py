@@ -266,6 +266,13 @@ def test_variant_that_raises_on_import(hub, source):
     assert complete(raised.value)
 
 
+def test_variant_that_ends_the_program_on_import(hub, source):
+    files = kernel_files(files={"__init__.py": "raise SystemExit(3)"})
+    hub.repos["acme/my-kernel"] = Repo({"v1": files})
+    with pytest.raises(SourceError, match="SystemExit: 3"):
+        source(version=1).load()
+
+
 def test_variant_that_fails_to_import_is_imported_from_scratch_the_next_time(hub, source, monkeypatch):
     body = (
         "from . import layers\nimport os\nif os.environ.get('TWINKLE_TEST_BROKEN'): raise ValueError('no')\n"

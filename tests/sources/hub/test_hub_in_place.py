@@ -104,6 +104,16 @@ def test_kernel_of_the_hub_is_put_in_place(faulty):
     assert [binding.state for binding in bindings()] == ["active"]
 
 
+def test_report_says_which_version_the_newest_was(faulty):
+    faulty(None)
+    register_layer_kernel("Twice", repo_id="acme/my-kernel", layer_name="Twice")
+    register_external_layer(Double, "Twice")
+    kernelize_model(nn.Sequential(Double()))(torch.ones(2))
+    (binding,) = bindings()
+    assert "newest version (v1 at" in binding.source
+    assert any("no version was given: the newest was taken" in note for note in binding.notes)
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_original_layer_runs_and_the_report_has_the_reason(faulty, fault):
     faulty(fault)

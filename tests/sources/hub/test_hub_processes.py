@@ -129,3 +129,22 @@ def test_process_that_forked_after_loading_has_the_kernel(hub, cache, program):
     )
     out, err = program(code).communicate(timeout=120)
     assert out == "v1\nTrue\n", err
+
+
+@pytest.mark.slow
+def test_process_that_forked_while_another_thread_was_loading_is_not_stuck(hub, cache, program):
+    code = (
+        "import os, threading, time\n"
+        "from twinkle.sources import hub_load\n"
+        "def hold():\n"
+        "    lock = hub_load._repo_locks.setdefault('acme/my-kernel', threading.RLock())\n"
+        "    with hub_load._guard, lock:\n"
+        "        time.sleep(60)\n"
+        "threading.Thread(target=hold, daemon=True).start()\n"
+        "time.sleep(0.2)\n"
+        "if os.fork():\n"
+        "    os.wait()\n"
+        "    os._exit(0)\n"
+    ) + LOAD
+    out, err = program(code).communicate(timeout=50)
+    assert out == "v1\n", err

@@ -40,12 +40,48 @@ def test_version_chooses(versions, source, version, expected):
 
 
 @pytest.mark.parametrize(
-    "version", ["", "one", "1..2", "^1", "1.*", "latest", 1.0, True, -1, [1], ">=1;<2", "v"]
+    "version",
+    [
+        "",
+        "one",
+        "1..2",
+        "^1",
+        "1.*",
+        "latest",
+        1.0,
+        True,
+        -1,
+        [1],
+        ">=1;<2",
+        "v",
+        "~=1",
+        ">=1.*",
+        "²",
+        "1rc",
+        "=1",
+        "==",
+        "1.0.dev",
+    ],
 )
 def test_malformed_version_fails_at_registration(source, version):
     with pytest.raises(ConfigError, match="malformed version") as raised:
         source(version=version)
     assert repr(version) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "version",
+    [0, "1.0rc1", "1.0.post1.dev2", "~=1.0", "== 1.*", "!=1.2.*, >=1", ">1,<=2.0a1", "v0.1.0", "<v3"],
+)
+def test_whatever_registers_can_be_compared(source, version):
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import InvalidVersion, Version
+
+    text = source(version=version).request.version
+    try:
+        assert Version(text)
+    except InvalidVersion:
+        assert SpecifierSet(text)
 
 
 @pytest.mark.parametrize("revision", ["", "a b", "../main", "a//b", 1, "v1:x"])
