@@ -367,7 +367,9 @@ def test_a_builtin_original_takes_any_function() -> None:
 
 
 @pytest.mark.parametrize(
-    "implementation", [3, lambda x: x, lambda y, factor=1, *, bias=2: y, nn.Identity], ids=repr
+    "implementation",
+    [3, lambda x: x, lambda y, factor=1, *, bias=2: y, nn.Identity],
+    ids=["number", "fewer", "another name", "layer class"],
 )
 def test_a_function_that_does_not_fit_is_refused(implementation: Any) -> None:
     with pytest.raises(KernelError):

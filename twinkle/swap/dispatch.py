@@ -336,7 +336,9 @@ class Dispatch:
             asked = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
             yield f"        _tw_device = {asked} else 0"
         if gpus:
-            yield f"        _tw_away = {argument}.is_cuda and {argument}.get_device() != _tw_current()"
+            number = devices.index("cuda") + 1 if "cuda" in devices else 0
+            on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
+            yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
         yield "    except AttributeError:"
         yield from (f"        {line}" for line in slow)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Sequence
@@ -21,7 +22,17 @@ from twinkle.swap.candidate import Candidate
 from twinkle.swap.dispatch import Dispatch, Entry
 from twinkle.swap.members import adopt
 
-__all__ = ["LayerDispatch", "Pin", "Pinned", "Swapped", "class_for", "core_of", "original_of", "rebase"]
+__all__ = [
+    "LayerDispatch",
+    "Pin",
+    "Pinned",
+    "Swapped",
+    "class_for",
+    "core_of",
+    "original_of",
+    "rebase",
+    "set_class",
+]
 
 _lock = threading.RLock()
 _classes: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
@@ -114,7 +125,7 @@ class LayerDispatch(Dispatch):
             if instances.get(key) is reference:
                 del instances[key]
 
-        object.__setattr__(module, "__class__", rebase(wrappers, self.cls))
+        set_class(module, rebase(wrappers, self.cls))
         instances[key] = weakref.ref(module, forget)
         for candidate in self.candidates:
             candidate.binding.count(1)
@@ -231,6 +242,16 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
         return dispatch
 
 
+def set_class(module: nn.Module, cls: type) -> None:
+    """Change the class of a module so that compiled code hears of it."""
+    object.__setattr__(module, "__class__", cls)
+    if "torch._dynamo" in sys.modules:
+        # Dynamo passes over the checks of a module whose `__dict__` has not been touched (torch 2.11:
+        # a model compiled before the swap went on with the originals).
+        module.__dict__["_twinkle"] = None
+        del module.__dict__["_twinkle"]
+
+
 def _check_layout(core: type, cls: type) -> None:
     """Raise ``TypeError`` now if instances of ``core`` cannot be given the class."""
     if hasattr(core, "__del__"):
@@ -290,8 +311,6 @@ def _over(wrapper: type, core: type) -> type:
 
 def _known_to_fsdp(wrapper: type, core: type) -> type | None:
     """The class that ``fully_shard`` itself made for ``core``, where it keeps them."""
-    import sys
-
     module = sys.modules.get("torch.distributed.fsdp._fully_shard._fully_shard")
     made = getattr(module, "cls_to_fsdp_cls", {})
     found: type | None = made.get(core)

@@ -12,7 +12,7 @@ from twinkle.errors import KernelError
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.dispatch import Moment
-from twinkle.swap.generated import LayerDispatch, Pin, class_for, core_of, original_of
+from twinkle.swap.generated import LayerDispatch, Pin, class_for, core_of, original_of, set_class
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
@@ -162,7 +162,7 @@ def swap_out(module: nn.Module) -> bool:
     if dispatch is None:
         return False
     instance.rebind(module, dispatch.functions, dispatch.target.forward)
-    object.__setattr__(module, "__class__", original_of(type(module)))
+    set_class(module, original_of(type(module)))
     dispatch.leave(module)
     return True
 
