@@ -138,6 +138,30 @@ def test_a_name_taken_in_a_circle_is_rebound_by_a_hook_at_the_end_of_the_import(
     assert sys.modules["tw_taker"].f() == module.f() == module.Own.act() == 2
 
 
+def test_at_the_end_of_an_import_only_newer_modules_are_read(write):
+    write({"tw_new.py": "def f(): return 1\nimport tw_newer", "tw_newer.py": ""})
+    read = []
+
+    def callback(module, name):
+        read.extend(found.__name__ for found, _ in aliases._modules(aliases._began(module.f)))
+
+    watch_module("tw_new", callback)
+    module = importlib.import_module("tw_new")
+    assert {"tw_new", "tw_newer"} <= set(read)
+    assert "sys" not in read
+    assert aliases._began(module.f) is None
+
+
+def test_the_originals_that_twinkle_keeps_are_left(original):
+    ours = sys.modules["twinkle.tw_keeps"] = type(sys)("twinkle.tw_keeps")
+    ours.kept = original
+    try:
+        assert places(aliases.find(original)) == NAMES
+        assert places(aliases.stale(original)) == ["tw_takes.Holder.method (default)"]
+    finally:
+        del sys.modules["twinkle.tw_keeps"]
+
+
 def test_a_class_is_found_and_rebound_too(write):
     write({"tw_defines.py": "class C: pass", "tw_takes.py": "from tw_defines import C as K"})
     takes = importlib.import_module("tw_takes")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import io
 import pickle
@@ -11,6 +13,7 @@ import threading
 import traceback
 import typing
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,6 +176,21 @@ def test_an_exception_of_a_constructor_passes_and_the_next_instance_is_reported(
     assert seen == []
     layer = Layer(2)
     assert seen == [layer]
+
+
+def test_an_instance_whose_constructor_raised_is_not_kept(seen):
+    class Gone(Layer):
+        def __init__(self):
+            super().__init__(2)
+            kept.append(weakref.ref(self))
+            raise ZeroDivisionError
+
+    kept = []
+    seen.watch(Layer)
+    with contextlib.suppress(ZeroDivisionError):
+        Gone()
+    gc.collect()
+    assert kept[0]() is None
 
 
 @pytest.mark.parametrize("build", [Fails, lambda: Layer("no size"), lambda: Layer(), lambda: Sub(1, 2)])
@@ -387,6 +405,7 @@ def test_what_is_no_class_is_refused():
     assert construction._watches == {}
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_scripted_and_traced_instances_work(seen):
     seen.watch(Layer)
     layer = Layer(2)

@@ -256,6 +256,37 @@ def test_the_traceback_of_a_target_that_raises_is_the_one_without_us(write, call
     assert calls == []
 
 
+class Passing(importlib.machinery.SourceFileLoader):
+    """A loader with a frame of its own, as pytest's and typeguard's have."""
+
+    def exec_module(self, module):
+        super().exec_module(module)
+
+
+class PassingFinder:
+    def find_spec(self, name, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and name.startswith("tw_"):
+            spec.loader = Passing(spec.loader.name, spec.loader.path)
+        return spec
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="a raise without arguments restores the old traceback")
+def test_the_traceback_through_a_loader_of_someone_else_is_the_one_without_us(write, calls, monkeypatch):
+    write({"tw_raises.py": RAISES.format(error="ValueError('no')")})
+    monkeypatch.setattr(sys, "meta_path", [PassingFinder(), *sys.meta_path])
+
+    def lines():
+        try:
+            import tw_raises  # noqa: F401
+        except ValueError:
+            return traceback.format_exc()
+
+    plain = lines()
+    watch_module("tw_raises", calls)
+    assert lines() == plain
+
+
 def test_a_target_that_raises_runs_the_hook_when_it_later_succeeds(write, calls):
     folder = write({"tw_later.py": "raise ValueError"})
     watch_module("tw_later", calls)

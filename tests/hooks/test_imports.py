@@ -136,6 +136,7 @@ def test_what_stands_in_sys_modules_is_handed_over(write):
     importlib.import_module("tw_replaced")
     assert seen == [sys.modules["tw_replaced"]]
     assert type(seen[0]).__name__ == "Lazy"
+    assert imports.missed() == []
 
 
 def lazily(name):

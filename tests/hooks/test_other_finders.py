@@ -140,6 +140,50 @@ def test_a_delegating_finder_before_or_after_ours(target, calls, place):
     assert type(module.__loader__) is importlib.machinery.SourceFileLoader
 
 
+class Chained(importlib.machinery.SourceFileLoader):
+    def __init__(self, loader):
+        self.loader = loader
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+
+
+class Vendored(Delegating):
+    """A copy of wrapt inside another package: it wraps the loader that the other finders give."""
+
+    def find_spec(self, name, path=None, target=None):
+        spec = super().find_spec(name, path, target)
+        if spec is not None:
+            spec.loader = Chained(spec.loader)
+        return spec
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_vendored_copy_of_wrapt_before_or_after_ours(target, calls, place):
+    watch_module("tw_target", calls)
+    sys.meta_path.insert(place, Vendored("tw_target"))
+    importlib.import_module("tw_target")
+    assert calls == ["tw_target"]
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_finder_is_asked_once_and_as_the_import_system_asks(write, calls, place):
+    write({"tw_pkg/__init__.py": "", "tw_pkg/sub.py": ""})
+    asked = []
+
+    class Asked:
+        def find_spec(self, name, path=None, target=None):
+            if name.startswith("tw_"):
+                asked.append((name, path and list(path), target))
+
+    watch_module("tw_pkg.sub", calls)
+    sys.meta_path.insert(place, Asked())
+    module = importlib.import_module("tw_pkg.sub")
+    importlib.reload(module)
+    path = list(sys.modules["tw_pkg"].__path__)
+    assert asked == [("tw_pkg", None, None), ("tw_pkg.sub", path, None), ("tw_pkg.sub", path, module)]
+
+
 def test_a_path_hook_rewrites_as_before(target, calls):
     """beartype's way: no finder of its own but a hook in sys.path_hooks."""
     hook = importlib.machinery.FileFinder.path_hook((Rewriting, [".py"]))

@@ -49,6 +49,23 @@ def test_the_deadlock_case_is_one(python, write):
     assert out == "[]\n"
 
 
+def test_hooks_of_others_on_a_target_do_not_bring_the_deadlock_back(python, write):
+    folder = write(PACKAGE)
+    out = python(
+        """
+        import sys, wrapt
+        seen = []
+        wrapt.register_post_import_hook(lambda module: seen.append("theirs"), "tw_waits.sub")
+        from twinkle.hooks.imports import watch_module
+        watch_module("tw_waits.sub", lambda module, name: seen.append("ours"))
+        import tw_waits
+        print(tw_waits.done, seen)
+        """,
+        path=str(folder),
+    )
+    assert out == "[1] ['ours', 'theirs']\n"
+
+
 def test_a_watch_made_while_another_thread_imports_runs_when_that_import_ends(python, write):
     folder = write(
         {
