@@ -50,8 +50,8 @@ def main(words: Sequence[str]) -> int:
     if not sources:
         print("twinkle: the configuration takes no kernel from the Hub: there is nothing to fetch")
         return 0
-    for path, group in by_lock(sources, options.lock).items():
-        if options.lock or os.path.lexists(path):
+    for path, group in by_lock(sources, options.lock or os.environ.get("TWINKLE_LOCK")).items():
+        if options.lock or os.environ.get("TWINKLE_LOCK") or os.path.lexists(path):
             lock = Lock.read(path)
             for source in group:
                 lock.find(source.request)

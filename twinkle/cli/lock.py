@@ -75,7 +75,7 @@ def main(words: Sequence[str]) -> int:
         print("twinkle: the configuration takes no kernel from the Hub: there is nothing to lock")
         return 0
     outdated = 0
-    for path, group in by_lock(sources, options.lock).items():
+    for path, group in by_lock(sources, options.lock or os.environ.get("TWINKLE_LOCK")).items():
         before = Lock.read(path) if os.path.lexists(path) else None
         lock = make_lock(
             path, group, before=before, variants=options.variant, all_variants=options.all_variants

@@ -200,10 +200,12 @@ def use(path: str | None) -> Iterator[None]:
 def in_force(directory: str | None) -> Lock | None:
     """The lock that holds for a registration of a file in ``directory``.
 
+    The one given to :func:`use` goes first, then ``TWINKLE_LOCK``, then the one in the directory.
+
     Raises:
         SourceError: It cannot be read.
     """
-    path = _given or beside(directory)
+    path = _given or os.environ.get("TWINKLE_LOCK") or beside(directory)
     if path is None:
         return None
     from twinkle.sources.permissions import writable_by_others

@@ -33,7 +33,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    for name in ("KERNELS_CACHE", "LOCAL_KERNELS", "HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE"):
+    for name in (
+        "KERNELS_CACHE",
+        "LOCAL_KERNELS",
+        "HF_TOKEN",
+        "HF_HUB_OFFLINE",
+        "HF_HUB_CACHE",
+        "TWINKLE_LOCK",
+    ):
         monkeypatch.delenv(name, raising=False)
     root = tmp_path / "hf" / "hub"
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(root))

@@ -36,7 +36,13 @@ def project(hub, tmp_path, monkeypatch):
     folder.mkdir()
     (folder / "twinkle.toml").write_text(CONFIG)
     monkeypatch.chdir(folder)
-    for name in ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS", "TWINKLE_TRUST_REMOTE_CODE"):
+    for name in (
+        "TWINKLE_CONFIG",
+        "TWINKLE_LAYERS",
+        "TWINKLE_FUNCTIONS",
+        "TWINKLE_TRUST_REMOTE_CODE",
+        "TWINKLE_LOCK",
+    ):
         monkeypatch.delenv(name, raising=False)
     return folder
 
@@ -310,6 +316,20 @@ def test_lock_that_is_given_counts_in_place_of_the_one_beside(project, tmp_path)
     (project / "twinkle.lock").write_text("{}")
     with locks.use(str(given)):
         assert sources(project)[0].load().label == "v1"
+
+
+def test_lock_of_the_environment_counts_in_place_of_the_one_beside(project, tmp_path, monkeypatch):
+    given = tmp_path / "given.lock"
+    run(lock_command, "--lock", str(given))
+    (project / "twinkle.lock").write_text("{}")
+    monkeypatch.setenv("TWINKLE_LOCK", str(given))
+    assert sources(project)[0].load().label == "v1"
+
+
+def test_lock_of_the_environment_that_is_not_there_locks_everything(project, tmp_path, monkeypatch):
+    monkeypatch.setenv("TWINKLE_LOCK", str(tmp_path / "nowhere.lock"))
+    with pytest.raises(SourceError, match="the lock cannot be read"):
+        sources(project)[0].load()
 
 
 def test_lock_beside_the_working_directory_alone_does_not_count(project, monkeypatch):
