@@ -9,12 +9,13 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.match import source
+from twinkle.match.sites import attribute_classes
 from twinkle.match.structure import Recognition, recognise
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["candidates", "modeling_modules", "survey_module"]
+__all__ = ["candidates", "modeling_modules", "reachable", "survey_module"]
 
 
 def modeling_modules() -> list[str]:
@@ -58,3 +59,32 @@ def survey_module(name: str) -> list[Recognition]:
     """
     module = importlib.import_module(name)
     return [recognise(value) for _, value in candidates(module)]
+
+
+def reachable(obj: Any) -> list[Any]:
+    """``obj``, the classes that its ``__init__`` builds, and the functions that their forwards call, all the way.
+
+    What is chosen by a config at run time (``AutoModel.from_config``) is not followed.
+    """
+    found: dict[Any, None] = {}
+    todo = [obj]
+    while todo:
+        item = todo.pop(0)
+        if item in found or _module_name(item).startswith("torch."):
+            continue
+        found[item] = None
+        if not isinstance(item, type):
+            continue
+        for classes in attribute_classes(item).values():
+            todo += sorted((cls for cls in classes if hasattr(cls, "forward")), key=lambda cls: cls.__qualname__)
+        forward, _ = source.unwrap(getattr(item, "forward", None))
+        if isinstance(forward, FunctionType):
+            called = (forward.__globals__.get(name) for name in forward.__code__.co_names)
+            functions = (source.function_of(value) for value in called if value is not None)
+            own = item.__module__.partition(".")[0]
+            todo += [function for function in functions if function and function.__module__.startswith(own)]
+    return list(found)
+
+
+def _module_name(obj: Any) -> str:
+    return getattr(obj, "__module__", "") or ""
