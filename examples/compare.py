@@ -2,7 +2,7 @@
 
     python examples/compare.py                                      # about four minutes on two CPU cores
     python examples/compare.py --rounds 1 --steps 10                # a quick look
-    python examples/compare.py -- --hidden-size 128 --threads 1     # the rest goes to train_qwen3.py
+    python examples/compare.py -- --hidden-size 128 --threads 1     # the rest goes to the program
 
 Each run is a process of its own; the plain ones have no variable of Twinkle's in their environment. Prints
 the largest difference between the losses, the speeds and their ratio (the median over the pairs of
@@ -108,6 +108,9 @@ def summarise(pairs: list[tuple[Run, Run]]) -> dict[str, Any]:
         "patched": statistics.median(patched["tokens_per_second"] for _, patched in pairs),
         "ratio": statistics.median(ratios),
         "ratio_range": (min(ratios), max(ratios)),
+        "processor_ratio": statistics.median(
+            plain["processor_seconds"] / patched["processor_seconds"] for plain, patched in pairs
+        ),
         "difference": max(largest_difference(plain["losses"], patched["losses"]) for plain, patched in pairs),
         "memory_ratio": statistics.median(memory) if memory else None,
     }
@@ -127,6 +130,9 @@ def show(summary: dict[str, Any], pairs: list[tuple[Run, Run]], report: Run) -> 
     )
     print(f"speed       {summary['plain']:,.0f} -> {summary['patched']:,.0f} tokens per second")
     print(f"ratio       {summary['ratio']:.3f} (median of {len(pairs)} pairs, {low:.3f} to {high:.3f})")
+    print(
+        f"            {summary['processor_ratio']:.3f} by processor time, which a busy machine disturbs less"
+    )
     if summary["memory_ratio"] is not None:
         print(
             f"memory      {plain['peak_memory_mb']:,.0f} -> {patched['peak_memory_mb']:,.0f} MB at the peak, "

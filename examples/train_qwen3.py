@@ -151,19 +151,22 @@ def synchronize(device: str) -> None:
 
 def train(
     model: Qwen3ForCausalLM, data: torch.Tensor, options: argparse.Namespace
-) -> tuple[list[float], list[float], bool]:
-    """Run the steps. Returns the losses, the seconds of each step, and whether Ctrl-C ended it early."""
+) -> tuple[list[float], list[tuple[float, float]], bool]:
+    """Run the steps.
+
+    Returns the losses, the seconds of each step (clock, processor), and whether Ctrl-C ended it early.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.1, betas=(0.9, 0.95))
     generator = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
-    seconds: list[float] = []
+    seconds: list[tuple[float, float]] = []
     model.train()
     with tqdm(total=options.steps, unit="step", disable=None, dynamic_ncols=True) as bar:
         try:
             for step in range(options.steps):
                 tokens = draw(data, options.batch, options.seq_len, generator).to(options.device)
                 synchronize(options.device)
-                started = time.perf_counter()
+                started = time.perf_counter(), time.process_time()
                 for group in optimizer.param_groups:
                     group["lr"] = learning_rate(step, options)
                 loss = model(input_ids=tokens, labels=tokens).loss
@@ -173,9 +176,9 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 losses.append(loss.item())
                 synchronize(options.device)
-                seconds.append(time.perf_counter() - started)
+                seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
                 bar.update()
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", tok_s=f"{tokens.numel() / seconds[-1]:,.0f}")
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", tok_s=f"{tokens.numel() / seconds[-1][0]:,.0f}")
         except KeyboardInterrupt:
             return losses, seconds[: len(losses)], True
     return losses, seconds, False
@@ -225,7 +228,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped before the first step")
         return 130
     # The first steps allocate and warm up; the median of the rest is the speed.
-    steady = statistics.median(seconds[min(3, len(seconds) - 1) :])
+    steady, processor = (
+        statistics.median(times) for times in zip(*seconds[min(3, len(seconds) - 1) :], strict=True)
+    )
     tokens_per_second = options.batch * options.seq_len / steady
     memory = peak_memory_mb(options.device)
     held_out = None if interrupted else evaluate(model, test_data, options)
@@ -242,7 +247,8 @@ def main(arguments: list[str] | None = None) -> int:
         result = {
             "losses": losses,
             "eval_loss": held_out,
-            "step_seconds": seconds,
+            "step_seconds": [clock for clock, _ in seconds],
+            "processor_seconds": processor,
             "tokens_per_second": tokens_per_second,
             "peak_memory_mb": memory,
             "parameters": parameters,

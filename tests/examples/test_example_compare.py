@@ -15,6 +15,7 @@ def run(
 ) -> dict[str, Any]:
     return {
         "tokens_per_second": speed,
+        "processor_seconds": 3 / speed,
         "losses": losses,
         "peak_memory_mb": memory,
         "options": {"dtype": dtype},
@@ -51,6 +52,10 @@ def test_the_difference_is_the_largest_of_all_steps_and_pairs(compare: ModuleTyp
 def test_runs_of_different_length_are_not_compared(compare: ModuleType) -> None:
     with pytest.raises(ValueError, match="2 and 1 steps"):
         compare.largest_difference([1.0, 2.0], [1.0])
+
+
+def test_the_processor_ratio_is_plain_over_patched(compare: ModuleType) -> None:
+    assert compare.summarise([(run(2, [1.0]), run(3, [1.0]))])["processor_ratio"] == pytest.approx(1.5)
 
 
 def test_memory_is_left_out_where_nobody_counted_it(compare: ModuleType) -> None:
