@@ -11,9 +11,7 @@ ALL = ("train", "inference", "compile", "train|compile", "inference|compile", No
 
 
 def order(*, training: bool, compiling: bool) -> list[str | None]:
-    ranked = [
-        (rank(Mode.parse(text), training=training, compiling=compiling), text) for text in ALL
-    ]
+    ranked = [(rank(Mode.parse(text), training=training, compiling=compiling), text) for text in ALL]
     kept = [(place, text) for place, text in ranked if place is not None]
     assert len({place for place, _ in kept}) == len(kept), "two modes share a place"
     return [text for _, text in sorted(kept, key=lambda pair: pair[0])]

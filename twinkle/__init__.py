@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from twinkle import kernel as kernel, report as report
+    from twinkle import kernel as kernel
+    from twinkle import report as report
     from twinkle._bootstrap import activate as activate
 
 __all__ = ["__version__", "activate", "kernel", "report"]

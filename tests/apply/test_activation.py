@@ -64,24 +64,32 @@ def test_a_subclass_that_inherits_forward_is_replaced(program: Program) -> None:
 
 
 def test_a_subclass_that_overrides_forward_is_left_alone(program: Program) -> None:
-    code = USE + """
+    code = (
+        USE
+        + """
     class Mine(Scale):
         def forward(self, x):
             return x - 5
     print(Mine()(x)[0].item())
     """
+    )
     assert program.run(code, LAYER).stdout == "-5.0\n"
 
 
 def test_a_pattern_finds_its_classes(program: Program) -> None:
     config = LAYER.replace("pkg.layers:Scale", "pkg.*:*MLP")
-    code = USE + "    from pkg.layers import ScaleMLP; print(Scale()(x).sum().item(), ScaleMLP()(x).sum().item())"
+    code = (
+        USE
+        + "    from pkg.layers import ScaleMLP; print(Scale()(x).sum().item(), ScaleMLP()(x).sum().item())"
+    )
     assert program.run(code, config).stdout == "0.0 4.0\n"
 
 
 def test_the_constructor_keeps_its_signature(program: Program) -> None:
     code = USE + "    import inspect; print(inspect.signature(Scale), inspect.signature(Scale.__init__))"
-    expected = "(size: int = 4, *, fill: float = 1.0) -> None (self, size: int = 4, *, fill: float = 1.0) -> None\n"
+    expected = (
+        "(size: int = 4, *, fill: float = 1.0) -> None (self, size: int = 4, *, fill: float = 1.0) -> None\n"
+    )
     assert program.run(code, LAYER).stdout == expected
 
 
@@ -163,7 +171,9 @@ def test_what_is_missing_leaves_the_program_unharmed(
 
 
 def test_strict_makes_it_an_error_of_the_program(program: Program) -> None:
-    config = "[twinkle]\nstrict = true\n" + ADD.replace("impl:plus_one", "impl:nothing").replace("\n    ", "\n")
+    config = "[twinkle]\nstrict = true\n" + ADD.replace("impl:plus_one", "impl:nothing").replace(
+        "\n    ", "\n"
+    )
     done = program.run("import pkg.ops", config, check=False)
     assert done.returncode == 1
     assert "nothing" in done.stderr

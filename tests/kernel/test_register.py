@@ -124,7 +124,7 @@ def test_one_mistake_registers_nothing_of_the_rest(clean_registry: Registry) -> 
         "layers": {"good": {"layer_impl": Double}, "bad": {"layer_impl": Double, "mdoe": "train"}},
         "functions": {"f": {"target_module": "m", "func_impl": len}},
     }
-    with pytest.raises(ConfigError, match="did you mean.*mode"):
+    with pytest.raises(ConfigError, match=r"did you mean.*mode"):
         register_kernels(config)
     assert (clean_registry.layer_kernels, clean_registry.function_kernels) == ((), ())
 

@@ -284,5 +284,7 @@ def test_unified_registration_binds_external_layers(local_repo: Path, clean_regi
     register_external_layer(nn.Conv2d, "conv2d")
     model = kernelize_model(nn.Sequential(nn.Conv2d(1, 2, 3)).to(HERE), mode="train", device=HERE)
     assert model(torch.randn(1, 1, 4, 4, device=HERE)).shape == (1, 2, 2, 2)
-    assert [b.state for b in clean_registry.bindings if b.target == "torch.nn.modules.conv:Conv2d"] == ["active"]
+    assert [b.state for b in clean_registry.bindings if b.target == "torch.nn.modules.conv:Conv2d"] == [
+        "active"
+    ]
     assert scope["config"]["layers"]["conv2d"]["device"] == HERE  # type: ignore[index]

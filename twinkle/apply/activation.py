@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from twinkle.config import Settings
     from twinkle.config.entries import Records
-    from twinkle.hooks.guard import Failure
     from twinkle.hooks.construction import ConstructionWatch
+    from twinkle.hooks.guard import Failure
     from twinkle.hooks.imports import Watch
     from twinkle.records import LayerTarget
 
@@ -100,9 +100,7 @@ def _plugin_records(settings: Settings) -> list[Records]:
             session.remark(f"plugin {name}: {error.reason}")
             warn(f"plugin {name} is left out: {error.reason}")
             continue
-        checked = validate(
-            plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True
-        )
+        checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
         records.append(checked.records(trust_remote_code=settings.trust_remote_code))
     return records
 

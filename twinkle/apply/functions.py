@@ -70,7 +70,8 @@ def apply(
 
     Args:
         target_module: The module; it is imported if need be.
-        device, mode: Decide for these, once; with neither, a dispatcher decides at each call.
+        device: Decide for it, once; without it and ``mode``, a dispatcher decides at each call.
+        mode: Decide for it, once.
         strict: Raise on the first failure.
         where: Who asks.
         change: Add to it; a new one when not given.
@@ -98,7 +99,7 @@ def apply(
                 found=error.reason,
                 fix=error.fix or "strict=False keeps the original",
             ) from error
-    applied = [name for plan in plans if (name := plan.commit(change)) is not None]
+    applied = [done for plan in plans if (done := plan.commit(change)) is not None]
     if strict and must_apply and not applied:
         reasons = [f"{k.target}: {function_binding(k).reason}" for k in kernels]
         raise ApplyError(
@@ -288,6 +289,8 @@ def _restore(target: str, reason: str) -> None:
     for candidate in placed.chosen:
         candidate.binding.count(-1 - len(placed.rebound))
         if not ours:
-            candidate.binding.set("displaced", "someone else replaced the function after Twinkle; theirs stays")
+            candidate.binding.set(
+                "displaced", "someone else replaced the function after Twinkle; theirs stays"
+            )
         elif candidate.dead is None:
             candidate.binding.set("reverted", reason)

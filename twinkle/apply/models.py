@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -44,7 +43,7 @@ class Wanted:
     def training(self, module: nn.Module) -> bool:
         """Whether the moment is one of training for that module."""
         if self.mode is None or self.mode.bare_compile:
-            return module.training
+            return bool(module.training)
         return self.mode.train
 
     @property
@@ -65,7 +64,9 @@ def kernelize(
     wanted_mode = Mode.parse(mode, where=where)
     wanted_device = parse_device(device, where=where)
     if model is not None and not isinstance(model, nn.Module):
-        raise ConfigError("not a model", where=where, found=repr(type(model)), expected="an nn.Module, or None")
+        raise ConfigError(
+            "not a model", where=where, found=repr(type(model)), expected="an nn.Module, or None"
+        )
     change = Change()
     try:
         if model is not None:
@@ -114,7 +115,7 @@ def unkernelize(model: nn.Module | None) -> None:
 def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
     absent = absent_reason(wanted.device)
     plans: dict[type, _ClassPlan | None] = {}
-    chosen: list[tuple[swap.Plan, _ClassPlan]] = []
+    chosen: list[swap.Plan] = []
     model_device = None
     for module in model.modules():
         cls = swap.original_class(module)
@@ -129,17 +130,20 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
         if wanted.load and not plan.settled:
             model_device = model_device or _device_of(model, None) or "cpu"
             plan.settle(module, wanted, model_device)
+        plan.placed += 1
+        if plan.made is not None and plan.made.also(module):
+            continue
         made = swap.plan(module, plan.candidates, pinned=wanted.mode)
         if isinstance(made, str):
+            plan.placed -= 1
             plan.leave(made, wanted)
         else:
-            chosen.append((made, plan))
-    for made, plan in chosen:
-        before = swap.placed(made.module)
+            plan.made = made
+            chosen.append(made)
+    for made in chosen:
         if made.commit():
-            change.did(partial(swap.restore, made.module, before))
-        change.layers += 1
-        plan.placed += 1
+            change.did(made.undo)
+        change.layers += len(made.modules)
     for plan in plans.values():
         if plan is not None:
             plan.tell()
@@ -154,6 +158,7 @@ class _ClassPlan:
         self.candidates = candidates
         self.settled = False
         self.placed = 0
+        self.made: swap.Plan | None = None
 
     def skip(self, reason: str, wanted: Wanted) -> None:
         """The request is for a device that is not there: keep the originals."""

@@ -56,7 +56,8 @@ def register_function_kernel(
         func_impl: A callable, an ``nn.Module`` class, or ``"module:name"``.
         repo: An object with ``load()`` (:class:`FuncRepositoryProtocol`).
         repo_id: A kernel repository of the Hub that exports ``func_name``.
-        revision, version: Which state of the Hub repository.
+        revision: A branch, tag or commit of the Hub repository.
+        version: A version of it (``1``, ``"1"``, ``"0.1.0"``, ``">=1,<3"``).
         device: ``cpu``, ``cuda``, ``rocm``, ``mps``, ``npu`` or ``xpu``; any when not given.
         mode: ``train``, ``inference``, ``compile`` or a combination; any when not given.
         repo_path: A directory that holds the package ``package_name``.

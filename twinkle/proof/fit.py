@@ -81,12 +81,12 @@ class LayerFit:
 
     def problem_with(self, module: nn.Module) -> str | None:
         """Why this one instance cannot take the kernel, or ``None``."""
-        lacking = sorted(name for name in self.needs if not _has(module, name))
+        lacking = [name for name in self.needs if not _has(module, name)]
         if lacking:
-            return f"{self.what} reads {_list(lacking)}, which this {type(module).__name__} lacks"
-        taken = sorted(name for name in self.members if _is_own(module, name))
+            return f"{self.what} reads {_list(sorted(lacking))}, which this {type(module).__name__} lacks"
+        taken = [name for name in self.members if _is_own(module, name)]
         if taken:
-            return f"{self.what} brings {_list(taken)}, which this {type(module).__name__} has otherwise"
+            return f"{self.what} brings {_list(sorted(taken))}, which this {type(module).__name__} has otherwise"
         return None
 
 

@@ -86,8 +86,9 @@ def _bypassed() -> list[str]:
     imports = sys.modules.get("twinkle.hooks.imports")
     if imports is None:
         return []
-    found = [f"{module} was imported past Twinkle's finder: {whom}" for module, whom in imports.bypassed().items()]
-    return found + [f"{module} was imported past Twinkle's finder, and is as it was" for module in imports.missed()]
+    past = "was imported past Twinkle's finder"
+    found = [f"{module} {past}: {whom}" for module, whom in imports.bypassed().items()]
+    return found + [f"{module} {past}, and is as it was" for module in imports.missed()]
 
 
 def _versions() -> dict[str, str]:

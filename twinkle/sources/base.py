@@ -27,4 +27,5 @@ if TYPE_CHECKING:
             """
             ...
 
+
 __all__ = ["Source"]

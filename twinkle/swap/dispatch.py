@@ -20,6 +20,7 @@ from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
 from twinkle.swap.tensors import (
     call_there,
+    constant,
     current_gpu,
     device_number,
     device_of,
@@ -426,8 +427,7 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
     def run(*args: Any) -> int:
         return function(*args)
 
-    marked: Callable[..., int] = torch.compiler.assume_constant_result(run)
-    return marked
+    return constant(run)
 
 
 def _out_of_memory(error: Exception) -> bool:

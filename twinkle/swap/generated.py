@@ -83,6 +83,26 @@ class Pinned(Swapped):
         return self.train(mode)
 
 
+class _Instance(weakref.ref[nn.Module]):
+    """A weak reference that takes itself out of its dict; no closure, for there may be many."""
+
+    __slots__ = ("home", "key")
+
+    def __new__(cls, module: nn.Module, home: dict[int, Any]) -> _Instance:
+        self = super().__new__(cls, module, _forget)
+        self.key = id(module)
+        self.home = home
+        return self
+
+    def __init__(self, module: nn.Module, home: dict[int, Any]) -> None:
+        super().__init__(module, _forget)
+
+
+def _forget(reference: Any) -> None:
+    if reference.home.get(reference.key) is reference:
+        del reference.home[reference.key]
+
+
 class LayerDispatch(Dispatch):
     """The choice behind the ``forward`` of one generated class.
 
@@ -116,19 +136,15 @@ class LayerDispatch(Dispatch):
                 self.prepare(entry, ())
         self.rebuild()
 
-    def enter(self, module: nn.Module, wrappers: Sequence[type] = ()) -> None:
-        """A module has the class from now on, below the classes that torch generated on top."""
+    def enter(self, modules: Sequence[nn.Module], wrappers: Sequence[type] = ()) -> None:
+        """Modules have the class from now on, below the classes that torch generated on top."""
         assert self.cls is not None
-        key, instances = id(module), self.instances
-
-        def forget(reference: weakref.ref[nn.Module]) -> None:
-            if instances.get(key) is reference:
-                del instances[key]
-
-        set_class(module, rebase(wrappers, self.cls))
-        instances[key] = weakref.ref(module, forget)
+        cls, instances = rebase(wrappers, self.cls), self.instances
+        for module in modules:
+            set_class(module, cls)
+            instances[id(module)] = _Instance(module, instances)
         for candidate in self.candidates:
-            candidate.binding.count(1)
+            candidate.binding.count(len(modules))
         for entry in self.entries:
             if entry.state == "new":
                 entry.candidate.waits()
@@ -328,7 +344,7 @@ def _as_swapped(twin: Any, cls: type) -> Any:
     """A copy keeps the kernel, also where the class's own way of copying names the original class."""
     if isinstance(twin, nn.Module) and type(twin) in (cls, original_of(cls)):
         core, wrappers = core_of(cls)
-        vars(core)["__twinkle__"].enter(twin, wrappers)
+        vars(core)["__twinkle__"].enter((twin,), wrappers)
     return twin
 
 

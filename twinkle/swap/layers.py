@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,13 +37,34 @@ class Plan:
 
     Attributes:
         module: The module it is about.
-        changes: False when the module already is as it would be.
+        modules: That one, and those that it was found to hold for :meth:`also`.
+        changes: False when the modules already are as they would be.
     """
 
     def __init__(self, module: nn.Module, dispatch: LayerDispatch) -> None:
         self.module = module
+        self.modules = [module]
         self._dispatch = dispatch
-        self.changes = _dispatch_of(module) is not dispatch
+        self._before = _dispatch_of(module)
+        self._cls = type(module)
+        self._training = module.training
+        self._simple = "forward" not in module.__dict__
+        self.changes = self._before is not dispatch
+
+    def also(self, module: nn.Module) -> bool:
+        """Take another module into the plan if the very same holds for it; a model has many that are alike."""
+        if (
+            type(module) is not self._cls
+            or module.training is not self._training
+            or not self._simple
+            or "forward" in module.__dict__
+        ):
+            return False
+        target = self._dispatch.target
+        if any(_problem(candidate, target, module) for candidate in self._dispatch.candidates):
+            return False
+        self.modules.append(module)
+        return True
 
     def resolve(self, *, device: str | None = None, training: bool | None = None) -> str | None:
         """Load the kernels now that the module would run, ahead of the first forward.
@@ -78,9 +99,14 @@ class Plan:
         """Make the swap; false when there was nothing to change."""
         if not self.changes:
             return False
-        _move(self.module, self._dispatch)
+        _move(self.modules, self._dispatch)
         self.changes = False
         return True
+
+    def undo(self) -> None:
+        """Bring the modules back to what they were when the plan was made."""
+        for module in self.modules:
+            restore(module, self._before)
 
 
 def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | None = None) -> Plan | str:
@@ -177,17 +203,19 @@ def original_class(module: nn.Module) -> type:
     return original_of(type(module))
 
 
+
+
 def placed(module: nn.Module) -> LayerDispatch | None:
     """What is in place on a module now, to be given to :func:`restore` later."""
     return _dispatch_of(module)
 
 
 def restore(module: nn.Module, before: LayerDispatch | None) -> None:
-    """Bring a module back to what :func:`placed` said of it."""
+    """Give a module the swap it had before, or none."""
     if before is None:
         swap_out(module)
     elif before is not _dispatch_of(module):
-        _move(module, before)
+        _move((module,), before)
 
 
 def candidates_of(module: nn.Module) -> tuple[Candidate, ...]:
@@ -223,7 +251,7 @@ def unpin(module: nn.Module) -> None:
     """Let a module that was swapped for a mode asked for by name follow its own mode."""
     dispatch = _dispatch_of(module)
     if dispatch is not None and dispatch.pin is not None:
-        _move(module, class_for(dispatch.target, dispatch.candidates, None))
+        _move((module,), class_for(dispatch.target, dispatch.candidates, None))
 
 
 def drop(module: nn.Module, candidate: Candidate, why: str) -> None:
@@ -234,7 +262,7 @@ def drop(module: nn.Module, candidate: Candidate, why: str) -> None:
         return
     left = tuple(c for c in dispatch.candidates if c != candidate)
     if left:
-        _move(module, class_for(dispatch.target, left, dispatch.pin))
+        _move((module,), class_for(dispatch.target, left, dispatch.pin))
     else:
         swap_out(module)
 
@@ -244,14 +272,17 @@ def _dispatch_of(module: nn.Module) -> LayerDispatch | None:
     return getattr(type(module), "__twinkle__", None)
 
 
-def _move(module: nn.Module, dispatch: LayerDispatch) -> None:
-    now = _dispatch_of(module)
+def _move(modules: Sequence[nn.Module], dispatch: LayerDispatch) -> None:
+    """Give modules of one class the class of a dispatch."""
+    now = _dispatch_of(modules[0])
     functions = [dispatch.target.forward, *(now.functions if now is not None else ())]
-    _, wrappers = core_of(type(module))
+    _, wrappers = core_of(type(modules[0]))
     if now is not None:
-        now.leave(module)
-    dispatch.enter(module, wrappers)
-    instance.rebind(module, functions, dispatch.function)
+        for module in modules:
+            now.leave(module)
+    dispatch.enter(modules, wrappers)
+    for module in modules:
+        instance.rebind(module, functions, dispatch.function)
 
 
 def _load(dispatch: LayerDispatch, module: nn.Module, device: str | None, training: bool | None) -> None:

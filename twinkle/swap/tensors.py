@@ -9,6 +9,7 @@ import torch
 
 __all__ = [
     "call_there",
+    "constant",
     "current_gpu",
     "device_number",
     "device_of",
@@ -82,5 +83,15 @@ def _current_gpu() -> int:
     return int(torch._C._cuda_getDevice())
 
 
+def constant(function: Callable[..., int]) -> Callable[..., int]:
+    """Have ``torch.compile`` run the function while it traces, and take the result for a constant.
+
+    That is ``torch.compiler.assume_constant_result``, which imports all of dynamo (over a second) to
+    set this one attribute.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 # Under a compiler a constant: the code it makes sets the device itself.
-current_gpu: Callable[[], int] = torch.compiler.assume_constant_result(_current_gpu)
+current_gpu: Callable[[], int] = constant(_current_gpu)
