@@ -1,0 +1,77 @@
+"""Layer kernels for the attribute names of any class: a ``forward`` written for them."""
+
+from __future__ import annotations
+
+import keyword
+import linecache
+import re
+from itertools import count
+
+from torch import nn
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+__all__ = ["forward_class"]
+
+_numbers = count(1)
+
+
+def forward_class(
+    name: str,
+    function: Callable[..., Any],
+    facts: Mapping[str, Any],
+    *,
+    inputs: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    constants: Mapping[str, Any] | None = None,
+    absent_ok: tuple[str, ...] = (),
+) -> type[nn.Module]:
+    """A layer whose ``forward`` calls ``function`` with attributes of the instance.
+
+    Args:
+        name: Of the class.
+        function: Takes everything by keyword.
+        facts: From an argument of ``function`` to what it is on the instance: an argument of ``forward``
+            for the names in ``inputs``, else a path of attributes, or a value.
+        inputs: Which arguments of ``function`` are arguments of ``forward``, in this order.
+        optional: Those of them that default to None.
+        constants: Arguments that are objects.
+        absent_ok: Arguments that are None where the instance has no such attribute.
+
+    Returns:
+        An ``nn.Module`` class with ``forward`` alone.
+
+    Raises:
+        ValueError: A name is no name.
+    """
+    scope: dict[str, Any] = {"function": function, **(constants or {})}
+    parameters = [
+        f"{_name(facts[role])}{'=None' if role in optional else ''}" for role in inputs if facts.get(role)
+    ]
+    handed = [f"{role}={facts[role]}" for role in inputs if facts.get(role)]
+    for role, value in facts.items():
+        if role in inputs:
+            continue
+        if isinstance(value, str):
+            path = ".".join(map(_name, value.split(".")))
+            handed.append(f"{role}=getattr(self, {path!r}, None)" if role in absent_ok else f"{role}=self.{path}")
+        else:
+            handed.append(f"{role}={value!r}")
+    handed += [f"{role}={role}" for role in constants or {}]
+    text = f"def forward(self, {', '.join(parameters)}):\n    return function({', '.join(handed)})\n"
+    filename = f"<twinkle {name} #{next(_numbers)}>"
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), scope)
+    forward = scope["forward"]
+    forward.__module__, forward.__qualname__ = __name__, f"{name}.forward"
+    members = {"forward": forward, "can_torch_compile": True, "has_backward": True, "__module__": __name__}
+    return type(name, (nn.Module,), members)
+
+
+def _name(text: Any) -> str:
+    if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z_]\w*", text) or keyword.iskeyword(text):
+        raise ValueError(f"{text!r} is no name of an attribute or an argument")
+    return text

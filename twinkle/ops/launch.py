@@ -1,0 +1,193 @@
+"""How the embedded kernels are reached: straight, as a ``torch.library`` op, or not at all.
+
+An op of ``torch.library`` with a derivative costs four to six times the host time of a bare
+``autograd.Function`` (150 us against 26 us on one loaded core, torch 2.13), which is more than a small kernel takes on the device. So
+eager calls launch straight from a ``Function``; compilers and tracers see the op.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["DEFINITION", "OP", "STRAIGHT", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "tl_dtype"]
+
+DEFINITION, OP, STRAIGHT = 0, 1, 2
+"""The answers of :func:`route`: the reference in plain torch, the registered op, or the kernel itself."""
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_library = torch.library.Library("twinkle", "FRAGMENT")
+
+
+
+def _kinds() -> frozenset[str]:
+    if importlib.util.find_spec("triton") is None:
+        return frozenset()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return frozenset({"cuda", "cpu"}) if interpreted else frozenset({"cuda"})
+
+
+KINDS = _kinds()
+"""Device types whose kernels triton runs here; the CPU with ``TRITON_INTERPRET=1``, as the tests do."""
+
+
+def route(x: Tensor, *others: Tensor | None) -> int:
+    """How to compute with these tensors.
+
+    Args:
+        x: The tensor that says the device.
+        others: Further inputs; None is skipped.
+
+    Returns:
+        `STRAIGHT` for plain tensors outside every transform; `OP` under a compiler, a tracer or a fake
+        mode; `DEFINITION` where no kernel runs: another device, no triton, another dtype, a tensor
+        subclass (its own rules apply to plain torch), a transform of ``torch.func``.
+    """
+    device = x.device
+    if device.type not in KINDS or x.dtype not in _DTYPES:
+        return DEFINITION
+    compiling = torch.compiler.is_compiling()
+    traced = compiling or torch._C._len_torch_dispatch_stack() > 0
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return DEFINITION
+    for tensor in (x, *others):
+        if tensor is None:
+            continue
+        if tensor.device != device or tensor.dtype not in _DTYPES:
+            return DEFINITION
+        if not traced and type(tensor) not in _PLAIN:
+            return DEFINITION
+    if traced:
+        return OP
+    return STRAIGHT
+
+
+class _Here:
+    """The device is current already."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+_HERE = _Here()
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the device of ``tensor`` current: triton launches on the current one, wherever the data are."""
+    device = tensor.device
+    if device.type != "cuda" or torch.cuda.current_device() == device.index:
+        return _HERE
+    return torch.cuda.device(device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 4 in the interpreter, to have several."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def rows_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
+    """``tensor`` as ``[rows, width]`` with adjacent channels; a view where there is one.
+
+    Args:
+        tensor: ``[..., width]``.
+        order: The order of the leading dimensions in memory, for a tensor that is not contiguous.
+    """
+    width = tensor.shape[-1]
+    if order is not None:
+        tensor = tensor.permute(order)
+    rows = tensor.reshape(tensor.numel() // width if width else 0, width)
+    return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()
+
+
+def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
+    """The dimensions of a dense tensor from outermost to innermost in memory, the last one kept last.
+
+    None for a contiguous one, and for one whose channels are not innermost.
+    """
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    last = tensor.dim() - 1
+    order = (*sorted(range(last), key=lambda d: -strides[d]), last)
+    return order if tensor.permute(order).is_contiguous() else None
+
+
+def like(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """An empty tensor with the strides that elementwise torch gives, as it is and as rows.
+
+    Returns:
+        The tensor, the same memory as ``[rows, width]``, and the order of its dimensions in memory.
+    """
+    out = torch.empty_like(tensor, dtype=dtype)
+    order = memory_order(out)
+    if order is None and not out.is_contiguous():
+        out = torch.empty(tensor.shape, dtype=out.dtype, device=out.device)
+    return out, rows_of(out, order), order
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    setup: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Register an op in the namespace ``twinkle`` for the devices that triton serves.
+
+    Args:
+        schema: As for ``torch.library.define``, with the name.
+        implementation: Launches the kernel.
+        fake: Makes empty results of the same shapes, dtypes and strides.
+        setup: Saves what backward wants, as for ``torch.library.register_autograd``.
+        backward: The derivative; without it a clear refusal, since ours are not differentiable twice.
+
+    Returns:
+        The op.
+    """
+    name = schema.split("(", 1)[0]
+    full = f"twinkle::{name}"
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for kind in ("cuda", "cpu"):
+        torch.library.impl(full, kind, implementation, lib=_library)
+    torch.library.register_fake(full, fake, lib=_library)
+
+    def refuse(ctx: Any, *gradients: Tensor) -> None:
+        raise NotImplementedError(
+            f"twinkle::{name} has no derivative: embedded kernels can be differentiated once. "
+            "For second derivatives run with TWINKLE_KERNELS=off."
+        )
+
+    torch.library.register_autograd(
+        full, backward if backward is not None else refuse, setup_context=setup, lib=_library
+    )
+    return getattr(torch.ops.twinkle, name).default
+
+
+_CODES: dict[torch.dtype, str] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+@functools.cache
+def tl_dtype(dtype: torch.dtype) -> Any:
+    """The dtype of triton."""
+    import triton.language as tl
+
+    return getattr(tl, _CODES[dtype])
