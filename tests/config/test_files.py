@@ -201,7 +201,29 @@ def test_a_missing_parser_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) 
 # --- who else can write ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def _shared_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinkle.sources.permissions.is_private_group", lambda user, group: False)
+
+
 @posix_only
+def test_a_group_of_the_owner_alone_may_write(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(folder, "a = 1")
+    os.chmod(path, 0o664)
+    monkeypatch.setattr("twinkle.sources.permissions.is_private_group", lambda user, group: True)
+    assert read(path)[0] == {"a": 1}
+
+
+@posix_only
+def test_root_reads_what_a_user_mounted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(folder, "a = 1")
+    monkeypatch.setattr(files.os, "geteuid", lambda: 0)
+    monkeypatch.setattr(files.os, "fstat", fstat_of(os.fstat, uid=4243))
+    assert read(path)[0] == {"a": 1}
+
+
+@posix_only
+@pytest.mark.usefixtures("_shared_group")
 @pytest.mark.parametrize(
     ("mode", "who"), [(0o664, "its group"), (0o646, "everyone"), (0o666, "its group and everyone")]
 )
@@ -216,6 +238,7 @@ def test_a_file_others_can_write_is_refused_with_the_chmod(folder: Path, mode: i
 
 
 @posix_only
+@pytest.mark.usefixtures("_shared_group")
 @pytest.mark.parametrize("mode", [0o775, 0o757, 0o777])
 def test_a_directory_others_can_write_is_refused_with_the_chmod(folder: Path, mode: int) -> None:
     path = written(folder, "")

@@ -140,9 +140,9 @@ def test_a_group_that_can_write_is_refused_unless_it_is_the_owner_alone(tmp_path
     file = tmp_path / "a.py"
     file.write_text("")
     file.chmod(0o664)
-    monkeypatch.setattr(permissions, "_is_private_group", lambda user, group: False)
+    monkeypatch.setattr(permissions, "is_private_group", lambda user, group: False)
     assert "group" in permissions.writable_by_others(str(file))
-    monkeypatch.setattr(permissions, "_is_private_group", lambda user, group: True)
+    monkeypatch.setattr(permissions, "is_private_group", lambda user, group: True)
     assert permissions.writable_by_others(str(file)) is None
 
 
@@ -152,7 +152,7 @@ def test_a_group_with_another_member_is_not_private(monkeypatch):
     for members, private in (([], True), (["ann"], True), (["ann", "bob"], False)):
         group = grp.struct_group(("ann", "x", 7, members))
         monkeypatch.setattr(grp, "getgrgid", lambda gid, group=group: group)
-        assert permissions._is_private_group(7, 7) is private
+        assert permissions.is_private_group(7, 7) is private
 
 
 def test_bytecode_directories_do_not_count(seed_repo):

@@ -265,6 +265,8 @@ def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> N
     mode = status.st_mode
     sticky = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
     writers = [who for who, bit in (("its group", stat.S_IWGRP), ("everyone", stat.S_IWOTH)) if mode & bit]
+    if writers == ["its group"] and _is_private(status):
+        writers = []
     if writers and not sticky:
         raise ConfigError(
             f"{what} can be written by others, who could have their code run",
@@ -273,7 +275,8 @@ def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> N
             expected="only its owner may write it",
             fix=f"chmod go-w {_quoted(path)}",
         )
-    if status.st_uid not in (0, os.geteuid()):
+    # Root in a container reads what a user of the host has mounted, and runs their program anyway.
+    if status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
         raise ConfigError(
             f"{what} belongs to another user, who could have their code run",
             where=name,
@@ -281,6 +284,13 @@ def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> N
             expected="a file and a directory of this user or of root",
             fix=f"chown {os.geteuid()} {_quoted(path)}, or copy the configuration to a place of your own",
         )
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """The group has nobody in it but the owner, as umask 002 supposes."""
+    from twinkle.sources.permissions import is_private_group
+
+    return is_private_group(status.st_uid, status.st_gid)
 
 
 def _quoted(path: str) -> str:

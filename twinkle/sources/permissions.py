@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from twinkle.errors import SourceError
 
-__all__ = ["refuse_writable", "writable_by_others"]
+__all__ = ["is_private_group", "refuse_writable", "writable_by_others"]
 
 
 def refuse_writable(package: str, *, where: str | None = None) -> None:
@@ -53,7 +53,7 @@ def writable_by_others(path: str, *, above: bool = False) -> str | None:
         return None
     if bits & stat.S_IWOTH:
         return f"mode {bits:04o}, every user can write"
-    if bits & stat.S_IWGRP and not above and not _is_private_group(status.st_uid, status.st_gid):
+    if bits & stat.S_IWGRP and not above and not is_private_group(status.st_uid, status.st_gid):
         return f"mode {bits:04o}, group {_group_name(status.st_gid)} can write"
     return None
 
@@ -79,7 +79,7 @@ def _places(package: str) -> Iterator[tuple[str, bool]]:
             here = os.path.dirname(here)
 
 
-def _is_private_group(user: int, group: int) -> bool:
+def is_private_group(user: int, group: int) -> bool:
     """The group is the owner's own, with nobody else in it (the usual set-up with umask 002)."""
     import grp
     import pwd
