@@ -250,3 +250,20 @@ def test_export_sees_the_kernel(kit: Any) -> None:
         warnings.simplefilter("ignore")
         exported = torch.export.export(model, (kit.x,), strict=False)
     assert "tanh" in exported.graph_module.code
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("ran", [True, False])
+def test_fx_traces_the_kernel(kit: Any, device: str | None, ran: bool) -> None:
+    model = swapped(kit, kit.candidate(Tanh, device=device))
+    if ran:
+        model(kit.x)
+    assert "tanh" in torch.fx.symbolic_trace(model).code
+
+
+def test_jit_traces_the_kernel(kit: Any) -> None:
+    model = swapped(kit, kit.candidate(Tanh, device="cpu"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, (kit.x,))
+    torch.testing.assert_close(traced(kit.x), model(kit.x))

@@ -239,3 +239,37 @@ def test_resolve_now_does_not_raise_for_a_candidate_that_is_not_strict(kit: Any)
     with pytest.warns(TwinkleWarning, match="gone"):
         resolve_now(gate)
     assert kit.factor(gate) == 1
+
+
+def test_threads_that_meet_a_bad_kernel_all_get_the_originals_result(kit: Any) -> None:
+    gates, wanted = [kit.Gate() for _ in range(4)], [kit.candidate(Raises), kit.candidate(RuntimeError("no"))]
+    for index, gate in enumerate(gates):
+        swap_in(gate, wanted if index % 2 else wanted[::-1])
+    start, results = threading.Barrier(8), []
+
+    def run(gate: Any) -> None:
+        start.wait()
+        results.append(kit.factor(gate))
+
+    threads = [threading.Thread(target=run, args=(gates[index % 4],), daemon=True) for index in range(8)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+    assert results == [1.0] * 8
+
+
+def test_a_traceback_shows_the_generated_line(kit: Any) -> None:
+    import traceback
+
+    class Grumpy(kit.Gate):  # type: ignore[misc, name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("always")
+
+    gate = Grumpy()
+    swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
+    with pytest.raises(ValueError, match="always") as caught:
+        gate(kit.x)
+    assert "return _tw_original(self, x)" in "".join(traceback.format_exception(caught.value))

@@ -86,6 +86,7 @@ class _Candidate:
         """What the source gives, or ``None`` when it failed (or is loading further up the stack)."""
         if self._loaded is not _UNLOADED:
             return self._loaded
+        failure: BaseException
         with self._lock:
             if self._loaded is not _UNLOADED:
                 return self._loaded
@@ -99,14 +100,16 @@ class _Candidate:
                 self.binding.load_seconds = time.perf_counter() - started
                 for note in getattr(self.kernel.source, "notes", ()):
                     self.binding.note(note)
+                self._loaded = loaded
+                return loaded
             except (Exception, SystemExit) as error:
                 # A module that calls sys.exit() when imported must not end the program.
-                self.fail(error)
-                return None
+                failure = error
             finally:
                 self._loading = False
-            self._loaded = loaded
-            return loaded
+        # Not under the lock: it rewrites the functions of others, which have locks of their own.
+        self.fail(failure)
+        return None
 
     def fail(self, error: BaseException) -> None:
         """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
@@ -163,15 +166,16 @@ class Candidate(_Candidate):
         loaded = self.load()
         if loaded is None:
             return None
-        with self._lock:
-            if self.dead is None and target_class not in self._fits:
-                try:
+        try:
+            with self._lock:
+                if self.dead is None and target_class not in self._fits:
                     fit = read_layer(loaded, target_class, attributes=self.kernel.attributes)
                     settle_on(fit, target_class, instances)
                     self._fits[target_class] = fit
-                except Exception as error:
-                    self.fail(error)
-            return self._fits.get(target_class)
+                return self._fits.get(target_class)
+        except Exception as error:
+            self.fail(error)
+            return None
 
     def known_fit(self, target_class: type[nn.Module]) -> LayerFit | None:
         """The answer of :meth:`fit` if it was asked before; loads nothing."""
@@ -200,18 +204,17 @@ class FunctionCandidate(_Candidate):
         loaded = self.load()
         if loaded is None:
             return None
-        with self._lock:
-            if self.dead is not None:
-                return None
-            from twinkle.swap.functions import adapt
+        from twinkle.swap.functions import adapt
 
-            try:
-                check_function(loaded, original)
-                self._function = (original, adapt(loaded, original))
-            except Exception as error:
-                self.fail(error)
-                return None
-            return self._function[1]
+        try:
+            with self._lock:
+                if self._function is None or self._function[0] is not original:
+                    check_function(loaded, original)
+                    self._function = (original, adapt(loaded, original))
+                return self._function[1]
+        except Exception as error:
+            self.fail(error)
+            return None
 
 
 def _flag(thing: Any, name: str) -> bool | None:

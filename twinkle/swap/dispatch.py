@@ -340,7 +340,8 @@ class Dispatch:
             number = devices.index("cuda") + 1 if "cuda" in devices else 0
             on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
             yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
-        yield "    except AttributeError:"
+        # No tensor (AttributeError), or one that torch.fx traces and that has no answer.
+        yield "    except Exception:"
         yield from (f"        {line}" for line in slow)
 
     def _lines(self, tree: _Split | Entry | None, pad: str, known: dict[str, Any]) -> Iterator[str]:

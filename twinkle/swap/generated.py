@@ -88,6 +88,9 @@ class _Instance(weakref.ref[nn.Module]):
 
     __slots__ = ("home", "key")
 
+    home: dict[int, Any]
+    key: int
+
     def __new__(cls, module: nn.Module, home: dict[int, Any]) -> _Instance:
         self = super().__new__(cls, module, _forget)
         self.key = id(module)
@@ -95,7 +98,7 @@ class _Instance(weakref.ref[nn.Module]):
         return self
 
     def __init__(self, module: nn.Module, home: dict[int, Any]) -> None:
-        super().__init__(module, _forget)
+        super().__init__(module, _forget)  # type: ignore[call-arg]
 
 
 def _forget(reference: Any) -> None:
@@ -171,8 +174,11 @@ class LayerDispatch(Dispatch):
         if fit is None or self.cls is None:
             return False
         with self.lock:
-            if entry.state == "new" and not self._take(entry, fit, candidate):
-                return False
+            clash = self._take(entry, fit) if entry.state == "new" else None
+        if clash is not None:
+            others = ", ".join(c.binding.kernel for c in self.candidates if c is not candidate)
+            candidate.retire("failed", f"has a member {clash!r} that {others} has otherwise")
+            return False
         suited = True
         for module in modules:
             problem = fit.problem_with(module)
@@ -185,7 +191,8 @@ class LayerDispatch(Dispatch):
             candidate.succeeded()
         return suited
 
-    def _take(self, entry: Entry, fit: LayerFit, candidate: Candidate) -> bool:
+    def _take(self, entry: Entry, fit: LayerFit) -> str | None:
+        """Make a kernel's code part of the class; the member that stands in the way, if one does."""
         cls = self.cls
         assert cls is not None
         taken = [name for name, value in fit.members.items() if self._members.get(name, value) is not value]
@@ -194,9 +201,7 @@ class LayerDispatch(Dispatch):
             members = {names.get(n, n): adopt(v, cls, names) for n, v in fit.members.items()}
             function = adopt(fit.forward, cls, names)
         except ValueError as error:
-            others = ", ".join(c.binding.kernel for c in self.candidates if c is not candidate)
-            candidate.retire("failed", f"has a member {error} that {others} has otherwise")
-            return False
+            return str(error)
         for name, value in members.items():
             if name not in self._members:
                 self._members[name] = fit.members.get(name, value)
@@ -206,7 +211,7 @@ class LayerDispatch(Dispatch):
         entry.has_backward = fit.has_backward
         entry.same_signature = fit.same_signature
         entry.state = "ready"
-        return True
+        return None
 
     def is_training(self, args: tuple[Any, ...]) -> bool:
         """What the module says."""

@@ -52,7 +52,7 @@ class Plan:
         self.changes = self._before is not dispatch
 
     def also(self, module: nn.Module) -> bool:
-        """Take another module into the plan if the very same holds for it; a model has many that are alike."""
+        """Take another module into the plan if the very same holds for it; models have many alike."""
         if (
             type(module) is not self._cls
             or module.training is not self._training
@@ -201,8 +201,6 @@ def is_swapped(module: nn.Module) -> bool:
 def original_class(module: nn.Module) -> type:
     """The class the module has without Twinkle."""
     return original_of(type(module))
-
-
 
 
 def placed(module: nn.Module) -> LayerDispatch | None:
