@@ -194,8 +194,11 @@ class _Plan:
         if self.implementation is None:
             return None
         placement = put(self.module, self.name, self.implementation, check=False)
-        rebound = aliases.rebind(placement.original, placement.implementation) if "." not in self.name else []
-        stale = aliases.stale(placement.original)
+        target = self.target.partition(":")[0]
+        rebound = []
+        if "." not in self.name:
+            rebound = aliases.rebind(placement.original, placement.implementation, target=target)
+        stale = aliases.stale(placement.original, target=target)
         _placed[self.target] = _Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))

@@ -84,9 +84,16 @@ class Alias:
         return f"<Alias {self.where}>"
 
 
-def find(original: object) -> list[Alias]:
-    """The names that hold that very object, in modules and in classes."""
-    since = _began(original)
+def find(original: object, *, target: str | None = None) -> list[Alias]:
+    """The names that hold that very object, in modules and in classes.
+
+    Args:
+        original: What to look for.
+        target: The module that others take it from, where ``original.__module__`` does not say so.
+            While that is being imported for the first time, only modules that came into
+            ``sys.modules`` after it can have taken anything from it, and only they are read.
+    """
+    since = _began(original, target)
     wanted = id(original)
     found = []
     for module, namespace in _modules(since):
@@ -121,10 +128,10 @@ def _classes_that_hold(original: object) -> list[type]:
     return [one for one in owners if issubclass(type(one), type) and not _is_ours(_name_of_module(one))]
 
 
-def rebind(original: object, replacement: object) -> list[Alias]:
+def rebind(original: object, replacement: object, *, target: str | None = None) -> list[Alias]:
     """Put ``replacement`` under every name of :func:`find`; returns those that were changed."""
     changed = []
-    for alias in find(original):
+    for alias in find(original, target=target):
         try:
             if alias._replace(original, replacement):
                 alias.replacement = replacement
@@ -139,9 +146,9 @@ def restore(aliases: list[Alias]) -> list[Alias]:
     return [alias for alias in aliases if not alias._replace(alias.replacement, alias.original)]
 
 
-def stale(original: object) -> list[Alias]:
+def stale(original: object, *, target: str | None = None) -> list[Alias]:
     """Where the object is kept but not by a name: it is found there and cannot be replaced."""
-    since = _began(original)
+    since = _began(original, target)
     found = []
     for module, namespace in _modules(since):
         for name, value in list(namespace.items()):
@@ -207,13 +214,9 @@ def _cell(cell: CellType) -> object:
         return None
 
 
-def _began(original: object) -> str | None:
-    """The module that defines the object, while it is being imported for the first time.
-
-    Only modules that came into ``sys.modules`` after it can have taken the object by then. That
-    spares the hook at the end of an import the look through all the others.
-    """
-    name = getattr(original, "__module__", None)
+def _began(original: object, target: str | None) -> str | None:
+    """The module that others take the object from, while it is being imported for the first time."""
+    name = target or getattr(original, "__module__", None)
     module = sys.modules.get(name) if isinstance(name, str) else None
     return name if getattr(spec_of(module), "_initializing", False) else None
 
