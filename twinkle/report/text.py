@@ -26,7 +26,7 @@ def render(snapshot: Mapping[str, Any], *, width: int = 120) -> str:
     bindings: Sequence[Mapping[str, Any]] = snapshot["bindings"]
     lines = [f"twinkle {snapshot['twinkle']}: {summary(snapshot)}"]
     if snapshot["configs"]:
-        lines.append(f"  config: {', '.join(snapshot['configs'])}")
+        lines.append(f"  config: {', '.join(map(_near, snapshot['configs']))}")
     if bindings:
         lines += ["", *_table(bindings, width)]
     if snapshot["remarks"]:
