@@ -497,3 +497,66 @@ def test_code_for_several_gpus_runs_on_the_cpu_too(kit: Any, monkeypatch: pytest
         assert "get_device()" in placed(gate).text
         torch._dynamo.reset()
         assert torch.equal(torch.compile(gate, backend="eager", fullgraph=True)(kit.x), gate(kit.x))
+
+
+def test_members_of_the_kernel_class_come_along(kit: Any, gate: Any) -> None:
+    class Kernel(nn.Module):
+        FACTOR = 3
+
+        @staticmethod
+        def shift(x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+        @property
+        def width(self) -> int:
+            return self.proj.in_features
+
+        def helper(self, x: torch.Tensor) -> torch.Tensor:
+            return self.shift(x) * self.FACTOR
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.helper(x) * self.width * self.extra
+
+    swap_in(gate, [kit.candidate(Kernel, attributes={"extra": 2})])
+    assert torch.equal(gate(kit.x), (kit.x + 1) * 3 * 4 * 2)
+    swap_out(gate)
+    assert not any(hasattr(gate, name) for name in ("helper", "FACTOR", "shift", "width", "extra"))
+
+
+def test_super_in_a_kernel_is_the_original(kit: Any, gate: Any) -> None:
+    class Kernel(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.around(x)
+
+        def around(self, x: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(x)
+
+    swap_in(gate, [kit.candidate(Kernel)])
+    assert [kit.factor(gate), kit.factor(gate)] == [3, 3]
+
+
+def test_a_kernel_may_derive_from_its_target(kit: Any, gate: Any) -> None:
+    class Kernel(kit.Gate):  # type: ignore[misc, name-defined]
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return 3 * super().forward(x)
+
+    swap_in(gate, [kit.candidate(Kernel)])
+    assert [kit.factor(gate), kit.factor(gate)] == [3, 3]
+    assert not isinstance(gate, Kernel)
+
+
+def test_a_constant_of_the_kernel_does_not_hide_a_parameter(kit: Any, gate: Any) -> None:
+    swap_in(gate, [kit.candidate(kit.kernel_times(3, proj=None))])
+    assert kit.factor(gate) == 3
+
+
+def test_alike_modules_share_a_plan(kit: Any) -> None:
+    model, other = kit.Model(), kit.Gate().eval()
+    made = plan(model.first, [kit.candidate(kit.GateKernel)])
+    assert not isinstance(made, str)
+    assert made.also(model.second)
+    assert not made.also(other)
+    made.commit()
+    assert (is_swapped(model.first), is_swapped(model.second), is_swapped(other)) == (True, True, False)
+    made.undo()
+    assert not is_swapped(model.second)

@@ -86,7 +86,8 @@ class LayerFit:
             return f"{self.what} reads {_list(sorted(lacking))}, which this {type(module).__name__} lacks"
         taken = [name for name in self.members if _is_own(module, name)]
         if taken:
-            return f"{self.what} brings {_list(sorted(taken))}, which this {type(module).__name__} has otherwise"
+            names = _list(sorted(taken))
+            return f"{self.what} brings {names}, which this {type(module).__name__} has otherwise"
         return None
 
 
