@@ -29,10 +29,16 @@ examples:
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("targets", nargs="*", metavar="TARGET", help="a package, a module, module:Class or a .py file")
-    parser.add_argument("--all", action="store_true", help="every modeling module of the installed transformers")
+    parser.add_argument(
+        "targets", nargs="*", metavar="TARGET", help="a package, a module, module:Class or a .py file"
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="every modeling module of the installed transformers"
+    )
     parser.add_argument("--json", action="store_true", help="a list of target, op, form and facts")
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes for --all (the number of CPUs, 4 at most)")
+    parser.add_argument(
+        "--jobs", type=int, metavar="N", help="processes for --all (the number of CPUs, 4 at most)"
+    )
 
 
 def add_parser(subparsers: Any) -> None:
@@ -100,7 +106,9 @@ def _recognitions(text: str) -> Iterator[Recognition]:
             value: Any = _import(module, text)
             for part in name.split("."):
                 if not hasattr(value, part):
-                    raise ConfigError("no such class", where="twinkle match", found=text, expected=f"{part} in {module}")
+                    raise ConfigError(
+                        "no such class", where="twinkle match", found=text, expected=f"{part} in {module}"
+                    )
                 value = getattr(value, part)
             for found in reachable(value):
                 yield recognise(found)
@@ -120,7 +128,9 @@ def _modules(text: str) -> list[str]:
     if paths is None:
         return [text]
     files = sorted({name for path in paths if os.path.isdir(path) for name in os.listdir(path)})
-    modeling = [f"{text}.{name[:-3]}" for name in files if name.startswith("modeling_") and name.endswith(".py")]
+    modeling = [
+        f"{text}.{name[:-3]}" for name in files if name.startswith("modeling_") and name.endswith(".py")
+    ]
     return modeling or [text]
 
 
@@ -205,7 +215,9 @@ def _row(found: Recognition, *, near: bool) -> dict[str, Any]:
         "facts": _plain(found.facts),
         "instance": list(found.instance_facts),
         "reason": found.reason,
-        "near": [(miss.op, miss.form.name, miss.difference) for miss in found.near] if near and not found else [],
+        "near": [(miss.op, miss.form.name, miss.difference) for miss in found.near]
+        if near and not found
+        else [],
     }
 
 

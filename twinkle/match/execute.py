@@ -48,8 +48,12 @@ _COMPARE = {
     ast.NotIn: "notin",
 }
 _NEGATED = {"ne": "eq", "isnot": "is", "notin": "in"}
-_TENSORS = frozenset({"cat", "stack", "matmul", "linear", "to", "index", "reshape", "tuple", "list", "zeros_like"})
-_INTEGER = frozenset({"permute", "index", "nonzero", "one_hot", "where", "sum", "greater", "squeeze", "tuple"})
+_TENSORS = frozenset(
+    {"cat", "stack", "matmul", "linear", "to", "index", "reshape", "tuple", "list", "zeros_like"}
+)
+_INTEGER = frozenset(
+    {"permute", "index", "nonzero", "one_hot", "where", "sum", "greater", "squeeze", "tuple"}
+)
 # A statement that only logs or checks says nothing about the result.
 _LOGGERS = ("logger", "logging", "warnings")
 
@@ -135,7 +139,9 @@ class Run:
             self.effects.append(what)
 
 
-def execute(function: FunctionType, arena: Arena, *, owner: type | None = None, **options: Any) -> tuple[Term, Run]:
+def execute(
+    function: FunctionType, arena: Arena, *, owner: type | None = None, **options: Any
+) -> tuple[Term, Run]:
     """What ``function`` returns, with its parameters as inputs.
 
     Args:
@@ -319,7 +325,9 @@ class _Frame:
             self.expression(node.value)
         elif isinstance(node, ast.For):
             self.loop(node)
-        elif isinstance(node, ast.Assert | ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal):
+        elif isinstance(
+            node, ast.Assert | ast.Pass | ast.Import | ast.ImportFrom | ast.Global | ast.Nonlocal
+        ):
             for alias in getattr(node, "names", ()):
                 if isinstance(alias, ast.alias):
                     name = alias.asname or alias.name.partition(".")[0]
@@ -523,7 +531,9 @@ class _Frame:
             right = self.eval(comparator)
             tests.append(self.compare(_COMPARE[type(op)], left, right))
             left = right
-        return self._bool(True, [test for test in tests if test.args != (True,)]) if len(tests) > 1 else tests[0]
+        return (
+            self._bool(True, [test for test in tests if test.args != (True,)]) if len(tests) > 1 else tests[0]
+        )
 
     def compare(self, op: str, left: Term, right: Term) -> Term:
         if op in _NEGATED:
@@ -533,7 +543,16 @@ class _Frame:
         if op == "is" and right is self.run.none:
             if left is right:
                 return self.idioms.const(True)
-            known = left.op in _TENSORS or left.op in ("const", "add", "mul", "sub", "div", "self", "py", "dtype")
+            known = left.op in _TENSORS or left.op in (
+                "const",
+                "add",
+                "mul",
+                "sub",
+                "div",
+                "self",
+                "py",
+                "dtype",
+            )
             if known or (left.op == "input" and self.run.assume.get(left.args[0]) == "given"):
                 return self.idioms.const(False)
         if left.op == right.op == "const":
@@ -546,7 +565,12 @@ class _Frame:
                     return self.idioms.const(bool(result))
             except TypeError:
                 pass
-        if op == "in" and right.op == "tuple" and left.op == "const" and all(i.op == "const" for i in right.args):
+        if (
+            op == "in"
+            and right.op == "tuple"
+            and left.op == "const"
+            and all(i.op == "const" for i in right.args)
+        ):
             return self.idioms.const(any(item is left for item in right.args))
         if op in ("gt", "ge"):
             return self.term({"gt": "lt", "ge": "le"}[op], right, left)
@@ -594,7 +618,10 @@ class _Frame:
 
     def subscript(self, node: ast.expr) -> Term:
         if isinstance(node, ast.Slice):
-            parts = [self.run.none if part is None else self.eval(part) for part in (node.lower, node.upper, node.step)]
+            parts = [
+                self.run.none if part is None else self.eval(part)
+                for part in (node.lower, node.upper, node.step)
+            ]
             return self.idioms.slice(*parts)
         if isinstance(node, ast.Tuple):
             return self.term("tuple", *(self.subscript(item) for item in node.elts))
@@ -608,7 +635,8 @@ class _Frame:
         if base.op in ("tuple", "list") and index.op == "slice":
             bounds = [part.args[0] if part.op == "const" else _RAISES for part in index.args]
             if _RAISES not in bounds and all(arg.op != "star" for arg in base.args):
-                return self.term(base.op, *base.args[slice(*bounds)])
+                window: Any = slice(*bounds)  # type: ignore[arg-type]
+                return self.term(base.op, *base.args[window])
         return self.idioms.index(base, index)
 
     def eval_Attribute(self, node: ast.Attribute) -> Term:
@@ -639,7 +667,10 @@ class _Frame:
         if self.run.instance is None:
             return None
         value = getattr(self.run.instance, name, None)
-        if isinstance(value, bool | int | float | str | functools.partial) or source.function_of(value) is not None:
+        if (
+            isinstance(value, bool | int | float | str | functools.partial)
+            or source.function_of(value) is not None
+        ):
             return self.run.embed(value)
         # torch's own functions are builtins, not functions with a source.
         return self.run.embed(value) if type(value).__name__ == "builtin_function_or_method" else None
@@ -801,7 +832,11 @@ def _mutated(statement: ast.stmt, name: str) -> bool:
                 return func.attr == "append" or (func.attr.endswith("_") and not func.attr.startswith("_"))
         targets = child.targets if isinstance(child, ast.Assign) else ()
         for target in targets:
-            if isinstance(target, ast.Subscript) and isinstance(target.value, ast.Name) and target.value.id == name:
+            if (
+                isinstance(target, ast.Subscript)
+                and isinstance(target.value, ast.Name)
+                and target.value.id == name
+            ):
                 return True
     return False
 
@@ -814,7 +849,10 @@ def _size(node: ast.FunctionDef) -> tuple[int, bool]:
     found = _sizes.get(node)
     if found is None:
         children = list(ast.walk(node))
-        odd = any(isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try) for child in children)
+        odd = any(
+            isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try)
+            for child in children
+        )
         found = _sizes[node] = (sum(isinstance(child, ast.stmt) for child in children) - 1, not odd)
     return found
 

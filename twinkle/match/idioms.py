@@ -319,7 +319,17 @@ class Idioms:
         """The dtype of a term, as far as its operation tells."""
         if x.op == "to":
             return x.args[1]  # type: ignore[no-any-return]
-        if x.op in _MOVES or x.op in ("rsqrt", "sqrt", "pow2", "silu", "sigmoid", "tanh", "relu", "gelu", "clamp"):
+        if x.op in _MOVES or x.op in (
+            "rsqrt",
+            "sqrt",
+            "pow2",
+            "silu",
+            "sigmoid",
+            "tanh",
+            "relu",
+            "gelu",
+            "clamp",
+        ):
             return self.dtype_of(x.args[0])
         if x.op in ("chunk", "split", "unbind"):
             return self.dtype_of(x.args[0])

@@ -94,14 +94,23 @@ def _get(module: Any, path: str) -> Any:
 def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
     import torch
 
-    optional = role == "weight" and (recognition.form.optional_weight if recognition.op == "rms_norm" else False)
+    optional = role == "weight" and (
+        recognition.form.optional_weight if recognition.op == "rms_norm" else False
+    )
     if optional and not hasattr(module, path):
         return None
     value = _get(module, path)
     if role in _NUMBERS:
-        if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta and not value.requires_grad:
+        if (
+            isinstance(value, torch.Tensor)
+            and value.numel() == 1
+            and not value.is_meta
+            and not value.requires_grad
+        ):
             value = value.item()
-        absent = value is None and (role == "group_size" or (role == "eps" and recognition.form.name == "fused"))
+        absent = value is None and (
+            role == "group_size" or (role == "eps" and recognition.form.name == "fused")
+        )
         if not absent and (not isinstance(value, int | float) or isinstance(value, bool)):
             raise _Refused(f"{path} is {type(value).__name__}, not a number")
         return value
@@ -114,7 +123,9 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
             raise _Refused(f"{path} is {type(value).__name__}, not a tensor")
         return path if value is not None else None
     if role in _LINEARS and type(value) is not torch.nn.Linear:
-        raise _Refused(f"{path} is a {type(value).__module__}.{type(value).__qualname__}, not a torch.nn.Linear")
+        raise _Refused(
+            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, not a torch.nn.Linear"
+        )
     if role in ("norm", "q_norm", "k_norm"):
         from twinkle.match.structure import recognise
 
@@ -129,7 +140,9 @@ def _check_form(recognition: Recognition, facts: dict[str, Any], module: Any) ->
     """What must hold between facts."""
     if recognition.op == "gated_mlp":
         layers = [_get(module, facts[role]) for role in ("gate", "up", "gate_up", "down") if role in facts]
-        facts["biases"] = tuple(role for role in ("gate", "up", "gate_up", "down") if _bias(module, facts, role))
+        facts["biases"] = tuple(
+            role for role in ("gate", "up", "gate_up", "down") if _bias(module, facts, role)
+        )
         facts["hidden_size"], facts["intermediate_size"] = layers[-1].out_features, layers[-1].in_features
     elif recognition.op == "rms_norm" and facts.get("with_weight", True) and facts.get("weight"):
         facts["hidden_size"] = _get(module, facts["weight"]).shape[-1]
@@ -163,8 +176,13 @@ def _check_loss(facts: dict[str, Any], module: Any) -> None:
         factors.append(value)
     facts["factors"] = tuple(factors)
     loss = source.function_of(getattr(module, "loss_function", None))
-    if loss is None or f"{loss.__module__}.{loss.__qualname__}" != "transformers.loss.loss_utils.ForCausalLMLoss":
-        raise _Refused(f"its loss_function is {getattr(loss, '__qualname__', loss)}, not that of causal models")
+    if (
+        loss is None
+        or f"{loss.__module__}.{loss.__qualname__}" != "transformers.loss.loss_utils.ForCausalLMLoss"
+    ):
+        raise _Refused(
+            f"its loss_function is {getattr(loss, '__qualname__', loss)}, not that of causal models"
+        )
     facts["loss_function"] = loss.__qualname__
     facts["vocab_size"], facts["hidden_size"] = layer.weight.shape
     facts["bias"] = layer.bias is not None

@@ -107,7 +107,16 @@ def _activated(term: Any) -> bool:
 
 
 def _inner_call(term: Any) -> bool:
-    while isinstance(term, Term) and term.op in ("index", "chunk", "split", "to", "clamp", "reshape", "unbind", "mul"):
+    while isinstance(term, Term) and term.op in (
+        "index",
+        "chunk",
+        "split",
+        "to",
+        "clamp",
+        "reshape",
+        "unbind",
+        "mul",
+    ):
         if term.op == "mul":
             return any(_inner_call(side) for side in term.args)
         term = term.args[0]

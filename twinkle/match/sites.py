@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from types import FunctionType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from twinkle.match import source
 from twinkle.match.execute import Run
@@ -31,7 +31,9 @@ class Site(NamedTuple):
 
 def recognise_sites(term: Term, run: Run, owner: type) -> Site | None:
     """The op of a forward that is more than one expression; None when there is none."""
-    losses = [call for name, call in run.calls if name == "loss_function" and call.args[0].args[0].op == "self"]
+    losses = [
+        call for name, call in run.calls if name == "loss_function" and call.args[0].args[0].op == "self"
+    ]
     if losses and _is_causal(owner):
         return _loss(losses)
     classes = attribute_classes(owner)
@@ -68,7 +70,9 @@ def _loss(calls: list[Term]) -> Site:
         arguments.update(dict(call.args[2]))
         logits = arguments.pop("logits", None)
         if logits is None or "vocab_size" not in arguments:
-            problem = problem or "expected logits and a vocab_size as arguments of loss_function, found others"
+            problem = (
+                problem or "expected logits and a vocab_size as arguments of loss_function, found others"
+            )
             continue
         try:
             return _loss_site(logits, arguments)
@@ -122,10 +126,10 @@ def _peel(term: Term, steps: list[tuple[str, str | None]]) -> tuple[str, Term]:
             left, right = term.args
             if term.op == "mul" and _number(left) is not None:
                 left, right = right, left
-            factor = _number(right)
-            if factor is None:
+            number = _number(right)
+            if number is None:
                 raise _Other(f"expected the logits times a number, found {show(term, 3)}")
-            steps.append(("multiply" if term.op == "mul" else "divide", factor))
+            steps.append(("multiply" if term.op == "mul" else "divide", number))
             term = left
         else:
             raise _Other(f"expected the result of a head, found {show(term, 3)}")
@@ -148,17 +152,18 @@ def _optional(term: Term, steps: list[tuple[str, str | None]]) -> Term:
     test, yes, no = term.args
     if test.op == "not":
         test, yes, no = test.args[0], no, yes
+    inner: Term = yes
     if test.op == "is" and _number(test.args[0]) is not None:
         capped = _softcap(no)
         if capped is not None and capped[0].op == "to" and capped[0].args[0] is yes:
             steps.append(("optional_softcap_float32", capped[1]))
-            return yes
+            return inner
         if capped is not None and capped[0] is yes and capped[1] == _number(test.args[0]):
             steps.append(("optional_softcap", capped[1]))
-            return yes
+            return inner
         if no.op in ("mul", "div") and no.args[0] is yes and _number(no.args[1]) == _number(test.args[0]):
             steps.append(("optional_multiply" if no.op == "mul" else "optional_divide", _number(no.args[1])))
-            return yes
+            return inner
     raise _Other(f"expected one way from the head to the loss, found {show(term, 2)}")
 
 
@@ -230,7 +235,9 @@ def _norm_form(path: str | None, classes: dict[str, set[type]]) -> tuple[str, An
     """The op and the form of the norm that an attribute holds."""
     from twinkle.match.structure import recognise
 
-    forms = {(found.op, found.form) for cls in classes.get(path or "", ()) for found in [recognise(cls)] if found}
+    forms = {
+        (found.op, found.form) for cls in classes.get(path or "", ()) for found in [recognise(cls)] if found
+    }
     norms = [(op, form) for op, form in forms if op in ("rms_norm", "layer_norm")]
     return norms[0] if len(norms) == 1 and getattr(norms[0][1], "gate", "none") == "none" else None
 
@@ -246,9 +253,7 @@ def _residual_norm(term: Term, classes: dict[str, set[type]]) -> Site | None:
         norm = _norm_form(path, classes) if total.op == "add" else None
         if norm is None:
             continue
-        scales = [
-            _number(side.args[1]) or _number(side.args[0]) for side in total.args if side.op == "mul"
-        ]
+        scales = [_number(side.args[1]) or _number(side.args[0]) for side in total.args if side.op == "mul"]
         scale = next((scale for scale in scales if scale), None)
         sites.append({"norm": path, "scale": scale, "sum": show(total, 2)})
         forms.append(ResidualNormForm(f"{norm[0]}_{norm[1].name}", norm[1], scale is not None))
@@ -272,13 +277,15 @@ def _qk_norm_rotary(run: Run, classes: dict[str, set[type]]) -> Site | None:
         q_norm, k_norm = _norm_form(q_path, classes), _norm_form(k_path, classes)
         if q_norm is None or q_norm != k_norm or q_over != k_over or q_norm[0] != "rms_norm":
             continue
-        form = QKNormRotaryForm(f"{q_norm[1].name}_{rotation.form.name}_{q_over}", q_norm[1], rotation.form, q_over)
+        form = QKNormRotaryForm(
+            f"{q_norm[1].name}_{rotation.form.name}_{q_over}", q_norm[1], rotation.form, q_over
+        )
         facts = {"q_norm": q_path, "k_norm": k_path, "rotary": rotation.target}
         return Site("qk_norm_rotary", form, facts, ("q_norm", "k_norm"))
     return None
 
 
-def _normed(term: Term) -> tuple[str, str] | None:
+def _normed(term: Term) -> tuple[str, Literal["head", "all"]] | None:
     """The norm on the way from a projection to the rotation, and what it is over."""
     split = False
     while True:

@@ -173,7 +173,9 @@ def _assumptions(function: FunctionType, term: Term) -> list[dict[str, str]]:
 
 
 def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Recognition | None:
-    guards = tuple(dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part))))
+    guards = tuple(
+        dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part)))
+    )
     key = shape_key(term)
     for op in hearts(term):
         for template in templates.templates(op):

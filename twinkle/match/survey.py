@@ -62,7 +62,7 @@ def survey_module(name: str) -> list[Recognition]:
 
 
 def reachable(obj: Any) -> list[Any]:
-    """``obj``, the classes that its ``__init__`` builds, and the functions that their forwards call, all the way.
+    """``obj``, the classes that its ``__init__`` builds, and the functions that forwards call, and so on.
 
     What is chosen by a config at run time (``AutoModel.from_config``) is not followed.
     """
@@ -76,7 +76,9 @@ def reachable(obj: Any) -> list[Any]:
         if not isinstance(item, type):
             continue
         for classes in attribute_classes(item).values():
-            todo += sorted((cls for cls in classes if hasattr(cls, "forward")), key=lambda cls: cls.__qualname__)
+            todo += sorted(
+                (cls for cls in classes if hasattr(cls, "forward")), key=lambda cls: cls.__qualname__
+            )
         forward, _ = source.unwrap(getattr(item, "forward", None))
         if isinstance(forward, FunctionType):
             called = (forward.__globals__.get(name) for name in forward.__code__.co_names)

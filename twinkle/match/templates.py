@@ -49,6 +49,7 @@ ROLES: dict[str, dict[str, str]] = {
 }
 """What each argument of a reference may stand for in the code of a class."""
 
+
 def _table_orders(form: Any) -> tuple[dict[str, Any], ...]:
     if form.tables in ("full", "half"):
         return ({"slice_last": False},)
@@ -105,7 +106,9 @@ class _Forms:
                 given[name] = self.arena.term("hole", name)
         term = run.function(self.function, [], given)
         if run.effects:
-            raise AssertionError(f"the reference of {self.op} {form.name} is no mere computation: {run.effects}")
+            raise AssertionError(
+                f"the reference of {self.op} {form.name} is no mere computation: {run.effects}"
+            )
         self.made.append(Template(self.op, form, term, shape_key(term)))
 
 

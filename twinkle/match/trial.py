@@ -42,7 +42,9 @@ class Outcome(NamedTuple):
     found: str
 
 
-def trial(obj: Any, recognition: Recognition, dtype: torch.dtype = torch.float32, *, mixed: bool = False) -> Outcome:
+def trial(
+    obj: Any, recognition: Recognition, dtype: torch.dtype = torch.float32, *, mixed: bool = False
+) -> Outcome:
     """Run ``obj`` and the reference of its form on the same random inputs.
 
     Args:
@@ -62,10 +64,14 @@ def trial(obj: Any, recognition: Recognition, dtype: torch.dtype = torch.float32
         torch.manual_seed(0)
         values, reference = setup(recognition.form, dtype, torch.float32 if mixed else dtype)
         values = {role: value for role, value in values.items() if role in facts}
-        own = obj if not isinstance(obj, type) else obj.forward
+        own: Any = obj.forward if isinstance(obj, type) else obj  # type: ignore[attr-defined]
         function, _ = source.unwrap(source.function_of(own))
-        arguments = {facts[role]: value for role, value in values.items() if not _is_attribute(recognition, role)}
-        arguments = {name: value for name, value in arguments.items() if name in function.__code__.co_varnames}
+        arguments = {
+            facts[role]: value for role, value in values.items() if not _is_attribute(recognition, role)
+        }
+        arguments = {
+            name: value for name, value in arguments.items() if name in function.__code__.co_varnames
+        }
         try:
             expected = reference(form=recognition.form, **_known(values, facts))
             if isinstance(obj, type):
@@ -80,7 +86,9 @@ def trial(obj: Any, recognition: Recognition, dtype: torch.dtype = torch.float32
 
 
 def _copies(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()}
+    return {
+        name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
 
 
 def _is_attribute(recognition: Recognition, role: str) -> bool:
@@ -90,9 +98,7 @@ def _is_attribute(recognition: Recognition, role: str) -> bool:
 def _known(values: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     known = dict(values)
     for role, fact in facts.items():
-        if role not in known:
-            known[role] = fact
-        elif isinstance(fact, int | float) and not isinstance(fact, bool):
+        if role not in known or (isinstance(fact, int | float) and not isinstance(fact, bool)):
             known[role] = fact
         elif role == "activation" and fact in _ACTIVATIONS:
             known[role] = _ACTIVATIONS[fact]
@@ -110,7 +116,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _module(cls: type, recognition: Recognition, values: dict[str, Any], dtype: torch.dtype) -> nn.Module:
-    module: nn.Module = cls.__new__(cls)
+    module: nn.Module = object.__new__(cls)
     nn.Module.__init__(module)
     module.eval()
     for role in recognition.instance_facts:
@@ -235,7 +241,9 @@ def _rotary(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         "mrope_section": [1, 1, columns // 2 - 2],
     }
     if form.pairs == "complex":
-        values["cos"] = torch.polar(torch.ones(batch, tokens, width // 2), torch.randn(batch, tokens, width // 2))
+        values["cos"] = torch.polar(
+            torch.ones(batch, tokens, width // 2), torch.randn(batch, tokens, width // 2)
+        )
 
     def reference(k: Any = None, sin: Any = None, **rest: Any) -> Any:
         return rotary(k=k, sin=sin, **rest)

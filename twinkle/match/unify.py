@@ -101,7 +101,9 @@ def unify(template: Term, term: Term, kinds: dict[str, str]) -> Bindings | None:
     return _solve(((template, term), None), {}, frozenset(), kinds)
 
 
-def _solve(work: Any, bound: Bindings, done: frozenset[tuple[int, int]], kinds: dict[str, str]) -> Bindings | None:
+def _solve(
+    work: Any, bound: Bindings, done: frozenset[tuple[int, int]], kinds: dict[str, str]
+) -> Bindings | None:
     while work is not None:
         (left, right), work = work
         if isinstance(left, tuple):
@@ -217,8 +219,12 @@ class _Walker:
 
     def _better_swapped(self, left: Term, rights: list[Any]) -> bool:
         cache: dict[int, int] = {}
-        straight = sum(shape_key(a, cache) == shape_key(b, cache) for a, b in zip(left.args, rights, strict=True))
-        swapped = sum(shape_key(a, cache) == shape_key(b, cache) for a, b in zip(left.args, rights[::-1], strict=True))
+        straight = sum(
+            shape_key(a, cache) == shape_key(b, cache) for a, b in zip(left.args, rights, strict=True)
+        )
+        swapped = sum(
+            shape_key(a, cache) == shape_key(b, cache) for a, b in zip(left.args, rights[::-1], strict=True)
+        )
         if straight == swapped:
             straight = sum(a.op == b.op for a, b in zip(left.args, rights, strict=True))
             swapped = sum(a.op == b.op for a, b in zip(left.args, rights[::-1], strict=True))

@@ -27,9 +27,10 @@ class CausalLMLossForm:
     Attributes:
         name: A short name.
         steps: In order: ``multiply`` and ``divide`` by a number, ``softcap`` (divide, tanh, multiply),
-            ``float32`` (a cast); ``optional_softcap_float32`` casts only where it caps; with ``optional_`` in front, only where the number is not None.
+            ``float32`` (a cast). With ``optional_`` in front, only where the number is not None;
+            ``optional_softcap_float32`` casts to float32 where it caps.
         hidden_cast: The hidden states are cast to the dtype of the head's weight first.
-        labels: ``labels`` are shifted by the loss, ``shift_labels`` are shifted already, ``both`` may be given.
+        labels: ``labels`` are shifted by the loss, ``shift_labels`` are already, or ``both`` may be given.
         sliced: The caller may ask for the logits of the last tokens only.
     """
 

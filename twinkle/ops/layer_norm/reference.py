@@ -4,6 +4,9 @@ torch's own function is one kernel already; recognised are the layers that call 
 write it out.
 """
 
+# mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
+# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -4,6 +4,9 @@ The formula is one (Zhang and Sennrich 2019); where the result is rounded to the
 and in which dtype the weight is applied, differ between families and change bits in bfloat16.
 """
 
+# mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
+# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,7 +17,7 @@ import torch.nn.functional as F
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Literal
+    from typing import Final, Literal
 
     from torch import Tensor
 
@@ -89,6 +92,8 @@ def rms_norm(
         ``[..., hidden]``.
     """
     if form.compute == "fused":
+        if form.weight == "none":
+            return F.rms_norm(x, normalized_shape, None, eps)
         return F.rms_norm(x, normalized_shape, weight, eps)
     dtype = x.dtype
     h = x
@@ -116,9 +121,8 @@ def rms_norm(
         h = h.view(*prefix, last // group_size * group_size)
     if form.cast == "before_weight":
         h = h.to(dtype)
-    if form.cast == "half_weight":
-        if weight.dtype in [torch.float16, torch.bfloat16]:
-            h = h.to(weight.dtype)
+    if form.cast == "half_weight" and weight.dtype in [torch.float16, torch.bfloat16]:
+        h = h.to(weight.dtype)
     if form.weight != "none" and form.weight_place == "after":
         if form.optional_weight:
             if with_weight:
@@ -133,7 +137,7 @@ def rms_norm(
     return h
 
 
-def _scale(weight, form):
+def _scale(weight: Tensor | None, form: RMSNormForm) -> Tensor:
     if form.weight == "one_plus":
         if form.weight_cast == "float32":
             return 1.0 + weight.float()
@@ -145,7 +149,7 @@ def _scale(weight, form):
     return weight
 
 
-def _normalise(h, weight, eps, form):
+def _normalise(h: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
     if form.compute == "promoted" or form.compute == "statistics":
         mean_square = h.float().pow(2).mean(-1, keepdim=True)
     else:
@@ -160,7 +164,8 @@ def _normalise(h, weight, eps, form):
     return h * scale
 
 
-_F32, _AFTER = "float32", "after_weight"
+_F32: Final = "float32"
+_AFTER: Final = "after_weight"
 _BASE = (
     RMSNormForm("llama"),
     RMSNormForm("gemma", weight="one_plus", weight_cast=_F32, cast=_AFTER),
@@ -172,7 +177,9 @@ _BASE = (
     RMSNormForm("one_plus_after_cast", weight="one_plus"),
     RMSNormForm("one_plus_sum_cast", weight="one_plus", weight_cast="float32_sum", cast=_AFTER),
     RMSNormForm("one_plus_plain", weight="one_plus", cast=_AFTER),
-    RMSNormForm("input_scaled", weight="one_plus", weight_cast="float32_sum", weight_place="input", cast=_AFTER),
+    RMSNormForm(
+        "input_scaled", weight="one_plus", weight_cast="float32_sum", weight_place="input", cast=_AFTER
+    ),
     RMSNormForm("scaled_first", compute="input", weight_place="first", weight="plain", cast="none"),
     RMSNormForm("statistics", compute="statistics", weight="none", cast="none"),
     RMSNormForm("statistics_weighted", compute="statistics", cast="none"),

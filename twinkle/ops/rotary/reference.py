@@ -4,6 +4,9 @@
 are turned, in what the tables hold and in the dtype of the arithmetic.
 """
 
+# mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
+# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ import torch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Literal
+    from typing import Final, Literal
 
     from torch import Tensor
 
@@ -102,7 +105,14 @@ def rotary(
     return q_out, k_out, _turn(v, cos, sin, q, form)
 
 
-def _table(table, unsqueeze_dim, position_ids, mrope_section, form, slice_last):
+def _table(
+    table: Tensor,
+    unsqueeze_dim: int,
+    position_ids: Tensor | None,
+    mrope_section: list[int] | None,
+    form: RotaryForm,
+    slice_last: bool,
+) -> Tensor:
     if form.indexed:
         table = table[position_ids]
     if form.sections:
@@ -125,7 +135,7 @@ def _table(table, unsqueeze_dim, position_ids, mrope_section, form, slice_last):
     return table
 
 
-def _widen(table, form):
+def _widen(table: Tensor, form: RotaryForm) -> Tensor:
     if form.tables == "first_half":
         return table[..., : table.shape[-1] // 2]
     if form.tables == "first_half_repeated":
@@ -135,7 +145,7 @@ def _widen(table, form):
     return table
 
 
-def _turn(x, cos, sin, query, form):
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, form: RotaryForm) -> Tensor:
     if form.part == "first":
         width = cos.shape[-1]
         return torch.cat([_rounded(x[..., :width], x, cos, sin, query.dtype, form), x[..., width:]], dim=-1)
@@ -148,7 +158,9 @@ def _turn(x, cos, sin, query, form):
     return _rounded(x, x, cos, sin, query.dtype, form)
 
 
-def _rounded(x, whole, cos, sin, query_dtype, form):
+def _rounded(
+    x: Tensor, whole: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, form: RotaryForm
+) -> Tensor:
     if form.compute != "input":
         x = x.float()
     if form.pairs == "interleaved_to_half":
@@ -169,7 +181,7 @@ def _rounded(x, whole, cos, sin, query_dtype, form):
     return y
 
 
-def _rotate(x, form):
+def _rotate(x: Tensor, form: RotaryForm) -> Tensor:
     if form.pairs == "half":
         x1 = x[..., : x.shape[-1] // 2]
         x2 = x[..., x.shape[-1] // 2 :]
@@ -181,7 +193,7 @@ def _rotate(x, form):
     return torch.stack((-x2, x1), dim=-1).flatten(-2)
 
 
-def _complex(q, k, table, form):
+def _complex(q: Tensor, k: Tensor, table: Tensor, form: RotaryForm) -> tuple[Tensor, Tensor]:
     q_ = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
     k_ = torch.view_as_complex(k.float().reshape(*k.shape[:-1], -1, 2))
     if form.broadcast == "2":
@@ -193,7 +205,7 @@ def _complex(q, k, table, form):
     return q_out.type_as(q), k_out.type_as(k)
 
 
-def _matrix(q, k, cos, sin, unsqueeze_dim):
+def _matrix(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
     width = cos.shape[-1] // 2
     cos, sin = cos[..., :width], sin[..., :width]
     table = torch.stack([cos, -sin, sin, cos], dim=-1)
@@ -203,7 +215,7 @@ def _matrix(q, k, cos, sin, unsqueeze_dim):
     return (q_ * table).sum(5).flatten(3), (k_ * table).sum(5).flatten(3)
 
 
-_Q = "query"
+_Q: Final = "query"
 FORMS: tuple[RotaryForm, ...] = (
     RotaryForm("half"),
     RotaryForm("half_one", tensors=1),
@@ -232,7 +244,9 @@ FORMS: tuple[RotaryForm, ...] = (
     RotaryForm("interleaved", pairs="interleaved"),
     RotaryForm("interleaved_float32", pairs="interleaved", compute="float32", cast=_Q),
     RotaryForm("interleaved_float32_own", pairs="interleaved", compute="float32", cast="own"),
-    RotaryForm("interleaved_float32_plain", pairs="interleaved", compute="float32", cast="own", broadcast="none"),
+    RotaryForm(
+        "interleaved_float32_plain", pairs="interleaved", compute="float32", cast="own", broadcast="none"
+    ),
     RotaryForm("interleaved_partial", pairs="interleaved", part="first"),
     RotaryForm("interleaved_repeated_one", pairs="interleaved", tables="repeated", broadcast="2", tensors=1),
     RotaryForm(
@@ -245,9 +259,15 @@ FORMS: tuple[RotaryForm, ...] = (
         tensors=1,
     ),
     RotaryForm("interleaved_widened", pairs="interleaved", tables="first_half_repeated"),
-    RotaryForm("interleaved_widened_partial", pairs="interleaved", tables="first_half_repeated", part="first"),
     RotaryForm(
-        "interleaved_widened_float32", pairs="interleaved", tables="first_half_repeated", compute="float32", cast=_Q
+        "interleaved_widened_partial", pairs="interleaved", tables="first_half_repeated", part="first"
+    ),
+    RotaryForm(
+        "interleaved_widened_float32",
+        pairs="interleaved",
+        tables="first_half_repeated",
+        compute="float32",
+        cast=_Q,
     ),
     RotaryForm("complex_head_2", pairs="complex", broadcast="2"),
     RotaryForm("complex_head_1", pairs="complex", broadcast="1"),

@@ -1,0 +1,146 @@
+"""Recognition over every family of the installed transformers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from twinkle.match.structure import check_instance, recognise
+
+transformers = pytest.importorskip("transformers")
+
+REPO = Path(__file__).parents[2]
+# Families recognised in transformers 5.22.2; a change of the matcher may only raise them.
+FLOOR = {
+    "rms_norm": 183,
+    "gated_mlp": 163,
+    "rotary": 192,
+    "causal_lm_loss": 230,
+    "experts": 62,
+    "residual_norm": 381,
+    "qk_norm_rotary": 45,
+    "layer_norm": 8,
+}
+
+
+@pytest.fixture(scope="module")
+def coverage(tmp_path_factory):
+    out = tmp_path_factory.mktemp("coverage") / "coverage.json"
+    command = [sys.executable, str(REPO / "benchmarks" / "coverage.py"), "--no-build", "--json", str(out)]
+    environ = {**os.environ, "PYTHONPATH": str(REPO)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert out.is_file(), done.stderr[-2000:]
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    transformers.__version__ != "5.22.2", reason="the totals are those of transformers 5.22.2"
+)
+@pytest.mark.parametrize("op", FLOOR)
+def test_totals_do_not_fall(coverage, op):
+    assert coverage["totals"][op]["families"] >= FLOOR[op]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_no_recognition_is_wrong(coverage):
+    assert [row for module in coverage["modules"] for row in module["wrong"]] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "op", "form"),
+    [
+        ("llama:LlamaRMSNorm", "rms_norm", "llama"),
+        ("gemma3:Gemma3RMSNorm", "rms_norm", "gemma"),
+        ("t5:T5LayerNorm", "rms_norm", "t5"),
+        ("gemma4:Gemma4RMSNorm", "rms_norm", "gemma4"),
+        ("phi3:Phi3MLP", "gated_mlp", "fused"),
+        ("moonshine:MoonshineDecoderMLP", "gated_mlp", "fused_up_first"),
+        ("t5:T5DenseGatedActDense", "gated_mlp", "t5"),
+        ("llama:apply_rotary_pos_emb", "rotary", "half"),
+        ("phi3:apply_rotary_pos_emb", "rotary", "partial"),
+        ("qwen2_vl:apply_rotary_pos_emb_vision", "rotary", "vision"),
+        ("deepseek_v3:apply_rotary_pos_emb_interleave", "rotary", "interleaved_to_half"),
+        ("nanochat:apply_rotary_pos_emb", "rotary", "inverse"),
+        ("mixtral:MixtralExperts", "experts", "plain"),
+        ("gpt_oss:GptOssExperts", "experts", "gpt_oss"),
+        ("gemma2:Gemma2ForCausalLM", "causal_lm_loss", "optional_softcap"),
+        ("granite:GraniteForCausalLM", "causal_lm_loss", "divide"),
+        ("llama:LlamaDecoderLayer", "residual_norm", "rms_norm_llama"),
+        ("qwen3:Qwen3Attention", "qk_norm_rotary", "llama_half_head"),
+    ],
+)
+def test_known_families(target, op, form):
+    family, name = target.split(":")
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    found = recognise(getattr(module, name))
+    assert (found.op, found.form.name if found.form else None) == (op, form)
+
+
+def test_a_classifier_head_is_no_causal_loss():
+    from transformers.models.bert import modeling_bert
+
+    assert recognise(modeling_bert.BertForMaskedLM).op is None
+
+
+def test_the_linear_layer_of_a_composed_head_is_found():
+    import torch
+    from transformers import BertConfig, BertLMHeadModel
+
+    with torch.device("meta"):
+        model = BertLMHeadModel(BertConfig(num_hidden_layers=1, is_decoder=True))
+    facts = check_instance(recognise(BertLMHeadModel), model)
+    assert facts["head"] == "cls.predictions.decoder"
+
+
+def test_a_model_is_matched_in_fifty_milliseconds():
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    with torch.device("meta"):
+        # The templates are made by the first model of a process.
+        warm = Qwen3MoeForCausalLM(Qwen3MoeConfig(num_hidden_layers=1))
+        model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))
+    for layer in warm.modules():
+        recognise(type(layer))
+    started = time.process_time()
+    for layer in model.modules():
+        recognise(type(layer))
+    assert time.process_time() - started < 0.05
+
+
+def test_the_command_prints_form_and_facts(capsys):
+    from twinkle.cli.match import main
+
+    assert main(["transformers.models.llama", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    norm = next(row for row in rows if row["target"].endswith(":LlamaRMSNorm"))
+    assert norm == {
+        "target": "transformers.models.llama.modeling_llama:LlamaRMSNorm",
+        "op": "rms_norm",
+        "form": "llama",
+        "facts": {"x": "hidden_states", "eps": "variance_epsilon", "weight": "weight"},
+    }
+
+
+def test_the_command_reads_a_file_of_the_user(tmp_path, capsys):
+    from twinkle.cli.match import main
+
+    (tmp_path / "my_own_norm.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Mine(nn.Module):\n"
+        "    def forward(self, x):\n"
+        "        h = x.float()\n"
+        "        return self.w * (h * torch.rsqrt(h.pow(2).mean(-2, keepdim=True) + self.e)).to(x.dtype)\n"
+    )
+    assert main([str(tmp_path / "my_own_norm.py")]) == 1
+    assert "expected -1, found -2" in capsys.readouterr().out
