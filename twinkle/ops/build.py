@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import keyword
 import linecache
 import re
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-__all__ = ["forward_class"]
+__all__ = ["forward_class", "plain_function"]
 
 _numbers = count(1)
 
@@ -62,16 +63,67 @@ def forward_class(
             handed.append(f"{role}={value!r}")
     handed += [f"{role}={role}" for role in constants or {}]
     text = f"def forward(self, {', '.join(parameters)}):\n    return function({', '.join(handed)})\n"
-    filename = f"<twinkle {name} #{next(_numbers)}>"
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    exec(compile(text, filename, "exec"), scope)
-    forward = scope["forward"]
+    forward = _run(text, "forward", scope)
     forward.__module__, forward.__qualname__ = __name__, f"{name}.forward"
     members = {"forward": forward, "can_torch_compile": True, "has_backward": True, "__module__": __name__}
     return type(name, (nn.Module,), members)
+
+
+def _run(text: str, name: str, scope: dict[str, Any]) -> Any:
+    filename = f"<twinkle {name} #{next(_numbers)}>"
+    # Tracebacks, inspect.getsource and compilers find the text here.
+    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
+    exec(compile(text, filename, "exec"), scope)
+    return scope[name]
 
 
 def _name(text: Any) -> str:
     if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z_]\w*", text) or keyword.iskeyword(text):
         raise ValueError(f"{text!r} is no name of an attribute or an argument")
     return text
+
+
+def plain_function(
+    original: Callable[..., Any],
+    function: Callable[..., Any],
+    facts: Mapping[str, Any],
+    *,
+    constants: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """A function with the arguments and defaults of ``original`` that calls ``function``.
+
+    Args:
+        original: Whose arguments it takes.
+        function: Takes everything by keyword.
+        facts: From an argument of ``function`` to the name of an argument of ``original``, or a value.
+        constants: Arguments that are objects.
+
+    Raises:
+        ValueError: A fact names an argument that ``original`` lacks.
+    """
+    parameters = inspect.signature(original).parameters.values()
+    names = [_name(parameter.name) for parameter in parameters]
+    missing = [value for value in facts.values() if isinstance(value, str) and value not in names]
+    if missing:
+        raise ValueError(f"{getattr(original, '__qualname__', original)} has no argument {missing[0]!r}")
+    scope: dict[str, Any] = {"function": function, **(constants or {})}
+    head, star = [], False
+    for parameter in parameters:
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            star = star or parameter.kind is parameter.VAR_POSITIONAL
+            head.append(f"{'*' if parameter.kind is parameter.VAR_POSITIONAL else '**'}{parameter.name}")
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and not star:
+            head.append("*")
+            star = True
+        if parameter.default is parameter.empty:
+            head.append(parameter.name)
+        else:
+            scope[f"default_{parameter.name}"] = parameter.default
+            head.append(f"{parameter.name}=default_{parameter.name}")
+    handed = [f"{role}={value if isinstance(value, str) else repr(value)}" for role, value in facts.items()]
+    handed += [f"{role}={role}" for role in constants or {}]
+    name = _name(original.__name__)
+    made = _run(f"def {name}({', '.join(head)}):\n    return function({', '.join(handed)})\n", name, scope)
+    made.__module__ = __name__
+    return made

@@ -1,0 +1,194 @@
+"""Rotary position embedding on the GPU: two tensors in one launch, the tables read once a token.
+
+Bytes: each element is read and written once, forward and backward. Nothing is written in place. Products
+and sums are rounded where torch rounds them, so results and gradients are those of the definition bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from twinkle.ops.launch import on_device, tl_dtype
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["HALF", "INTERLEAVED", "TO_HALF", "pair_of_tables", "turn", "turned"]
+
+HALF, INTERLEAVED, TO_HALF = 0, 1, 2
+"""Pairs are (i, i + d/2), (2i, 2i + 1), or the latter read and the former written."""
+
+
+@triton.jit
+def turned(x1, x2, c1, s1, c2, s2, C: tl.constexpr):
+    """Both channels of each pair, float32 values rounded to ``C`` after each step."""
+    y1 = (x1 * c1).to(C).to(tl.float32) - (x2 * s1).to(C).to(tl.float32)
+    y2 = (x2 * c2).to(C).to(tl.float32) + (x1 * s2).to(C).to(tl.float32)
+    return y1.to(C), y2.to(C)
+
+
+@triton.jit
+def turned_back(y1, y2, c1, s1, c2, s2, C: tl.constexpr, B: tl.constexpr):
+    """The gradients of `turned`: products rounded to ``C`` and ``B``, sums to ``B``."""
+    x1 = (y1 * c1).to(C).to(B).to(tl.float32) + (y2 * s2).to(C).to(B).to(tl.float32)
+    x2 = (y2 * c2).to(C).to(B).to(tl.float32) - (y1 * s1).to(C).to(B).to(tl.float32)
+    return x1.to(B), x2.to(B)
+
+
+@triton.jit
+def pair_of_tables(table, i, ok, half, PAIRS: tl.constexpr, ONE: tl.constexpr):
+    """The entries for the first and the second channel of the pairs ``i``."""
+    if ONE:
+        first = tl.load(table + i, mask=ok, other=0.0).to(tl.float32)
+        return first, first
+    elif PAIRS == 1:
+        first = tl.load(table + 2 * i, mask=ok, other=0.0).to(tl.float32)
+        return first, tl.load(table + 2 * i + 1, mask=ok, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(table + i, mask=ok, other=0.0).to(tl.float32)
+        return first, tl.load(table + half + i, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_pairs(x, i, ok, half, ADJACENT: tl.constexpr):
+    if ADJACENT:
+        first = tl.load(x + 2 * i, mask=ok, other=0.0).to(tl.float32)
+        return first, tl.load(x + 2 * i + 1, mask=ok, other=0.0).to(tl.float32)
+    else:
+        first = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
+        return first, tl.load(x + half + i, mask=ok, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_pairs(y, i, ok, half, first, second, ADJACENT: tl.constexpr):
+    first = first.to(y.dtype.element_ty)
+    second = second.to(y.dtype.element_ty)
+    if ADJACENT:
+        tl.store(y + 2 * i, first, mask=ok)
+        tl.store(y + 2 * i + 1, second, mask=ok)
+    else:
+        tl.store(y + i, first, mask=ok)
+        tl.store(y + half + i, second, mask=ok)
+
+
+@triton.jit
+def _heads(
+    x, y, t, token_ok, x_t, x_h, y_t, y_h, heads, c1, s1, c2, s2, half, start, rest_start, rest,
+    H: tl.constexpr, W: tl.constexpr, REST: tl.constexpr, PAIRS: tl.constexpr,
+    C: tl.constexpr, B: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    i = tl.arange(0, W)[None, None, :]
+    for first_head in range(0, heads, H):
+        h = first_head + tl.arange(0, H)[None, :, None].to(tl.int64)
+        ok = token_ok & (h < heads) & (i < half)
+        x_at = x + t * x_t + h * x_h
+        y_at = y + t * y_t + h * y_h
+        a, b = _load_pairs(x_at + start, i, ok, half, PAIRS == 1 or (PAIRS == 2 and not BACK))
+        if BACK:
+            a, b = turned_back(a, b, c1, s1, c2, s2, C, B)
+        else:
+            a, b = turned(a, b, c1, s1, c2, s2, C)
+        _store_pairs(y_at + start, i, ok, half, a, b, PAIRS == 1 or (PAIRS == 2 and BACK))
+        if REST > 0:
+            j = tl.arange(0, REST)[None, None, :]
+            through = token_ok & (h < heads) & (j < rest)
+            kept = tl.load(x_at + rest_start + j, mask=through)
+            tl.store(y_at + rest_start + j, kept.to(y.dtype.element_ty), mask=through)
+
+
+@triton.jit
+def _turn(
+    q, k, q_out, k_out, cos, sin, tokens, q_heads, k_heads, half, start, rest_start, rest,
+    q_b, q_h, q_t, k_b, k_h, k_t, qo_b, qo_h, qo_t, ko_b, ko_h, ko_t, c_b, c_t, s_b, s_t,
+    T: tl.constexpr, QH: tl.constexpr, KH: tl.constexpr, W: tl.constexpr, REST: tl.constexpr,
+    PAIRS: tl.constexpr, ONE: tl.constexpr, INVERSE: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    TWO: tl.constexpr, BACK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(tokens, T)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t = (tl.program_id(0) % blocks) * T + tl.arange(0, T)[:, None, None].to(tl.int64)
+    token_ok = t < tokens
+    i = tl.arange(0, W)[None, None, :]
+    ok = token_ok & (i < half)
+    c1, c2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, PAIRS, ONE)
+    s1, s2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, PAIRS, ONE)
+    if INVERSE:
+        s1 = -s1
+        s2 = -s2
+    _heads(
+        q + batch * q_b, q_out + batch * qo_b, t, token_ok, q_t, q_h, qo_t, qo_h, q_heads, c1, s1, c2, s2,
+        half, start, rest_start, rest, QH, W, REST, PAIRS, C, B, BACK,
+    )  # fmt: skip
+    if TWO:
+        _heads(
+            k + batch * k_b, k_out + batch * ko_b, t, token_ok, k_t, k_h, ko_t, ko_h, k_heads, c1, s1, c2, s2,
+            half, start, rest_start, rest, KH, W, REST, PAIRS, C, B, BACK,
+        )  # fmt: skip
+
+
+def turn(
+    q: Tensor,
+    k: Tensor | None,
+    q_out: Tensor,
+    k_out: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    pairs: int,
+    one: bool,
+    inverse: bool,
+    half: int,
+    start: int,
+    compute: torch.dtype,
+    sums: torch.dtype,
+    back: bool = False,
+) -> None:
+    """Launch the rotation of one or two tensors.
+
+    Args:
+        q: ``[batch, heads, tokens, channels]``, channels adjacent, any other strides.
+        k: As ``q`` with its own number of heads, or None.
+        q_out: Written; as ``q``.
+        k_out: Written; as ``k``.
+        cos: ``[batch, tokens, width]``; strides of 0 repeat it.
+        sin: As ``cos``.
+        pairs: `HALF`, `INTERLEAVED` or `TO_HALF`.
+        one: The tables hold one entry a pair, not one a channel.
+        inverse: Turn the other way round.
+        half: How many pairs.
+        start: The first channel that is turned; the others are copied.
+        compute: The dtype that products are rounded to.
+        sums: In backward, the dtype that gradients are rounded to.
+        back: Compute the gradients.
+    """
+    if q.numel() == 0 and (k is None or k.numel() == 0):
+        return
+    two = k is not None
+    second, second_out = (k, k_out) if k is not None and k_out is not None else (q, q_out)
+    batch, heads, tokens, channels = q.shape
+    width = triton.next_power_of_2(half)
+    rest = channels - 2 * half
+    # A program reads what lies together: all heads of a token, or one head of many tokens.
+    tokens_outer = q.stride(2) >= q.stride(1)
+    most = max(1, 4096 // width) if not back else max(1, 2048 // width)
+    if tokens_outer:
+        q_block = min(triton.next_power_of_2(heads), most)
+        k_block = min(triton.next_power_of_2(second.shape[1]), most)
+        token_block = 1
+    else:
+        q_block = k_block = 1
+        token_block = min(triton.next_power_of_2(tokens), max(1, 2048 // width))
+    elements = width * max(q_block, k_block) * token_block
+    with on_device(q):
+        _turn[(batch * triton.cdiv(tokens, token_block),)](
+            q, second, q_out, second_out, cos, sin, tokens, heads, second.shape[1], half, start,
+            2 * half if start == 0 else 0, rest,
+            *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
+            *cos.stride()[:2], *sin.stride()[:2],
+            T=token_block, QH=q_block, KH=k_block, W=width, REST=triton.next_power_of_2(rest) if rest else 0,
+            PAIRS=pairs, ONE=one, INVERSE=inverse, C=tl_dtype(compute), B=tl_dtype(sums), TWO=two, BACK=back,
+            num_warps=max(1, min(8, elements // 512)), enable_fp_fusion=False,
+        )  # fmt: skip
