@@ -259,11 +259,12 @@ def text(data: dict) -> str:
         "",
         "## Is it right?",
         "",
-        f"Of {rows} recognitions, the code and the reference of its form ran on the same random inputs in float32,",
-        "in bfloat16, and in bfloat16 with float32 weights or tables, on the CPU.",
-        f"**{len(wrong)}** differ in a bit or in dtype. `residual_norm` and `qk_norm_rotary` are made of",
-        "a sum, norms and a rotation that are tried where they are defined. A `causal_lm_loss` runs the class's own forward over a",
-        "stand-in for the model below the head; in training mode, gradients are those of the same operations.",
+        f"Of {rows} recognitions, code and reference of the form ran on the same random inputs on the CPU:",
+        "in float32, in bfloat16, and in bfloat16 with float32 weights or tables.",
+        f"**{len(wrong)}** differ in a bit or in dtype.",
+        "",
+        "`residual_norm` and `qk_norm_rotary` are made of a sum, norms and a rotation, tried where they are",
+        "defined. A `causal_lm_loss` runs the class's own forward over a stand-in for what is below its head.",
         "",
     ]
     lines += [
@@ -279,7 +280,7 @@ def text(data: dict) -> str:
         lines += [
             "## Instances",
             "",
-            f"{len(done)} of {len(built)} model classes could be built from a small config on the meta device;",
+            f"{len(done)} of {len(built)} model classes could be built from a small config on meta;",
             "the rest need a config that its defaults do not give. Modules whose class is recognised",
             "and that are left alone:",
             "",

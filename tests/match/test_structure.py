@@ -309,6 +309,12 @@ def test_a_projection_of_another_class_is_a_reason():
     assert "one is a" in str(reason)
 
 
+def test_a_hook_on_a_projection_is_a_reason():
+    module = Gate()
+    module.two.register_forward_hook(lambda layer, args, result: result * 2)
+    assert "hooks" in str(check_instance(recognise(Gate), module))
+
+
 def test_a_missing_weight_is_a_reason():
     module = Odd()
     module.g = None

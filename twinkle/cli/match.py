@@ -70,7 +70,7 @@ def main(words: Sequence[str] | argparse.Namespace) -> int:
     else:
         parser = argparse.ArgumentParser(
             prog="twinkle match",
-            description="Print what is recognised in a module, as which form, and for near misses the difference.",
+            description="Print what is recognised in a module, as which form, and near misses.",
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -103,14 +103,7 @@ def _recognitions(text: str) -> Iterator[Recognition]:
     try:
         module, _, name = text.partition(":")
         if name:
-            value: Any = _import(module, text)
-            for part in name.split("."):
-                if not hasattr(value, part):
-                    raise ConfigError(
-                        "no such class", where="twinkle match", found=text, expected=f"{part} in {module}"
-                    )
-                value = getattr(value, part)
-            for found in reachable(value):
+            for found in reachable(_named(module, name, text)):
                 yield recognise(found)
             return
         for found_module in _modules(text):
@@ -118,6 +111,17 @@ def _recognitions(text: str) -> Iterator[Recognition]:
             yield from survey_module(found_module)
     finally:
         sys.path.remove(os.getcwd())
+
+
+def _named(module: str, name: str, text: str) -> Any:
+    # A package need not export the layers of its modeling modules.
+    for place in dict.fromkeys((module, *_modules(module))):
+        value = _import(place, text)
+        for part in name.split("."):
+            value = getattr(value, part, None)
+        if value is not None:
+            return value
+    raise ConfigError("no such class", where="twinkle match", found=text, expected=f"{name} in {module}")
 
 
 def _modules(text: str) -> list[str]:

@@ -1,1 +1,1 @@
-"""Match: which classes, instances and functions a kernel is about, by name or by the structure of the code."""
+"""Match: which classes, instances and functions a kernel is about, by name or by structure."""

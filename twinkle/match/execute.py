@@ -635,7 +635,7 @@ class _Frame:
         if base.op in ("tuple", "list") and index.op == "slice":
             bounds = [part.args[0] if part.op == "const" else _RAISES for part in index.args]
             if _RAISES not in bounds and all(arg.op != "star" for arg in base.args):
-                window: Any = slice(*bounds)  # type: ignore[arg-type]
+                window: Any = slice(*bounds)
                 return self.term(base.op, *base.args[window])
         return self.idioms.index(base, index)
 

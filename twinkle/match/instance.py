@@ -126,6 +126,10 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
         raise _Refused(
             f"{path} is a {type(value).__module__}.{type(value).__qualname__}, not a torch.nn.Linear"
         )
+    if role == "normalized_shape":
+        return tuple(value)
+    if role in _LINEARS or role in ("norm", "q_norm", "k_norm", "dropout"):
+        _check_hooks(path, value)
     if role in ("norm", "q_norm", "k_norm"):
         from twinkle.match.structure import recognise
 
@@ -134,6 +138,14 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
     if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
         raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
     return bool(value) if role == "with_weight" else path
+
+
+def _check_hooks(path: str, layer: Any) -> None:
+    if not hasattr(layer, "_forward_hooks"):
+        return
+    # Code that computes with the layer's weight instead of calling the layer would lose them.
+    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise _Refused(f"{path} has hooks or a forward of its own")
 
 
 def _check_form(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
@@ -146,8 +158,13 @@ def _check_form(recognition: Recognition, facts: dict[str, Any], module: Any) ->
         facts["hidden_size"], facts["intermediate_size"] = layers[-1].out_features, layers[-1].in_features
     elif recognition.op == "rms_norm" and facts.get("with_weight", True) and facts.get("weight"):
         facts["hidden_size"] = _get(module, facts["weight"]).shape[-1]
-    elif recognition.op == "experts" and getattr(_get(module, facts["gate_up"]), "ndim", 0) != 3:
-        raise _Refused(f"{facts['gate_up']} has not three dimensions")
+    elif recognition.op == "experts":
+        if getattr(_get(module, facts["gate_up"]), "ndim", 0) != 3:
+            raise _Refused(f"{facts['gate_up']} has not three dimensions")
+        if getattr(module, "_is_expert_parallel", False):
+            raise _Refused("its experts are spread over several devices")
+        # transformers may run another implementation of the same sum than the one in the source.
+        facts["implementation"] = getattr(getattr(module, "config", None), "_experts_implementation", None)
 
 
 def _bias(module: Any, facts: dict[str, Any], role: str) -> bool:
@@ -165,6 +182,7 @@ def _check_loss(facts: dict[str, Any], module: Any) -> None:
             raise _Refused(f"{head} is a {type(layer).__qualname__}, and no torch.nn.Linear makes its result")
         head = f"{head}.{inner}"
         layer = _get(module, head)
+    _check_hooks(head, layer)
     facts["head"] = head
     factors = []
     for path in facts["factors"]:

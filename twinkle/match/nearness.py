@@ -99,6 +99,8 @@ def _gated(parts: list[Term]) -> bool:
 
 
 def _activated(term: Any) -> bool:
+    while isinstance(term, Term) and term.op in ("clamp", "to"):
+        term = term.args[0]
     if not isinstance(term, Term):
         return False
     if term.op in ACTIVATIONS:
