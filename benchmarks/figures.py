@@ -39,7 +39,7 @@ print(elapsed, sum(binding["instances"] for binding in snapshot()["bindings"]))
 
 
 def build_ratio(rounds: int) -> dict[str, float]:
-    """Importing transformers and building a 28-layer Qwen3 on ``meta``, with the example's bindings and without."""
+    """Import transformers and build a 28-layer Qwen3 on ``meta``, with the example's bindings and without."""
     plain = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
     active = {**plain, "TWINKLE_CONFIG": str(ROOT / "examples" / "twinkle.toml")}
     ratios, seconds = [], []
@@ -47,9 +47,8 @@ def build_ratio(rounds: int) -> dict[str, float]:
         times = {}
         for name, environ in (("plain", plain), ("active", active)):
             code = BUILD if name == "plain" else f"import twinkle; twinkle.activate()\n{BUILD}"
-            done = subprocess.run(
-                [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True, cwd=ROOT
-            )
+            command = [sys.executable, "-c", code]
+            done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, cwd=ROOT)
             elapsed, instances = done.stdout.split()
             if (int(instances) > 0) != (name == "active"):
                 raise SystemExit(f"{name}: {instances} layers are swapped")
@@ -154,9 +153,7 @@ class BenchmarkNorm(nn.Module):
         (variant / "layers.py").write_text(layers)
         (variant / "metadata.json").write_text(json.dumps(metadata))
         register_layer_kernel("BenchmarkNorm", repo_path=folder, package_name="benchmark_kernel")
-        mapping = {
-            "BenchmarkNorm": {"cpu": LocalLayerRepository(Path(folder), layer_name="BenchmarkNorm")}
-        }
+        mapping = {"BenchmarkNorm": {"cpu": LocalLayerRepository(Path(folder), layer_name="BenchmarkNorm")}}
         times: dict[str, list[float]] = {"twinkle": [], "kernels": []}
         for _ in range(rounds):
             start = time.perf_counter()

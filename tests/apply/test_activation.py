@@ -37,7 +37,8 @@ ADD = """
 @pytest.fixture(autouse=True)
 def _implementation(program: Program) -> None:
     (program.root / "site" / "impl.py").write_text(
-        "def plus_one(x, y):\n    return x + y + 1\n\n\ndef broken(x, y):\n    raise RuntimeError('on purpose')\n"
+        "def plus_one(x, y):\n    return x + y + 1\n\n\n"
+        "def broken(x, y):\n    raise RuntimeError('on purpose')\n"
     )
 
 
@@ -107,6 +108,19 @@ def test_a_module_imported_before_activation_is_replaced_too(program: Program) -
 
 def test_a_function_is_replaced_for_everyone_who_took_it(program: Program) -> None:
     assert program.run("from pkg.user import three; print(three())", FUNCTION).stdout == "4\n"
+
+
+def test_a_reload_is_patched_again_for_everyone(program: Program) -> None:
+    code = """
+    import importlib, pkg.ops, torch
+    from pkg import layers
+    from pkg.user import three
+    before = layers.Scale
+    importlib.reload(pkg.ops), importlib.reload(layers)
+    assert layers.Scale is not before
+    print(pkg.ops.add(1, 2), three(), layers.Scale()(torch.zeros(4)).sum().item())
+    """
+    assert program.run(code, LAYER + FUNCTION).stdout == "4 4 4.0\n"
 
 
 def test_a_method_is_replaced(program: Program) -> None:

@@ -54,7 +54,7 @@ def test_what_is_no_target_is_refused(text: str) -> None:
 
 
 def test_a_dot_in_place_of_the_colon_gets_a_suggestion() -> None:
-    with pytest.raises(ConfigError, match='write "a.b:C"'):
+    with pytest.raises(ConfigError, match=r'write "a\.b:C"'):
         parse_target("a.b.C")
 
 

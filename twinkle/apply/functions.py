@@ -152,6 +152,7 @@ class _Plan:
         self.device = device
         self.implementation: Callable[..., Any] | None = None
         self.chosen: list[FunctionCandidate] = []
+        self.former: Any = None
 
     def choose(self, *, strict: bool) -> None:
         """Find the implementation for the moment asked for; none leaves the original.
@@ -160,6 +161,10 @@ class _Plan:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
         placed = _placed.get(self.target)
+        if placed is not None and placed.placement.displaced:
+            # The module was reloaded, or someone replaced ours: what stands there is the original now.
+            self.former = _let_go(self.target)
+            placed = None
         try:
             original = placed.placement.original if placed else find(self.module, self.name)
         except TwinkleError as error:
@@ -198,14 +203,18 @@ class _Plan:
         rebound = []
         if "." not in self.name:
             rebound = aliases.rebind(placement.original, placement.implementation, target=target)
+            if self.former is not None:
+                rebound += aliases.rebind(self.former, placement.implementation)
         stale = aliases.stale(placement.original, target=target)
         _placed[self.target] = _Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
             for alias in stale:
                 candidate.binding.note(f"{alias.where} still holds the original")
-            if candidate.dead is None:
-                candidate.binding.set("active")
+            if candidate.loaded:
+                candidate.succeeded()
+            else:
+                candidate.waits()
         change.did(partial(_restore, self.target, "taken back"))
         return shown
 
@@ -281,6 +290,15 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     if known is None or known[0] is not kernel or known[1] is not original:
         known = _candidates[key] = (kernel, original, FunctionCandidate(kernel, function_binding(kernel)))
     return known[2]
+
+
+def _let_go(target: str) -> Any:
+    """Give up a placement that someone else has replaced; returns the original it had."""
+    placed = _placed.pop(target)
+    aliases.restore(placed.rebound)
+    for candidate in placed.chosen:
+        candidate.binding.count(-1 - len(placed.rebound))
+    return placed.placement.original
 
 
 def _restore(target: str, reason: str) -> None:

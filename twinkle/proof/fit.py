@@ -11,6 +11,7 @@ from torch import nn
 from twinkle.errors import KernelError
 from twinkle.proof.reads import function_of, reads_of, stored_names
 from twinkle.proof.signatures import mismatch, signature_of
+from twinkle.sources.adapters import explain_lacking
 
 __all__ = ["LayerFit", "check_function", "check_layer", "read_layer", "settle_on"]
 
@@ -51,6 +52,7 @@ class LayerFit:
     """A kernel class that fits a target class, and what has to go along with its ``forward``.
 
     Attributes:
+        kernel_class: The class as its source gave it.
         forward: The kernel's function.
         members: Other members of the kernel class that its code wants, by name.
         needs: Attributes every instance must bring.
@@ -58,11 +60,21 @@ class LayerFit:
         can_torch_compile, has_backward: What the kernel says of itself; ``None`` when it does not.
     """
 
-    __slots__ = ("can_torch_compile", "forward", "has_backward", "members", "needs", "same_signature", "what")
+    __slots__ = (
+        "can_torch_compile",
+        "forward",
+        "has_backward",
+        "kernel_class",
+        "members",
+        "needs",
+        "same_signature",
+        "what",
+    )
 
     def __init__(
         self,
         what: str,
+        kernel_class: type,
         forward: FunctionType,
         members: dict[str, object],
         needs: frozenset[str],
@@ -72,6 +84,7 @@ class LayerFit:
         has_backward: bool | None,
     ) -> None:
         self.what = what
+        self.kernel_class = kernel_class
         self.forward = forward
         self.members = members
         self.needs = needs
@@ -83,12 +96,18 @@ class LayerFit:
         """Why this one instance cannot take the kernel, or ``None``."""
         lacking = [name for name in self.needs if not _has(module, name)]
         if lacking:
-            return f"{self.what} reads {_list(sorted(lacking))}, which this {type(module).__name__} lacks"
+            problem = f"{self.what} reads {_list(sorted(lacking))}, which this {type(module).__name__} lacks"
+            return problem + self.explained(lacking)
         taken = [name for name in self.members if _is_own(module, name)]
         if taken:
             names = _list(sorted(taken))
             return f"{self.what} brings {names}, which this {type(module).__name__} has otherwise"
         return None
+
+    def explained(self, lacking: list[str]) -> str:
+        """What the kernel's source knows about attributes that are lacking, to end a message with."""
+        hint = explain_lacking(self.kernel_class, sorted(lacking))
+        return f"; {hint}" if hint else ""
 
 
 def check_layer(
@@ -176,6 +195,7 @@ def read_layer(
     needs = frozenset(name for name in needed if name not in members and not _class_has(target_class, name))
     return LayerFit(
         what,
+        kernel_class,
         forward,
         members,
         needs,
@@ -312,7 +332,9 @@ def _lacking_in_code(fit: LayerFit, target_class: type[nn.Module]) -> str | None
                 given |= stored_names(function)
     given |= set(vars(nn.Module())) if nn.Module in target_class.__mro__ else set()
     lacking = sorted(fit.needs - given)
-    return f"it reads {_list(lacking)}, which {target_class.__name__} lacks" if lacking else None
+    if not lacking:
+        return None
+    return f"it reads {_list(lacking)}, which {target_class.__name__} lacks{fit.explained(lacking)}"
 
 
 def _has(module: nn.Module, name: str) -> bool:
