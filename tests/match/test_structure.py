@@ -22,9 +22,9 @@ class Odd(nn.Module):
         self.small = small
 
     def forward(self, tokens):
-        h = tokens.type(torch.float32) if False else tokens.float()
+        h = tokens.type(torch.float32)
         power = torch.mean(torch.square(h), dim=-1, keepdim=True)
-        return (h / 1 if False else torch.rsqrt(self.small + power) * h).type_as(tokens) * self.g
+        return (torch.rsqrt(self.small + power) * h).type_as(tokens) * self.g
 
 
 class Late(Odd):

@@ -207,6 +207,11 @@ class Idioms:
             return self.to(x, target)
         return self.to(x, self.dtype_of(target))
 
+    def _call_type(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
+        if len(args) == 2 and args[1].op in ("dtype", "dtype_of"):
+            return self.to(args[0], args[1])
+        return None
+
     def is_tensor(self, term: Term) -> bool:
         """The term is surely a tensor: the result of an operation of torch."""
         return term.op in _SIGNATURES or term.op in ("to", "add", "mul", "sub", "div", "pow2", "input")

@@ -129,8 +129,10 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
             run.cls = None
             made = Recognition(target, site.op, site.form, site.facts, site.instance_facts)
             return replace(made, _nearest=lambda: site.near) if site.near else made
-    why = "; ".join(run.effects) if run.effects and hearts(term) else None
     run.cls = None
+    if not hearts(term):
+        return Recognition(target)  # and the terms need not be kept
+    why = "; ".join(run.effects) or None
     return Recognition(target, reason=why, _nearest=partial(near_misses, term, run))
 
 
