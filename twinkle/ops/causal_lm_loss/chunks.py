@@ -1,0 +1,293 @@
+"""The work behind the loss: chunks of rows, whose logits become their own gradient in place.
+
+Three matrix products a chunk of rows, and between them one pass that turns logits into losses and, in
+the same memory, into the gradient of the logits::
+
+    logits = hidden[chunk] @ weight.T          # [rows, vocab], the only buffer of that width
+    losses, logits <- row_losses(logits)       # the gradient takes the place of the logits
+    grad_hidden[chunk] = logits @ weight
+    grad_weight += logits.T @ hidden[chunk]    # in float32
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["RowLoss", "Wanted", "chunk_rows", "in_chunks", "uses_triton"]
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class RowLoss:
+    """The loss of one row: ``z = post * tanh(pre * x)`` or ``z = pre * x``, then cross entropy.
+
+    Attributes:
+        pre: Factor on the logits.
+        post: Factor on the tanh; not used without one.
+        tanh: Whether there is a tanh.
+        ignore_index: Rows with this label have no loss and no gradient.
+        label_smoothing: Share of the target that is spread over the whole vocabulary.
+    """
+
+    pre: float = 1.0
+    post: float = 1.0
+    tanh: bool = False
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which gradients are computed along with the losses."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+def chunk_rows(rows: int, vocab: int, itemsize: int, *, gpu: bool) -> int:
+    """How many rows a chunk has.
+
+    On a GPU 2048 where that is up to 1.25 GiB: below it the matrix products, and the float32 sum of
+    the weight's gradient once a chunk, fall behind (at 128 rows by a factor of three). More where the
+    vocabulary is small. On a CPU what stays near its caches.
+
+    Args:
+        rows: All rows there are.
+        vocab: Columns of the logits.
+        itemsize: Bytes of one of them.
+        gpu: Whether it is for a GPU.
+    """
+    row_bytes = max(1, vocab * itemsize)
+    if gpu:
+        most = max(min(2048, 1280 * _MIB // row_bytes), min(8192, 640 * _MIB // row_bytes))
+        step = 128
+    else:
+        most = min(2048, 16 * _MIB // row_bytes)
+        step = 16
+    most = max(step, most // step * step)
+    if rows <= most:
+        return max(1, rows)
+    chunks = -(-rows // most)
+    return min(most, -(-rows // (chunks * step)) * step)
+
+
+def in_chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: Tensor | None,
+    row_loss: RowLoss,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses of all rows, and gradients of ``sum(scale * losses)``.
+
+    Args:
+        hidden: ``[rows, hidden]``.
+        weight: ``[vocab, hidden]``, of the same dtype.
+        bias: ``[vocab]`` or None.
+        labels: ``[rows]``, shifted already.
+        scale: ``[]`` or ``[rows]``: what the gradient of each row is multiplied by; None for one.
+        row_loss: What the loss of a row is.
+        wanted: Which gradients are needed.
+
+    Returns:
+        Losses ``[rows]`` in float32 (float64 for float64), and the gradients that are wanted.
+    """
+    rows, vocab = hidden.shape[0], weight.shape[0]
+    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    losses = hidden.new_zeros(rows, dtype=precise)
+    grad_hidden = hidden.new_empty(hidden.shape) if wanted.hidden else None
+    grad_bias = weight.new_zeros(vocab, dtype=precise) if wanted.bias else None
+    size = chunk_rows(rows, vocab, hidden.element_size(), gpu=hidden.is_cuda)
+    sums = _WeightSum(weight, one_chunk=rows <= size) if wanted.weight else None
+    kernel = _row_kernel(hidden)
+    # Rows on whole cache lines: matrix products and the pass between them want aligned rows.
+    buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64))[:, :vocab]
+    for start in range(0, rows, size):
+        stop = min(start + size, rows)
+        part, logits = hidden[start:stop], buffer[: stop - start]
+        torch.mm(part, weight.t(), out=logits)
+        factor = scale if scale is None or scale.dim() == 0 else scale[start:stop]
+        kernel(logits, bias, labels[start:stop], losses[start:stop], factor, row_loss, bool(wanted))
+        if grad_hidden is not None:
+            torch.mm(logits, weight, out=grad_hidden[start:stop])
+        if sums is not None:
+            sums.add(logits, part)
+        if grad_bias is not None:
+            grad_bias += torch.sum(logits, 0, dtype=precise)
+    del buffer
+    return (
+        losses,
+        grad_hidden,
+        sums.result() if sums is not None else None,
+        grad_bias.to(weight.dtype if bias is None else bias.dtype) if grad_bias is not None else None,
+    )
+
+
+class _WeightSum:
+    """``sum of logits.T @ hidden`` over the chunks, in float32, given out in the weight's dtype.
+
+    The lower half of the float32 sum lies in the memory of the result, the upper half in a buffer of
+    the same size: at the end the lower half shrinks in place, so that sum and result together take
+    no more than the sum alone.
+    """
+
+    def __init__(self, weight: Tensor, *, one_chunk: bool) -> None:
+        self._vocab, self._width = weight.shape
+        self._empty = True
+        self._half = self._vocab
+        self._result = weight.new_empty(weight.shape)
+        self._parts = [self._result]
+        if weight.element_size() >= 4 or one_chunk:
+            return
+        if self._result.numel() == 0 or self._vocab < 2:
+            self._parts = [weight.new_empty(weight.shape, dtype=torch.float32)]
+            return
+        self._half = self._vocab // 2 // 64 * 64 or self._vocab // 2
+        low = self._result[: 2 * self._half].view(-1).view(torch.float32).view(self._half, self._width)
+        high = weight.new_empty((self._vocab - self._half, self._width), dtype=torch.float32)
+        self._parts = [low, high]
+
+    def add(self, logits: Tensor, hidden: Tensor) -> None:
+        columns = 0
+        for part in self._parts:
+            _accumulate(part, logits[:, columns : columns + part.shape[0]].t(), hidden, first=self._empty)
+            columns += part.shape[0]
+        self._empty = False
+
+    def result(self) -> Tensor:
+        if self._empty:
+            return self._result.zero_()
+        if self._parts[0].dtype == self._result.dtype:
+            return self._result
+        if len(self._parts) == 1:
+            return self._result.copy_(self._parts[0])
+        low, high = self._parts
+        # Rows [n, 2n) of the sum lie where rows [2n, 4n) of the result go, so each copy reads what none
+        # before it has overwritten; the first few have no room beside them.
+        ready = min(self._half, max(1, self._half // 64))
+        self._result[:ready] = low[:ready].to(self._result.dtype)
+        while ready < self._half:
+            stop = min(2 * ready, self._half)
+            self._result[ready:stop] = low[ready:stop]
+            ready = stop
+        self._result[self._half :] = high
+        return self._result
+
+
+def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """``total (+)= left @ right``; ``total`` may be wider than the two."""
+    if total.dtype == right.dtype:
+        if first:
+            torch.mm(left, right, out=total)
+        else:
+            total.addmm_(left, right)
+    elif right.is_cuda and _wide_products():
+        if first:
+            torch.mm(left, right, out_dtype=torch.float32, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    elif first:
+        total.copy_(left @ right)
+    else:
+        total += left @ right
+
+
+@functools.cache
+def _wide_products() -> bool:
+    """Whether a product of 16-bit matrices can be added to a float32 matrix (torch 2.8, not on ROCm)."""
+    try:
+        torch._C._dispatch_find_schema_or_throw("aten::addmm", "dtype_out")
+    except RuntimeError:
+        return False
+    return torch.version.hip is None
+
+
+def _row_kernel(hidden: Tensor) -> Any:
+    if hidden.dtype != torch.float64 and uses_triton(hidden):
+        from twinkle.ops.causal_lm_loss.triton import row_losses
+
+        return row_losses
+    return _plain_row_losses
+
+
+def uses_triton(tensor: Tensor) -> bool:
+    """Whether the Triton kernel runs on it: on a GPU, or anywhere under Triton's interpreter."""
+    return (tensor.is_cuda or (tensor.device.type == "cpu" and _interpreting())) and _has_triton()
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except Exception:
+        # A broken installation must not take the plain path with it.
+        return False
+    return True
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _plain_row_losses(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    scale: Tensor | None,
+    row_loss: RowLoss,
+    gradient: bool,
+) -> None:
+    """The definition of the step: write ``losses``, and over ``logits`` their gradient."""
+    values = logits.to(losses.dtype)
+    if values is logits:
+        values = logits.clone()
+    if bias is not None:
+        values += bias
+    values *= row_loss.pre
+    slope = None
+    if row_loss.tanh:
+        values.tanh_()
+        if gradient:
+            slope = (values * values).neg_().add_(1).mul_(row_loss.pre * row_loss.post)
+        values *= row_loss.post
+    counts = labels != row_loss.ignore_index
+    targets = labels.where(counts, labels.new_zeros(())).unsqueeze(1)
+    lse = values.logsumexp(1)
+    smooth, vocab = row_loss.label_smoothing, values.shape[1]
+    loss = lse - (1 - smooth) * values.gather(1, targets).squeeze(1)
+    if smooth:
+        loss -= smooth * values.mean(1)
+    losses.copy_(loss.where(counts, loss.new_zeros(())))
+    if not gradient:
+        return
+    values.sub_(lse.unsqueeze(1)).exp_()
+    if smooth:
+        values -= smooth / vocab
+    values.scatter_add_(1, targets, values.new_full(targets.shape, smooth - 1))
+    if slope is not None:
+        values *= slope
+    else:
+        values *= row_loss.pre
+    if scale is not None:
+        # Before the mask: the scale of a batch without a label is infinite.
+        values *= scale if scale.dim() == 0 else scale.unsqueeze(1)
+    logits.copy_(values)
+    logits.masked_fill_(~counts.unsqueeze(1), 0)

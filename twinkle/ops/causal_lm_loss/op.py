@@ -1,0 +1,278 @@
+"""The loss as operators of torch: seen by compilers, with shapes and gradients of their own.
+
+The gradients are computed along with the loss, as its logits are at hand only once; what autograd
+does later is to multiply them by the gradient of the loss. Losses of single rows (``reduction="none"``)
+get a gradient each that only backward knows, so their logits are computed again there.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from twinkle.ops.causal_lm_loss.chunks import RowLoss, Wanted, in_chunks
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["loss_of_all_rows", "loss_of_each_row"]
+
+_ROW_LOSS = "float pre, float post, bool tanh, int ignore_index, float label_smoothing"
+_WANTED = "bool want_hidden, bool want_weight, bool want_bias"
+
+
+@torch.library.custom_op(
+    "twinkle::linear_cross_entropy",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor? divisor, SymInt? most_rows, "
+    f"{_ROW_LOSS}, {_WANTED}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def loss_of_all_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    divisor: Tensor | None,
+    most_rows: int | None,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``sum of losses / divisor``, its gradients, and what is left to multiply the gradients by.
+
+    Args:
+        hidden: ``[rows, hidden]``.
+        weight: ``[vocab, hidden]``.
+        bias: ``[vocab]`` or None.
+        labels: ``[rows]``, shifted already.
+        divisor: ``[]``, None for the number of labels that count.
+        most_rows: No more labels than these count: the rows that do not are left out of the products.
+            Where more do, the loss is no number.
+        pre: See :class:`RowLoss`, as the next four.
+        post: ...
+        tanh: ...
+        ignore_index: ...
+        label_smoothing: ...
+        want_hidden: Whether the gradient of ``hidden`` is wanted; else it comes out empty.
+        want_weight: That of ``weight``.
+        want_bias: That of ``bias``.
+    """
+    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
+    wanted = Wanted(want_hidden, want_weight, want_bias)
+    with torch.no_grad(), _no_autocast(hidden):
+        precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        counts = labels != ignore_index
+        number = counts.sum()
+        inverse = (number if divisor is None else divisor).to(precise).reciprocal()
+        # The logits' gradient would vanish in float16 (a loss scaler comes after it): scaled last there.
+        late = hidden.dtype == torch.float16
+        # Whether a row counts is known on a CPU; on a GPU asking would wait for all work before it.
+        if not labels.is_cuda:
+            kept = counts.nonzero().squeeze(1)
+            rows = None if kept.numel() == labels.numel() else kept
+        elif most_rows is not None and most_rows < 0.95 * labels.numel():
+            rows = torch.argsort(counts, descending=True, stable=True)[:most_rows]
+        else:
+            rows = None
+        few = hidden.contiguous() if rows is None else hidden.index_select(0, rows)
+        losses, grad_hidden, grad_weight, grad_bias = in_chunks(
+            few,
+            weight.contiguous(),
+            bias,
+            (labels if rows is None else labels.index_select(0, rows)).contiguous(),
+            None if late else inverse,
+            row_loss,
+            wanted,
+        )
+        if rows is not None and grad_hidden is not None:
+            grad_hidden = torch.zeros_like(hidden).index_copy_(0, rows, grad_hidden)
+        loss = losses.sum() * inverse
+        if divisor is None:
+            loss = loss.where(number > 0, torch.nan)
+        if rows is not None and most_rows is not None:
+            loss = loss.where(number <= most_rows, torch.nan)
+        return (
+            loss,
+            inverse.clone() if late else torch.ones_like(inverse),
+            grad_hidden if grad_hidden is not None else hidden.new_empty(0),
+            grad_weight if grad_weight is not None else hidden.new_empty(0),
+            grad_bias if grad_bias is not None else hidden.new_empty(0),
+        )
+
+
+@loss_of_all_rows.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    divisor: Tensor | None,
+    most_rows: int | None,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return (
+        hidden.new_empty((), dtype=precise),
+        hidden.new_empty((), dtype=precise),
+        hidden.new_empty(hidden.shape if want_hidden else 0),
+        weight.new_empty(weight.shape if want_weight else 0),
+        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=hidden.dtype if bias is None else bias.dtype),
+    )
+
+
+def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.wanted = inputs[-3:]
+    ctx.save_for_backward(*output[1:])
+
+
+def _scale_gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
+    if any(other is not None for other in others):
+        raise RuntimeError("linear_cross_entropy has no second derivative: its gradients come from the forward")
+    if grad is None:
+        return (None,) * 14
+    rest, *gradients = ctx.saved_tensors
+    factor = grad * rest
+    scaled = [
+        (gradient * factor.to(gradient.dtype if gradient.dtype != torch.float16 else factor.dtype)).to(gradient.dtype)
+        if wanted
+        else None
+        for wanted, gradient in zip(ctx.wanted, gradients, strict=True)
+    ]
+    return (*scaled, *(None,) * 11)
+
+
+loss_of_all_rows.register_autograd(_scale_gradients, setup_context=_keep_gradients)
+
+
+@torch.library.custom_op(
+    "twinkle::linear_cross_entropy_rows",
+    mutates_args=(),
+    schema=f"(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, {_ROW_LOSS}) -> Tensor",
+)
+def loss_of_each_row(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    """Losses ``[rows]``; the arguments are those of :func:`loss_of_all_rows`."""
+    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
+    with torch.no_grad(), _no_autocast(hidden):
+        return in_chunks(
+            hidden.contiguous(), weight.contiguous(), bias, labels.contiguous(), None, row_loss, Wanted()
+        )[0]
+
+
+@loss_of_each_row.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+) -> Tensor:
+    precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return hidden.new_empty(hidden.shape[0], dtype=precise)
+
+
+@torch.library.custom_op(
+    "twinkle::linear_cross_entropy_rows_backward",
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
+    f"{_ROW_LOSS}, {_WANTED}) -> (Tensor, Tensor, Tensor)",
+)
+def _gradients_of_each_row(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
+    with torch.no_grad(), _no_autocast(hidden):
+        gradients = in_chunks(
+            hidden.contiguous(),
+            weight.contiguous(),
+            bias,
+            labels.contiguous(),
+            grad.contiguous(),
+            row_loss,
+            Wanted(want_hidden, want_weight, want_bias),
+        )[1:]
+    first, second, third = (g if g is not None else hidden.new_empty(0) for g in gradients)
+    return first, second, third
+
+
+@_gradients_of_each_row.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    pre: float,
+    post: float,
+    tanh: bool,
+    ignore_index: int,
+    label_smoothing: float,
+    want_hidden: bool,
+    want_weight: bool,
+    want_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if want_hidden else 0),
+        weight.new_empty(weight.shape if want_weight else 0),
+        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=hidden.dtype if bias is None else bias.dtype),
+    )
+
+
+def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.row_loss = inputs[4:]
+
+
+def _backward_of_rows(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    hidden, weight, bias, labels = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:3]
+    gradients = _gradients_of_each_row(grad, hidden, weight, bias, labels, *ctx.row_loss, *wanted)
+    given = [gradient if want else None for want, gradient in zip(wanted, gradients, strict=True)]
+    return (*given, *(None,) * 6)
+
+
+loss_of_each_row.register_autograd(_backward_of_rows, setup_context=_keep_rows)
+
+
+def _no_autocast(tensor: Tensor) -> Any:
+    return torch.autocast(tensor.device.type, enabled=False)
