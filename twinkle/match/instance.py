@@ -60,7 +60,9 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
     facts = dict(recognition.facts)
     try:
         if recognition.op == "causal_lm_loss":
-            _check_loss(facts, module)
+            _check_loss(recognition, facts, module)
+        elif recognition.op in ("residual_norm", "qk_norm_rotary"):
+            _check_norms(recognition, facts, module)
         else:
             for role in recognition.instance_facts:
                 facts[role] = _read(recognition, role, facts[role], module)
@@ -128,16 +130,72 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
         )
     if role == "normalized_shape":
         return tuple(value)
-    if role in _LINEARS or role in ("norm", "q_norm", "k_norm", "dropout"):
+    if role in _LINEARS or role in ("norm", "dropout"):
         _check_hooks(path, value)
-    if role in ("norm", "q_norm", "k_norm"):
-        from twinkle.match.structure import recognise
-
-        if recognise(type(value)).op not in ("rms_norm", "layer_norm"):
-            raise _Refused(f"{path} is a {type(value).__qualname__}, which is not recognised as a norm")
+    if role == "norm" and recognition.op == "gated_mlp":
+        _norm_of(path, value)
     if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
         raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
     return bool(value) if role == "with_weight" else path
+
+
+def _norm_of(path: str, layer: Any) -> Any:
+    """The form of the norm that a layer is."""
+    from twinkle.match.structure import recognise
+
+    _check_hooks(path, layer)
+    found = recognise(type(layer))
+    if found.op not in ("rms_norm", "layer_norm"):
+        raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
+    facts = check_instance(found, layer)
+    if isinstance(facts, Reason):
+        raise _Refused(f"{path}: {facts}")
+    return found.form
+
+
+def _check_norms(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
+    if recognition.op == "qk_norm_rotary":
+        if facts["when"] is not None and not _get(module, facts["when"]):
+            raise _Refused(f"{facts['when']} is off")
+        paths = [facts["q_norm"], facts["k_norm"]]
+        expected = [recognition.form.norm] * 2
+    else:
+        # A layer may hold a norm at one place and nothing at another: what is there is kept.
+        sites = [site for site in facts["sites"] if _has_norm(module, site["norm"])]
+        if not sites:
+            raise _Refused("none of its norms is recognised in this instance")
+        scales = [
+            site["scale"] if site["scale"] is None else _factor(module, site["scale"]) for site in sites
+        ]
+        forms = [_norm_of(site["norm"], _get(module, site["norm"])) for site in sites]
+        facts["sites"] = tuple(
+            {**site, "scale": scale, "form": form}
+            for site, scale, form in zip(sites, scales, forms, strict=True)
+        )
+        facts["norm"], facts["scale"] = sites[0]["norm"], scales[0]
+        return
+    for path, form in zip(paths, expected, strict=True):
+        if (found := _norm_of(path, _get(module, path))) != form:
+            raise _Refused(f"{path} is a norm of the form {found.name}, not {form.name}")
+
+
+def _has_norm(module: Any, path: str) -> bool:
+    try:
+        _norm_of(path, _get(module, path))
+    except _Refused:
+        return False
+    return True
+
+
+def _is_off(module: Any, path: str) -> bool:
+    return not re.fullmatch(r"-?[\d.e+-]+", path) and _get(module, path) is None
+
+
+def _factor(module: Any, path: str) -> Any:
+    value = float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else _get(module, path)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _Refused(f"{path} is {type(value).__name__}, not a number")
+    return value
 
 
 def _check_hooks(path: str, layer: Any) -> None:
@@ -171,7 +229,7 @@ def _bias(module: Any, facts: dict[str, Any], role: str) -> bool:
     return role in facts and _get(module, facts[role]).bias is not None
 
 
-def _check_loss(facts: dict[str, Any], module: Any) -> None:
+def _check_loss(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
     import torch
 
     head = facts["head"]
@@ -184,15 +242,13 @@ def _check_loss(facts: dict[str, Any], module: Any) -> None:
         layer = _get(module, head)
     _check_hooks(head, layer)
     facts["head"] = head
-    factors = []
-    for path in facts["factors"]:
-        value = path
-        if path is not None:
-            value = float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else _get(module, path)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise _Refused(f"{path} is {type(value).__name__}, not a number")
-        factors.append(value)
-    facts["factors"] = tuple(factors)
+    steps = zip(recognition.form.steps, facts["factors"], strict=True)
+    facts["factors"] = tuple(
+        None
+        if path is None or (step.startswith("optional_") and _is_off(module, path))
+        else _factor(module, path)
+        for step, path in steps
+    )
     loss = source.function_of(getattr(module, "loss_function", None))
     if (
         loss is None

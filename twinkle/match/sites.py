@@ -270,33 +270,35 @@ def _qk_norm_rotary(run: Run, classes: dict[str, set[type]]) -> Site | None:
         rotation = recognise(function)
         if rotation.op != "rotary" or len(args) < 2:
             continue
-        sides = [_normed(arg) for arg in args[:2]]
-        if None in sides:
+        q_side, k_side = _normed(args[0]), _normed(args[1])
+        if q_side is None or k_side is None or q_side[1:] != k_side[1:]:
             continue
-        (q_path, q_over), (k_path, k_over) = sides  # type: ignore[misc]
+        (q_path, over, when), k_path = q_side, k_side[0]
         q_norm, k_norm = _norm_form(q_path, classes), _norm_form(k_path, classes)
-        if q_norm is None or q_norm != k_norm or q_over != k_over or q_norm[0] != "rms_norm":
+        if q_norm is None or q_norm != k_norm or q_norm[0] != "rms_norm":
             continue
         form = QKNormRotaryForm(
-            f"{q_norm[1].name}_{rotation.form.name}_{q_over}", q_norm[1], rotation.form, q_over
+            f"{q_norm[1].name}_{rotation.form.name}_{over}", q_norm[1], rotation.form, over
         )
-        facts = {"q_norm": q_path, "k_norm": k_path, "rotary": rotation.target}
+        facts = {"q_norm": q_path, "k_norm": k_path, "rotary": rotation.target, "when": when}
         return Site("qk_norm_rotary", form, facts, ("q_norm", "k_norm"))
     return None
 
 
-def _normed(term: Term) -> tuple[str, Literal["head", "all"]] | None:
-    """The norm on the way from a projection to the rotation, and what it is over."""
-    split = False
+def _normed(term: Term) -> tuple[str, Literal["head", "all"], str | None] | None:
+    """The norm on the way from a projection to the rotation, what it is over, and the flag it depends on."""
+    split, when = False, None
     while True:
         if term.op in ("reshape", "unflatten"):
             split, term = True, term.args[0]
-        elif term.op in ("transpose", "permute", "to", "index", "if"):
-            term = term.args[1] if term.op == "if" else term.args[0]
+        elif term.op == "transpose":
+            term = term.args[0]
+        elif term.op == "if" and when is None and (when := attribute_path(term.args[0])) is not None:
+            term = term.args[1]
         elif term.op == "call":
             path = attribute_path(term.args[0])
             if path is None or len(term.args[1]) != 1:
                 return None
-            return path, "all" if split else "head"
+            return path, "all" if split else "head", when
         else:
             return None
