@@ -1,0 +1,321 @@
+"""``activation(gate) · up`` as functions and ops: from two tensors, from the halves of one, and before a linear."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, memory_order, route, rows_of
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_fused", "gated_linear"]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: torch.square(F.relu(x)),
+    "sigmoid": torch.sigmoid,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "identity": lambda x: x,
+}
+"""What the kernel knows, by the canonical names of the matcher."""
+
+
+def gated_activation(
+    gate: Tensor,
+    up: Tensor,
+    activation: str = "silu",
+    clamp: str = "none",
+    limit: float | None = None,
+    scale: float | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """``activation(gate) · up`` in one kernel.
+
+    Args:
+        gate: ``[..., intermediate]``.
+        up: As ``gate``.
+        activation: One of `ACTIVATIONS`.
+        clamp: ``inputs``: the gate from above and up from both sides before; ``activated``: the
+            activated gate instead.
+        limit: Of the clamp.
+        scale: On the gate before the activation.
+        exact: In float32 throughout, rounded once.
+
+    Returns:
+        ``[..., intermediate]``, of the dtype of the gate.
+
+    Raises:
+        ValueError: The activation is not one of `ACTIVATIONS`.
+    """
+    _check(activation)
+    way = route(gate, up)
+    if way == DEFINITION or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+        return definition(gate, up, activation, clamp, limit, scale, exact)
+    if way == STRAIGHT:
+        return _Gated.apply(gate, up, activation, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+    return _op(gate, up, activation, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+
+
+def gated_activation_fused(
+    gate_up: Tensor,
+    activation: str = "silu",
+    gate_half: int = 0,
+    clamp: str = "none",
+    limit: float | None = None,
+    scale: float | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """As `gated_activation`, from the two halves of the last dimension; their gradient is one tensor.
+
+    Args:
+        gate_up: ``[..., 2 · intermediate]``.
+        activation: One of `ACTIVATIONS`.
+        gate_half: Which half is the gate.
+        clamp: See `gated_activation`.
+        limit: See `gated_activation`.
+        scale: See `gated_activation`.
+        exact: See `gated_activation`.
+
+    Returns:
+        ``[..., intermediate]``.
+    """
+    _check(activation)
+    way = route(gate_up)
+    if way == DEFINITION or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        halves = gate_up.chunk(2, dim=-1)
+        return definition(halves[gate_half], halves[1 - gate_half], activation, clamp, limit, scale, exact)
+    if way == STRAIGHT:
+        return _Fused.apply(gate_up, activation, gate_half, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+    return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+
+
+def gated_linear(
+    gate: Tensor,
+    up: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str = "silu",
+    clamp: str = "none",
+    limit: float | None = None,
+    scale: float | None = None,
+    exact: bool = False,
+) -> Tensor:
+    """``linear(activation(gate) · up)`` that keeps gate and up alone for backward, and not the product.
+
+    Backward has gate and up at hand and writes the product again on its way: one more write of it
+    instead of holding it from forward to backward in every layer.
+
+    Args:
+        gate: ``[..., intermediate]``, where kernels run straight (see ``launch.route``).
+        up: As ``gate``.
+        weight: ``[hidden, intermediate]``.
+        bias: ``[hidden]`` or None.
+        activation: One of `ACTIVATIONS`.
+        clamp: See `gated_activation`.
+        limit: See `gated_activation`.
+        scale: See `gated_activation`.
+        exact: See `gated_activation`.
+
+    Returns:
+        ``[..., hidden]``.
+    """
+    _check(activation)
+    result = _GatedLinear.apply(gate, up, weight, bias, activation, clamp, limit, scale, exact)
+    return result  # type: ignore[no-any-return]
+
+
+def _check(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
+
+
+def definition(
+    gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None, scale: float | None, exact: bool
+) -> Tensor:
+    """The same in plain torch."""
+    act = ACTIVATIONS[activation]
+    if clamp == "inputs":
+        gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)  # type: ignore[operator]
+    if clamp == "activated":
+        return act(gate).clamp(max=limit) * up.clamp(min=-limit, max=limit)  # type: ignore[operator]
+    if exact:
+        return (act(gate.float()) * up.float()).to(gate.dtype)
+    return act(gate if scale is None else gate * scale) * up
+
+
+def _forward(
+    gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None, scale: float | None, exact: bool
+) -> Tensor:
+    from twinkle.ops.gated_mlp import triton as kernels
+
+    out = _empty(gate)
+    order = memory_order(out)
+    kernels.forward(
+        rows_of(gate, order), rows_of(up, order), rows_of(out, order), activation,
+        clamp=clamp, limit=limit, scale=scale, exact=exact,
+    )  # fmt: skip
+    return out
+
+
+def _backward(
+    dout: Tensor, gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None,
+    scale: float | None, exact: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from twinkle.ops.gated_mlp import triton as kernels
+
+    dgate, dup = _empty(gate), _empty(gate)
+    order = memory_order(dgate)
+    kernels.backward(
+        rows_of(dout, order), rows_of(gate, order), rows_of(up, order), rows_of(dgate, order), rows_of(dup, order),
+        activation, clamp=clamp, limit=limit, scale=scale, exact=exact,
+    )  # fmt: skip
+    return dgate, dup
+
+
+def _empty(gate: Tensor) -> Tensor:
+    # The strides that elementwise torch gives, as long as channels stay adjacent.
+    out = torch.empty_like(gate)
+    if out.is_contiguous() or memory_order(out) is not None:
+        return out
+    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+
+
+def _halves(gate_up: Tensor, gate_half: int) -> tuple[Tensor, Tensor]:
+    halves = gate_up.chunk(2, dim=-1)
+    return halves[gate_half], halves[1 - gate_half]
+
+
+def _fused_forward(
+    gate_up: Tensor, activation: str, gate_half: int, clamp: str, limit: float | None, scale: float | None,
+    exact: bool,
+) -> Tensor:  # fmt: skip
+    from twinkle.ops.gated_mlp import triton as kernels
+
+    width = gate_up.shape[-1] // 2
+    out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
+    gate, up = _halves(rows_of(gate_up), gate_half)
+    kernels.forward(gate, up, rows_of(out), activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
+    return out
+
+
+def _fused_backward(
+    dout: Tensor, gate_up: Tensor, activation: str, gate_half: int, clamp: str, limit: float | None,
+    scale: float | None, exact: bool,
+) -> Tensor:  # fmt: skip
+    from twinkle.ops.gated_mlp import triton as kernels
+
+    gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    gate, up = _halves(rows_of(gate_up), gate_half)
+    dgate, dup = _halves(rows_of(gradient), gate_half)
+    kernels.backward(
+        rows_of(dout), gate, up, dgate, dup, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
+    )
+    return gradient
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.rest = rest
+        return _forward(gate, up, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return (*_backward(dout, gate, up, *ctx.rest), None, None, None, None, None)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor, *rest: Any) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        ctx.rest = rest
+        return _fused_forward(gate_up, *rest)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return (_fused_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
+
+
+class _GatedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        ctx.rest = rest
+        return F.linear(_forward(gate, up, *rest), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from twinkle.ops.gated_mlp import triton as kernels
+
+        gate, up, weight = ctx.saved_tensors
+        activation, clamp, limit, scale, exact = ctx.rest
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        product = torch.empty((dy_rows.shape[0], gate.shape[-1]), dtype=gate.dtype, device=gate.device)
+        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        kernels.backward(
+            dy_rows @ weight, rows_of(gate), rows_of(up), rows_of(dgate), rows_of(dup), activation,
+            clamp=clamp, limit=limit, scale=scale, exact=exact, out=product,
+        )  # fmt: skip
+        dweight = dy_rows.t() @ product if ctx.needs_input_grad[2] else None
+        dbias = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
+        return (dgate, dup, dweight, dbias, None, None, None, None, None)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate, up, *ctx.rest = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None)
+
+
+def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    gate_up, *ctx.rest = inputs
+    ctx.save_for_backward(gate_up)
+
+
+def _fused_derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    return (_fused_backward_op(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
+
+
+_REST = "str clamp, float? limit, float? scale, bool exact"
+_backward_op = define(
+    f"gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, {_REST}) -> (Tensor, Tensor)",
+    _backward,
+    lambda dout, gate, up, *rest: (_empty(gate), _empty(gate)),
+)
+_op = define(
+    f"gated_activation(Tensor gate, Tensor up, str activation, {_REST}) -> Tensor",
+    _forward,
+    lambda gate, up, *rest: _empty(gate),
+    setup=_setup,
+    backward=_derivative,
+)
+_fused_backward_op = define(
+    f"gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
+    _fused_backward,
+    lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
+)
+_fused_op = define(
+    f"gated_activation_fused(Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
+    _fused_forward,
+    lambda gate_up, *rest: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
+    setup=_fused_setup,
+    backward=_fused_derivative,
+)
