@@ -101,7 +101,11 @@ def _plugin_records(settings: Settings) -> list[Records]:
             warn(f"plugin {name} is left out: {error.reason}")
             continue
         checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
-        records.append(checked.records(trust_remote_code=settings.trust_remote_code))
+        layers, targets, functions = checked.records(trust_remote_code=settings.trust_remote_code)
+        for kernel in (*layers, *functions):
+            if kernel.verify is None and settings.verify == "auto":
+                kernel.verify = "first-use"  # nobody bound it by name
+        records.append((layers, targets, functions))
     return records
 
 

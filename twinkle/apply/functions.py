@@ -250,8 +250,11 @@ class _Plan:
             if self._place(candidate.kernel.mode, candidate.can_torch_compile) is None:
                 candidate.binding.set("skipped", "it says it cannot be compiled")
                 continue
-            self.implementation = implementation
             self.chosen = [candidate]
+            # A kernel that is still to be proven needs the dispatcher's first call.
+            self.implementation = (
+                dispatcher(original, self.chosen) if candidate.proofs_left else implementation
+            )
             for other in order[at + 1 :]:
                 other.binding.set("skipped", f"{candidate.binding.source} goes first here")
             return
@@ -288,7 +291,9 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     key = f"{kernel.target}|{kernel.device}|{kernel.mode}"
     known = _candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
-        known = _candidates[key] = (kernel, original, FunctionCandidate(kernel, function_binding(kernel)))
+        proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
+        candidate = FunctionCandidate(kernel, function_binding(kernel), proofs=proofs)
+        known = _candidates[key] = (kernel, original, candidate)
     return known[2]
 
 

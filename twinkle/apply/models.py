@@ -277,7 +277,8 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
     key = (id(kernel), target)
     known = _candidates.get(key)
     if known is None or known.kernel is not kernel:
-        known = _candidates[key] = Candidate(kernel, layer_binding(kernel, target))
+        proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
+        known = _candidates[key] = Candidate(kernel, layer_binding(kernel, target), proofs=proofs)
     return known
 
 

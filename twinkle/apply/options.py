@@ -35,5 +35,19 @@ class Options:
         self.verify = "auto"
         self.disabled: Collection[str] = ()
 
+    def proofs(self, verify: str | None, *, kind: str) -> int:
+        """How many calls of a kernel are compared with the original before it is trusted.
 
+        Args:
+            verify: What was said for this kernel; ``None`` is the setting for all.
+            kind: The kind of its source. ``auto`` trusts what a user bound by name, and proves what
+                Twinkle chose by itself.
+        """
+        verify = verify or self.verify
+        if verify == "auto":
+            verify = "first-use" if kind == "embedded" else "off"
+        return {"off": 0, "first-use": 1, "always": SHADOWED_CALLS}[verify]
+
+
+SHADOWED_CALLS = 16
 options = Options()

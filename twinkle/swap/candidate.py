@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.errors import TwinkleError, TwinkleWarning
+from twinkle.errors import KernelError, TwinkleError, TwinkleWarning
 from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
+    from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
     from twinkle.swap.dispatch import Dispatch
 
@@ -38,11 +39,18 @@ class _Candidate:
         binding: Its record in the report.
         strict: Raise what goes wrong instead of going on with the original.
         dead: Why it is out of the running, or ``None``.
+        proofs_left: How many calls are to be compared with the original before it is trusted.
     """
 
     def __init__(
-        self, kernel: LayerKernel | FunctionKernel, binding: Binding, *, strict: bool = False
+        self,
+        kernel: LayerKernel | FunctionKernel,
+        binding: Binding,
+        *,
+        strict: bool = False,
+        proofs: int = 0,
     ) -> None:
+        self.proofs_left = proofs
         self.kernel = kernel
         self.binding = binding
         self.strict = strict
@@ -52,6 +60,7 @@ class _Candidate:
         self._loaded: Any = _UNLOADED
         self._lock = threading.RLock()
         self._loading = False
+        self._proven_before = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
@@ -137,6 +146,18 @@ class _Candidate:
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
+    def judged(self, verdict: Verdict) -> None:
+        """It was compared with the original: one proof less to go, or out of the running."""
+        self.binding.proof = f"{'proven' if verdict.ok else 'rejected'}: {verdict.text}"
+        if verdict.ok:
+            self._proven_before = True
+            self.proofs_left = max(0, self.proofs_left - 1)
+            return
+        trusted = self.binding.state == "active" and self._proven_before
+        self.retire("quarantined" if trusted else "failed", f"does not compute the same: {verdict.text}")
+        if self.strict:
+            raise KernelError(f"kernel {self.binding.kernel!r} does not compute the same", found=verdict.text)
+
     def succeeded(self) -> None:
         """It is in place, loaded and fits."""
         if self.dead is None and self.binding.state != "active":
@@ -148,8 +169,10 @@ class Candidate(_Candidate):
 
     kernel: LayerKernel
 
-    def __init__(self, kernel: LayerKernel, binding: Binding, *, strict: bool = False) -> None:
-        super().__init__(kernel, binding, strict=strict)
+    def __init__(
+        self, kernel: LayerKernel, binding: Binding, *, strict: bool = False, proofs: int = 0
+    ) -> None:
+        super().__init__(kernel, binding, strict=strict, proofs=proofs)
         self._fits: weakref.WeakKeyDictionary[type, LayerFit] = weakref.WeakKeyDictionary()
 
     def fit(self, target_class: type[nn.Module], instances: Sequence[nn.Module] = ()) -> LayerFit | None:
@@ -187,8 +210,10 @@ class FunctionCandidate(_Candidate):
 
     kernel: FunctionKernel
 
-    def __init__(self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False) -> None:
-        super().__init__(kernel, binding, strict=strict)
+    def __init__(
+        self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False, proofs: int = 0
+    ) -> None:
+        super().__init__(kernel, binding, strict=strict, proofs=proofs)
         self._function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -13,6 +13,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from twinkle.devices import torch_type
 from twinkle.modes import rank
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Dispatch", "Entry", "Moment"]
 
+# Enough rows for every branch of a kernel but those on the width, and next to nothing in a first step.
+PROOF_ROWS = 256
 # `x.is_cuda` takes a sixth of the time of `x.device.type`.
 _QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
 
@@ -205,6 +208,8 @@ class Dispatch:
         if entry is None or entry.function is None:
             self.rebuild()
             return self.original(*args, **kwargs)
+        if entry.candidate.proofs_left and not self._prove(entry, args, kwargs, backward=moment.grad):
+            return self.original(*args, **kwargs)
         if entry.state == "live":
             self.rebuild()
             return (
@@ -223,7 +228,8 @@ class Dispatch:
                 raise
             failure = error
         else:
-            entry.state = "live"
+            if not entry.candidate.proofs_left:
+                entry.state = "live"
             entry.candidate.succeeded()
             self.rebuild()
             return result
@@ -231,6 +237,30 @@ class Dispatch:
         result = self.original(*args, **kwargs)
         entry.candidate.retire("quarantined", f"raised at its first call: {explain(failure)}")
         return result
+
+    def subject(self, args: tuple[Any, ...]) -> tuple[nn.Module | None, type | None]:
+        """The module that a call is about, which is its first argument, and its class without Twinkle."""
+        return None, None
+
+    def _prove(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], *, backward: bool) -> bool:
+        """Compare a kernel with the original on the inputs of a call."""
+        from twinkle.proof.compare import compare
+
+        module, plain_class = self.subject(args)
+        assert entry.function is not None
+        entry.candidate.judged(
+            compare(
+                self.original,
+                entry.function,
+                args if module is None else args[1:],
+                kwargs,
+                module=module,
+                plain_class=plain_class,
+                backward=backward and _flows(module, (*args, *kwargs.values())),
+                rows=PROOF_ROWS if entry.candidate.kernel.source.kind == "embedded" else None,
+            )
+        )
+        return entry.candidate.dead is None
 
     def _load_for_trace(self, name: str, device: str | None, training: bool, grad: bool) -> int:
         """Run by the compiler while it traces: load the kernel, and put it where the trace goes next."""
@@ -429,6 +459,13 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
         return function(*args)
 
     return constant(run)
+
+
+def _flows(module: nn.Module | None, values: tuple[Any, ...]) -> bool:
+    """A gradient is recorded for the call."""
+    if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
+        return True
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _out_of_memory(error: Exception) -> bool:

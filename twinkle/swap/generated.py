@@ -217,6 +217,10 @@ class LayerDispatch(Dispatch):
         """What the module says."""
         return bool(args[0].training)
 
+    def subject(self, args: tuple[Any, ...]) -> tuple[nn.Module | None, type | None]:
+        """The module itself, and the class it had."""
+        return args[0], self.target
+
     def trace_arguments(self) -> tuple[Any, ...]:
         """Some module, so that its attributes can be checked."""
         return tuple(self.modules()[:1])
