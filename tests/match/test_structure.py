@@ -222,6 +222,29 @@ def test_a_function_of_torch_is_an_activation():
     assert (found.op, found.facts["activation"]) == ("gated_mlp", "gelu_tanh")
 
 
+class NormedGate(Gate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.between = nn.LayerNorm(12)
+
+    def forward(self, x):
+        return self.back(self.between(self.act(self.one(x)) * self.two(x)))
+
+
+class DroppedGate(NormedGate):
+    def __init__(self) -> None:
+        super().__init__()
+        self.away = nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.back(self.away(self.act(self.one(x)) * self.two(x)))
+
+
+def test_a_norm_and_a_dropout_are_told_apart_by_what_init_builds():
+    assert recognise(NormedGate).form.name == "normed"
+    assert recognise(DroppedGate).form.name == "separate_dropout"
+
+
 def test_an_mlp_without_gate_is_no_gated_mlp():
     assert not recognise(PlainMLP)
 

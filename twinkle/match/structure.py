@@ -22,7 +22,7 @@ from twinkle.match import source, templates
 from twinkle.match.execute import Run, Unsupported, execute
 from twinkle.match.instance import Reason, check_instance
 from twinkle.match.nearness import NearMiss, hearts, near_misses
-from twinkle.match.sites import recognise_sites
+from twinkle.match.sites import attribute_classes, recognise_sites
 from twinkle.match.terms import Arena, Term, show, walk
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 
@@ -182,12 +182,23 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     for op in hearts(term):
         for template in templates.templates(op):
             bound = unify(template.term, term, templates.ROLES[op]) if template.key == key else None
-            if bound is not None:
+            if bound is not None and _plausible(bound, run.cls):
                 facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
                 return Recognition(target, op, template.form, facts, instance_facts, guards)
     return None
+
+
+def _plausible(bound: Bindings, owner: type | None) -> bool:
+    """A dropout and a norm are written alike; what ``__init__`` builds there tells which it is."""
+    paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
+    classes = attribute_classes(owner) if paths and owner is not None else {}
+    for role, path in paths.items():
+        names = {cls.__name__ for cls in classes.get(path or "", ()) if hasattr(cls, "forward")}
+        if names and any(name in ("Dropout", "Identity") for name in names) != (role == "dropout"):
+            return False
+    return True
 
 
 def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
