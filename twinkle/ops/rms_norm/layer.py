@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["GemmaRMSNorm", "RMSNorm", "covers", "layer_class", "rms_norm"]
+__all__ = ["GemmaRMSNorm", "RMSNorm", "covers", "fits", "layer_class", "result_dtype", "rms_norm"]
 
 WIDEST = 65536
 _FORMS = {form.name: form for form in FORMS}
@@ -74,7 +74,7 @@ def rms_norm(
         ``[..., hidden]``.
     """
     way = route(x, weight) if eps is not None else DEFINITION
-    if way != DEFINITION and _fits(x, weight, form, group_size, normalized_shape):
+    if way != DEFINITION and fits(x, weight, form, group_size, normalized_shape):
         if form.weight == "none" or not with_weight:
             weight = None
         if way == STRAIGHT:
@@ -86,9 +86,10 @@ def rms_norm(
     )  # fmt: skip
 
 
-def _fits(
+def fits(
     x: Tensor, weight: Tensor | None, form: RMSNormForm, group_size: int | None, normalized_shape: tuple[int, ...]
 ) -> bool:
+    """Whether the kernel takes these inputs."""
     if not _COVERED.get(form.name, False) or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
         return False
     if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):

@@ -1,0 +1,247 @@
+"""Norms of queries and keys and their rotation as one function with the signature of its definition."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, rows_of, route
+from twinkle.ops.qk_norm_rotary import reference
+from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
+from twinkle.ops.rms_norm import reference as norms
+from twinkle.ops.rms_norm.layer import covers as covers_norm
+from twinkle.ops.rms_norm.layer import result_dtype
+from twinkle.ops.rotary import reference as rotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["covers", "qk_norm_rotary"]
+
+_NORMS = {form.name: form for form in norms.FORMS}
+_ROTATIONS = {form.name: form for form in rotations.FORMS}
+_LLAMA = QKNormRotaryForm("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
+_MOST = 16384  # Elements of one token's heads that a program holds.
+
+
+@functools.cache
+def covers(form: QKNormRotaryForm) -> bool:
+    """Whether there is a kernel for a form: half-split pairs that are not cast to another dtype at the end."""
+    rotation = form.rotary
+    return (
+        form.norm.name in _NORMS
+        and covers_norm(form.norm)
+        and form.norm.compute not in ("input", "fused")
+        and rotation.name in _ROTATIONS
+        and rotation.pairs == "half"
+        and rotation.part == "all"
+        and rotation.tensors == 2
+        and not rotation.inverse
+        and not rotation.indexed
+        and not rotation.sections
+        and rotation.broadcast in ("argument", "1")
+    )
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    head_dim: int,
+    form: QKNormRotaryForm = _LLAMA,
+) -> tuple[Tensor, Tensor]:
+    """``rotary(norm(q), norm(k))`` by head; see ``reference.qk_norm_rotary``.
+
+    Equal to the definition but where the order of the sum of squares moves the normalised value across a
+    rounding boundary: one unit in the last place of that value.
+
+    Args:
+        q: ``[batch, tokens, heads · head_dim]``, as the projection returns it.
+        k: ``[batch, tokens, kv_heads · head_dim]``.
+        q_weight: ``[head_dim]``, or ``[heads · head_dim]`` where the norm is over all heads.
+        k_weight: As ``q_weight``.
+        q_eps: Of the norm of the queries.
+        k_eps: Of the norm of the keys.
+        cos: ``[batch, tokens, head_dim]``. One that wants a gradient goes through the definition.
+        sin: As ``cos``.
+        head_dim: Channels of a head.
+        form: Which norm and which rotation.
+
+    Returns:
+        ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
+        come before heads, as after the definition's transpose.
+    """
+    way = route(q, k, q_weight, k_weight, cos, sin) if covers(form) else DEFINITION
+    if way != DEFINITION and _fits(q, k, q_weight, k_weight, cos, sin, head_dim, form):
+        if form.norm.weight == "none":
+            q_weight = k_weight = None
+        names = (form.norm.name, form.rotary.name, form.over == "all")
+        function = _QKNormRotary.apply if way == STRAIGHT else _op
+        return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
+    return reference.qk_norm_rotary(
+        q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form
+    )  # fmt: skip
+
+
+def _fits(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int,
+    form: QKNormRotaryForm,
+) -> bool:  # fmt: skip
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return False
+    width = cos.shape[-1] * (2 if form.rotary.tables == "half" else 1)
+    if q.dim() != 3 or k.dim() != 3 or cos.dim() != 3 or cos.shape != sin.shape or width != head_dim:
+        return False
+    if head_dim % 2 or q.dtype != k.dtype or cos.dtype != sin.dtype or q.shape[:2] != k.shape[:2]:
+        return False
+    if cos.shape[1] != q.shape[1] or cos.shape[0] not in (1, q.shape[0]) or q.shape[-1] > _MOST:
+        return False
+    if (q_weight is None) != (k_weight is None):
+        return False
+    for x, w in ((q, q_weight), (k, k_weight)):
+        if x.shape[-1] % head_dim:
+            return False
+        wanted = x.shape[-1] if form.over == "all" else head_dim
+        if w is not None and (w.shape != (wanted,) or not w.is_contiguous() or w.dtype != x.dtype):
+            return False
+    return True
+
+
+def _dtypes(q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str) -> tuple[torch.dtype, ...]:
+    """Of the norm's result, of the products of the rotation, of the result."""
+    between = result_dtype(q, weight, _NORMS[norm])
+    form = _ROTATIONS[rotation]
+    compute = torch.promote_types(between, cos.dtype) if form.compute == "input" else torch.float32
+    return between, compute, between if form.cast != "none" else compute
+
+
+def _empty(x: Tensor, head_dim: int, dtype: torch.dtype, rotation: str) -> Tensor:
+    batch, tokens, channels = x.shape
+    if _ROTATIONS[rotation].tables == "half":  # The definition ends in a concatenation.
+        return torch.empty((batch, channels // head_dim, tokens, head_dim), dtype=dtype, device=x.device)
+    made = torch.empty((batch, tokens, channels // head_dim, head_dim), dtype=dtype, device=x.device)
+    return made.transpose(1, 2)
+
+
+def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    if cos.stride(-1) != 1 or sin.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    return (cos, sin) if cos.shape[0] == batch else (cos.expand(batch, -1, -1), sin.expand(batch, -1, -1))
+
+
+def _forward(
+    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
+    head_dim: int, norm: str, rotation: str, over_all: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from twinkle.ops.launch import tl_dtype
+    from twinkle.ops.qk_norm_rotary import triton as kernels
+    from twinkle.ops.rms_norm.triton import roundings
+
+    between, compute, out = _dtypes(q, qw, cos, norm, rotation)
+    q_out, k_out = _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
+    form = _NORMS[norm]
+    normal, scale, product, _ = roundings(form, q.dtype, None if qw is None else qw.dtype)
+    constants = {
+        "ONE_PLUS": form.weight == "one_plus", "COMPUTE": form.compute, "DIVIDE": form.inverse == "divide",
+        "X": tl_dtype(q.dtype), "N": tl_dtype(normal), "S": tl_dtype(scale), "P": tl_dtype(product),
+    }  # fmt: skip
+    kernels.forward(
+        rows_of(q), rows_of(k), qw, kw, q_eps, k_eps, *_tables(cos, sin, q.shape[0]), q_out, k_out,
+        over_all=over_all, norm=constants, between=between, compute=compute,
+        one=_ROTATIONS[rotation].tables == "half",
+    )  # fmt: skip
+    return q_out, k_out
+
+
+def _backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
+    k_eps: float, cos: Tensor, sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from twinkle.ops.qk_norm_rotary import triton as kernels
+    from twinkle.ops.rms_norm.triton import roundings
+
+    between, compute, _ = _dtypes(q, qw, cos, norm, rotation)
+    dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    dq_out, dk_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq_out, dk_out))
+    dqw, dkw = kernels.backward(
+        dq_out, dk_out, rows_of(q), rows_of(k), qw, kw, q_eps, k_eps, *_tables(cos, sin, q.shape[0]),
+        rows_of(dq), rows_of(dk), over_all=over_all, one_plus=_NORMS[norm].weight == "one_plus",
+        scale=roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1], compute=compute,
+        sums=between if _ROTATIONS[rotation].compute == "input" else torch.float32,
+        one=_ROTATIONS[rotation].tables == "half", weight_grad=weight_grad,
+    )  # fmt: skip
+    none = q.new_empty(0)
+    return dq, dk, none if dqw is None else dqw, q.new_empty(0) if dkw is None else dkw
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+    q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
+    ctx.save_for_backward(q, k, qw, kw, cos, sin)
+    ctx.eps, ctx.rest = (q_eps, k_eps), rest
+
+
+def _gradients(ctx: Any, function: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, qw, kw, cos, sin = ctx.saved_tensors
+    wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+    dq, dk, dqw, dkw = function(dq_out, dk_out, q, k, qw, kw, *ctx.eps, cos, sin, *ctx.rest, wanted)
+    if not wanted:
+        dqw = dkw = None
+    return (dq, dk, dqw, dkw, *(None,) * 8)
+
+
+class _QKNormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        _keep(ctx, inputs)
+        return _forward(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, _backward, dq_out, dk_out)
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
+    head_dim: int, norm: str, rotation: str, over_all: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = _dtypes(q, qw, cos, norm, rotation)[-1]
+    return _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
+
+
+def _fake_backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
+    k_eps: float, cos: Tensor, sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wanted = weight_grad and qw is not None and kw is not None
+    dqw = torch.empty_like(qw) if wanted else q.new_empty(0)
+    return q.new_empty(q.shape), k.new_empty(k.shape), dqw, torch.empty_like(kw) if wanted else q.new_empty(0)
+
+
+_backward_op = define(
+    "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, Tensor? kw, "
+    "float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, bool over_all, "
+    "bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_op = define(
+    "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, "
+    "int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    setup=lambda ctx, inputs, output: _keep(ctx, inputs),
+    backward=lambda ctx, dq_out, dk_out: _gradients(ctx, _backward_op, dq_out, dk_out),
+)
