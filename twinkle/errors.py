@@ -5,6 +5,10 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
 __all__ = [
     "ApplyError",
     "ConfigError",
@@ -109,11 +113,25 @@ class TwinkleWarning(UserWarning):
 
 
 def warn(text: str) -> None:
-    """Warn once of something that was left as it was; never an exception, even under ``-W error``."""
+    """Warn once of something that was left as it was; never an exception, even under ``-W error``.
+
+    The warning stands at the innermost line of the program itself, not at one of Twinkle's, torch's
+    or the import system's.
+    """
     import sys
     import warnings
 
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and _is_machinery(frame):
+        level, frame = level + 1, frame.f_back
     try:
-        warnings.warn(text, TwinkleWarning, stacklevel=3)
+        warnings.warn(text, TwinkleWarning, stacklevel=level)
     except TwinkleWarning:
         print(f"TwinkleWarning: {text}", file=sys.stderr)
+
+
+def _is_machinery(frame: FrameType) -> bool:
+    package = str(frame.f_globals.get("__name__")).partition(".")[0]
+    # A generated forward has the globals of its target, and a file name of ours.
+    generated = frame.f_code.co_filename.startswith("<twinkle ")
+    return generated or package in ("contextlib", "importlib", "torch", "twinkle", "wrapt")

@@ -380,4 +380,4 @@ def test_the_message_shows_both_signatures() -> None:
     with pytest.raises(KernelError) as caught:
         check_function(lambda x: x, original)
     assert caught.value.found == "(x)"
-    assert caught.value.expected == "(x: 'Any', factor: 'float' = 2, bias: 'float' = 0)"
+    assert caught.value.expected == "(x: 'Any', factor: 'float' = 2, *, bias: 'float' = 0)"

@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.errors import KernelError
 from twinkle.proof.reads import function_of, reads_of, stored_names
-from twinkle.proof.signatures import mismatch, signature_of
+from twinkle.proof.signatures import mismatch, shown, signature_of
 from twinkle.sources.adapters import explain_lacking
 
 __all__ = ["LayerFit", "check_function", "check_layer", "read_layer", "settle_on"]
@@ -232,8 +232,8 @@ def check_function(implementation: Callable[..., object], original: Callable[...
         reason, hint = problem
         raise KernelError(
             f"kernel {_name(implementation)} has another signature than {_name(original)}: {reason}",
-            found=f"({', '.join(map(str, ours.parameters.values()))})",
-            expected=f"({', '.join(map(str, theirs.parameters.values()))})",
+            found=shown(ours),
+            expected=shown(theirs),
             fix=hint,
         )
 
@@ -249,8 +249,8 @@ def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Mod
         reason, hint = problem
         raise KernelError(
             f"kernel {what} has another signature than {_name(target_class)}.forward: {reason}",
-            found=f"forward({', '.join(map(str, ours.parameters.values()))})",
-            expected=f"forward({', '.join(map(str, theirs.parameters.values()))})",
+            found=f"forward{shown(ours)}",
+            expected=f"forward{shown(theirs)}",
             fix=hint,
         )
     if hasattr(forward, "__wrapped__") or hasattr(original, "__wrapped__"):

@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.modes import suggest
 
-__all__ = ["mismatch", "signature_of"]
+__all__ = ["mismatch", "shown", "signature_of"]
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -26,6 +26,11 @@ def signature_of(function: Callable[..., object]) -> Signature | None:
         return inspect.signature(function)
     except (ValueError, TypeError):
         return None
+
+
+def shown(signature: Signature) -> str:
+    """The arguments in parentheses as they are written, ``/`` and ``*`` included."""
+    return str(signature.replace(return_annotation=Signature.empty))
 
 
 def mismatch(kernel: Signature, original: Signature) -> tuple[str, str | None] | None:

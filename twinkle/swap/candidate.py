@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 import traceback
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.errors import KernelError, TwinkleError, TwinkleWarning
+from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
 
 if TYPE_CHECKING:
@@ -136,9 +135,9 @@ class _Candidate:
         for dispatch in list(self._users):
             dispatch.rebuild()
         if not self.strict:
-            _warn(
-                f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r} {state}: {reason}"
-            )
+            what = f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r}"
+            where = f"\n  where:    {self.binding.origin}" if self.binding.origin else ""
+            warn(f"{what} {state}: {reason}{where}")
 
     def waits(self) -> None:
         """It is in place and not loaded yet."""
@@ -248,21 +247,15 @@ def _flag(thing: Any, name: str) -> bool | None:
 
 
 def explain(error: BaseException) -> str:
-    """An exception in one line, with the place it came from."""
+    """An exception in one line, with the place it came from and what to do about it."""
     if isinstance(error, TwinkleError):
-        return error.reason
+        return f"{error.reason}; {error.fix}" if error.fix else error.reason
     text = str(error).strip().splitlines()
     reason = f"{type(error).__name__}: {text[0]}" if text else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
     if frames:
         reason += f" ({frames[-1].filename}:{frames[-1].lineno})"
     return reason
-
-
-def _warn(message: str) -> None:
-    # Under `python -W error` a warning is an exception, and it would end a program that is well.
-    with contextlib.suppress(TwinkleWarning):
-        warnings.warn(message, TwinkleWarning, stacklevel=2)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,78 @@
+"""What is said of a kernel that is left out: what, where, found, expected and what to do."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.errors import TwinkleWarning
+from twinkle.kernel import kernelize_model, register_kernels
+from twinkle.registry import Registry
+
+pytestmark = pytest.mark.usefixtures("clean_registry")
+
+
+class Scaled(nn.Module):
+    def forward(self, x, scale=1.0):
+        return x * scale
+
+
+class KeywordOnly(nn.Module):
+    def forward(self, x, *, scale=1.0):
+        return x * scale
+
+
+class Renamed(nn.Module):
+    def forward(self, x, factor=1.0):
+        return x * factor
+
+
+class Raising(nn.Module):
+    def forward(self, x, scale=1.0):
+        raise ValueError("no such shape")
+
+
+def warning_about(kernel: type | str, *, package: Path | None = None) -> warnings.WarningMessage:
+    """The one warning that kernelizing a model with ``kernel`` and running it gives."""
+    source = {"layer_impl": kernel}
+    if package is not None:
+        source = {"repo_path": package.parent, "package_name": package.name, "layer_name": kernel}
+    register_kernels({"layers": {"Bad": {"target": Scaled, **source}}})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = kernelize_model(nn.Sequential(Scaled()))
+        assert torch.equal(model(torch.ones(2)), torch.ones(2))
+    (warning,) = (one for one in caught if one.category is TwinkleWarning)
+    return warning
+
+
+@pytest.mark.parametrize("kernel", [KeywordOnly, Renamed, Raising])
+def test_the_warning_says_where_the_kernel_was_registered(kernel):
+    assert f"where:    {__file__}:" in str(warning_about(kernel).message)
+
+
+@pytest.mark.parametrize("kernel", [KeywordOnly, Renamed, Raising])
+def test_the_warning_stands_at_a_line_of_the_program(kernel):
+    assert warning_about(kernel).filename == __file__
+
+
+def test_the_signature_found_is_written_as_in_the_source():
+    assert "found forward(self, x, *, scale=1.0)" in str(warning_about(KeywordOnly).message)
+
+
+def test_the_warning_and_the_report_say_what_to_do(clean_registry: Registry):
+    assert "rename it to 'scale'" in str(warning_about(Renamed).message)
+    (binding,) = clean_registry.bindings
+    assert "rename it to 'scale'" in binding.reason
+
+
+def test_a_misspelt_layer_of_a_package_is_suggested(tmp_path):
+    package = tmp_path / "kernels_here"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "layers.py").write_text("from torch import nn\nclass FastScaled(nn.Module): pass\n")
+    assert "did you mean 'FastScaled'?" in str(warning_about("FastScale", package=package).message)
