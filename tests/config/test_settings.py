@@ -212,15 +212,19 @@ def test_what_is_not_enabled_makes_no_records_and_is_listed(
     assert settings.left_out()[0][1] == f"enabled = false at {path}:1 (layers.MLP)"
 
 
-def test_matching_by_structure_is_refused_when_records_are_built(write: Write) -> None:
+def test_match_becomes_a_target_by_structure(write: Write, asked: list[dict[str, Any]]) -> None:
     path = write('[layers.Norm]\nmatch = "rms_norm"\nlayer_impl = "k:N"\n')
-    settings = config.load([path], {})
-    assert settings.layers[0].targets == ("match:rms_norm",)
-    with pytest.raises(ConfigError, match="matching by structure is not available") as caught:
-        settings.records()
+    _, targets, _ = config.load([path], {}).records()
+    assert [(target.target, target.kernel_name) for target in targets] == [("match:rms_norm", "Norm")]
+
+
+def test_an_op_that_nothing_is_recognised_as_is_refused(write: Write, asked: list[dict[str, Any]]) -> None:
+    path = write('[layers.Norm]\nmatch = "rms_nrom"\nlayer_impl = "k:N"\n')
+    with pytest.raises(ConfigError, match="unknown op") as caught:
+        config.load([path], {}).records()
     assert caught.value.where == f"{path}:1 (layers.Norm)"
-    assert caught.value.found == 'match = "rms_norm"'
-    assert caught.value.fix == "name the classes with target"
+    assert caught.value.found == 'match = "rms_nrom"'
+    assert caught.value.fix == "did you mean 'rms_norm'?"
 
 
 def test_all_sources_that_cannot_be_right_are_reported_at_once(

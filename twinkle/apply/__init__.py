@@ -22,6 +22,9 @@ def reset() -> None:
     functions = sys.modules.get("twinkle.apply.functions")
     if functions is not None:
         functions.unapply()
+    embedded = sys.modules.get("twinkle.apply.embedded")
+    if embedded is not None:
+        embedded.forget()
     registry.clear()
     session.clear()
     options.reset()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from twinkle.hooks.construction import ConstructionWatch
     from twinkle.hooks.guard import Failure
     from twinkle.hooks.imports import Watch
-    from twinkle.records import LayerTarget
+    from twinkle.records import FunctionKernel, LayerKernel, LayerTarget
 
 __all__ = ["deactivate", "start", "watch_new"]
 
@@ -61,6 +61,7 @@ def start(settings: Settings, *, door: str) -> None:
     options.strict = settings.strict
     options.verify = settings.verify
     options.disabled = settings.disable
+    options.kernels = settings.kernels
     session.door = door
     session.configs = tuple(settings.paths)
     for warning in settings.warnings:
@@ -102,7 +103,8 @@ def _plugin_records(settings: Settings) -> list[Records]:
             continue
         checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
         layers, targets, functions = checked.records(trust_remote_code=settings.trust_remote_code)
-        for kernel in (*layers, *functions):
+        kernels: tuple[LayerKernel | FunctionKernel, ...] = (*layers, *functions)
+        for kernel in kernels:
             if kernel.verify is None and settings.verify == "auto":
                 kernel.verify = "first-use"  # nobody bound it by name
         records.append((layers, targets, functions))
@@ -121,6 +123,8 @@ def watch_new() -> None:
         if target in _state.layers_seen:
             continue
         _state.layers_seen.add(target)
+        if isinstance(target.target, str) and target.target.startswith("match:"):
+            continue  # found in models, when they are constructed
         if isinstance(target.target, str):
             module = parse_target(target.target).module
             watch = imports.watch_module(module, _on_layer_module, owner=_OWNER, strict=strict)
@@ -134,7 +138,7 @@ def watch_new() -> None:
                 kernel.target_module, _on_function_module, owner=_OWNER, strict=strict
             )
             _state.watches.append(watch)
-    if registry.layer_kernels and not _state.watches_models:
+    if (registry.layer_kernels or options.kernels != "off") and not _state.watches_models:
         _state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
@@ -172,7 +176,7 @@ def _on_function_module(module: ModuleType, name: str) -> None:
 def _on_layer_module(module: ModuleType, name: str) -> None:
     """Watch the construction of every class in that module which a target means."""
     for entry in registry.layer_targets:
-        if not isinstance(entry.target, str):
+        if not isinstance(entry.target, str) or entry.target.startswith("match:"):
             continue
         target = parse_target(entry.target)
         if not target.matches_module(name):

@@ -50,5 +50,5 @@ def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
     """Drop the record of a pattern or a bare name now that a class answers to it."""
     if target is None:
         registry.unbind(kernel, f"{BY_NAME}={kernel.name}")
-    elif isinstance(target.target, str) and is_pattern(target.target):
+    elif isinstance(target.target, str) and (is_pattern(target.target) or target.target[:6] == "match:"):
         registry.unbind(kernel, target.target)

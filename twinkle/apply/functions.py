@@ -205,7 +205,9 @@ class _Plan:
             rebound = aliases.rebind(placement.original, placement.implementation, target=target)
             if self.former is not None:
                 rebound += aliases.rebind(self.former, placement.implementation)
-        stale = aliases.stale(placement.original, target=target)
+        # Asked of every function in the process: too much for what nobody named.
+        by_name = any(candidate.kernel.source.kind != "embedded" for candidate in self.chosen)
+        stale = aliases.stale(placement.original, target=target) if by_name else []
         _placed[self.target] = _Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))

@@ -92,15 +92,31 @@ def kernelize(
 
 
 def kernelize_layers(model: nn.Module) -> Change:
-    """Put layer kernels in place as the settings in force say; they load at the first forward."""
+    """Put layer kernels in place as the settings in force say; they load at the first forward.
+
+    The embedded kernels come last: what was bound by name or by structure goes first.
+    """
     wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
     change = Change()
     try:
         _put_layers(model, wanted, change)
+        _put_embedded_functions(model)
     except BaseException:
         change.undo()
         raise
     return change
+
+
+def _put_embedded_functions(model: nn.Module) -> None:
+    device = _embedded_device()
+    if device is None:
+        return
+    from twinkle.apply import embedded
+
+    for module in embedded.register_functions(model, device):
+        functions.apply(
+            module, device=options.device, mode=options.mode, strict=False, where="embedded", must_apply=False
+        )
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -114,7 +130,8 @@ def unkernelize(model: nn.Module | None) -> None:
 
 def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
     absent = absent_reason(wanted.device)
-    plans: dict[type, _ClassPlan | None] = {}
+    embedded_on = None if wanted.load else _embedded_device()
+    plans: dict[object, _ClassPlan | None] = {}
     chosen: list[swap.Plan] = []
     model_device = None
     for module in model.modules():
@@ -122,6 +139,8 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
         if cls not in plans:
             plans[cls] = _plan_class(cls)
         plan = plans[cls]
+        if plan is None and embedded_on is not None:
+            plan = _plan_embedded(module, cls, embedded_on, plans)
         if plan is None:
             continue
         if absent is not None or not plan.candidates:
@@ -152,7 +171,10 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
 class _ClassPlan:
     """The kernels for one class of a model."""
 
-    def __init__(self, cls: type, target: type, candidates: tuple[Candidate, ...]) -> None:
+    def __init__(
+        self, cls: type, target: type, candidates: tuple[Candidate, ...], *, asked_for: bool = True
+    ) -> None:
+        self.asked_for = asked_for
         self.cls = cls
         self.target = target
         self.candidates = candidates
@@ -210,7 +232,7 @@ class _ClassPlan:
                 candidate.binding.set("skipped", candidate.binding.notes[-1])
 
     def _refuse(self, reason: str, wanted: Wanted, moment: str | None = None) -> None:
-        if not wanted.use_fallback:
+        if self.asked_for and not wanted.use_fallback:
             raise ApplyError(
                 f"no kernel for {class_path(self.target)} can be used",
                 expected=f"a kernel for {moment}" if moment else None,
@@ -256,6 +278,30 @@ def _plan_class(cls: type) -> _ClassPlan | None:
     return _ClassPlan(cls, target, tuple(_candidate(kernel, target) for kernel in usable))
 
 
+def _embedded_device() -> str | None:
+    """Where the embedded kernels run, when they were asked for."""
+    if options.kernels == "off" or not options.kernels:
+        return None
+    from twinkle.apply import embedded
+
+    return embedded.device()
+
+
+def _plan_embedded(
+    module: nn.Module, cls: type, device: str, plans: dict[object, _ClassPlan | None]
+) -> _ClassPlan | None:
+    """The embedded kernel for one layer; layers of one class may differ in what their instances say."""
+    from twinkle.apply import embedded
+
+    kernel = embedded.layer_kernel(module, cls, device)
+    if kernel is None:
+        return None
+    plan = plans.get(kernel)
+    if plan is None:
+        plan = plans[kernel] = _ClassPlan(cls, cls, (_candidate(kernel, cls),), asked_for=False)
+    return plan
+
+
 def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
     settle_pattern(kernel, by)
     binding = layer_binding(kernel, target)
@@ -285,6 +331,12 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
 def _bound_name(cls: type) -> tuple[type, str, LayerTarget | None] | None:
     """The target class, the kernel name bound to it and by what; the newest registration wins."""
     for entry in reversed(registry.layer_targets):
+        if isinstance(entry.target, str) and entry.target.startswith("match:"):
+            from twinkle.match.structure import recognise
+
+            if recognise(cls).op == entry.target.removeprefix("match:"):
+                return cls, entry.kernel_name, entry
+            continue
         target = entry.target if isinstance(entry.target, type) else _parsed(entry.target)
         match = defining_match(cls, target)
         if match is not None:

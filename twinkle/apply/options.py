@@ -20,7 +20,8 @@ class Options:
         use_fallback: Keep the original where a kernel cannot be used; otherwise that is an error.
         strict: Every silent step is an error.
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
-        disabled: Kernel and function names that are switched off.
+        disabled: Kernel, op and function names that are switched off.
+        kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
     """
 
     def __init__(self) -> None:
@@ -34,6 +35,7 @@ class Options:
         self.strict = False
         self.verify = "auto"
         self.disabled: Collection[str] = ()
+        self.kernels: str | Collection[str] = "off"
 
     def proofs(self, verify: str | None, *, kind: str) -> int:
         """How many calls of a kernel are compared with the original before it is trusted.

@@ -18,6 +18,7 @@ _COMMANDS = {
     "download": "fetch the Hub kernels of a configuration",
     "env": "print versions, doors and variables, for a bug report",
     "lock": "pin the Hub kernels of a configuration to commits and digests",
+    "match": "print what the code of a module is recognised as",
     "run": "run a Python program with Twinkle active",
 }
 

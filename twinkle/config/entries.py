@@ -233,7 +233,7 @@ def records_of(
         try:
             for target in layer.targets:
                 if isinstance(target, str) and target.startswith("match:"):
-                    refuse_structural(target, layer.origin)
+                    check_op(target, layer.origin)
                 # The registry keeps the last of two records for one target.
                 layer_targets.setdefault(
                     (target, layer.name), LayerTarget(target, layer.name, origin=layer.origin)
@@ -272,12 +272,17 @@ def records_of(
     return tuple(layer_kernels), tuple(layer_targets.values()), tuple(function_kernels)
 
 
-def refuse_structural(target: str, origin: str) -> None:
-    """The one place where ``match = "op"`` stops until targets can be matched by structure."""
-    raise ConfigError(
-        "matching by structure is not available in this version of Twinkle",
-        where=origin,
-        found=f'match = "{target.partition(":")[2]}"',
-        expected='target = "module:Class", a pattern of that form, or a list of them',
-        fix="name the classes with target",
-    )
+def check_op(target: str, origin: str) -> None:
+    """``match = "op"`` names an op that layers are recognised as."""
+    from twinkle.match.ops import LAYER_OPS
+    from twinkle.modes import suggest
+
+    op = target.partition(":")[2]
+    if op not in LAYER_OPS:
+        raise ConfigError(
+            "unknown op",
+            where=origin,
+            found=f'match = "{op}"',
+            expected=", ".join(LAYER_OPS),
+            fix=suggest(op, LAYER_OPS),
+        )

@@ -189,9 +189,7 @@ def _worst(what: str, ours: list[Any], theirs: list[Any], best: list[Any]) -> tu
         if not isinstance(mine, torch.Tensor):
             raise _Rejected(f"a {what} is {'missing' if mine is None else type(mine).__name__}")
         if mine.dtype != other.dtype or mine.shape != other.shape:
-            raise _Rejected(
-                f"a {what} is {mine.dtype} {tuple(mine.shape)}, the original's {other.dtype} {tuple(other.shape)}"
-            )
+            raise _Rejected(f"a {what} is {_kind(mine)}, the original's {_kind(other)}")
         if not other.is_floating_point():
             if not torch.equal(mine, other):
                 raise _Rejected(f"a {what} of whole numbers differs")
@@ -206,6 +204,10 @@ def _worst(what: str, ours: list[Any], theirs: list[Any], best: list[Any]) -> tu
     return worst
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
+
+
 def _error(value: torch.Tensor, fine: torch.Tensor) -> float:
     wide = torch.float64 if fine.dtype == torch.float64 else torch.float32
     norm = torch.linalg.vector_norm(fine.to(wide))
@@ -217,12 +219,13 @@ def _finer(module: nn.Module | None, plain_class: type | None, dtype: torch.dtyp
     """A copy of the layer in a finer dtype; ``None`` where it cannot be copied (sharded layers)."""
     if module is None:
         return None
+    cls: Any = plain_class or type(module)
     try:
-        twin = copy.deepcopy(module)
+        # Not a copy of the module itself: that would be one more swapped layer.
+        twin: nn.Module = cls.__new__(cls)
+        twin.__dict__.update(copy.deepcopy(module.__dict__, {id(module): twin}))
     except Exception:
         return None
-    if plain_class is not None:
-        object.__setattr__(twin, "__class__", plain_class)
     return twin.to(dtype)
 
 

@@ -1,0 +1,116 @@
+"""The embedded kernels for the layers and functions of a model, found by the structure of their code."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from twinkle.apply.options import options
+from twinkle.match.structure import Recognition, check_instance, recognise
+from twinkle.records import FunctionKernel, LayerKernel
+from twinkle.registry import registry
+from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["device", "layer_kernel", "register_functions"]
+
+_LAYERS = ("rms_norm", "gated_mlp")
+_FUNCTIONS = ("rotary",)
+_ORIGIN = "embedded"
+
+
+def device() -> str | None:
+    """The device the embedded kernels run on here, or ``None`` when there is none."""
+    from twinkle.ops.launch import KINDS
+
+    if "cuda" in KINDS and torch.cuda.is_available():
+        return "rocm" if torch.version.hip else "cuda"
+    return "cpu" if "cpu" in KINDS else None
+
+
+def wanted(op: str | None) -> bool:
+    """The settings ask for that op's kernels."""
+    if op is None or op in options.disabled:
+        return False
+    return options.kernels == "auto" or op in options.kernels
+
+
+_kernels: WeakKeyDictionary[type, dict[Any, LayerKernel | None]] = WeakKeyDictionary()
+
+
+def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None:
+    """The embedded kernel for a layer, if its class is recognised and the instance keeps to it.
+
+    Args:
+        module: The layer.
+        cls: Its class without Twinkle.
+        where: The device the kernel is for.
+    """
+    found = recognise(cls)
+    if found.op not in _LAYERS or not wanted(found.op) or not _covers(found):
+        return None
+    facts = check_instance(found, module)
+    if not isinstance(facts, dict):
+        return None
+    known = _kernels.setdefault(cls, {})
+    key = (where, tuple(sorted((name, repr(value)) for name, value in facts.items())))
+    if key not in known:
+        known[key] = LayerKernel(
+            found.op, EmbeddedLayer(found.op, found.form, facts), device=where, origin=_ORIGIN
+        )
+    return known[key]
+
+
+def _covers(found: Recognition) -> bool:
+    room = import_module(f"twinkle.ops.{found.op}.layer")
+    return bool(room.covers(found.form))
+
+
+def register_functions(model: nn.Module, where: str) -> list[str]:
+    """Register embedded kernels for the functions beside the classes of a model; returns their modules."""
+    changed = []
+    for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
+        namespace = sys.modules.get(name)
+        if namespace is None or name in _looked_at or name.partition(".")[0] == "torch":
+            continue
+        _looked_at.add(name)
+        kernels = [
+            FunctionKernel(
+                attribute, name, EmbeddedFunction(found.op, found.form, found.facts, value), device=where,
+                origin=_ORIGIN,
+            )
+            for attribute, value, found in _functions_of(namespace, name)
+        ]  # fmt: skip
+        taken = {kernel.name for kernel in registry.functions_of(name)}
+        kernels = [kernel for kernel in kernels if kernel.name not in taken]
+        if kernels:
+            registry.add(function_kernels=tuple(kernels))
+            changed.append(name)
+    return changed
+
+
+_looked_at: set[str] = set()
+
+
+def forget() -> None:
+    """Look at every module anew."""
+    _looked_at.clear()
+
+
+def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:
+    """The functions that a module defines and that are recognised, with their recognitions."""
+    found = []
+    for attribute, value in list(vars(namespace).items()):
+        if isinstance(value, type) or not callable(value):
+            continue
+        recognition = recognise(value)
+        here = recognition.target.startswith(f"{name}:")
+        if here and recognition.op in _FUNCTIONS and wanted(recognition.op) and _covers(recognition):
+            found.append((attribute, value, recognition))
+    return found
