@@ -116,7 +116,7 @@ def in_chunks(
     grad_bias = weight.new_zeros(vocab, dtype=precise) if wanted.bias else None
     size = chunk_rows(rows, vocab, hidden.element_size(), gpu=hidden.is_cuda)
     sums = _WeightSum(weight, one_chunk=rows <= size) if wanted.weight else None
-    kernel = _row_kernel(hidden)
+    kernel = _row_kernel(hidden, row_loss)
     # Rows on whole cache lines: matrix products and the pass between them want aligned rows.
     buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64))[:, :vocab]
     for start in range(0, rows, size):
@@ -219,8 +219,10 @@ def _wide_products() -> bool:
     return torch.version.hip is None
 
 
-def _row_kernel(hidden: Tensor) -> Any:
-    if hidden.dtype != torch.float64 and uses_triton(hidden):
+def _row_kernel(hidden: Tensor, row_loss: RowLoss) -> Any:
+    # The kernel takes the largest logit for the largest power: not so where the factor is negative.
+    upright = row_loss.tanh or row_loss.pre >= 0
+    if upright and hidden.dtype != torch.float64 and uses_triton(hidden):
         from twinkle.ops.causal_lm_loss.triton import row_losses
 
         return row_losses

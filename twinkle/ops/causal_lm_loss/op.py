@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from twinkle.ops.causal_lm_loss.chunks import RowLoss, Wanted, in_chunks
+from twinkle.ops.causal_lm_loss.chunks import RowLoss, Wanted, in_chunks, uses_triton
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -147,13 +147,20 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> t
         return (None,) * 14
     rest, *gradients = ctx.saved_tensors
     factor = grad * rest
-    scaled = [
-        (gradient * factor.to(gradient.dtype if gradient.dtype != torch.float16 else factor.dtype)).to(gradient.dtype)
-        if wanted
-        else None
-        for wanted, gradient in zip(ctx.wanted, gradients, strict=True)
-    ]
+    scaled = [_scaled(g, factor) if wanted else None for wanted, g in zip(ctx.wanted, gradients, strict=True)]
     return (*scaled, *(None,) * 11)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if once and gradient.is_cuda and uses_triton(gradient) and type(gradient) is torch.Tensor:
+        # Nobody else has these tensors, and this backward is their last use.
+        from twinkle.ops.causal_lm_loss.triton import scale_
+
+        return scale_(gradient, factor)
+    if gradient.dtype == torch.float16:
+        return (gradient * factor.to(torch.float32)).to(gradient.dtype)
+    return gradient * factor.to(gradient.dtype)
 
 
 loss_of_all_rows.register_autograd(_scale_gradients, setup_context=_keep_gradients)

@@ -14,10 +14,15 @@ if TYPE_CHECKING:
 
     from twinkle.ops.causal_lm_loss.chunks import RowLoss
 
-__all__ = ["row_losses"]
+__all__ = ["row_losses", "scale_"]
 
 # Columns that one thread reads at a time: 16 bytes of 16-bit numbers.
 _LANE = 8
+BLOCK = 8192
+WARPS = 16
+PROGRAMS = 0
+# Below every logit, and far enough from the end of float32 that differences stay finite.
+LOWEST = tl.constexpr(-1e38)
 
 
 @triton.jit
@@ -27,90 +32,175 @@ def _columns(start, BLOCK: tl.constexpr, LANE: tl.constexpr):
 
 
 @triton.jit
-def _transform(x, pre, post, TANH: tl.constexpr):
-    if TANH:
-        # tanh, as exp is at hand; the gradient wants it as well.
-        t = 1.0 - 2.0 / (tl.exp(2.0 * pre * x) + 1.0)
-        return t * post, t
+def _read(line, bias, at, vocab, BIAS: tl.constexpr, MASK: tl.constexpr, KEEP: tl.constexpr):
+    keep: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    if MASK:
+        x = tl.load(line + at, mask=at < vocab, other=0.0, eviction_policy=keep).to(tl.float32)
+        if BIAS:
+            x += tl.load(bias + at, mask=at < vocab, other=0.0).to(tl.float32)
     else:
-        return x * pre, x
+        x = tl.load(line + at, eviction_policy=keep).to(tl.float32)
+        if BIAS:
+            x += tl.load(bias + at).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _tanh(x):
+    # exp is at hand, and two of it are cheaper than the library's tanh.
+    return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+
+
+@triton.jit
+def _more(
+    line, bias, at, vocab, high, total, plain, pre, post, slope,
+    TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Add columns to the running maximum and sum that each thread has of its own."""
+    x = _read(line, bias, at, vocab, BIAS, MASK, True)
+    if TANH:
+        x = _tanh(x * pre) * post
+    if MASK:
+        if SMOOTH:
+            plain += tl.sum(tl.where(at < vocab, x, 0.0), 1)
+        # A finite bound, so that no difference of two of them is no number.
+        x = tl.where(at < vocab, x, high[:, None])
+        higher = tl.maximum(high, tl.max(x, 1))
+        powers = tl.where(at < vocab, tl.exp2((x - higher[:, None]) * slope), 0.0)
+    else:
+        if SMOOTH:
+            plain += tl.sum(x, 1)
+        higher = tl.maximum(high, tl.max(x, 1))
+        # One multiplication and addition an element.
+        powers = tl.exp2(x * slope - (higher * slope)[:, None])
+    total = total * tl.exp2((high - higher) * slope) + tl.sum(powers, 1)
+    return higher, total, plain
+
+
+@triton.jit
+def _overwrite(
+    line, bias, at, vocab, lse, pre, post, slope, smoothing, factor,
+    TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """The gradient in the place of the logits, but for the column of the label."""
+    x = _read(line, bias, at, vocab, BIAS, MASK, False)
+    if TANH:
+        t = _tanh(x * pre)
+        gradient = tl.exp2(t * (post * slope) - lse)
+    else:
+        gradient = tl.exp2(x * slope - lse)
+    if SMOOTH:
+        gradient -= smoothing / vocab
+    gradient *= factor
+    if TANH:
+        gradient *= 1.0 - t * t
+    if MASK:
+        tl.store(line + at, gradient.to(line.dtype.element_ty), mask=at < vocab)
+    else:
+        tl.store(line + at, gradient.to(line.dtype.element_ty))
 
 
 @triton.jit
 def _row_losses(
-    logits, row_stride, bias, labels, losses, scale, pre, post, smoothing, ignore_index, vocab,
+    logits, row_stride, bias, labels, losses, scale, pre, post, smoothing, ignore_index, rows, vocab,
     TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    label = tl.load(labels + row)
-    line = logits + row.to(tl.int64) * row_stride
-    if label == ignore_index:
-        tl.store(losses + row, 0.0)
-        if GRADIENT:
-            for start in range(0, vocab, BLOCK):
-                at = _columns(start, BLOCK, LANE)
-                tl.store(line + at, tl.zeros([BLOCK // LANE, LANE], line.dtype.element_ty), mask=at < vocab)
-        return
-
-    # A label outside the vocabulary gives a loss that is no number, not one read from another row.
-    known = (label >= 0) & (label < vocab)
-    target = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
-    if BIAS:
-        target += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
-    target, _ = _transform(target, pre, post, TANH)
-
-    # Softmax in one pass; each thread has a running maximum and sum of its own.
-    high = tl.full([BLOCK // LANE], -float("inf"), tl.float32)
-    total = tl.zeros([BLOCK // LANE], tl.float32)
-    plain = tl.zeros([BLOCK // LANE], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        at = _columns(start, BLOCK, LANE)
-        x = tl.load(line + at, mask=at < vocab, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        if BIAS:
-            x += tl.load(bias + at, mask=at < vocab, other=0.0).to(tl.float32)
-        z, _ = _transform(x, pre, post, TANH)
-        if SMOOTH:
-            plain += tl.sum(tl.where(at < vocab, z, 0.0), 1)
-        z = tl.where(at < vocab, z, -float("inf"))
-        higher = tl.maximum(high, tl.max(z, 1))
-        # Where a thread has seen no column yet both are -inf, and their difference would be no number.
-        base = tl.where(higher == -float("inf"), 0.0, higher)
-        total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
-        high = higher
-    top = tl.max(high, 0)
-    top = tl.where(top == -float("inf"), 0.0, top)
-    lse = top + tl.log(tl.sum(total * tl.exp(high - top), 0))
-    loss = lse - (1.0 - smoothing) * target
-    if SMOOTH:
-        loss -= smoothing * tl.sum(plain, 0) / vocab
-    tl.store(losses + row, loss)
-
-    if GRADIENT:
-        factor = 1.0
-        if SCALE == 1:
-            factor = tl.load(scale).to(tl.float32)
-        elif SCALE == 2:
-            factor = tl.load(scale + row).to(tl.float32)
-        # Every thread must have read the target before one overwrites it.
-        tl.debug_barrier()
-        blocks = tl.cdiv(vocab, BLOCK)
-        for index in range(0, blocks):
-            # From the end: what was read last is still in the cache.
-            at = _columns((blocks - 1 - index) * BLOCK, BLOCK, LANE)
-            x = tl.load(line + at, mask=at < vocab, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    whole = vocab // BLOCK * BLOCK
+    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
+        label = tl.load(labels + row)
+        line = logits + (tl.full([], 0, tl.int64) + row) * row_stride
+        if label == ignore_index:
+            tl.store(losses + row, 0.0)
+            if GRADIENT:
+                for start in range(0, vocab, BLOCK):
+                    at = _columns(start, BLOCK, LANE)
+                    empty = tl.zeros([BLOCK // LANE, LANE], line.dtype.element_ty)
+                    tl.store(line + at, empty, mask=at < vocab)
+        else:
+            # A label outside the vocabulary gives a loss that is no number, not one from another row.
+            known = (label >= 0) & (label < vocab)
+            target = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
             if BIAS:
-                x += tl.load(bias + at, mask=at < vocab, other=0.0).to(tl.float32)
-            z, t = _transform(x, pre, post, TANH)
-            gradient = tl.exp(z - lse)
-            if SMOOTH:
-                gradient -= smoothing / vocab
-            gradient = tl.where(at == label, gradient - (1.0 - smoothing), gradient)
+                target += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
+            # Powers of two in the place of e: `slope` takes a logit there, and is not negative.
             if TANH:
-                gradient *= (1.0 - t * t) * (pre * post)
+                target_tanh = _tanh(target * pre)
+                target = target_tanh * post
+                slope = 1.4426950408889634
             else:
-                gradient *= pre
-            tl.store(line + at, (gradient * factor).to(line.dtype.element_ty), mask=at < vocab)
+                target_tanh = target
+                slope = pre * 1.4426950408889634
+
+            high = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+            total = tl.zeros([BLOCK // LANE], tl.float32)
+            plain = tl.zeros([BLOCK // LANE], tl.float32)
+            for start in range(0, whole, BLOCK):
+                at = _columns(start, BLOCK, LANE)
+                high, total, plain = _more(
+                    line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, False
+                )
+            if whole < vocab:
+                at = _columns(whole, BLOCK, LANE)
+                high, total, plain = _more(
+                    line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, True
+                )
+            top = tl.max(high, 0)
+            # Of base two, as everything under `exp2`.
+            lse = top * slope + tl.log2(tl.sum(total * tl.exp2((high - top) * slope), 0))
+            natural = slope / 1.4426950408889634
+            loss = lse * 0.6931471805599453 - (1.0 - smoothing) * natural * target
+            if SMOOTH:
+                loss -= smoothing * natural * tl.sum(plain, 0) / vocab
+            tl.store(losses + row, loss)
+
+            if GRADIENT:
+                factor = pre
+                if TANH:
+                    factor = pre * post
+                if SCALE == 1:
+                    factor *= tl.load(scale).to(tl.float32)
+                elif SCALE == 2:
+                    factor *= tl.load(scale + row).to(tl.float32)
+                # Every thread must have read the target before one overwrites it.
+                tl.debug_barrier()
+                # From the end: what was read last is still in the cache.
+                if whole < vocab:
+                    at = _columns(whole, BLOCK, LANE)
+                    _overwrite(
+                        line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, True
+                    )
+                for start in range(0, whole, BLOCK):
+                    at = _columns(whole - BLOCK - start, BLOCK, LANE)
+                    _overwrite(
+                        line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, False
+                    )
+                tl.debug_barrier()
+                gradient = tl.exp2(target * slope - lse) - (1.0 - smoothing)
+                if SMOOTH:
+                    gradient -= smoothing / vocab
+                gradient *= factor
+                if TANH:
+                    gradient *= 1.0 - target_tanh * target_tanh
+                tl.store(line + label, gradient.to(line.dtype.element_ty), mask=known)
+
+
+@triton.jit
+def _scale(values, factor, size, BLOCK: tl.constexpr):
+    # Mostly the factor is one, and then nothing is read but that.
+    number = tl.load(factor).to(tl.float32)
+    if number != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        scaled = tl.load(values + at, mask=at < size).to(tl.float32) * number
+        tl.store(values + at, scaled.to(values.dtype.element_ty), mask=at < size)
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """``values *= factor`` for a factor on the device; where it is one, without reading the values."""
+    if values.numel():
+        with _on_device(values):
+            _scale[(triton.cdiv(values.numel(), 8192),)](values, factor, values.numel(), BLOCK=8192)
+    return values
 
 
 def row_losses(
@@ -137,10 +227,8 @@ def row_losses(
     if rows == 0:
         return
     block = min(BLOCK, max(_LANE * 32, triton.next_power_of_2(vocab)))
-    # Triton launches on the current device, which need not be that of the tensors.
-    where = torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext()
-    with where:
-        _row_losses[(rows,)](
+    with _on_device(logits):
+        _row_losses[(min(rows, programs(vocab * logits.element_size(), logits.device)),)](
             logits,
             logits.stride(0),
             bias if bias is not None else logits,
@@ -151,6 +239,7 @@ def row_losses(
             row_loss.post,
             row_loss.label_smoothing,
             row_loss.ignore_index,
+            rows,
             vocab,
             TANH=row_loss.tanh,
             SMOOTH=row_loss.label_smoothing != 0,
@@ -163,5 +252,18 @@ def row_losses(
         )
 
 
-BLOCK = 8192
-WARPS = 16
+def programs(row_bytes: int, device: torch.device) -> int:
+    """How many rows are worked on at a time.
+
+    Each is read twice: few enough that the second time finds it in the cache.
+    """
+    if device.type != "cuda":
+        return 1 << 30
+    if PROGRAMS:
+        return PROGRAMS
+    return 1 << 30
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    # Triton launches on the current device, which need not be that of the tensors.
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
