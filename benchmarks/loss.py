@@ -148,16 +148,16 @@ def tune():
         labels = torch.randint(0, vocab, (2048,), device="cuda")
         losses = torch.empty(2048, device="cuda")
         line = []
-        for kernel.WARPS, kernel.BLOCK, kernel.PROGRAMS in itertools.product((16, 32), (8192, 16384), (48, 64, 80, 96, 132, 264)):
+        for kernel.WARPS, kernel.BLOCK, kernel.PROGRAMS in itertools.product((8, 16, 32), (4096, 8192, 16384), (96, 132, 1 << 30)):
             ms = milliseconds(
                 lambda: kernel.row_losses(logits, None, labels, losses, None, chunks.RowLoss(), True), 3
             )
-            line.append(f"{kernel.WARPS}/{kernel.BLOCK}/{kernel.PROGRAMS}: {4 * logits.numel() / ms / 1e9:.2f}")
+            line.append(f"{kernel.WARPS}/{kernel.BLOCK}/{kernel.PROGRAMS % 9999}: {4 * logits.numel() / ms / 1e9:.2f}")
         print(f"row kernel, vocab {vocab}, TB/s: " + "; ".join(line), flush=True)
         kernel.WARPS, kernel.BLOCK, kernel.PROGRAMS = 16, 8192, 0
         del logits
         line = []
-        for size in (2048, 2816, 4096):
+        for size in (2048, 4096):
             chunks.chunk_rows = lambda rows, *_, size=size, **__: min(size, rows)
             tensors = data(rows, hidden, vocab)
             torch.cuda.reset_peak_memory_stats()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Head", "apply_steps"]
+__all__ = ["Head", "LabelCount", "apply_steps"]
 
 # What has been done to the logits since the head: ("mul", 0.5), ("div", 30.0), ("tanh", None), ("to", dtype).
 Step = tuple[str, "float | torch.dtype | None"]
@@ -32,6 +32,35 @@ def apply_steps(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
     return logits
 
 
+class LabelCount:
+    """How many labels count, asked for at the start of a forward.
+
+    The answer has long arrived when the loss wants it, so asking does not wait for the device to finish
+    the forward.
+
+    Args:
+        labels: On a GPU.
+        ignore_index: Labels of this value do not count.
+    """
+
+    def __init__(self, labels: Tensor, ignore_index: int = -100) -> None:
+        self.size = labels.numel()
+        self.ignore_index = ignore_index
+        with torch.no_grad(), torch.cuda.device(labels.device):
+            number = (labels != ignore_index).sum()
+            self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._host.copy_(number, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record()
+
+    def bound(self, targets: Tensor, ignore_index: int) -> int | None:
+        """How many of ``targets``, these labels or fewer of them, count at most; None if unknown."""
+        if targets.numel() != self.size or ignore_index != self.ignore_index or not targets.is_cuda:
+            return None
+        self._done.synchronize()
+        return int(self._host)
+
+
 class Head:
     """Weight and bias of one call of a head.
 
@@ -41,6 +70,7 @@ class Head:
     Attributes:
         weight: ``[vocab, hidden]``.
         bias: ``[vocab]`` or None.
+        counted: How many labels of the call count, or None.
         grad: Whether gradients were recorded at the call.
         autocast: The dtype that autocast gave the call, or None.
     """
@@ -52,6 +82,7 @@ class Head:
         device = hidden.device.type
         on = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         self.autocast = torch.get_autocast_dtype(device) if on else None
+        self.counted: LabelCount | None = None
         self._given = weight
         self._frozen = False
         self._hidden = hidden

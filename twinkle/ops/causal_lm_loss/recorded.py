@@ -319,6 +319,7 @@ def _cross_entropy(
     folded = fold(input._steps)
     if folded is None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
+    counted = input._head.counted
     with torch.autocast(input.device.type, enabled=False):
         hidden, head_weight, bias = input._head.operands(input._hidden)
         if hidden.dtype != head_weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
@@ -334,6 +335,7 @@ def _cross_entropy(
             ignore_index=ignore_index,
             reduction=reduction,
             label_smoothing=label_smoothing,
+            most_rows=None if counted is None else counted.bound(target, ignore_index),
         )
     wide = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
     return loss.to(torch.float32 if wide else input.dtype)
