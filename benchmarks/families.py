@@ -1,6 +1,6 @@
 """Tiny causal language models of many families, with the embedded kernels and without: loss and gradients.
 
-    python benchmarks/families.py [--dtype bfloat16] [--device cuda] [--families llama gemma3_text ...] [--json FILE]
+    python benchmarks/families.py [--dtype bfloat16] [--device cuda] [--families llama gemma3_text ...]
 
 Each family is built from a small configuration; the same weights and tokens run once plainly and once with
 ``kernels = "auto"``. In half precision both are compared with the plain model in float32.

@@ -55,6 +55,8 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
     found = recognise(cls)
     if found.op not in _LAYERS or not wanted(found.op) or not _covers(found):
         return None
+    if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
+        return None
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
         return None
