@@ -121,11 +121,15 @@ def warn(text: str) -> None:
     import sys
     import warnings
 
-    level, frame = 2, sys._getframe(1)
+    frame = sys._getframe(1)
     while frame.f_back is not None and _is_machinery(frame):
-        level, frame = level + 1, frame.f_back
+        frame = frame.f_back
+    # Not by a stack level: warn() leaves out the frames of imports when it counts.
+    names, code = frame.f_globals, frame.f_code
+    registry = names.setdefault("__warningregistry__", {})
+    module = str(names.get("__name__", "<unknown>"))
     try:
-        warnings.warn(text, TwinkleWarning, stacklevel=level)
+        warnings.warn_explicit(text, TwinkleWarning, code.co_filename, frame.f_lineno, module, registry)
     except TwinkleWarning:
         print(f"TwinkleWarning: {text}", file=sys.stderr)
 

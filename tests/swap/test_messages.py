@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from torch import nn
 
 from twinkle.errors import TwinkleWarning
-from twinkle.kernel import kernelize_model, register_kernels
+from twinkle.hooks.imports import watch_module
+from twinkle.kernel import apply_function_kernel, kernelize_model, register_kernels
 from twinkle.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
@@ -58,6 +60,20 @@ def test_the_warning_says_where_the_kernel_was_registered(kernel):
 @pytest.mark.parametrize("kernel", [KeywordOnly, Renamed, Raising])
 def test_the_warning_stands_at_a_line_of_the_program(kernel):
     assert warning_about(kernel).filename == __file__
+
+
+def test_a_warning_from_within_an_import_stands_at_the_line_that_imports(tmp_path, monkeypatch):
+    (tmp_path / "warned_of.py").write_text("def double(x): return 2 * x")
+    monkeypatch.syspath_prepend(tmp_path)
+    bad = {"target_module": "warned_of", "func_impl": "warned_of:twice"}
+    register_kernels({"functions": {"double": bad}})
+    watch = watch_module("warned_of", lambda module, name: apply_function_kernel(name))
+    try:
+        with pytest.warns(TwinkleWarning) as caught:
+            importlib.import_module("warned_of")
+    finally:
+        watch.cancel()
+    assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_the_signature_found_is_written_as_in_the_source():
