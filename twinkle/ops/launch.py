@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DEFINITION", "OP", "STRAIGHT", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "tl_dtype"]
+__all__ = ["DEFINITION", "OP", "STRAIGHT", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "through_definition", "tl_dtype"]
 
 DEFINITION, OP, STRAIGHT = 0, 1, 2
 """The answers of :func:`route`: the reference in plain torch, the registered op, or the kernel itself."""
@@ -172,14 +172,43 @@ def define(
 
     def refuse(ctx: Any, *gradients: Tensor) -> None:
         raise NotImplementedError(
-            f"twinkle::{name} has no derivative: embedded kernels can be differentiated once. "
-            "For second derivatives run with TWINKLE_KERNELS=off."
+            f"twinkle::{name} has no derivative: as ops, embedded kernels can be differentiated once. "
+            "For second derivatives under a compiler run with TWINKLE_KERNELS=off."
         )
 
     torch.library.register_autograd(
         full, backward if backward is not None else refuse, setup_context=setup, lib=_library
     )
     return getattr(torch.ops.twinkle, name).default
+
+
+def through_definition(
+    function: Callable[..., Any], inputs: tuple[Tensor | None, ...], gradients: tuple[Tensor | None, ...]
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated again: autograd's own, of the definition.
+
+    Backward of a `Function` calls this when its caller asked for a graph of it (``create_graph=True``).
+
+    Args:
+        function: The definition, of these inputs alone.
+        inputs: What the forward was given; None stays None.
+        gradients: Of the results; None for a result without.
+
+    Returns:
+        One gradient an input, None where none is wanted.
+    """
+    # Aliases, so that an input that depends on another one is not followed any further.
+    aliases = [None if x is None else x.view_as(x) for x in inputs]
+    wanted = [x for x in aliases if x is not None and x.requires_grad]
+    results = function(*aliases)
+    results = results if isinstance(results, tuple) else (results,)
+    pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
+    found: Any = (None,) * len(wanted)
+    if pairs and wanted:
+        outs, grads = zip(*pairs, strict=True)
+        found = torch.autograd.grad(outs, wanted, grads, create_graph=True, allow_unused=True)
+    left = iter(found)
+    return [next(left) if x is not None and x.requires_grad else None for x in aliases]
 
 
 _CODES: dict[torch.dtype, str] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, memory_order, route, rows_of
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, memory_order, route, rows_of, through_definition
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -230,9 +230,11 @@ class _Gated(torch.autograd.Function):
         return _forward(gate, up, *rest)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            through = through_definition(lambda g, u: definition(g, u, *ctx.rest), (gate, up), (dout,))
+            return (*through, None, None, None, None, None)
         return (*_backward(dout, gate, up, *ctx.rest), None, None, None, None, None)
 
 
@@ -244,8 +246,13 @@ class _Fused(torch.autograd.Function):
         return _fused_forward(gate_up, *rest)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            activation, gate_half, *rest = ctx.rest
+            through = through_definition(
+                lambda both: definition(*_halves(both, gate_half), activation, *rest), ctx.saved_tensors, (dout,)
+            )
+            return (*through, None, None, None, None, None, None)
         return (_fused_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
 
 
@@ -257,11 +264,16 @@ class _GatedLinear(torch.autograd.Function):
         return F.linear(_forward(gate, up, *rest), weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from twinkle.ops.gated_mlp import triton as kernels
 
         gate, up, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            through = through_definition(
+                lambda g, u, w: F.linear(definition(g, u, *ctx.rest), w), (gate, up, weight), (dy,)
+            )
+            dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
+            return (*through, dbias, None, None, None, None, None)
         activation, clamp, limit, scale, exact = ctx.rest
         dy_rows = dy.reshape(-1, dy.shape[-1])
         product = torch.empty((dy_rows.shape[0], gate.shape[-1]), dtype=gate.dtype, device=gate.device)

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, rows_of, route
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route, rows_of, through_definition
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm import reference as norms
@@ -207,8 +207,19 @@ class _QKNormRotary(torch.autograd.Function):
         return _forward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            *inputs, cos, sin = ctx.saved_tensors
+            head_dim, norm, rotation, over_all = ctx.rest
+            form = QKNormRotaryForm("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
+            through = through_definition(
+                lambda q, k, qw, kw: reference.qk_norm_rotary(
+                    q, k, qw, kw, *ctx.eps, cos, sin, head_dim=head_dim, form=form
+                ),
+                tuple(inputs),
+                (dq_out, dk_out),
+            )
+            return (*through, *(None,) * 8)
         return _gradients(ctx, _backward, dq_out, dk_out)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, like, route, through_definition
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 from twinkle.ops.rms_norm.layer import fits, result_dtype
 from twinkle.ops.rms_norm.layer import covers as covers_norm
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,9 +103,21 @@ class _ResidualNorm(torch.autograd.Function):
         return h, y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         h, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            eps, norm, scale = ctx.rest
+            form = _FORMS[norm]
+            through = through_definition(
+                lambda h, w: (
+                    h * 1,
+                    rms_norm(h, w, eps, form=form, normalized_shape=h.shape[-1:], with_weight=w is not None),
+                ),
+                (h, weight),
+                (dh, dy),
+            )
+            dr = through[0]
+            return dr if dr is None or scale is None else dr * scale, dr, through[1], None, None, None
         return _gradients(_backward, dh, dy, h, weight, ctx)
 
 
@@ -134,7 +146,7 @@ def _derivative(ctx: Any, dh: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(x, dtype=result_dtype(x, weight, _FORMS[norm]))
+    y = like(x, result_dtype(x, weight, _FORMS[norm]))[0]
     return torch.empty_like(y, dtype=x.dtype), y
 
 
@@ -142,7 +154,7 @@ def _fake_backward(
     dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dx = torch.empty_like(h)
+    dx = like(h)[0]
     dw = torch.empty_like(weight) if weight is not None and weight_grad else h.new_empty(0)
     return dx, h.new_empty(0) if scale is None else torch.empty_like(dx), dw
 

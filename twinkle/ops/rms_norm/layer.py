@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from twinkle.ops.build import forward_class
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, like, route, through_definition
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -111,11 +111,15 @@ class _RMSNorm(torch.autograd.Function):
         return kernels.forward(x, weight, eps, form)[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from twinkle.ops.rms_norm import triton as kernels
 
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            definition = functools.partial(
+                reference.rms_norm, eps=ctx.eps, form=ctx.form, normalized_shape=x.shape[-1:], with_weight=weight is not None
+            )
+            return (*through_definition(definition, (x, weight), (dy,)), None, None)
         dx, _, dw = kernels.backward(dy, x, weight, ctx.eps, ctx.form, weight_grad=ctx.needs_input_grad[1])
         return dx, dw, None, None
 
@@ -136,7 +140,7 @@ def _op_backward(
 
 
 def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    return torch.empty_like(x, dtype=result_dtype(x, weight, _FORMS[form]))
+    return like(x, result_dtype(x, weight, _FORMS[form]))[0]
 
 
 def result_dtype(x: Tensor, weight: Tensor | None, form: RMSNormForm) -> torch.dtype:
@@ -154,7 +158,7 @@ def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
     wanted = weight is not None and weight_grad
-    return torch.empty_like(x), torch.empty_like(weight) if wanted else x.new_empty(0)
+    return like(x)[0], torch.empty_like(weight) if wanted else x.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

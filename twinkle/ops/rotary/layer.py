@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import torch
 
 from twinkle.ops.build import plain_function
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route
+from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route, through_definition
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
@@ -222,19 +223,46 @@ class _Rotary(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         ctx.rest = (form, tokens_first, q.dtype)
         ctx.two = k is not None
+        ctx.shapes = (q.shape, None if k is None else k.shape, query)
         ctx.set_materialize_grads(False)
         return _forward(q, k, cos, sin, form, tokens_first, query)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         none = (None,) * 5
+        if torch.is_grad_enabled():
+            return (*_again(ctx, cos, sin, dq, dk if ctx.two else None), *none)
         dk = dk if ctx.two else None
         if dq is None:
             return (None, None if dk is None else _backward(dk, None, cos, sin, *ctx.rest)[0], *none)
         gradients = _backward(dq, dk, cos, sin, *ctx.rest)
         return (gradients[0], None if dk is None else gradients[1], *none)
+
+
+def _again(ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
+    """Gradients with a graph. The rotation is linear, so it matters nothing where they are taken."""
+    form, tokens_first, dtype = ctx.rest
+    *shapes, query = ctx.shapes
+    cast = _FORMS[form].cast
+    plain = dataclasses.replace(
+        _FORMS[form], broadcast="argument", indexed=False, sections=False, cast="own" if cast == "query" else cast
+    )
+    if len(shapes[0]) == 3:
+        cos, sin = cos[0], sin[0]
+    place = len(shapes[0]) - (2 if tokens_first else 3)
+
+    def definition(*x: Tensor | None) -> Any:
+        made = [
+            reference.rotary(y, None, cos, sin, place, form=dataclasses.replace(plain, tensors=1))
+            for y in x
+            if y is not None
+        ]
+        return tuple(y.to(query) if cast == "query" else y for y in made)  # type: ignore[union-attr]
+
+    origins = [None if s is None else torch.zeros(s, dtype=dtype, device=cos.device, requires_grad=True) for s in shapes]
+    grads = gradients if shapes[1] is not None else gradients[:1]
+    return through_definition(definition, tuple(origins), tuple(grads))
 
 
 def _fake_forward(

@@ -1,0 +1,45 @@
+"""Where triton's kernels run in tests: on a GPU, else in triton's interpreter on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+    """The device on which the embedded kernels run in this test; skips where there is no triton."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if torch.cuda.is_available():
+        yield torch.device("cuda")
+        return
+    from twinkle.ops import launch
+
+    # Read when a kernel is defined, so the modules below must not have been imported without it.
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    import twinkle.ops.gated_mlp.triton
+    import twinkle.ops.qk_norm_rotary.triton
+    import twinkle.ops.residual_norm.triton  # noqa: F401
+    from twinkle.ops.rms_norm.triton import _reduce
+
+    if type(_reduce).__name__ != "InterpretedFunction":
+        pytest.skip("the kernels were imported for a GPU before")
+    monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
+    try:
+        _reduce[(1,)](torch.ones(2, 4), torch.empty(4), 2, 4, ROWS=2, BLOCK=4)
+    except Exception as error:  # triton 3.6 with numpy 2.4, say
+        pytest.skip(f"triton's interpreter does not work here: {error!r}")
+    yield torch.device("cpu")
+
+
+@pytest.fixture
+def half(kernels: torch.device) -> torch.dtype:
+    """The half precision to test roundings in: the interpreter truncates to bfloat16, but rounds to float16."""
+    return torch.bfloat16 if kernels.type == "cuda" else torch.float16

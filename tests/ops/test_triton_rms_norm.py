@@ -1,0 +1,266 @@
+"""RMSNorm in triton against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twinkle.ops.rms_norm import reference
+from twinkle.ops.rms_norm.layer import covers, layer_class, rms_norm
+
+FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+LLAMA = FORMS["llama"]
+
+
+def ulps(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference in units in the last place of the larger magnitude of a row."""
+    a, b = a.detach(), b.detach()
+    unit = torch.finfo(b.dtype).eps * b.float().abs()
+    return float(((a.float() - b.float()).abs() / unit.clamp_min(1e-30)).max()) if b.numel() else 0.0
+
+
+def run(function, x, w, g=None, **kwargs):
+    x = x.detach().clone().requires_grad_()
+    w = None if w is None else w.detach().clone().requires_grad_()
+    y = function(x, w, 1e-6, **kwargs)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) if g is None else g.to(y.dtype)
+    return y, g, torch.autograd.grad(y, [t for t in (x, w) if t is not None], g)
+
+
+def used_kernel(y: torch.Tensor) -> bool:
+    return type(y.grad_fn).__name__ == "_RMSNormBackward"
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_float32_equals_the_definition_to_a_few_ulps(kernels, name):
+    torch.manual_seed(0)
+    form = FORMS[name]
+    x, w = torch.randn(6, 200, device=kernels), torch.randn(200, device=kernels)
+    w = None if form.weight == "none" else w
+    shape = {"normalized_shape": (200,)}
+    y, g, gradients = run(rms_norm, x, w, form=form, **shape)
+    assert used_kernel(y)
+    y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=form, **shape)
+    torch.testing.assert_close(y, y2, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, gradients2, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("weight_dtype", ["half", "float32"])
+@pytest.mark.parametrize("name", FORMS)
+def test_half_precision_rounds_where_the_definition_rounds(kernels, half, name, weight_dtype):
+    torch.manual_seed(0)
+    form = FORMS[name]
+    x = torch.randn(7, 200, device=kernels, dtype=half)
+    w = torch.randn(200, device=kernels, dtype=half if weight_dtype == "half" else torch.float32)
+    w = None if form.weight == "none" else w
+    if form.compute == "fused" and w is not None and w.dtype != half:
+        pytest.skip("torch takes its own way, and so do we")
+    y, _, _ = run(rms_norm, x, w, form=form, normalized_shape=(200,))
+    y2, _, _ = run(reference.rms_norm, x, w, form=form, normalized_shape=(200,))
+    assert used_kernel(y)
+    assert (y.dtype, y.stride()) == (y2.dtype, y2.stride())
+    if y.dtype == torch.float32:
+        torch.testing.assert_close(y, y2, rtol=2e-6, atol=1e-6)
+    elif form.compute == "input":
+        assert ulps(y, y2) <= 4
+    else:
+        # Sums in another order move few values across a rounding boundary.
+        assert ulps(y, y2) <= 2
+        assert float((y != y2).float().mean()) < 0.01
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "t5", "unweighted"])
+def test_half_precision_gradients_are_as_near_to_the_exact_ones(kernels, half, name):
+    torch.manual_seed(0)
+    form = FORMS[name]
+    x, w = (torch.randn(*s, device=kernels, dtype=half) for s in ((64, 200), (200,)))
+    w = None if form.weight == "none" else w
+    _, g, ours = run(rms_norm, x, w, form=form)
+    _, _, theirs = run(reference.rms_norm, x, w, g, form=form)
+    _, _, exact = run(reference.rms_norm, x.double(), None if w is None else w.double(), g, form=form)
+    for a, b, c in zip(ours, theirs, exact, strict=True):
+        assert (a - c).norm() <= 1.1 * (b - c).norm()
+
+
+@pytest.mark.parametrize("width", [1, 3, 128, 130, 4096, 8200, 20000, 65536])
+def test_every_width_up_to_65536(kernels, width):
+    torch.manual_seed(0)
+    x, w = torch.randn(3, width, device=kernels), torch.randn(width, device=kernels)
+    y, g, gradients = run(rms_norm, x, w, form=LLAMA)
+    assert used_kernel(y)
+    y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=LLAMA)
+    torch.testing.assert_close(y, y2, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients, gradients2, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_wider_row_goes_through_the_definition(kernels):
+    y = rms_norm(torch.ones(1, 65537, device=kernels, requires_grad=True), torch.ones(65537, device=kernels), 1e-6)
+    assert not used_kernel(y)
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64), (4, 0)])
+def test_empty_inputs(kernels, shape):
+    x = torch.randn(shape, device=kernels, requires_grad=True)
+    w = torch.randn(shape[-1], device=kernels, requires_grad=True)
+    y = rms_norm(x, w, 1e-6)
+    y.sum().backward()
+    assert y.shape == shape
+    assert torch.equal(w.grad, torch.zeros_like(w))
+
+
+@pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded", "strided channels"])
+def test_inputs_that_are_not_contiguous(kernels, kind):
+    torch.manual_seed(0)
+    whole = torch.randn(4, 6, 64, device=kernels)
+    x = {
+        "transposed": lambda: whole.transpose(0, 1),
+        "sliced": lambda: whole[1:3, ::2, :32],
+        "expanded": lambda: whole[:1].expand(5, -1, -1),
+        "strided channels": lambda: whole[..., ::2],
+    }[kind]()
+    w = torch.randn(x.shape[-1], device=kernels)
+    y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA)
+    torch.testing.assert_close(y, y2)
+    if kind == "transposed":
+        assert y.stride() == y2.stride()
+
+
+def test_a_gradient_that_is_expanded(kernels):
+    x = torch.randn(3, 32, device=kernels, requires_grad=True)
+    w = torch.randn(32, device=kernels)
+    (ours,) = torch.autograd.grad(rms_norm(x, w, 1e-6).sum(), x)
+    (theirs,) = torch.autograd.grad(reference.rms_norm(x, w, 1e-6, form=LLAMA).sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_zeros_without_eps_hurt_nobody_else(kernels):
+    x = torch.randn(5, 32, device=kernels, requires_grad=True)
+    w = torch.randn(32, device=kernels, requires_grad=True)
+    rms_norm(x, w, 0.0).sum().backward()
+    assert bool(torch.isfinite(w.grad).all())
+
+
+def test_inputs_are_left_as_they_were(kernels):
+    x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
+    kept = x.clone(), w.clone()
+    run(rms_norm, x, w)
+    assert torch.equal(x, kept[0])
+    assert torch.equal(w, kept[1])
+
+
+def test_the_same_bits_every_time(kernels):
+    x, w = torch.randn(300, 64, device=kernels), torch.randn(64, device=kernels)
+    first, g, gradients = run(rms_norm, x, w)
+    for _ in range(3):
+        y, _, again = run(rms_norm, x, w, g)
+        assert torch.equal(y, first)
+        assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
+
+
+def test_a_frozen_weight_gets_no_gradient(kernels):
+    x = torch.randn(4, 64, device=kernels, requires_grad=True)
+    w = torch.randn(64, device=kernels)
+    rms_norm(x, w, 1e-6).sum().backward()
+    assert w.grad is None
+
+
+def test_the_function_transforms_of_torch_run_the_definition(kernels):
+    x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
+    ours = torch.func.grad(lambda x: rms_norm(x, w, 1e-6).square().sum())(x)
+    theirs = torch.func.grad(lambda x: reference.rms_norm(x, w, 1e-6, form=LLAMA).square().sum())(x)
+    assert torch.equal(ours, theirs)
+
+
+def test_second_derivatives_are_those_of_the_definition(kernels):
+    x = torch.randn(4, 64, device=kernels, dtype=torch.float32, requires_grad=True)
+    w = torch.randn(64, device=kernels, requires_grad=True)
+
+    def second(function):
+        # The input depends on the weight as well: it must not be followed twice.
+        y = function(x * w, w, 1e-6, form=LLAMA).sin().sum()
+        (g,) = torch.autograd.grad(y, x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), (x, w))
+
+    for a, b in zip(second(rms_norm), second(reference.rms_norm), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_autocast_changes_nothing(kernels, half):
+    x, w = torch.randn(4, 64, device=kernels, dtype=half), torch.randn(64, device=kernels)
+    with torch.autocast(kernels.type, dtype=torch.bfloat16):
+        y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA)
+    assert y.dtype == y2.dtype
+
+
+def test_autocast_of_a_form_that_computes_in_the_dtype_of_its_input_runs_the_definition(kernels, half):
+    x = torch.randn(4, 64, device=kernels, dtype=half)
+    with torch.autocast(kernels.type, dtype=torch.bfloat16):
+        y = rms_norm(x, None, 1e-6, form=FORMS["input_unweighted"])
+        assert torch.equal(y, reference.rms_norm(x, None, 1e-6, form=FORMS["input_unweighted"]))
+
+
+def test_opcheck(kernels):
+    x = torch.randn(4, 64, device=kernels, requires_grad=True)
+    w = torch.randn(64, device=kernels, requires_grad=True)
+    torch.library.opcheck(torch.ops.twinkle.rms_norm.default, (x, w, 1e-6, "llama"))
+    torch.library.opcheck(torch.ops.twinkle.rms_norm.default, (x.transpose(0, 1)[:, :4], None, 1e-6, "unweighted"))
+    torch.library.opcheck(
+        torch.ops.twinkle.rms_norm_backward.default,
+        (x.detach(), x.detach(), w.detach(), 1e-6, "llama", True),
+    )
+
+
+def test_the_op_equals_the_straight_call(kernels):
+    x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
+    y, g, gradients = run(rms_norm, x, w)
+    y2, _, gradients2 = run(lambda x, w, eps: torch.ops.twinkle.rms_norm(x, w, eps, "llama"), x, w, g)
+    assert torch.equal(y, y2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients2, strict=True))
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_without_a_graph_break(kernels, dynamic):
+    torch._dynamo.reset()
+    x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
+    y, g, gradients = run(rms_norm, x, w)
+    backend = "inductor" if kernels.type == "cuda" else "aot_eager"
+    compiled = torch.compile(lambda x, w, eps: rms_norm(x, w, eps) * 1.0, fullgraph=True, dynamic=dynamic, backend=backend)
+    y2, _, gradients2 = run(compiled, x, w, g)
+    assert torch.equal(y, y2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, gradients2, strict=True))
+
+
+def test_a_layer_for_the_names_of_any_class(kernels):
+    class Norm(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain, self.tiny = torch.nn.Parameter(torch.randn(64)), 1e-5
+
+    made = layer_class(LLAMA, {"x": "states", "weight": "gain", "eps": "tiny"})
+    norm, x = Norm().to(kernels), torch.randn(4, 64, device=kernels)
+    assert torch.equal(made.forward(norm, states=x), rms_norm(x, norm.gain, 1e-5))
+    assert "__init__" not in vars(made)
+    assert made is layer_class(LLAMA, {"x": "states", "weight": "gain", "eps": "tiny"})
+
+
+def test_without_a_device_for_triton_the_definition_runs():
+    x = torch.randn(4, 64, device="cpu", dtype=torch.float64)
+    w = torch.randn(64, dtype=torch.float64)
+    assert torch.equal(rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    torch.manual_seed(0)
+    rows = (1 << 31) // 4096 + 8
+    x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    w = torch.randn(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = rms_norm(x, w, 1e-6)
+    expected = reference.rms_norm(x[-4:], w, 1e-6, form=LLAMA)
+    assert ulps(y[-4:], expected) <= 2
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    (expected_dx,) = torch.autograd.grad(expected, x, torch.ones_like(expected))
+    torch.testing.assert_close(dx[-4:], expected_dx[-4:], rtol=0.02, atol=0.02)
