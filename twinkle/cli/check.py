@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from twinkle.config import Settings
+    from twinkle.config.entries import Records
 
     Row = tuple[str, str, str, str]
 
@@ -36,6 +37,7 @@ _SETTINGS = (
     "verify",
     "kernels",
     "trust_remote_code",
+    "plugins",
     "disable",
     "log",
     "report",
@@ -64,7 +66,8 @@ def main(words: Sequence[str]) -> int:
     if settings.off:
         print("Twinkle is switched off by TWINKLE_DISABLE or TWINKLE_USE_KERNELS; nothing was read.")
         return 0
-    rows = list(_rows(settings))
+    bound = list(_records(settings))
+    rows = [row for records in bound for row in _rows(records)]
     print(f"{', '.join(settings.paths) or 'no file'}: right")
     for name in _SETTINGS:
         print(f"  {name:<19}{_shown(getattr(settings, name))}")
@@ -73,11 +76,30 @@ def main(words: Sequence[str]) -> int:
         print(f"  left out: {entry.name}: {reason}")
     for warning in settings.warnings:
         print(f"  note: {warning}")
-    return _load(settings) if options.load else 0
+    if not options.load:
+        return 0
+    # Last, so that it hides nothing: a program here finds its own modules, a console script does not.
+    sys.path.append(os.getcwd())
+    return max([_load(records) for records in bound])
 
 
-def _rows(settings: Settings) -> Iterator[Row]:
-    layers, targets, functions = settings.records()
+def _records(settings: Settings) -> Iterator[Records]:
+    """What the configuration binds, then what each of its plugins does."""
+    yield settings.records()
+    if not settings.plugins:
+        return
+    from twinkle.sources import plugins
+
+    for name in settings.plugins:
+        plugin = plugins.load(name, where=settings.origins.get("plugins"))
+        checked = config.validate(
+            plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True
+        )
+        yield checked.records(trust_remote_code=settings.trust_remote_code)
+
+
+def _rows(records: Records) -> Iterator[Row]:
+    layers, targets, functions = records
     for layer in layers:
         named = [_name(target.target) for target in targets if target.kernel_name == layer.name]
         for target in named or [f"classes with kernel_layer_name = {layer.name!r}"]:
@@ -112,8 +134,8 @@ def _shown(value: object) -> str:
     return str(value)
 
 
-def _load(settings: Settings) -> int:
-    layers, targets, functions = settings.records()
+def _load(records: Records) -> int:
+    layers, targets, functions = records
     failed = 0
     for name, source in [(kernel.name, kernel.source) for kernel in layers] + [
         (kernel.name, kernel.source) for kernel in functions

@@ -118,4 +118,10 @@ def _check(environ: Mapping[str, str]) -> None:
     from twinkle import config
 
     parts = environ["TWINKLE_CONFIG"].split(os.pathsep)
-    config.load(parts, environ, cwd=os.getcwd()).records()
+    settings = config.load(parts, environ, cwd=os.getcwd())
+    settings.records()
+    if settings.plugins:
+        from twinkle.sources import plugins
+
+        for name in settings.plugins:
+            plugins.find(name, where=settings.origins.get("plugins"))

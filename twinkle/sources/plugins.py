@@ -22,7 +22,7 @@ from twinkle.errors import ConfigError, SourceError
 from twinkle.modes import suggest
 from twinkle.sources import lookup
 
-__all__ = ["GROUP", "Plugin", "PluginInfo", "available", "load"]
+__all__ = ["GROUP", "Plugin", "PluginInfo", "available", "find", "load"]
 
 GROUP = "twinkle.kernels"
 
@@ -80,12 +80,15 @@ def available() -> list[PluginInfo]:
     return sorted(unique.values())
 
 
-def load(name: str) -> Plugin:
-    """The document of the plugin ``name``, or of ``distribution:name`` where several share a name.
+def find(name: str, *, where: str | None = None) -> PluginInfo:
+    """The plugin ``name``, or ``distribution:name`` where several share a name; imports nothing of it.
+
+    Args:
+        name: What a configuration says.
+        where: Where it says so.
 
     Raises:
         ConfigError: There is no such plugin, or more than one.
-        SourceError: It is there and cannot be loaded: the reason in words, with the cause.
     """
     dist, _, plain = name.rpartition(":")
     there = available()
@@ -94,6 +97,7 @@ def load(name: str) -> Plugin:
         names = [info.name for info in there]
         raise ConfigError(
             f"no plugin {name!r} is installed",
+            where=where,
             found=", ".join(names) or "no plugin at all",
             expected=f"a package with the entry point {plain!r} in the group {GROUP}",
             fix=suggest(plain, names),
@@ -101,11 +105,26 @@ def load(name: str) -> Plugin:
     if len(matching) > 1:
         raise ConfigError(
             f"several packages have a plugin {name!r}",
+            where=where,
             found=", ".join(info.dist for info in matching),
             expected="one of them",
             fix=f"write {matching[0].dist}:{plain}",
         )
-    info = matching[0]
+    return matching[0]
+
+
+def load(name: str, *, where: str | None = None) -> Plugin:
+    """The document of a plugin.
+
+    Args:
+        name: As for :func:`find`.
+        where: As for :func:`find`.
+
+    Raises:
+        ConfigError: There is no such plugin, or more than one.
+        SourceError: It is there and cannot be loaded: the reason in words, with the cause.
+    """
+    info = find(name, where=where)
     module, _, attribute = info.value.partition(":")
     module, attribute = module.strip(), attribute.partition("[")[0].strip()
     if attribute.endswith(".toml"):

@@ -1,0 +1,64 @@
+"""Plugins of a configuration at the commands, and what ``check --load`` finds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+LAYERS = "from torch import nn\nclass Same(nn.Module):\n    def forward(self, x): return x\n"
+BINDS = '[layers.Same]\ntarget = "tw_plugged_target:Layer"\npackage_name = "tw_plugged"\n'
+
+
+@pytest.fixture
+def twinkle(tmp_path):
+    """``twinkle("check", …)`` as the console script, where the plugin ``norms`` is installed."""
+    site = tmp_path / "site"
+    (site / "tw_plugged").mkdir(parents=True)
+    (site / "tw_plugged/__init__.py").touch()
+    (site / "tw_plugged/layers.py").write_text(LAYERS)
+    (site / "tw_plugged/bindings.toml").write_text(BINDS)
+    info = site / "tw_plugged-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tw-plugged\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[twinkle.kernels]\nnorms = tw_plugged:bindings.toml\n")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "good.toml").write_text('[twinkle]\nplugins = ["norms"]\n')
+    (work / "misspelt.toml").write_text('[twinkle]\nplugins = ["nroms"]\n')
+    (work / "program.py").write_text("print('it ran')")
+    (work / "tw_plugged_target.py").write_text("from torch import nn\nclass Layer(nn.Module): pass\n")
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        environ = {k: v for k, v in os.environ.items() if not k.startswith("TWINKLE")}
+        environ["PYTHONPATH"] = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # -P would be Python 3.11's word for it: a console script does not have the directory on its path.
+        code = "import sys; sys.path.remove(''); from twinkle.cli import main; sys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, *words]
+        return subprocess.run(command, cwd=work, env=environ, capture_output=True, text=True)
+
+    return run
+
+
+@pytest.mark.parametrize("command", [["check"], ["run", "--config"]])
+def test_a_plugin_that_is_not_installed_is_an_error_at_a_typed_door(twinkle, command):
+    program = ["program.py"] if command[0] == "run" else []
+    done = twinkle(*command, "misspelt.toml", *program)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "misspelt.toml:2 (twinkle.plugins)" in done.stderr
+    assert "did you mean 'norms'?" in done.stderr
+
+
+def test_check_shows_what_a_plugin_binds(twinkle):
+    done = twinkle("check", "good.toml")
+    assert done.returncode == 0, done.stderr
+    assert "tw_plugged_target:Layer  <-  installed tw_plugged:Same" in done.stdout
+
+
+def test_check_load_loads_kernels_of_plugins_and_targets_of_the_working_directory(twinkle):
+    done = twinkle("check", "--load", "good.toml")
+    assert done.returncode == 0, done.stderr
+    assert "kernel Same: loads" in done.stdout
+    assert "target tw_plugged_target:Layer: loads" in done.stdout
