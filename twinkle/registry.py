@@ -84,6 +84,12 @@ class Registry:
                 self.bindings = (*self.bindings, known)
             return known
 
+    def record(self, binding: Binding) -> None:
+        """Take in a record that was made elsewhere."""
+        with self._lock:
+            if not any(known is binding for known in self.bindings):
+                self.bindings = (*self.bindings, binding)
+
     def unbind(self, kernel: LayerKernel | FunctionKernel, target: str) -> None:
         """Forget a record that others have taken the place of."""
         with self._lock:

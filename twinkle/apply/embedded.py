@@ -10,15 +10,17 @@ from weakref import WeakKeyDictionary
 import torch
 
 from twinkle.apply.options import options
+from twinkle.match.names import class_path
 from twinkle.match.structure import Recognition, check_instance, recognise
 from twinkle.records import FunctionKernel, LayerKernel
 from twinkle.registry import registry
+from twinkle.report.records import session
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["device", "layer_kernel", "register_functions"]
+__all__ = ["defer_logits", "device", "layer_kernel", "register_functions"]
 
 _LAYERS = ("rms_norm", "gated_mlp")
 _FUNCTIONS = ("rotary",)
@@ -67,6 +69,26 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
             found.op, EmbeddedLayer(found.op, found.form, facts), device=where, origin=_ORIGIN
         )
     return known[key]
+
+
+def defer_logits(model: nn.Module) -> None:
+    """Let the head of a causal language model give deferred logits, where its loss is recognised."""
+    from twinkle.swap.layers import original_class
+
+    cls = original_class(model)
+    if not wanted("causal_lm_loss"):
+        return
+    found = recognise(cls)
+    if found.op != "causal_lm_loss":
+        return
+    from twinkle.ops.causal_lm_loss.layer import Installed, install
+
+    installed = install(model, found)
+    if isinstance(installed, Installed):
+        for binding in installed.bindings:
+            registry.record(binding)
+    else:
+        session.remark(f"the logits of {class_path(cls)} are computed as ever: {installed}")
 
 
 def _covers(found: Recognition) -> bool:

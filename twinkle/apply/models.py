@@ -100,14 +100,15 @@ def kernelize_layers(model: nn.Module) -> Change:
     change = Change()
     try:
         _put_layers(model, wanted, change)
-        _put_embedded_functions(model)
+        _put_embedded(model)
     except BaseException:
         change.undo()
         raise
     return change
 
 
-def _put_embedded_functions(model: nn.Module) -> None:
+def _put_embedded(model: nn.Module) -> None:
+    """The embedded kernels that are no layers of their own: functions, and the loss."""
     device = _embedded_device()
     if device is None:
         return
@@ -117,6 +118,7 @@ def _put_embedded_functions(model: nn.Module) -> None:
         functions.apply(
             module, device=options.device, mode=options.mode, strict=False, where="embedded", must_apply=False
         )
+    embedded.defer_logits(model)
 
 
 def unkernelize(model: nn.Module | None) -> None:
