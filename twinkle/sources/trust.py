@@ -136,5 +136,5 @@ def _refused(request: HubRequest, found: str) -> SourceError:
         where=request.where,
         found=found,
         fix=f'read its code, then set trust_remote_code = ["{request.repo_id}"] '
-        "(or TWINKLE_TRUST_REMOTE_CODE), or pin what you read with `twinkle lock`",
+        "(or TWINKLE_TRUST_REMOTE_CODE); `twinkle lock` then pins what you read",
     )
