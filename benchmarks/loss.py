@@ -148,13 +148,13 @@ def tune():
         labels = torch.randint(0, vocab, (2048,), device="cuda")
         losses = torch.empty(2048, device="cuda")
         line = []
-        for kernel.WARPS, kernel.BLOCK, kernel.PROGRAMS in itertools.product((8, 16, 32), (4096, 8192, 16384), (96, 132, 1 << 30)):
+        for kernel.WARPS, kernel.BLOCK in itertools.product((8, 16, 32), (8192, 16384)):
             ms = milliseconds(
                 lambda: kernel.row_losses(logits, None, labels, losses, None, chunks.RowLoss(), True), 3
             )
-            line.append(f"{kernel.WARPS}/{kernel.BLOCK}/{kernel.PROGRAMS % 9999}: {4 * logits.numel() / ms / 1e9:.2f}")
+            line.append(f"{kernel.WARPS}/{kernel.BLOCK}: {4 * logits.numel() / ms / 1e9:.2f}")
         print(f"row kernel, vocab {vocab}, TB/s: " + "; ".join(line), flush=True)
-        kernel.WARPS, kernel.BLOCK, kernel.PROGRAMS = 16, 8192, 0
+        kernel.WARPS, kernel.BLOCK = 32, 16384
         del logits
         line = []
         for size in (2048, 4096):

@@ -59,27 +59,31 @@ class Wanted:
         return self.hidden or self.weight or self.bias
 
 
-def chunk_rows(rows: int, vocab: int, itemsize: int, *, gpu: bool) -> int:
+def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -> int:
     """How many rows a chunk has.
 
-    On a GPU 2048 where that is up to 1.25 GiB: below it the matrix products, and the float32 sum of
-    the weight's gradient once a chunk, fall behind (at 128 rows by a factor of three). More where the
+    On a GPU 2048 where their logits are up to 1.25 GiB: the float32 sum of the weight's gradient is read
+    and written once a chunk, a tenth of the time at 2048 rows and all of it at 128. As many as the hidden
+    states are wide where that is more: such logits take no more than the weight. More again where the
     vocabulary is small. On a CPU what stays near its caches.
 
     Args:
         rows: All rows there are.
         vocab: Columns of the logits.
-        itemsize: Bytes of one of them.
+        width: Of the hidden states.
+        itemsize: Bytes of one logit.
         gpu: Whether it is for a GPU.
     """
     row_bytes = max(1, vocab * itemsize)
     if gpu:
-        most = max(min(2048, 1280 * _MIB // row_bytes), min(8192, 640 * _MIB // row_bytes))
+        most = max(min(max(2048, width), 1280 * _MIB // row_bytes), min(8192, 640 * _MIB // row_bytes))
+        # Matrix products take longer a row between powers of two (2816 rows than 2048, on an H200).
+        most = 1 << (max(128, most).bit_length() - 1)
         step = 128
     else:
         most = min(2048, 16 * _MIB // row_bytes)
         step = 16
-    most = max(step, most // step * step)
+        most = max(step, most // step * step)
     if rows <= most:
         return max(1, rows)
     chunks = -(-rows // most)
@@ -114,7 +118,7 @@ def in_chunks(
     losses = hidden.new_zeros(rows, dtype=precise)
     grad_hidden = hidden.new_empty(hidden.shape) if wanted.hidden else None
     grad_bias = weight.new_zeros(vocab, dtype=precise) if wanted.bias else None
-    size = chunk_rows(rows, vocab, hidden.element_size(), gpu=hidden.is_cuda)
+    size = chunk_rows(rows, vocab, hidden.shape[1], hidden.element_size(), gpu=hidden.is_cuda)
     sums = _WeightSum(weight, one_chunk=rows <= size) if wanted.weight else None
     kernel = _row_kernel(hidden, row_loss)
     # Rows on whole cache lines: matrix products and the pass between them want aligned rows.

@@ -136,19 +136,29 @@ def _(
 
 def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.wanted = inputs[-3:]
     ctx.save_for_backward(*output[1:])
 
 
-def _scale_gradients(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[Any, ...]:
-    if any(other is not None for other in others):
-        raise RuntimeError("linear_cross_entropy has no second derivative: its gradients come from the forward")
+def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 14
     rest, *gradients = ctx.saved_tensors
-    factor = grad * rest
-    scaled = [_scaled(g, factor) if wanted else None for wanted, g in zip(ctx.wanted, gradients, strict=True)]
-    return (*scaled, *(None,) * 11)
+    # The gradients are constants here: a second derivative would silently miss what they depend on.
+    refuse = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    with torch.no_grad():
+        factor = grad * rest
+        scaled = [_scaled(g, factor) if wanted else None for wanted, g in zip(ctx.wanted, gradients, strict=True)]
+    return (*(_once(scaled) if refuse else scaled), *(None,) * 11)
+
+
+def _once(gradients: list[Tensor | None]) -> list[Tensor | None]:
+    present = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
+    text = b"linear_cross_entropy has no second derivative: its gradients come from the forward"
+    guarded = iter(torch._C._functions.DelayedError(text, len(present))(*present) if len(present) > 1 else
+                   [torch._C._functions.DelayedError(text, 1)(*present)])
+    return [None if gradient is None else next(guarded) for gradient in gradients]
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:

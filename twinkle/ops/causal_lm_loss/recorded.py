@@ -360,7 +360,7 @@ def _argmax(logits: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
     if kwargs or dim is None or dim not in (-1, logits.dim() - 1) or logits.dim() < 2:
         return NotImplemented
     rows = logits._hidden.detach().reshape(-1, logits._hidden.shape[-1])
-    size = chunk_rows(rows.shape[0], logits.shape[-1], logits.element_size(), gpu=rows.is_cuda)
+    size = chunk_rows(*rows.shape[:1], logits.shape[-1], rows.shape[1], logits.element_size(), gpu=rows.is_cuda)
     best = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     with torch.no_grad():
         for start in range(0, rows.shape[0], size):

@@ -18,9 +18,8 @@ __all__ = ["row_losses", "scale_"]
 
 # Columns that one thread reads at a time: 16 bytes of 16-bit numbers.
 _LANE = 8
-BLOCK = 8192
-WARPS = 16
-PROGRAMS = 0
+BLOCK = 16384
+WARPS = 32
 # Below every logit, and far enough from the end of float32 that differences stay finite.
 LOWEST = tl.constexpr(-1e38)
 
@@ -102,87 +101,87 @@ def _overwrite(
 
 @triton.jit
 def _row_losses(
-    logits, row_stride, bias, labels, losses, scale, pre, post, smoothing, ignore_index, rows, vocab,
+    logits, row_stride, bias, labels, losses, scale, pre, post, smoothing, ignore_index, vocab,
     TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
 ):  # fmt: skip
     whole = vocab // BLOCK * BLOCK
-    for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        label = tl.load(labels + row)
-        line = logits + (tl.full([], 0, tl.int64) + row) * row_stride
-        if label == ignore_index:
-            tl.store(losses + row, 0.0)
-            if GRADIENT:
-                for start in range(0, vocab, BLOCK):
-                    at = _columns(start, BLOCK, LANE)
-                    empty = tl.zeros([BLOCK // LANE, LANE], line.dtype.element_ty)
-                    tl.store(line + at, empty, mask=at < vocab)
-        else:
-            # A label outside the vocabulary gives a loss that is no number, not one from another row.
-            known = (label >= 0) & (label < vocab)
-            target = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
-            if BIAS:
-                target += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
-            # Powers of two in the place of e: `slope` takes a logit there, and is not negative.
-            if TANH:
-                target_tanh = _tanh(target * pre)
-                target = target_tanh * post
-                slope = 1.4426950408889634
-            else:
-                target_tanh = target
-                slope = pre * 1.4426950408889634
-
-            high = tl.full([BLOCK // LANE], LOWEST, tl.float32)
-            total = tl.zeros([BLOCK // LANE], tl.float32)
-            plain = tl.zeros([BLOCK // LANE], tl.float32)
-            for start in range(0, whole, BLOCK):
+    row = tl.program_id(0)
+    label = tl.load(labels + row)
+    line = logits + row.to(tl.int64) * row_stride
+    if label == ignore_index:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, vocab, BLOCK):
                 at = _columns(start, BLOCK, LANE)
-                high, total, plain = _more(
-                    line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, False
-                )
+                empty = tl.zeros([BLOCK // LANE, LANE], line.dtype.element_ty)
+                tl.store(line + at, empty, mask=at < vocab)
+    else:
+        # A label outside the vocabulary gives a loss that is no number, not one from another row.
+        known = (label >= 0) & (label < vocab)
+        target = tl.load(line + label, mask=known, other=float("nan")).to(tl.float32)
+        if BIAS:
+            target += tl.load(bias + label, mask=known, other=0.0).to(tl.float32)
+        # Powers of two in the place of e: `slope` takes a logit there, and is not negative.
+        if TANH:
+            target_tanh = _tanh(target * pre)
+            target = target_tanh * post
+            slope = 1.4426950408889634
+        else:
+            target_tanh = target
+            slope = pre * 1.4426950408889634
+
+        high = tl.full([BLOCK // LANE], LOWEST, tl.float32)
+        total = tl.zeros([BLOCK // LANE], tl.float32)
+        plain = tl.zeros([BLOCK // LANE], tl.float32)
+        for start in range(0, whole, BLOCK):
+            at = _columns(start, BLOCK, LANE)
+            high, total, plain = _more(
+                line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, False
+            )
+        if whole < vocab:
+            at = _columns(whole, BLOCK, LANE)
+            high, total, plain = _more(
+                line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, True
+            )
+        top = tl.max(high, 0)
+        # Of base two, as everything under `exp2`.
+        lse = top * slope + tl.log2(tl.sum(total * tl.exp2((high - top) * slope), 0))
+        natural = slope / 1.4426950408889634
+        loss = lse * 0.6931471805599453 - (1.0 - smoothing) * natural * target
+        if SMOOTH:
+            loss -= smoothing * natural * tl.sum(plain, 0) / vocab
+        tl.store(losses + row, loss)
+
+        if GRADIENT:
+            factor = pre
+            if TANH:
+                factor = pre * post
+            if SCALE == 1:
+                factor *= tl.load(scale).to(tl.float32)
+            elif SCALE == 2:
+                factor *= tl.load(scale + row).to(tl.float32)
+            # Every thread must have read the target before one overwrites it.
+            tl.debug_barrier()
+            # From the end: what was read last is still in the cache.
             if whole < vocab:
                 at = _columns(whole, BLOCK, LANE)
-                high, total, plain = _more(
-                    line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, True
+                _overwrite(
+                    line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, True
                 )
-            top = tl.max(high, 0)
-            # Of base two, as everything under `exp2`.
-            lse = top * slope + tl.log2(tl.sum(total * tl.exp2((high - top) * slope), 0))
-            natural = slope / 1.4426950408889634
-            loss = lse * 0.6931471805599453 - (1.0 - smoothing) * natural * target
+            for start in range(0, whole, BLOCK):
+                at = _columns(start, BLOCK, LANE)
+                _overwrite(
+                    line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, False
+                )
+            tl.debug_barrier()
+            gradient = tl.exp2(target * slope - lse) - (1.0 - smoothing)
             if SMOOTH:
-                loss -= smoothing * natural * tl.sum(plain, 0) / vocab
-            tl.store(losses + row, loss)
-
-            if GRADIENT:
-                factor = pre
-                if TANH:
-                    factor = pre * post
-                if SCALE == 1:
-                    factor *= tl.load(scale).to(tl.float32)
-                elif SCALE == 2:
-                    factor *= tl.load(scale + row).to(tl.float32)
-                # Every thread must have read the target before one overwrites it.
-                tl.debug_barrier()
-                # From the end: what was read last is still in the cache.
-                if whole < vocab:
-                    at = _columns(whole, BLOCK, LANE)
-                    _overwrite(
-                        line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, True
-                    )
-                for start in range(0, whole, BLOCK):
-                    at = _columns(whole - BLOCK - start, BLOCK, LANE)
-                    _overwrite(
-                        line, bias, at, vocab, lse, pre, post, slope, smoothing, factor, TANH, SMOOTH, BIAS, False
-                    )
-                tl.debug_barrier()
-                gradient = tl.exp2(target * slope - lse) - (1.0 - smoothing)
-                if SMOOTH:
-                    gradient -= smoothing / vocab
-                gradient *= factor
-                if TANH:
-                    gradient *= 1.0 - target_tanh * target_tanh
-                tl.store(line + label, gradient.to(line.dtype.element_ty), mask=known)
+                gradient -= smoothing / vocab
+            gradient *= factor
+            if TANH:
+                gradient *= 1.0 - target_tanh * target_tanh
+            tl.store(line + label, gradient.to(line.dtype.element_ty), mask=known)
 
 
 @triton.jit
@@ -228,7 +227,7 @@ def row_losses(
         return
     block = min(BLOCK, max(_LANE * 32, triton.next_power_of_2(vocab)))
     with _on_device(logits):
-        _row_losses[(min(rows, programs(vocab * logits.element_size(), logits.device)),)](
+        _row_losses[(rows,)](
             logits,
             logits.stride(0),
             bias if bias is not None else logits,
@@ -239,7 +238,6 @@ def row_losses(
             row_loss.post,
             row_loss.label_smoothing,
             row_loss.ignore_index,
-            rows,
             vocab,
             TANH=row_loss.tanh,
             SMOOTH=row_loss.label_smoothing != 0,
@@ -250,18 +248,6 @@ def row_losses(
             LANE=_LANE,
             num_warps=max(1, min(WARPS, block // (_LANE * 32))),
         )
-
-
-def programs(row_bytes: int, device: torch.device) -> int:
-    """How many rows are worked on at a time.
-
-    Each is read twice: few enough that the second time finds it in the cache.
-    """
-    if device.type != "cuda":
-        return 1 << 30
-    if PROGRAMS:
-        return PROGRAMS
-    return 1 << 30
 
 
 def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
