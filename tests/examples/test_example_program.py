@@ -102,13 +102,22 @@ def test_ctrl_c_ends_cleanly_and_keeps_the_losses(tmp_path: Path) -> None:
         str(file),
     ]
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell starts its background jobs with SIGINT ignored, and that is inherited.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as child:
-        assert child.stdout is not None
-        child.stdout.readline()  # the model is built
-        time.sleep(2)
-        child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+        try:
+            assert child.stdout is not None
+            child.stdout.readline()  # the model is built
+            time.sleep(2)
+            child.send_signal(signal.SIGINT)
+            _, err = child.communicate(timeout=60)
+        finally:
+            child.kill()
     assert child.returncode == 130
     assert "Traceback" not in err
     run = json.loads(file.read_text())
