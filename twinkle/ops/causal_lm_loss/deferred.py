@@ -49,6 +49,8 @@ class DeferredLogits(torch.Tensor):
     @staticmethod
     def __new__(cls, head: Head, hidden: Tensor, steps: tuple[Step, ...] = ()) -> DeferredLogits:
         dtype = next((value for name, value in reversed(steps) if name == "to"), head.dtype)
+        if not head.grad and hidden.requires_grad:
+            hidden = hidden.detach()
         shape = (*hidden.shape[:-1], head.weight.shape[0])
         made: DeferredLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
         made._head, made._hidden, made._steps = head, hidden, steps

@@ -86,7 +86,7 @@ def defer(head: nn.Linear, hidden: Tensor, *, counted: LabelCount | None = None)
         return F.linear(hidden, head.weight, head.bias)
     made = Head(head.weight, head.bias, hidden)
     made.counted = counted
-    return DeferredLogits(made, hidden if made.grad else hidden.detach())
+    return DeferredLogits(made, hidden)
 
 
 class DeferringLinear(nn.Module):
