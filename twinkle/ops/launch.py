@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DEFINITION", "OP", "STRAIGHT", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "through_definition", "tl_dtype"]
+__all__ = ["DEFINITION", "OP", "STRAIGHT", "Launcher", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "through_definition", "tl_dtype"]
 
 DEFINITION, OP, STRAIGHT = 0, 1, 2
 """The answers of :func:`route`: the reference in plain torch, the registered op, or the kernel itself."""
@@ -101,6 +101,48 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class Launcher:
+    """A triton kernel whose repeated launches skip triton's own look-up.
+
+    A training step repeats the same launches; triton binds and specialises all arguments again each time.
+    Here the compiled kernel is found by the numbers themselves, and by whether all tensors are aligned.
+
+    The kernel takes its tensors first, then its numbers, then its constants.
+    """
+
+    _MOST = 512  # Kept launches; shapes that vary without end go through triton.
+
+    def __init__(self, jitted: Any) -> None:
+        self.jitted = jitted
+        self._known: dict[Any, tuple[Any, tuple[Any, ...]]] = {}
+
+    def __call__(
+        self, grid: tuple[int, ...], tensors: tuple[Tensor, ...], numbers: tuple[float, ...], **constants: Any
+    ) -> None:
+        """Launch on the current device.
+
+        Args:
+            grid: One to three sizes.
+            tensors: The first arguments.
+            numbers: The next.
+            constants: The rest, and options such as ``num_warps``.
+        """
+        device = tensors[0].device
+        if device.type != "cuda" or any(tensor.data_ptr() & 15 for tensor in tensors):
+            self.jitted[grid](*tensors, *numbers, **constants)
+            return
+        key = (device.index, numbers, *[tensor.dtype for tensor in tensors], *constants.values())
+        known = self._known.get(key)
+        if known is not None:
+            compiled, rest = known
+            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *rest)
+            return
+        compiled = self.jitted[grid](*tensors, *numbers, **constants)
+        if len(self._known) < self._MOST and hasattr(compiled, "function"):
+            given = len(tensors) + len(numbers)
+            self._known[key] = compiled, tuple(constants[name] for name in self.jitted.arg_names[given:])
 
 
 def rows_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import on_device, tl_dtype
+from twinkle.ops.launch import Launcher, on_device, tl_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -140,6 +140,9 @@ def _backward(
     tl.store(dup + row * dup_stride + col, du.to(dup.dtype.element_ty), mask=ok)
 
 
+_launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
+
+
 def _shape(*tensors: Tensor) -> tuple[int, int]:
     """Rows and width: one long row where all are contiguous, so that no block is cut at the end of a row."""
     rows, width = tensors[0].shape
@@ -175,9 +178,10 @@ def forward(
         return
     rows, width = _shape(gate, up, out)
     with on_device(gate):
-        _forward[(rows * triton.cdiv(width, _BLOCK),)](
-            gate, up, out, width, gate.stride(0), up.stride(0), out.stride(0),
-            0.0 if limit is None else limit, 1.0 if scale is None else scale,
+        _launch_forward(
+            (rows * triton.cdiv(width, _BLOCK),), (gate, up, out),
+            (width, gate.stride(0), up.stride(0), out.stride(0),
+             0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
             BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,
             R=tl_dtype(torch.float32 if exact else gate.dtype), X=tl_dtype(gate.dtype), num_warps=4,
         )  # fmt: skip
@@ -216,10 +220,10 @@ def backward(
         return
     rows, width = _shape(dout, gate, up, dgate, dup)
     with on_device(gate):
-        _backward[(rows * triton.cdiv(width, _BLOCK),)](
-            dout, gate, up, dgate, dup, dgate if out is None else out, width,
-            dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
-            0.0 if limit is None else limit, 1.0 if scale is None else scale,
+        _launch_backward(
+            (rows * triton.cdiv(width, _BLOCK),), (dout, gate, up, dgate, dup, dgate if out is None else out),
+            (width, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
+             0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
             BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,
             R=tl_dtype(torch.float32 if exact else gate.dtype), X=tl_dtype(gate.dtype), AGAIN=out is not None,
             num_warps=4,

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import multiprocessors, on_device, tl_dtype
+from twinkle.ops.launch import Launcher, multiprocessors, on_device, tl_dtype
 from twinkle.ops.rms_norm.triton import normalised, reduce_partial, scale_of
 from twinkle.ops.rotary.triton import pair_of_tables, turned, turned_back
 
@@ -125,6 +125,20 @@ def _one_backward(
 
 
 @triton.jit
+def _store_sums(partial, first, second, heads, half, i, here, H: tl.constexpr, ALL: tl.constexpr):
+    if ALL:
+        h = tl.arange(0, H)[:, None]
+        at = partial + tl.program_id(0) * (2 * half * heads) + h * (2 * half) + i
+        ok = here & (h < heads)
+        tl.store(at, first, mask=ok)
+        tl.store(at + half, second, mask=ok)
+    else:
+        at = partial + tl.program_id(0) * (2 * half) + i
+        tl.store(at, tl.sum(first, axis=0, keep_dims=True), mask=here)
+        tl.store(at + half, tl.sum(second, axis=0, keep_dims=True), mask=here)
+
+
+@triton.jit
 def _backward(
     q, k, qw, kw, dqy, dky, dq, dk, cos, sin, q_partial, k_partial, rows, tokens, q_heads, k_heads, half,
     q_eps, k_eps, q_row, k_row, qy_b, qy_h, qy_t, ky_b, ky_h, ky_t, c_b, c_t, s_b, s_t,
@@ -139,15 +153,16 @@ def _backward(
     qu, qv = _scales(qw, qh, i, here & (qh < q_heads), half, WEIGHT, ALL, ONE_PLUS, S)
     ku, kv = _scales(kw, kh, i, here & (kh < k_heads), half, WEIGHT, ALL, ONE_PLUS, S)
     if WEIGHT_GRAD:
-        # One row of sums where the heads share a weight, or the sums of each head.
-        q1 = tl.zeros([QH if ALL else 1, D], tl.float32)
-        q2 = tl.zeros([QH if ALL else 1, D], tl.float32)
-        k1 = tl.zeros([KH if ALL else 1, D], tl.float32)
-        k2 = tl.zeros([KH if ALL else 1, D], tl.float32)
+        # Sums of each head: adding the heads up in every round would cross the warps each time.
+        q1 = tl.zeros([QH, D], tl.float32)
+        q2 = tl.zeros([QH, D], tl.float32)
+        k1 = tl.zeros([KH, D], tl.float32)
+        k2 = tl.zeros([KH, D], tl.float32)
     for row32 in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        row = tl.zeros([1, 1], tl.int64) + row32
-        batch = row // tokens
-        token = row % tokens
+        wide = tl.zeros([1, 1], tl.int64)
+        row = wide + row32
+        batch = wide + row32 // tokens
+        token = wide + row32 % tokens
         c1, c2 = pair_of_tables(cos + batch * c_b + token * c_t, i, here, half, 0, ONE)
         s1, s2 = pair_of_tables(sin + batch * s_b + token * s_t, i, here, half, 0, ONE)
         a, b = _one_backward(
@@ -155,26 +170,21 @@ def _backward(
             c1, s1, c2, s2, qy_h, q_heads, half, q_eps, QH, D, ALL, C, B,
         )  # fmt: skip
         if WEIGHT_GRAD:
-            q1 += a if ALL else tl.sum(a, axis=0, keep_dims=True)
-            q2 += b if ALL else tl.sum(b, axis=0, keep_dims=True)
+            q1 += a
+            q2 += b
         a, b = _one_backward(
             k + row * k_row, ku, kv, dky + batch * ky_b + token * ky_t, dk + row * (2 * half * k_heads),
             c1, s1, c2, s2, ky_h, k_heads, half, k_eps, KH, D, ALL, C, B,
         )  # fmt: skip
         if WEIGHT_GRAD:
-            k1 += a if ALL else tl.sum(a, axis=0, keep_dims=True)
-            k2 += b if ALL else tl.sum(b, axis=0, keep_dims=True)
+            k1 += a
+            k2 += b
     if WEIGHT_GRAD:
-        q_width = 2 * half * (q_heads if ALL else 1)
-        k_width = 2 * half * (k_heads if ALL else 1)
-        qr = tl.arange(0, QH if ALL else 1)[:, None]
-        kr = tl.arange(0, KH if ALL else 1)[:, None]
-        q_at = q_partial + tl.program_id(0) * q_width + qr * (2 * half) + i
-        k_at = k_partial + tl.program_id(0) * k_width + kr * (2 * half) + i
-        tl.store(q_at, q1, mask=here & (qr < q_heads))
-        tl.store(q_at + half, q2, mask=here & (qr < q_heads))
-        tl.store(k_at, k1, mask=here & (kr < k_heads))
-        tl.store(k_at + half, k2, mask=here & (kr < k_heads))
+        _store_sums(q_partial, q1, q2, q_heads, half, i, here, QH, ALL)
+        _store_sums(k_partial, k1, k2, k_heads, half, i, here, KH, ALL)
+
+
+_launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
 
 
 def _warps(elements: int, per_warp: int) -> int:
@@ -212,13 +222,12 @@ def forward(
     half, blocks = head_dim // 2, (triton.next_power_of_2(heads), triton.next_power_of_2(k_heads))
     width = triton.next_power_of_2(half)
     with on_device(q):
-        _forward[(batch * tokens,)](
-            q, k, q if qw is None else qw, k if kw is None else kw, q_out, k_out, cos, sin,
-            tokens, heads, k_heads, half, q_eps, k_eps, q.stride(0), k.stride(0),
-            *q_out.stride()[:3], *k_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        _launch_forward(
+            (batch * tokens,), (q, k, q if qw is None else qw, k if kw is None else kw, q_out, k_out, cos, sin),
+            (tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
+             *q_out.stride()[:3], *k_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
             QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, ALL=over_all,
-            Z=tl_dtype(between), C=tl_dtype(compute), ONE=one,
-            **norm, num_warps=_warps(blocks[0] * width, 512), enable_fp_fusion=False,
+            **norm, Z=tl_dtype(between), C=tl_dtype(compute), ONE=one, num_warps=_warps(blocks[0] * width, 512), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -262,16 +271,18 @@ def backward(
     k_heads, rows = dk_out.shape[1], batch * tokens
     half, blocks = head_dim // 2, (triton.next_power_of_2(heads), triton.next_power_of_2(k_heads))
     width = triton.next_power_of_2(half)
-    warps = _warps(blocks[0] * width, 256)
+    warps = _warps(blocks[0] * width, 512)
     programs = min(rows, multiprocessors(q.device) * max(1, 32 // warps))
     parts = [torch.empty((programs, w.numel()), dtype=torch.float32, device=q.device) for w in (dqw, dkw) if w is not None]
     with on_device(q):
-        _backward[(programs,)](
-            q, k, q if qw is None else qw, k if kw is None else kw, dq_out, dk_out, dq, dk, cos, sin,
-            parts[0] if parts else q, parts[1] if parts else q, rows, tokens, heads, k_heads, half, q_eps, k_eps,
-            q.stride(0), k.stride(0), *dq_out.stride()[:3], *dk_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2],
+        _launch_backward(
+            (programs,),
+            (q, k, q if qw is None else qw, k if kw is None else kw, dq_out, dk_out, dq, dk, cos, sin,
+             parts[0] if parts else q, parts[1] if parts else q),
+            (rows, tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
+             *dq_out.stride()[:3], *dk_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
             QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, WEIGHT_GRAD=wanted, ALL=over_all,
-            ONE_PLUS=one_plus, S=tl_dtype(scale), C=tl_dtype(compute), B=tl_dtype(sums), ONE=one, STAGES=1,
+            ONE_PLUS=one_plus, S=tl_dtype(scale), C=tl_dtype(compute), B=tl_dtype(sums), ONE=one, STAGES=2,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
         if dqw is not None and dkw is not None:

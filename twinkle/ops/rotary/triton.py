@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import on_device, tl_dtype
+from twinkle.ops.launch import Launcher, on_device, tl_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -129,6 +129,9 @@ def _turn(
         )  # fmt: skip
 
 
+_launch_turn = Launcher(_turn)
+
+
 def turn(
     q: Tensor,
     k: Tensor | None,
@@ -183,11 +186,11 @@ def turn(
         token_block = min(triton.next_power_of_2(tokens), max(1, 2048 // width))
     elements = width * max(q_block, k_block) * token_block
     with on_device(q):
-        _turn[(batch * triton.cdiv(tokens, token_block),)](
-            q, second, q_out, second_out, cos, sin, tokens, heads, second.shape[1], half, start,
-            2 * half if start == 0 else 0, rest,
-            *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
-            *cos.stride()[:2], *sin.stride()[:2],
+        _launch_turn(
+            (batch * triton.cdiv(tokens, token_block),), (q, second, q_out, second_out, cos, sin),
+            (tokens, heads, second.shape[1], half, start, 2 * half if start == 0 else 0, rest,
+             *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
+             *cos.stride()[:2], *sin.stride()[:2]),
             T=token_block, QH=q_block, KH=k_block, W=width, REST=triton.next_power_of_2(rest) if rest else 0,
             PAIRS=pairs, ONE=one, INVERSE=inverse, C=tl_dtype(compute), B=tl_dtype(sums), TWO=two, BACK=back,
             num_warps=max(1, min(8, elements // 512)), enable_fp_fusion=False,
