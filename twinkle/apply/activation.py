@@ -10,7 +10,7 @@ import sys
 
 from twinkle.apply.bindings import declare, layer_binding
 from twinkle.apply.options import options
-from twinkle.errors import warn
+from twinkle.errors import ApplyError, warn
 from twinkle.match.names import is_pattern, parse_target
 from twinkle.registry import registry
 from twinkle.report.records import session
@@ -118,7 +118,7 @@ def watch_new() -> None:
         return
     from twinkle.hooks import imports
 
-    strict = options.strict or not options.use_fallback
+    strict = options.raises
     for target in registry.layer_targets:
         if target in _state.layers_seen:
             continue
@@ -167,7 +167,7 @@ def _on_function_module(module: ModuleType, name: str) -> None:
         name,
         device=options.device,
         mode=options.mode,
-        strict=options.strict,
+        strict=options.raises,
         where="activation",
         must_apply=False,
     )
@@ -220,6 +220,8 @@ def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | No
             reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
         for kernel in registry.kernels_named(entry.kernel_name):
             layer_binding(kernel, str(entry.target)).set("failed", reason)
+        if options.raises:
+            raise ApplyError(reason, where=entry.origin, fix="correct the target, or leave it out")
         warn(f"{reason} ({entry.origin})")
     return None
 
@@ -230,7 +232,7 @@ def _watch_class(cls: type) -> None:
     _state.classes_seen.add(cls)
     from twinkle.hooks.construction import watch_class
 
-    strict = options.strict or not options.use_fallback
+    strict = options.raises
     _state.watches.append(watch_class(cls, _on_model, owner=_OWNER, strict=strict))
 
 

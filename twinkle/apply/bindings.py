@@ -33,7 +33,7 @@ def declare(source: Registry = registry) -> None:
         for target in targets.get(kernel.name, ()):
             binding = layer_binding(kernel, target.target)
             if binding.state == "pending" and not binding.reason:
-                binding.set("pending", "no such layer was met yet")
+                binding.set("pending", _why_pending(target.target))
         if kernel.name in targets:
             source.unbind(kernel, f"{BY_NAME}={kernel.name}")
         else:
@@ -44,6 +44,15 @@ def declare(source: Registry = registry) -> None:
         binding = function_binding(function)
         if binding.state == "pending" and not binding.reason:
             binding.set("pending", f"{function.target_module} is not imported yet")
+
+
+def _why_pending(target: type | str) -> str:
+    import sys
+
+    module = "" if isinstance(target, type) else target.partition(":")[0]
+    if module in ("", "match") or is_pattern(module) or module in sys.modules:
+        return "no such layer was met yet"
+    return f"{module} was not imported yet"
 
 
 def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:

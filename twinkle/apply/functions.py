@@ -16,7 +16,7 @@ from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.hooks import aliases
 from twinkle.modes import Mode, rank
 from twinkle.registry import registry
-from twinkle.swap.candidate import FunctionCandidate
+from twinkle.swap.candidate import FunctionCandidate, explain
 from twinkle.swap.functions import Placement, dispatcher, find, put, take_out
 
 if TYPE_CHECKING:
@@ -169,10 +169,10 @@ class _Plan:
             original = placed.placement.original if placed else find(self.module, self.name)
         except TwinkleError as error:
             for kernel in self.kernels:
-                function_binding(kernel).set("failed", error.reason)
+                function_binding(kernel).set("failed", explain(error))
             if strict:
                 raise
-            warn(f"{self.target} is not replaced: {error.reason} ({self.kernels[0].origin})")
+            warn(f"{self.target} is not replaced: {explain(error)} ({self.kernels[0].origin})")
             return
         absent = absent_reason(self.device)
         usable: list[FunctionCandidate] = []
@@ -294,7 +294,7 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     known = _candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
         proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
-        candidate = FunctionCandidate(kernel, function_binding(kernel), proofs=proofs)
+        candidate = FunctionCandidate(kernel, function_binding(kernel), strict=options.raises, proofs=proofs)
         known = _candidates[key] = (kernel, original, candidate)
     return known[2]
 

@@ -227,9 +227,8 @@ class _ClassPlan:
                 continue
             if self.placed and candidate.known_fit(self.cls) is not None:
                 candidate.succeeded()
-            elif self.placed and candidate.binding.state == "pending":
-                when = f"{candidate.binding.device}/{candidate.binding.mode}".replace("any/any", "the")
-                candidate.binding.set("pending", f"in place; loads at the first {when} forward")
+            elif self.placed:
+                candidate.waits()
             elif not self.placed and candidate.binding.state == "pending" and candidate.binding.notes:
                 candidate.binding.set("skipped", candidate.binding.notes[-1])
 
@@ -326,7 +325,9 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
     known = _candidates.get(key)
     if known is None or known.kernel is not kernel:
         proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
-        known = _candidates[key] = Candidate(kernel, layer_binding(kernel, target), proofs=proofs)
+        known = _candidates[key] = Candidate(
+            kernel, layer_binding(kernel, target), strict=options.raises, proofs=proofs
+        )
     return known
 
 

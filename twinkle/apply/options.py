@@ -37,6 +37,11 @@ class Options:
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
 
+    @property
+    def raises(self) -> bool:
+        """Whether a kernel that cannot be used is an error of the program."""
+        return self.strict or not self.use_fallback
+
     def proofs(self, verify: str | None, *, kind: str) -> int:
         """How many calls of a kernel are compared with the original before it is trusted.
 

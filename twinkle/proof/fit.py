@@ -205,10 +205,17 @@ def read_layer(
     )
 
 
-def check_function(implementation: Callable[..., object], original: Callable[..., object]) -> None:
+def check_function(
+    implementation: Callable[..., object], original: Callable[..., object], *, called: str | None = None
+) -> None:
     """Check that a function kernel accepts every call of the original.
 
     Where one of the two has no signature to read (builtins), nothing is said.
+
+    Args:
+        implementation: The kernel.
+        original: What it replaces.
+        called: What messages call the original, where it does not know its own name.
 
     Raises:
         KernelError: It is not callable or has another signature.
@@ -231,7 +238,8 @@ def check_function(implementation: Callable[..., object], original: Callable[...
     if problem is not None:
         reason, hint = problem
         raise KernelError(
-            f"kernel {_name(implementation)} has another signature than {_name(original)}: {reason}",
+            f"kernel {_name(implementation)} has another signature than "
+            f"{called or _name(original)}: {reason}",
             found=shown(ours),
             expected=shown(theirs),
             fix=hint,

@@ -233,7 +233,7 @@ class FunctionCandidate(_Candidate):
         try:
             with self._lock:
                 if self._function is None or self._function[0] is not original:
-                    check_function(loaded, original)
+                    check_function(loaded, original, called=self.binding.target)
                     self._function = (original, adapt(loaded, original))
                 return self._function[1]
         except Exception as error:
