@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import statistics
@@ -25,7 +26,7 @@ from twinkle.ops.causal_lm_loss import chunks
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
 
 MAIN = [(16384, 1024, 151936), (16384, 4096, 128256), (8192, 1152, 262144)]
-GRID = [(rows, hidden, vocab) for rows in (1024, 8192) for hidden in (1024, 4096) for vocab in (32000, 151936)]
+GRID = list(itertools.product((1024, 8192), (1024, 4096), (32000, 151936)))
 
 
 def plain(hidden, weight, labels):
@@ -78,7 +79,7 @@ def milliseconds(run, repeats):
     for _ in range(repeats):
         first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # The device is kept busy while the host issues the work, or host time is what is measured.
-        torch.cuda._sleep(2_000_000)
+        torch.cuda._sleep(8_000_000)
         first.record()
         run()
         last.record()
@@ -99,7 +100,8 @@ def measure(shape, repeats=7):
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         try:
-            row[name] = {"ms": round(milliseconds(lambda f=function: step(f, hidden, weight, labels), repeats), 3)}
+            spent = milliseconds(lambda f=function: step(f, hidden, weight, labels), repeats)
+            row[name] = {"ms": round(spent, 3)}
             row[name]["peak_mib"] = round((torch.cuda.max_memory_allocated() - before) / 2**20)
         except Exception as error:
             row[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
@@ -107,7 +109,7 @@ def measure(shape, repeats=7):
     row["over_products"] = round(own / base, 3)
     print(
         f"{shape!s:24}" + "".join(f" {n} {row[n].get('ms', 'failed')}" for n in row if isinstance(row[n], dict))
-        + f" | x{row['over_products']} of the products |"
+        + f" | x{row['over_products']} |"
         + "".join(f" {n} {row[n].get('peak_mib')}" for n in row if isinstance(row[n], dict)) + " MiB",
         flush=True,
     )  # fmt: skip
@@ -118,8 +120,10 @@ def check(shape):
     """Errors against float32, ``||x - exact|| / ||exact||``, of ours and of the plain way."""
     exact, results = None, {}
     for name, function, dtype in (
-        ("exact", plain, torch.float32), ("plain", plain, torch.bfloat16), ("twinkle", linear_cross_entropy, torch.bfloat16),
-    ):  # fmt: skip
+        ("exact", plain, torch.float32),
+        ("plain", plain, torch.bfloat16),
+        ("twinkle", linear_cross_entropy, torch.bfloat16),
+    ):
         hidden, weight, labels = data(*shape)
         labels[::3] = -100
         hidden, weight = (t.detach().to(dtype).requires_grad_() for t in (hidden, weight))
@@ -149,13 +153,12 @@ def tune():
         losses = torch.empty(2048, device="cuda")
         line = []
         for kernel.WARPS, kernel.BLOCK in itertools.product((8, 16, 32), (8192, 16384)):
-            ms = milliseconds(
-                lambda: kernel.row_losses(logits, None, labels, losses, None, chunks.RowLoss(), True), 3
-            )
+            arguments = (logits, None, labels, losses, None, chunks.RowLoss(), True)
+            ms = milliseconds(functools.partial(kernel.row_losses, *arguments), 3)
             line.append(f"{kernel.WARPS}/{kernel.BLOCK}: {4 * logits.numel() / ms / 1e9:.2f}")
         print(f"row kernel, vocab {vocab}, TB/s: " + "; ".join(line), flush=True)
         kernel.WARPS, kernel.BLOCK = 32, 16384
-        del logits
+        del logits, arguments
         line = []
         for size in (2048, 4096):
             chunks.chunk_rows = lambda rows, *_, size=size, **__: min(size, rows)

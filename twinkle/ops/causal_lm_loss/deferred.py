@@ -46,13 +46,14 @@ class DeferredLogits(torch.Tensor):
     _family: list[weakref.ref[DeferredLogits]]
     _origin: tuple[DeferredLogits, Callable[[Any], Any]] | None
 
-    @staticmethod
     def __new__(cls, head: Head, hidden: Tensor, steps: tuple[Step, ...] = ()) -> DeferredLogits:
         dtype = next((value for name, value in reversed(steps) if name == "to"), head.dtype)
         if not head.grad and hidden.requires_grad:
             hidden = hidden.detach()
         shape = (*hidden.shape[:-1], head.weight.shape[0])
-        made: DeferredLogits = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=hidden.device)
+        made: DeferredLogits = torch.Tensor._make_wrapper_subclass(
+            cls, shape, dtype=dtype, device=hidden.device
+        )
         made._head, made._hidden, made._steps = head, hidden, steps
         made._real, made._hooks, made._origin = None, [], None
         made._family = [weakref.ref(made)]
@@ -89,7 +90,9 @@ class DeferredLogits(torch.Tensor):
             hook.attach(real)
         del self._head, self._hidden
 
-    def derive(self, hidden: Tensor, steps: tuple[Step, ...], view: Callable[[Any], Any] | None = None) -> DeferredLogits:
+    def derive(
+        self, hidden: Tensor, steps: tuple[Step, ...], view: Callable[[Any], Any] | None = None
+    ) -> DeferredLogits:
         """Other deferred logits of the same head.
 
         Args:
@@ -129,7 +132,7 @@ class DeferredLogits(torch.Tensor):
     def records_grad(self) -> bool:
         """What ``requires_grad`` says."""
         if self._real is not None:
-            return self._real.requires_grad
+            return bool(self._real.requires_grad)
         parts = (self._hidden, self._head.weight, self._head.bias)
         return self._head.grad and any(part is not None and part.requires_grad for part in parts)
 

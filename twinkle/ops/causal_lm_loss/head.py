@@ -113,13 +113,14 @@ class Head:
             return
         if self._now() != self._versions:
             raise RuntimeError(
-                "deferred logits are read after the head's weight or its input was changed in place; read "
-                "them before, or keep outputs.logits.clone(); TWINKLE_DISABLE=causal_lm_loss computes them at once"
+                "deferred logits are read after the head's weight or its input was changed in place; read them "
+                "before, or keep outputs.logits.clone(); with TWINKLE_DISABLE=causal_lm_loss they are computed "
+                "at once"
             )
         if self.weight.untyped_storage().size() == 0 and self.weight.numel():
             raise RuntimeError(
-                "deferred logits are read after the sharded weight of the head was freed; read them inside the "
-                "step, or set TWINKLE_DISABLE=causal_lm_loss"
+                "deferred logits are read after the sharded weight of the head was freed; read them inside "
+                "the step, or set TWINKLE_DISABLE=causal_lm_loss"
             )
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -149,7 +150,8 @@ class Head:
         self._frozen = True
 
     def _now(self) -> tuple[int | None, ...]:
-        return tuple(None if t is None or t.is_inference() else t._version for t in (self._given, self.bias, self._hidden))
+        tensors = (self._given, self.bias, self._hidden)
+        return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
 
 
 def _copy(tensor: Tensor, copies: dict[Any, Tensor]) -> Tensor:

@@ -63,17 +63,17 @@ def reason_against(head: Any) -> str | None:
     return None
 
 
-def _is_linear(cls: type) -> bool:
+def _is_linear(cls: Any) -> bool:
     dispatch = getattr(cls, "__twinkle__", None)
     target = cls if dispatch is None else dispatch.target
-    return target.forward is nn.Linear.forward  # type: ignore[attr-defined]
+    return bool(target.forward is nn.Linear.forward)
 
 
-def defer(head: nn.Linear, hidden: Tensor, *, counted: LabelCount | None = None) -> Tensor:
+def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Tensor:
     """The output of ``head(hidden)``, to be computed when someone looks.
 
     Args:
-        head: See :func:`reason_against`.
+        head: An ``nn.Linear``; see :func:`reason_against`.
         hidden: ``[..., hidden]``.
         counted: How many labels of the call count, on its way from the device.
 
@@ -103,7 +103,7 @@ class DeferringLinear(nn.Module):
         if not torch.compiler.is_compiling():
             for head, counted in reversed(_calls.heads):
                 if head is self:
-                    return defer(self, input, counted=counted)  # type: ignore[arg-type]
+                    return defer(self, input, counted=counted)
         return F.linear(input, self.weight, self.bias)
 
 
@@ -145,7 +145,7 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     reason = reason_against(head)
     if reason is not None or head is None:
         return reason or "the model has no output head"
-    target = original_class(model)
+    target: Any = original_class(model)
     labels = _labels(target.forward, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
@@ -226,7 +226,8 @@ def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int
 def _path_of_output(model: nn.Module) -> str:
     getter = getattr(model, "get_output_embeddings", None)
     head = getter() if callable(getter) else None
-    return next((name for name, module in model.named_modules() if module is head), "") if head is not None else ""
+    paths = (name for name, module in model.named_modules() if module is head)
+    return next(paths, "") if head is not None else ""
 
 
 def _at(model: nn.Module, path: str) -> Any:

@@ -130,7 +130,7 @@ def _(
         hidden.new_empty((), dtype=precise),
         hidden.new_empty(hidden.shape if want_hidden else 0),
         weight.new_empty(weight.shape if want_weight else 0),
-        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=hidden.dtype if bias is None else bias.dtype),
+        (hidden if bias is None else bias).new_empty(weight.shape[0] if want_bias else 0),
     )
 
 
@@ -156,9 +156,9 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]
 def _once(gradients: list[Tensor | None]) -> list[Tensor | None]:
     present = [gradient.detach().requires_grad_() for gradient in gradients if gradient is not None]
     text = b"linear_cross_entropy has no second derivative: its gradients come from the forward"
-    guarded = iter(torch._C._functions.DelayedError(text, len(present))(*present) if len(present) > 1 else
-                   [torch._C._functions.DelayedError(text, 1)(*present)])
-    return [None if gradient is None else next(guarded) for gradient in gradients]
+    guarded = torch._C._functions.DelayedError(text, len(present))(*present)
+    rest = iter(guarded if isinstance(guarded, tuple) else (guarded,))
+    return [None if gradient is None else next(rest) for gradient in gradients]
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def _(
     return (
         hidden.new_empty(hidden.shape if want_hidden else 0),
         weight.new_empty(weight.shape if want_weight else 0),
-        hidden.new_empty(weight.shape[0] if want_bias else 0, dtype=hidden.dtype if bias is None else bias.dtype),
+        (hidden if bias is None else bias).new_empty(weight.shape[0] if want_bias else 0),
     )
 
 

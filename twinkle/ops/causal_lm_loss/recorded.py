@@ -38,7 +38,8 @@ def _getter(name: str) -> Any:
 METADATA = frozenset(
     [
         *(_getter(n) for n in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta")),
-        *(_getter(n) for n in ("is_sparse", "is_quantized", "is_nested", "itemsize", "nbytes", "is_mps", "is_xpu")),
+        *(_getter(n) for n in ("is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu")),
+        *(_getter(n) for n in ("itemsize", "nbytes")),
         *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.get_device, _T.__len__),
         *(_T.is_floating_point, _T.is_complex, _T.is_signed, torch.is_floating_point, torch.is_complex),
         *(_T.is_contiguous, _T.stride, torch.numel, _T.__hash__),
@@ -113,9 +114,11 @@ def _to(logits: Any, *args: Any, **kwargs: Any) -> Any:
             device, dtype = value.device, value.dtype
         elif isinstance(value, torch.dtype):
             dtype = value
-        elif isinstance(value, str | torch.device) or (isinstance(value, int) and not isinstance(value, bool)):
+        elif value is None or isinstance(value, bool):
+            continue
+        elif isinstance(value, str | torch.device | int):
             device = torch.device(value)
-        elif value is not None and not isinstance(value, bool):
+        else:
             return NotImplemented
     if device.type != logits.device.type or device.index not in (None, logits.device.index):
         return NotImplemented
@@ -161,7 +164,7 @@ def _rows(logits: Any, index: Any) -> Any:
     plain = True
     taken = 0
     for part in parts:
-        if isinstance(part, DeferredLogits) or isinstance(part, bool):
+        if isinstance(part, (DeferredLogits, bool)):
             return NotImplemented
         if isinstance(part, torch.Tensor):
             plain = False
@@ -280,7 +283,7 @@ def _register_hook(logits: Any, hook: Any) -> Any:
         return NotImplemented
     module = getattr(hook, "__module__", None) or ""
     if not module.startswith("torch."):
-        _warn("a hook on deferred logits runs only for what is computed from the logits, not for the fused loss")
+        _warn("a hook on deferred logits runs for what is computed from them, not for the fused loss")
     waiting = _Hook(hook)
     logits._hooks.append(waiting)
     return waiting
@@ -310,7 +313,9 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    if weight is not None or size_average is not None or reduce is not None or isinstance(target, DeferredLogits):
+    if any(given is not None for given in (weight, size_average, reduce)):
+        return NotImplemented
+    if isinstance(target, DeferredLogits):
         return NotImplemented
     if input.dim() != 2 or target.dim() != 1 or target.shape[0] != input.shape[0]:
         return NotImplemented
@@ -360,7 +365,8 @@ def _argmax(logits: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
     if kwargs or dim is None or dim not in (-1, logits.dim() - 1) or logits.dim() < 2:
         return NotImplemented
     rows = logits._hidden.detach().reshape(-1, logits._hidden.shape[-1])
-    size = chunk_rows(*rows.shape[:1], logits.shape[-1], rows.shape[1], logits.element_size(), gpu=rows.is_cuda)
+    number, width = rows.shape
+    size = chunk_rows(number, logits.shape[-1], width, logits.element_size(), gpu=rows.is_cuda)
     best = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     with torch.no_grad():
         for start in range(0, rows.shape[0], size):

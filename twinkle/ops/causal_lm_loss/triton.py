@@ -126,10 +126,11 @@ def _row_losses(
         if TANH:
             target_tanh = _tanh(target * pre)
             target = target_tanh * post
-            slope = 1.4426950408889634
+            natural = 1.0
         else:
             target_tanh = target
-            slope = pre * 1.4426950408889634
+            natural = pre
+        slope = natural * 1.4426950408889634
 
         high = tl.full([BLOCK // LANE], LOWEST, tl.float32)
         total = tl.zeros([BLOCK // LANE], tl.float32)
@@ -145,13 +146,14 @@ def _row_losses(
                 line, bias, at, vocab, high, total, plain, pre, post, slope, TANH, SMOOTH, BIAS, True
             )
         top = tl.max(high, 0)
-        # Of base two, as everything under `exp2`.
-        lse = top * slope + tl.log2(tl.sum(total * tl.exp2((high - top) * slope), 0))
-        natural = slope / 1.4426950408889634
-        loss = lse * 0.6931471805599453 - (1.0 - smoothing) * natural * target
+        beyond = tl.log2(tl.sum(total * tl.exp2((high - top) * slope), 0))
+        # Differences of logits, not of what they were multiplied with: a sure target has a loss of zero.
+        loss = beyond * 0.6931471805599453 + (1.0 - smoothing) * natural * (top - target)
         if SMOOTH:
-            loss -= smoothing * natural * tl.sum(plain, 0) / vocab
+            loss += smoothing * natural * (top - tl.sum(plain, 0) / vocab)
         tl.store(losses + row, loss)
+        # Of base two, as everything under `exp2`.
+        lse = top * slope + beyond
 
         if GRADIENT:
             factor = pre
@@ -189,16 +191,19 @@ def _scale(values, factor, size, BLOCK: tl.constexpr):
     # Mostly the factor is one, and then nothing is read but that.
     number = tl.load(factor).to(tl.float32)
     if number != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        scaled = tl.load(values + at, mask=at < size).to(tl.float32) * number
-        tl.store(values + at, scaled.to(values.dtype.element_ty), mask=at < size)
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, size, tl.num_programs(0).to(tl.int64) * BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            scaled = tl.load(values + at, mask=at < size).to(tl.float32) * number
+            tl.store(values + at, scaled.to(values.dtype.element_ty), mask=at < size)
 
 
 def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """``values *= factor`` for a factor on the device; where it is one, without reading the values."""
     if values.numel():
         with _on_device(values):
-            _scale[(triton.cdiv(values.numel(), 8192),)](values, factor, values.numel(), BLOCK=8192)
+            blocks = triton.cdiv(values.numel(), 4096)
+            _scale[(min(blocks, 2048),)](values, factor, values.numel(), BLOCK=4096)
     return values
 
 
