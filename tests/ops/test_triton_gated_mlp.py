@@ -1,0 +1,188 @@
+"""The gated activation in triton against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.ops.gated_mlp import activation as gated
+from twinkle.ops.gated_mlp import reference
+from twinkle.ops.gated_mlp.layer import GatedMLP, gated_mlp, layer_class
+
+VARIANTS = {
+    "plain": ("none", None, None, False),
+    "clamped": ("inputs", 0.7, None, False),
+    "clamped_activated": ("activated", 0.5, None, False),
+    "scaled": ("none", None, 1.3, False),
+    "float32": ("none", None, None, True),
+}
+
+
+def pair(device, dtype=torch.float32, shape=(3, 4, 70)):
+    torch.manual_seed(0)
+    return tuple(torch.randn(shape, dtype=dtype).to(device).requires_grad_() for _ in range(2))
+
+
+def gradients(y, inputs):
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
+    return torch.autograd.grad(y, inputs, g)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", gated.ACTIVATIONS)
+def test_float32_equals_torch_to_a_few_ulps(kernels, name, variant):
+    g, u = pair(kernels)
+    y, y2 = gated.gated_activation(g, u, name, *VARIANTS[variant]), gated.definition(g, u, name, *VARIANTS[variant])
+    assert type(y.grad_fn).__name__ == "_GatedBackward"
+    for a, b in zip((y, *gradients(y, (g, u))), (y2, *gradients(y2, (g, u))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", gated.ACTIVATIONS)
+def test_half_precision_is_within_one_rounding(kernels, half, name, variant):
+    g, u = pair(kernels, half)
+    y, y2 = gated.gated_activation(g, u, name, *VARIANTS[variant]), gated.definition(g, u, name, *VARIANTS[variant])
+    eps = torch.finfo(half).eps
+    torch.testing.assert_close(y, y2, rtol=1.01 * eps, atol=1e-7)
+    assert float((y != y2).float().mean()) < 0.02
+    for a, b in zip(gradients(y, (g, u)), gradients(y2, (g, u)), strict=True):
+        torch.testing.assert_close(a, b, rtol=4 * eps, atol=4 * eps)
+
+
+@pytest.mark.parametrize("gate_half", [0, 1])
+def test_the_halves_of_one_tensor_give_the_same_and_one_gradient(kernels, gate_half):
+    g, u = pair(kernels)
+    both = torch.cat((g, u) if gate_half == 0 else (u, g), -1).detach().requires_grad_()
+    y, y2 = gated.gated_activation_fused(both, "silu", gate_half), gated.gated_activation(g, u)
+    assert torch.equal(y, y2)
+    expected = gradients(y2, (g, u))
+    assert torch.equal(gradients(y, (both,))[0], torch.cat(expected if gate_half == 0 else expected[::-1], -1))
+
+
+@pytest.mark.parametrize("kind", ["transposed", "halves", "strided", "empty", "one dimension"])
+def test_inputs_of_any_layout(kernels, kind):
+    whole = torch.randn(4, 6, 64, device=kernels)
+    g, u = {
+        "transposed": lambda: (whole.transpose(0, 1), whole.transpose(0, 1) + 1),
+        "halves": lambda: whole.chunk(2, -1),
+        "strided": lambda: (whole[..., ::2], whole[..., 1::2]),
+        "empty": lambda: (whole[:0], whole[:0]),
+        "one dimension": lambda: (whole[0, 0], whole[0, 1]),
+    }[kind]()
+    g, u = g.requires_grad_(), u.requires_grad_()
+    y, y2 = gated.gated_activation(g, u), gated.definition(g, u, "silu", "none", None, None, False)
+    torch.testing.assert_close(y, y2)
+    if kind in ("transposed", "halves"):
+        assert y.stride() == y2.stride()
+    for a, b in zip(gradients(y, (g, u)), gradients(y2, (g, u)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_without_kernel_is_refused(kernels):
+    g, u = pair(kernels)
+    with pytest.raises(ValueError, match="no kernel for the activation 'swish'"):
+        gated.gated_activation(g, u, "swish")
+
+
+def test_second_derivatives_are_those_of_torch(kernels):
+    g, u = pair(kernels)
+
+    def second(y):
+        first = torch.autograd.grad(y.sin().sum(), (g, u), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in first), (g, u))
+
+    ours = second(gated.gated_activation(g, u))
+    theirs = second(gated.definition(g, u, "silu", "none", None, None, False))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_opcheck(kernels):
+    g, u = pair(kernels)
+    both = torch.cat((g, u), -1).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.twinkle.gated_activation.default, (g, u, "silu", "none", None, None, False))
+    torch.library.opcheck(
+        torch.ops.twinkle.gated_activation_fused.default, (both, "gelu", 1, "inputs", 0.7, None, False)
+    )
+
+
+def test_compiled_without_a_graph_break(kernels):
+    torch._dynamo.reset()
+    g, u = pair(kernels)
+    backend = "inductor" if kernels.type == "cuda" else "aot_eager"
+    y = torch.compile(gated.gated_activation, fullgraph=True, backend=backend)(g, u)
+    y2 = gated.gated_activation(g, u)
+    assert torch.equal(y, y2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(y, (g, u)), gradients(y2, (g, u)), strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_behind_it_keeps_no_product(kernels, bias):
+    g, u = pair(kernels)
+    down = nn.Linear(70, 8, bias=bias).to(kernels)
+    wanted = (g, u, *down.parameters())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = gated.gated_linear(g, u, down.weight, down.bias)
+    assert {id(t) for t in kept} == {id(g), id(u), id(down.weight)}
+    y2 = down(torch.nn.functional.silu(g) * u)
+    for a, b in zip((y, *gradients(y, wanted)), (y2, *gradients(y2, wanted)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+class MLP(nn.Module):
+    def __init__(self, form, bias=False):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(16, 24, bias=bias), nn.Linear(16, 24, bias=bias)
+        self.gate_up_proj = nn.Linear(16, 48, bias=bias)
+        self.down_proj, self.norm, self.dropout = nn.Linear(24, 16, bias=bias), nn.LayerNorm(24), nn.Dropout(0.0)
+
+    def parts(self, form):
+        fused = form.projections == "fused"
+        return {
+            "gate": None if fused else self.gate_proj, "up": None if fused else self.up_proj,
+            "gate_up": self.gate_up_proj if fused else None, "down": self.down_proj,
+            "norm": self.norm if form.norm else None, "dropout": self.dropout if form.dropout else None,
+            "limit": 0.3 if form.clamp != "none" else None, "gate_scale": 1.5, "output_scale": 0.5,
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", reference.FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("hooked", [False, True])
+def test_every_form_equals_its_definition(kernels, form, hooked):
+    torch.manual_seed(0)
+    mlp = MLP(form).to(kernels)
+    seen = []
+    if hooked:
+        mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
+    x = torch.randn(2, 3, 16, device=kernels, requires_grad=True)
+    y = gated_mlp(x, activation="silu", form=form, **mlp.parts(form))
+    assert len(seen) == int(hooked)
+    y2 = reference.gated_mlp(x, activation=nn.functional.silu, form=form, **mlp.parts(form))
+    used = [p for p in mlp.parameters() if torch.autograd.grad(y2.sum(), p, retain_graph=True, allow_unused=True)[0] is not None]
+    for a, b in zip((y, *gradients(y, (x, *used))), (y2, *gradients(y2, (x, *used))), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_for_the_names_of_any_class(kernels):
+    facts = {"x": "h", "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "gelu_tanh"}
+    made = layer_class(reference.FORMS[0], facts)
+    mlp, x = MLP(reference.FORMS[0]).to(kernels), torch.randn(2, 3, 16, device=kernels)
+    expected = mlp.down_proj(nn.functional.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x))
+    torch.testing.assert_close(made.forward(mlp, h=x), expected)
+    torch.testing.assert_close(
+        GatedMLP.forward(mlp, x), mlp.down_proj(nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x))
+    )
+    with pytest.raises(ValueError, match="no kernel for the activation"):
+        layer_class(reference.FORMS[0], {**facts, "activation": "unknown:Swish"})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_more_than_2_to_the_31_elements():
+    g = torch.randn((1 << 31) + 4096, device="cuda", dtype=torch.bfloat16)
+    y = gated.gated_activation(g, g)
+    tail = gated.definition(g[-4096:], g[-4096:], "silu", "none", None, None, False)
+    torch.testing.assert_close(y[-4096:], tail, rtol=0.008, atol=1e-6)

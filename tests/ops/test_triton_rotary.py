@@ -1,0 +1,176 @@
+"""Rotary embedding in triton against its definition: bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twinkle.ops.rotary import reference
+from twinkle.ops.rotary.layer import apply_rotary_pos_emb, covers, function_for, rotary
+
+FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+HALF = FORMS["half"]
+BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
+
+
+def example(form, device, dtype=torch.float32, tables=torch.float32, tokens_first_in_memory=True):
+    """Inputs of a form, in the layout it wants."""
+    torch.manual_seed(0)
+    width = 16 if form.part in ("first", "last") else DIM
+    width = width // 2 if form.tables in ("half", "repeated") else width
+
+    def made(heads):
+        x = torch.randn(BATCH, TOKENS, heads, DIM, dtype=dtype).transpose(1, 2)
+        x = x if tokens_first_in_memory else x.contiguous()
+        x = x.transpose(1, 2) if form.broadcast in ("2", "-2") else x
+        x = x[0] if form.broadcast == "-2" else x
+        return x.to(device).requires_grad_()
+
+    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(form.broadcast, (BATCH, TOKENS))
+    extra = {}
+    if form.indexed:
+        lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS), device=device)
+    if form.sections:
+        lead, extra["mrope_section"] = (3, BATCH, TOKENS), [4, 4, 4]
+    cos, sin = (torch.randn(*lead, width, dtype=tables).to(device) for _ in range(2))
+    q, k, v = made(HEADS), made(KV), made(KV)
+    if form.tensors == 3:
+        extra["v"] = v
+    return (q, k, cos, sin), extra, [q, k, v][: form.tensors]
+
+
+def as_tuple(results):
+    return results if isinstance(results, tuple) else (results,)
+
+
+def used_kernel(y):
+    return "_RotaryBackward" in type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
+@pytest.mark.parametrize("dtypes", ["float32", "half", "half with float32 tables"])
+@pytest.mark.parametrize("name", FORMS)
+def test_results_and_gradients_equal_the_definition_bit_for_bit(kernels, half, name, dtypes, layout):
+    form = FORMS[name]
+    dtype = torch.float32 if dtypes == "float32" else half
+    tables = half if dtypes == "half" else torch.float32
+    inputs, extra, wanted = example(form, kernels, dtype, tables, layout == "tokens first")
+    ours = as_tuple(rotary(*inputs, form=form, **extra))
+    theirs = as_tuple(reference.rotary(*inputs, form=form, **extra))
+    assert all(used_kernel(y) for y in ours)
+    gradients = [torch.randn(y.shape).to(y) for y in theirs]
+    found = torch.autograd.grad(ours, wanted, gradients)
+    expected = torch.autograd.grad(theirs, wanted, gradients)
+    for a, b in zip((*ours, *found), (*theirs, *expected), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    assert [y.stride() for y in ours] == [y.stride() for y in theirs]
+
+
+@pytest.mark.parametrize("place", [1, 2])
+@pytest.mark.parametrize("batch", [1, BATCH])
+def test_heads_where_unsqueeze_dim_says(kernels, place, batch):
+    (q, k, cos, sin), _, _ = example(HALF, kernels)
+    q, k = (x.transpose(1, 2) if place == 2 else x for x in (q, k))
+    cos, sin = cos[:batch], sin[:batch]
+    for a, b in zip(rotary(q, k, cos, sin, place), reference.rotary(q, k, cos, sin, place, form=HALF), strict=True):
+        assert used_kernel(a)
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dim", [2, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("heads", [1, 40])
+def test_head_dims_and_heads_of_any_number(kernels, dim, heads):
+    q, k = (torch.randn(1, h, 3, dim, device=kernels) for h in (heads, 1))
+    cos, sin = (torch.randn(1, 3, dim, device=kernels) for _ in range(2))
+    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, form=HALF), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_inputs_are_left_as_they_were(kernels):
+    inputs, _, wanted = example(HALF, kernels)
+    kept = [x.detach().clone() for x in inputs]
+    ours = rotary(*inputs)
+    gradients = [torch.randn_like(y) for y in ours]
+    kept_gradients = [g.clone() for g in gradients]
+    torch.autograd.grad(ours, wanted, gradients)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, kept_gradients, strict=True))
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_gradient_of_one_of_both(kernels, only):
+    inputs, _, wanted = example(HALF, kernels)
+    found = torch.autograd.grad(rotary(*inputs)[only].sum(), wanted, allow_unused=True)
+    expected = torch.autograd.grad(reference.rotary(*inputs, form=HALF)[only].sum(), wanted[only])[0]
+    assert found[1 - only] is None
+    assert torch.equal(found[only], expected)
+
+
+def test_tables_that_want_a_gradient_go_through_the_definition(kernels):
+    (q, k, cos, sin), _, _ = example(HALF, kernels)
+    y, _ = rotary(q, k, cos.requires_grad_(), sin)
+    assert torch.autograd.grad(y.sum(), cos)[0] is not None
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5, 24), (2, 3, 0, 24)])
+def test_empty_inputs(kernels, shape):
+    q = torch.randn(shape, device=kernels, requires_grad=True)
+    cos = torch.randn(shape[0], shape[2], 24, device=kernels)
+    y, _ = rotary(q, q, cos, cos)
+    y.sum().backward()
+    assert q.grad.shape == shape
+
+
+def test_channels_that_are_not_adjacent(kernels):
+    (_, k, cos, sin), _, _ = example(HALF, kernels)
+    q = torch.randn(BATCH, HEADS, TOKENS, 2 * DIM, device=kernels)[..., ::2]
+    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, form=HALF), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_second_derivatives_are_those_of_the_definition(kernels):
+    inputs, _, (q, k) = example(HALF, kernels)
+
+    def second(function):
+        a, b = function(*inputs, form=HALF)
+        g = torch.autograd.grad((a.sin() * b.sum()).sum(), (q, k), create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in g), (q, k))
+
+    for a, b in zip(second(rotary), second(reference.rotary), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_opcheck(kernels):
+    (q, k, cos, sin), _, _ = example(HALF, kernels)
+    torch.library.opcheck(torch.ops.twinkle.rotary.default, (q, k, cos, sin, "half", False, q.dtype))
+    torch.library.opcheck(torch.ops.twinkle.rotary.default, (q, None, cos, sin, "half_one", False, q.dtype))
+    torch.library.opcheck(
+        torch.ops.twinkle.rotary_backward.default, (q.detach(), None, cos, sin, "half", False, q.dtype)
+    )
+
+
+@pytest.mark.parametrize("name", ["half", "partial", "interleaved", "vision"])
+def test_compiled_without_a_graph_break(kernels, name):
+    torch._dynamo.reset()
+    inputs, extra, wanted = example(FORMS[name], kernels)
+    backend = "inductor" if kernels.type == "cuda" else "aot_eager"
+    compiled = torch.compile(lambda *a: rotary(*a, form=FORMS[name]), fullgraph=True, backend=backend)
+    ours, theirs = compiled(*inputs, **extra), rotary(*inputs, form=FORMS[name])
+    gradients = [torch.randn_like(y) for y in theirs]
+    found, expected = (torch.autograd.grad(y, wanted, gradients) for y in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip((*ours, *found), (*theirs, *expected), strict=True))
+
+
+def test_a_function_with_the_arguments_of_the_one_it_replaces(kernels):
+    def original(query, key, c, s, position_ids=None, unsqueeze_dim=1):
+        return query, key
+
+    facts = {"q": "query", "k": "key", "cos": "c", "sin": "s", "unsqueeze_dim": "unsqueeze_dim"}
+    made = function_for(HALF, facts, original)
+    (q, k, cos, sin), _, _ = example(HALF, kernels)
+    expected = apply_rotary_pos_emb(q, k, cos, sin)
+    assert torch.equal(made(q, k, s=sin, c=cos)[0], expected[0])
+    assert made is function_for(HALF, facts, original)
+    with pytest.raises(ValueError, match="no argument 'elsewhere'"):
+        function_for(HALF, {**facts, "cos": "elsewhere"}, original)
