@@ -3,8 +3,8 @@
     python benchmarks/ops.py [--json FILE] [--rounds 20] [--only rms_norm,rotary]
 
 Every figure is the median of the device's time of one call, with the cache flushed and the device kept busy
-while the host prepares the call. A share is the fewest bytes that the op has to move, over that time, over the
-bandwidth of a large copy (bytes read and written) measured in the same run. Backward is timed alone.
+while the host prepares the call. A share is the fewest bytes that the op has to move, over that time, over
+the bandwidth of a large copy (bytes read and written) measured in the same run. Backward is timed alone.
 Liger's kernel is used where liger-kernel is installed. Host time is that of eager calls on tiny inputs.
 """
 
@@ -103,11 +103,17 @@ def residual_case(rows: int, width: int) -> Case:
     try:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-        providers["liger"] = lambda x, r, w: LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False)[::-1]
+        providers["liger"] = lambda x, r, w: LigerFusedAddRMSNormFunction.apply(
+            x, r, w, EPS, 0.0, "llama", False
+        )[::-1]
     except ImportError:
         pass
     size = rows * width * 2
-    inputs = (_random(rows, width).requires_grad_(), _random(rows, width).requires_grad_(), (_random(width) + 1).requires_grad_())
+    inputs = (
+        _random(rows, width).requires_grad_(),
+        _random(rows, width).requires_grad_(),
+        (_random(width) + 1).requires_grad_(),
+    )
     return Case(inputs, (0, 1, 2), 4 * size, 4 * size, providers)
 
 
@@ -128,7 +134,9 @@ def gated_case(rows: int, width: int) -> Case:
 
 
 def _tables(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    angle = torch.outer(torch.arange(tokens, device="cuda"), 1e4 ** -(torch.arange(0, dim, 2, device="cuda") / dim))
+    angle = torch.outer(
+        torch.arange(tokens, device="cuda"), 1e4 ** -(torch.arange(0, dim, 2, device="cuda") / dim)
+    )
     angle = torch.cat((angle, angle), -1)[None]
     return angle.cos().to(torch.bfloat16), angle.sin().to(torch.bfloat16)
 
@@ -157,7 +165,9 @@ def qk_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Cas
     providers = {
         "eager": eager,
         "torch.compile": _compiled(eager),
-        "twinkle": lambda q, k, qw, kw, cos, sin: qk_norm_rotary(q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, form=QK),
+        "twinkle": lambda q, k, qw, kw, cos, sin: qk_norm_rotary(
+            q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, form=QK
+        ),
     }
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -220,6 +230,7 @@ def copy_bandwidth(rounds: int) -> float:
 
 def errors(case: Case, call: Callable[..., Any]) -> list[float]:
     """Relative error of results and gradients against the eager provider in float32 on a part of the rows."""
+
     def run(function, dtype):
         inputs = [x.detach().to(dtype).requires_grad_(i in case.wanted) for i, x in enumerate(case.inputs)]
         results = function(*inputs)
@@ -230,7 +241,8 @@ def errors(case: Case, call: Callable[..., Any]) -> list[float]:
 
     exact = run(case.providers["eager"], torch.float32)
     return [
-        float((a.float() - b).norm() / b.norm()) for a, b in zip(run(call, torch.bfloat16), exact, strict=True)
+        float((a.float() - b).norm() / b.norm())
+        for a, b in zip(run(call, torch.bfloat16), exact, strict=True)
     ]
 
 
@@ -258,7 +270,9 @@ def measure(name: str, case: Case, bandwidth: float, rounds: int) -> list[dict[s
 
 def _fresh(case: Case, call: Callable[..., Any]) -> tuple[Any, Any]:
     """Results of a call on copies of the inputs, and the copies to differentiate by."""
-    leaves = [x.detach().clone().requires_grad_() if i in case.wanted else x for i, x in enumerate(case.inputs)]
+    leaves = [
+        x.detach().clone().requires_grad_() if i in case.wanted else x for i, x in enumerate(case.inputs)
+    ]
     made = call(*leaves)
     return made if isinstance(made, tuple) else (made,), [leaves[i] for i in case.wanted]
 
@@ -293,7 +307,9 @@ def host_us(name: str) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--only", default="")
@@ -317,7 +333,8 @@ def main() -> None:
         for row in rows:
             if row["op"] == name:
                 print(
-                    f"{name:17} {row['provider']:18} forward {row['forward_ms']:.3f} ms {row['forward_share']:5.0%}"
+                    f"{name:17} {row['provider']:18}"
+                    f" forward {row['forward_ms']:.3f} ms {row['forward_share']:5.0%}"
                     f"   backward {row['backward_ms']:.3f} ms {row['backward_share']:5.0%}",
                     flush=True,
                 )

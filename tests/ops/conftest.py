@@ -41,5 +41,5 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 @pytest.fixture
 def half(kernels: torch.device) -> torch.dtype:
-    """The half precision to test roundings in: the interpreter truncates to bfloat16, but rounds to float16."""
+    """Where to test roundings: the interpreter rounds to float16, but truncates to bfloat16."""
     return torch.bfloat16 if kernels.type == "cuda" else torch.float16

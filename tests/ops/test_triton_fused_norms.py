@@ -48,7 +48,9 @@ def test_residual_norm_equals_its_definition(kernels, name, scaled, width):
 def test_residual_norm_rounds_where_its_definition_rounds(kernels, half):
     x, r, w = residual_inputs(kernels, half)
     form = residual_reference.ResidualNormForm("", NORM["llama"])
-    (h, y), (h2, y2) = (f(x, r, w, 1e-6, form=form) for f in (residual.residual_norm, residual_reference.residual_norm))
+    (h, y), (h2, y2) = (
+        f(x, r, w, 1e-6, form=form) for f in (residual.residual_norm, residual_reference.residual_norm)
+    )
     assert torch.equal(h, h2)
     torch.testing.assert_close(y, y2, rtol=2 * torch.finfo(half).eps, atol=0)
     assert float((y != y2).float().mean()) < 0.01
@@ -60,7 +62,9 @@ def test_residual_norm_with_one_result_used(kernels, only, scaled):
     form = residual_reference.ResidualNormForm("", NORM["llama"], scaled)
     x, r, w = residual_inputs(kernels)
     found, expected = (
-        torch.autograd.grad(f(x, r, w, 1e-6, form=form, scale=0.5)[only].sin().sum(), (x, r, w), allow_unused=True)
+        torch.autograd.grad(
+            f(x, r, w, 1e-6, form=form, scale=0.5)[only].sin().sum(), (x, r, w), allow_unused=True
+        )
         for f in (residual.residual_norm, residual_reference.residual_norm)
     )
     for a, b in zip(found, expected, strict=True):
@@ -88,7 +92,9 @@ def test_residual_norm_opcheck(kernels, scale):
     torch.library.opcheck(torch.ops.twinkle.residual_norm.default, (x, r, w, 1e-6, "llama", scale))
 
 
-def qk_inputs(device, over="head", dtype=torch.float32, tables=torch.float32, width=24, batch=2, heads=3, kv=2):
+def qk_inputs(
+    device, over="head", dtype=torch.float32, tables=torch.float32, width=24, batch=2, heads=3, kv=2
+):
     torch.manual_seed(0)
     q, k = (torch.randn(batch, 5, h * 24, dtype=dtype).to(device).requires_grad_() for h in (heads, kv))
     shapes = (24, 24) if over == "head" else (24 * heads, 24 * kv)

@@ -33,7 +33,10 @@ def gradients(y, inputs):
 @pytest.mark.parametrize("name", gated.ACTIVATIONS)
 def test_float32_equals_torch_to_a_few_ulps(kernels, name, variant):
     g, u = pair(kernels)
-    y, y2 = gated.gated_activation(g, u, name, *VARIANTS[variant]), gated.definition(g, u, name, *VARIANTS[variant])
+    y, y2 = (
+        gated.gated_activation(g, u, name, *VARIANTS[variant]),
+        gated.definition(g, u, name, *VARIANTS[variant]),
+    )
     assert type(y.grad_fn).__name__ == "_GatedBackward"
     for a, b in zip((y, *gradients(y, (g, u))), (y2, *gradients(y2, (g, u))), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-6)
@@ -43,7 +46,10 @@ def test_float32_equals_torch_to_a_few_ulps(kernels, name, variant):
 @pytest.mark.parametrize("name", gated.ACTIVATIONS)
 def test_half_precision_is_within_one_rounding(kernels, half, name, variant):
     g, u = pair(kernels, half)
-    y, y2 = gated.gated_activation(g, u, name, *VARIANTS[variant]), gated.definition(g, u, name, *VARIANTS[variant])
+    y, y2 = (
+        gated.gated_activation(g, u, name, *VARIANTS[variant]),
+        gated.definition(g, u, name, *VARIANTS[variant]),
+    )
     eps = torch.finfo(half).eps
     torch.testing.assert_close(y, y2, rtol=1.01 * eps, atol=1e-7)
     assert float((y != y2).float().mean()) < 0.02
@@ -58,7 +64,9 @@ def test_the_halves_of_one_tensor_give_the_same_and_one_gradient(kernels, gate_h
     y, y2 = gated.gated_activation_fused(both, "silu", gate_half), gated.gated_activation(g, u)
     assert torch.equal(y, y2)
     expected = gradients(y2, (g, u))
-    assert torch.equal(gradients(y, (both,))[0], torch.cat(expected if gate_half == 0 else expected[::-1], -1))
+    assert torch.equal(
+        gradients(y, (both,))[0], torch.cat(expected if gate_half == 0 else expected[::-1], -1)
+    )
 
 
 @pytest.mark.parametrize("kind", ["transposed", "halves", "strided", "empty", "one dimension"])
@@ -102,7 +110,9 @@ def test_second_derivatives_are_those_of_torch(kernels):
 def test_opcheck(kernels):
     g, u = pair(kernels)
     both = torch.cat((g, u), -1).detach().requires_grad_()
-    torch.library.opcheck(torch.ops.twinkle.gated_activation.default, (g, u, "silu", "none", None, None, False))
+    torch.library.opcheck(
+        torch.ops.twinkle.gated_activation.default, (g, u, "silu", "none", None, None, False)
+    )
     torch.library.opcheck(
         torch.ops.twinkle.gated_activation_fused.default, (both, "gelu", 1, "inputs", 0.7, None, False)
     )
@@ -137,7 +147,11 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(16, 24, bias=bias), nn.Linear(16, 24, bias=bias)
         self.gate_up_proj = nn.Linear(16, 48, bias=bias)
-        self.down_proj, self.norm, self.dropout = nn.Linear(24, 16, bias=bias), nn.LayerNorm(24), nn.Dropout(0.0)
+        self.down_proj, self.norm, self.dropout = (
+            nn.Linear(24, 16, bias=bias),
+            nn.LayerNorm(24),
+            nn.Dropout(0.0),
+        )
 
     def parts(self, form):
         fused = form.projections == "fused"
@@ -161,7 +175,11 @@ def test_every_form_equals_its_definition(kernels, form, hooked):
     y = gated_mlp(x, activation="silu", form=form, **mlp.parts(form))
     assert len(seen) == int(hooked)
     y2 = reference.gated_mlp(x, activation=nn.functional.silu, form=form, **mlp.parts(form))
-    used = [p for p in mlp.parameters() if torch.autograd.grad(y2.sum(), p, retain_graph=True, allow_unused=True)[0] is not None]
+    used = [
+        p
+        for p in mlp.parameters()
+        if torch.autograd.grad(y2.sum(), p, retain_graph=True, allow_unused=True)[0] is not None
+    ]
     for a, b in zip((y, *gradients(y, (x, *used))), (y2, *gradients(y2, (x, *used))), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 

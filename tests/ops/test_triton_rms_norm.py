@@ -96,7 +96,9 @@ def test_every_width_up_to_65536(kernels, width):
 
 
 def test_a_wider_row_goes_through_the_definition(kernels):
-    y = rms_norm(torch.ones(1, 65537, device=kernels, requires_grad=True), torch.ones(65537, device=kernels), 1e-6)
+    y = rms_norm(
+        torch.ones(1, 65537, device=kernels, requires_grad=True), torch.ones(65537, device=kernels), 1e-6
+    )
     assert not used_kernel(y)
 
 
@@ -205,7 +207,9 @@ def test_opcheck(kernels):
     x = torch.randn(4, 64, device=kernels, requires_grad=True)
     w = torch.randn(64, device=kernels, requires_grad=True)
     torch.library.opcheck(torch.ops.twinkle.rms_norm.default, (x, w, 1e-6, "llama"))
-    torch.library.opcheck(torch.ops.twinkle.rms_norm.default, (x.transpose(0, 1)[:, :4], None, 1e-6, "unweighted"))
+    torch.library.opcheck(
+        torch.ops.twinkle.rms_norm.default, (x.transpose(0, 1)[:, :4], None, 1e-6, "unweighted")
+    )
     torch.library.opcheck(
         torch.ops.twinkle.rms_norm_backward.default,
         (x.detach(), x.detach(), w.detach(), 1e-6, "llama", True),
@@ -226,7 +230,9 @@ def test_compiled_without_a_graph_break(kernels, dynamic):
     x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
     y, g, gradients = run(rms_norm, x, w)
     backend = "inductor" if kernels.type == "cuda" else "aot_eager"
-    compiled = torch.compile(lambda x, w, eps: rms_norm(x, w, eps) * 1.0, fullgraph=True, dynamic=dynamic, backend=backend)
+    compiled = torch.compile(
+        lambda x, w, eps: rms_norm(x, w, eps) * 1.0, fullgraph=True, dynamic=dynamic, backend=backend
+    )
     y2, _, gradients2 = run(compiled, x, w, g)
     assert torch.equal(y, y2)
     assert all(torch.equal(a, b) for a, b in zip(gradients, gradients2, strict=True))

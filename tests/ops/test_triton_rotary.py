@@ -73,7 +73,9 @@ def test_heads_where_unsqueeze_dim_says(kernels, place, batch):
     (q, k, cos, sin), _, _ = example(HALF, kernels)
     q, k = (x.transpose(1, 2) if place == 2 else x for x in (q, k))
     cos, sin = cos[:batch], sin[:batch]
-    for a, b in zip(rotary(q, k, cos, sin, place), reference.rotary(q, k, cos, sin, place, form=HALF), strict=True):
+    for a, b in zip(
+        rotary(q, k, cos, sin, place), reference.rotary(q, k, cos, sin, place, form=HALF), strict=True
+    ):
         assert used_kernel(a)
         assert torch.equal(a, b)
 

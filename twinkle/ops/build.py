@@ -58,7 +58,9 @@ def forward_class(
             continue
         if isinstance(value, str):
             path = ".".join(map(_name, value.split(".")))
-            handed.append(f"{role}=getattr(self, {path!r}, None)" if role in absent_ok else f"{role}=self.{path}")
+            handed.append(
+                f"{role}=getattr(self, {path!r}, None)" if role in absent_ok else f"{role}=self.{path}"
+            )
         else:
             handed.append(f"{role}={value!r}")
     handed += [f"{role}={role}" for role in constants or {}]
@@ -101,7 +103,9 @@ def plain_function(
     Raises:
         ValueError: A fact names an argument that ``original`` lacks.
     """
-    parameters = inspect.signature(original).parameters.values()
+    # `kernels` puts a module with a forward in the place of the functions it decorates.
+    signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
+    parameters = signature.parameters.values()
     names = [_name(parameter.name) for parameter in parameters]
     missing = [value for value in facts.values() if isinstance(value, str) and value not in names]
     if missing:
@@ -126,4 +130,4 @@ def plain_function(
     name = _name(original.__name__)
     made = _run(f"def {name}({', '.join(head)}):\n    return function({', '.join(handed)})\n", name, scope)
     made.__module__ = __name__
-    return made
+    return made  # type: ignore[no-any-return]

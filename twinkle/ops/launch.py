@@ -1,8 +1,9 @@
 """How the embedded kernels are reached: straight, as a ``torch.library`` op, or not at all.
 
 An op of ``torch.library`` with a derivative costs four to six times the host time of a bare
-``autograd.Function`` (150 us against 26 us on one loaded core, torch 2.13), which is more than a small kernel takes on the device. So
-eager calls launch straight from a ``Function``; compilers and tracers see the op.
+``autograd.Function`` (150 us against 26 us on one loaded core, torch 2.13), which is more than a small
+kernel takes on the device. So eager calls launch straight from a ``Function``; compilers and tracers see
+the op.
 """
 
 from __future__ import annotations
@@ -21,7 +22,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DEFINITION", "OP", "STRAIGHT", "Launcher", "KINDS", "define", "like", "memory_order", "multiprocessors", "on_device", "route", "rows_of", "through_definition", "tl_dtype"]
+__all__ = [
+    "DEFINITION",
+    "KINDS",
+    "OP",
+    "STRAIGHT",
+    "Launcher",
+    "define",
+    "like",
+    "memory_order",
+    "multiprocessors",
+    "on_device",
+    "route",
+    "rows_of",
+    "through_definition",
+    "tl_dtype",
+]
 
 DEFINITION, OP, STRAIGHT = 0, 1, 2
 """The answers of :func:`route`: the reference in plain torch, the registered op, or the kernel itself."""
@@ -29,7 +45,6 @@ DEFINITION, OP, STRAIGHT = 0, 1, 2
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _library = torch.library.Library("twinkle", "FRAGMENT")
-
 
 
 def _kinds() -> frozenset[str]:
@@ -92,7 +107,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     device = tensor.device
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
         return _HERE
-    return torch.cuda.device(device)
+    return torch.cuda.device(device)  # type: ignore[no-any-return]
 
 
 @functools.cache
@@ -253,7 +268,11 @@ def through_definition(
     return [next(left) if x is not None and x.requires_grad else None for x in aliases]
 
 
-_CODES: dict[torch.dtype, str] = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_CODES: dict[torch.dtype, str] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 @functools.cache

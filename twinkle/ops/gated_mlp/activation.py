@@ -1,4 +1,4 @@
-"""``activation(gate) · up`` as functions and ops: from two tensors, from the halves of one, and before a linear."""
+"""``activation(gate) · up`` as functions and ops: of two tensors, of the halves of one, before a linear."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def gated_activation(
     if way == DEFINITION or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
         return definition(gate, up, activation, clamp, limit, scale, exact)
     if way == STRAIGHT:
-        return _Gated.apply(gate, up, activation, clamp, limit, scale, exact)  # type: ignore[no-any-return]
-    return _op(gate, up, activation, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+        return _Gated.apply(gate, up, activation, clamp, limit, scale, exact)
+    return _op(gate, up, activation, clamp, limit, scale, exact)
 
 
 def gated_activation_fused(
@@ -94,8 +94,8 @@ def gated_activation_fused(
         halves = gate_up.chunk(2, dim=-1)
         return definition(halves[gate_half], halves[1 - gate_half], activation, clamp, limit, scale, exact)
     if way == STRAIGHT:
-        return _Fused.apply(gate_up, activation, gate_half, clamp, limit, scale, exact)  # type: ignore[no-any-return]
-    return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)  # type: ignore[no-any-return]
+        return _Fused.apply(gate_up, activation, gate_half, clamp, limit, scale, exact)
+    return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)
 
 
 def gated_linear(
@@ -129,8 +129,7 @@ def gated_linear(
         ``[..., hidden]``.
     """
     _check(activation)
-    result = _GatedLinear.apply(gate, up, weight, bias, activation, clamp, limit, scale, exact)
-    return result  # type: ignore[no-any-return]
+    return _GatedLinear.apply(gate, up, weight, bias, activation, clamp, limit, scale, exact)
 
 
 def _check(activation: str) -> None:
@@ -139,7 +138,13 @@ def _check(activation: str) -> None:
 
 
 def definition(
-    gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None, scale: float | None, exact: bool
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
 ) -> Tensor:
     """The same in plain torch."""
     act = ACTIVATIONS[activation]
@@ -153,7 +158,13 @@ def definition(
 
 
 def _forward(
-    gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None, scale: float | None, exact: bool
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
 ) -> Tensor:
     from twinkle.ops.gated_mlp import triton as kernels
 
@@ -174,10 +185,10 @@ def _backward(
 
     dgate, dup = _empty(gate), _empty(gate)
     order = memory_order(dgate)
+    dout, gate, up, gate_rows, up_rows = (rows_of(x, order) for x in (dout, gate, up, dgate, dup))
     kernels.backward(
-        rows_of(dout, order), rows_of(gate, order), rows_of(up, order), rows_of(dgate, order), rows_of(dup, order),
-        activation, clamp=clamp, limit=limit, scale=scale, exact=exact,
-    )  # fmt: skip
+        dout, gate, up, gate_rows, up_rows, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
+    )
     return dgate, dup
 
 
@@ -250,7 +261,9 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             activation, gate_half, *rest = ctx.rest
             through = through_definition(
-                lambda both: definition(*_halves(both, gate_half), activation, *rest), ctx.saved_tensors, (dout,)
+                lambda both: definition(*_halves(both, gate_half), activation, *rest),
+                ctx.saved_tensors,
+                (dout,),
             )
             return (*through, None, None, None, None, None, None)
         return (_fused_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
@@ -258,7 +271,9 @@ class _Fused(torch.autograd.Function):
 
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
+    def forward(
+        ctx: Any, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.rest = rest
         return F.linear(_forward(gate, up, *rest), weight, bias)
@@ -308,7 +323,8 @@ def _fused_derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
 
 _REST = "str clamp, float? limit, float? scale, bool exact"
 _backward_op = define(
-    f"gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, {_REST}) -> (Tensor, Tensor)",
+    "gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
+    f"{_REST}) -> (Tensor, Tensor)",
     _backward,
     lambda dout, gate, up, *rest: (_empty(gate), _empty(gate)),
 )
@@ -320,7 +336,8 @@ _op = define(
     backward=_derivative,
 )
 _fused_backward_op = define(
-    f"gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
+    "gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, int gate_half, "
+    f"{_REST}) -> Tensor",
     _fused_backward,
     lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
 )

@@ -47,7 +47,7 @@ def gated_mlp(
     gate_scale: float = 1.0,
     output_scale: float = 1.0,
 ) -> Tensor:
-    """``down(activation(gate(x)) · up(x))``; see ``reference.gated_mlp``, from which only ``activation`` differs.
+    """``down(activation(gate(x)) · up(x))``; as ``reference.gated_mlp``, but for ``activation``.
 
     In half precision the product equals the definition's but where ``exp`` or ``erf`` lands on the other
     side of a rounding boundary: one unit in the last place. Gradients are rounded once, at the end.
@@ -56,8 +56,8 @@ def gated_mlp(
         x: ``[..., hidden]``.
         gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused form.
         up: See ``gate``.
-        down: ``[..., intermediate] -> [..., hidden]``. A bare ``nn.Linear`` is run such that backward computes its
-            input again instead of keeping it.
+        down: ``[..., intermediate] -> [..., hidden]``. For a bare ``nn.Linear`` backward
+            computes its input again instead of keeping it.
         activation: One of ``triton.ACTIVATIONS``.
         form: What lies between them.
         gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused form.
@@ -98,7 +98,7 @@ def gated_mlp(
     return down(h) * output_scale if form.scaled else down(h)
 
 
-def _is_bare(layer: object) -> bool:
+def _is_bare(layer: Any) -> bool:
     """A linear layer that nobody hooks into: its call is `F.linear` and nothing else."""
     return type(layer) is nn.Linear and not (
         layer._forward_hooks
@@ -140,7 +140,7 @@ def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]
     Args:
         form: What lies between the projections.
         facts: From the argument of the definition to the name of the attribute, or for ``x`` of the argument
-            of ``forward``, or the number itself; ``activation`` is the canonical name of what the instance has.
+            of ``forward``, or the number itself; ``activation`` is the canonical name of the instance's.
 
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.

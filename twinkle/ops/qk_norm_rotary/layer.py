@@ -30,7 +30,7 @@ _MOST = 16384  # Elements of one token's heads that a program holds.
 
 @functools.cache
 def covers(form: QKNormRotaryForm) -> bool:
-    """Whether there is a kernel for a form: half-split pairs that are not cast to another dtype at the end."""
+    """Whether there is a kernel for a form: half-split pairs of all channels."""
     rotation = form.rotary
     return (
         form.norm.name in _NORMS
@@ -94,8 +94,8 @@ def qk_norm_rotary(
 
 
 def _fits(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor, head_dim: int,
-    form: QKNormRotaryForm,
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    head_dim: int, form: QKNormRotaryForm,
 ) -> bool:  # fmt: skip
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False
@@ -117,7 +117,9 @@ def _fits(
     return True
 
 
-def _dtypes(q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str) -> tuple[torch.dtype, ...]:
+def _dtypes(
+    q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str
+) -> tuple[torch.dtype, ...]:
     """Of the norm's result, of the products of the rotation, of the result."""
     between = result_dtype(q, weight, _NORMS[norm])
     form = _ROTATIONS[rotation]
@@ -140,8 +142,8 @@ def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
-    head_dim: int, norm: str, rotation: str, over_all: bool,
+    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
+    sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from twinkle.ops.launch import tl_dtype
     from twinkle.ops.qk_norm_rotary import triton as kernels
@@ -214,7 +216,7 @@ class _QKNormRotary(torch.autograd.Function):
             form = QKNormRotaryForm("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
             through = through_definition(
                 lambda q, k, qw, kw: reference.qk_norm_rotary(
-                    q, k, qw, kw, *ctx.eps, cos, sin, head_dim=head_dim, form=form
+                    q, k, qw, kw, ctx.eps[0], ctx.eps[1], cos, sin, head_dim=head_dim, form=form
                 ),
                 tuple(inputs),
                 (dq_out, dk_out),
@@ -224,8 +226,8 @@ class _QKNormRotary(torch.autograd.Function):
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
-    head_dim: int, norm: str, rotation: str, over_all: bool,
+    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
+    sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = _dtypes(q, qw, cos, norm, rotation)[-1]
     return _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
@@ -249,8 +251,8 @@ _backward_op = define(
     _fake_backward,
 )
 _op = define(
-    "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, "
-    "int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
+    "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, "
+    "Tensor sin, int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     setup=lambda ctx, inputs, output: _keep(ctx, inputs),

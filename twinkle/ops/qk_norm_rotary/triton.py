@@ -33,7 +33,9 @@ def _mean(a, b, width, ALL: tl.constexpr):
 
 
 @triton.jit
-def _scales(w, h, i, ok, half, WEIGHT: tl.constexpr, ALL: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr):
+def _scales(
+    w, h, i, ok, half, WEIGHT: tl.constexpr, ALL: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr
+):
     if WEIGHT:
         at = i + (h * 2 * half if ALL else h * 0)
         first = scale_of(tl.load(w + at, mask=ok, other=0.0), ONE_PLUS, S)
@@ -192,8 +194,8 @@ def _warps(elements: int, per_warp: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor, sin: Tensor,
-    q_out: Tensor, k_out: Tensor, *, over_all: bool, norm: dict[str, Any], between: torch.dtype,
+    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
+    sin: Tensor, q_out: Tensor, k_out: Tensor, *, over_all: bool, norm: dict[str, Any], between: torch.dtype,
     compute: torch.dtype, one: bool,
 ) -> None:  # fmt: skip
     """Launch the forward.
@@ -223,11 +225,13 @@ def forward(
     width = triton.next_power_of_2(half)
     with on_device(q):
         _launch_forward(
-            (batch * tokens,), (q, k, q if qw is None else qw, k if kw is None else kw, q_out, k_out, cos, sin),
+            (batch * tokens,),
+            (q, k, q if qw is None else qw, k if kw is None else kw, q_out, k_out, cos, sin),
             (tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
              *q_out.stride()[:3], *k_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
             QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, ALL=over_all,
-            **norm, Z=tl_dtype(between), C=tl_dtype(compute), ONE=one, num_warps=_warps(blocks[0] * width, 512), enable_fp_fusion=False,
+            **norm, Z=tl_dtype(between), C=tl_dtype(compute), ONE=one,
+            num_warps=_warps(blocks[0] * width, 512), enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -273,7 +277,11 @@ def backward(
     width = triton.next_power_of_2(half)
     warps = _warps(blocks[0] * width, 512)
     programs = min(rows, multiprocessors(q.device) * max(1, 32 // warps))
-    parts = [torch.empty((programs, w.numel()), dtype=torch.float32, device=q.device) for w in (dqw, dkw) if w is not None]
+    parts = [
+        torch.empty((programs, w.numel()), dtype=torch.float32, device=q.device)
+        for w in (dqw, dkw)
+        if w is not None
+    ]
     with on_device(q):
         _launch_backward(
             (programs,),

@@ -7,8 +7,8 @@ import torch
 from twinkle.ops.launch import DEFINITION, STRAIGHT, define, like, route, through_definition
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
-from twinkle.ops.rms_norm.layer import fits, result_dtype
 from twinkle.ops.rms_norm.layer import covers as covers_norm
+from twinkle.ops.rms_norm.layer import fits, result_dtype
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
 
 TYPE_CHECKING = False
@@ -82,8 +82,8 @@ def _forward(
 
 
 def _backward(
-    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None,
-    weight_grad: bool,
+    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str,
+    scale: float | None, weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     from twinkle.ops.residual_norm import triton as kernels
 
@@ -94,7 +94,13 @@ def _backward(
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        norm: str,
+        scale: float | None,
     ) -> tuple[Tensor, Tensor]:
         h, y = _forward(x, residual, weight, eps, norm, scale)
         ctx.save_for_backward(h, weight)
@@ -151,8 +157,8 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None,
-    weight_grad: bool,
+    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str,
+    scale: float | None, weight_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = like(h)[0]
     dw = torch.empty_like(weight) if weight is not None and weight_grad else h.new_empty(0)
@@ -160,8 +166,8 @@ def _fake_backward(
 
 
 _backward_op = define(
-    "residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, str norm, float? scale, "
-    "bool weight_grad) -> (Tensor, Tensor, Tensor)",
+    "residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, str norm, "
+    "float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
     _backward,
     _fake_backward,
 )

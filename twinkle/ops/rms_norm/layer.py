@@ -81,13 +81,18 @@ def rms_norm(
             return _RMSNorm.apply(x, weight, eps, form)
         return _op(x, weight, eps, form.name)
     return reference.rms_norm(
-        x, weight, eps, form=form, gate=gate, activation=activation, group_size=group_size,
+        x, weight, eps,  # type: ignore[arg-type]  # None where torch's function takes it
+        form=form, gate=gate, activation=activation, group_size=group_size,
         with_weight=with_weight, normalized_shape=normalized_shape,
     )  # fmt: skip
 
 
 def fits(
-    x: Tensor, weight: Tensor | None, form: RMSNormForm, group_size: int | None, normalized_shape: tuple[int, ...]
+    x: Tensor,
+    weight: Tensor | None,
+    form: RMSNormForm,
+    group_size: int | None,
+    normalized_shape: tuple[int, ...],
 ) -> bool:
     """Whether the kernel takes these inputs."""
     if not _COVERED.get(form.name, False) or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
@@ -117,7 +122,11 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             definition = functools.partial(
-                reference.rms_norm, eps=ctx.eps, form=ctx.form, normalized_shape=x.shape[-1:], with_weight=weight is not None
+                reference.rms_norm,
+                eps=ctx.eps,
+                form=ctx.form,
+                normalized_shape=x.shape[-1:],
+                with_weight=weight is not None,
             )
             return (*through_definition(definition, (x, weight), (dy,)), None, None)
         dx, _, dw = kernels.backward(dy, x, weight, ctx.eps, ctx.form, weight_grad=ctx.needs_input_grad[1])
@@ -146,9 +155,15 @@ def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Te
 def result_dtype(x: Tensor, weight: Tensor | None, form: RMSNormForm) -> torch.dtype:
     """The dtype of the result, without triton."""
     if weight is None or form.cast == "after_weight" or form.compute == "fused" or form.weight == "none":
-        low = form.cast in ("before_weight", "after_weight") or form.compute in ("statistics", "input", "fused")
+        low = form.cast in ("before_weight", "after_weight") or form.compute in (
+            "statistics",
+            "input",
+            "fused",
+        )
         return x.dtype if low else torch.float32
-    normal = x.dtype if form.compute in ("statistics", "input") or form.cast == "before_weight" else torch.float32
+    normal = (
+        x.dtype if form.compute in ("statistics", "input") or form.cast == "before_weight" else torch.float32
+    )
     if form.cast == "half_weight" and weight.dtype in (torch.float16, torch.bfloat16):
         normal = weight.dtype
     return torch.promote_types(normal, weight.dtype if form.weight_cast == "none" else torch.float32)

@@ -230,7 +230,11 @@ def _reduce(partial, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(out + col, total.to(out.dtype.element_ty), mask=col < width)
 
 
-_launch_forward, _launch_backward, _launch_wide = Launcher(_forward), Launcher(_backward), Launcher(_backward_wide)
+_launch_forward, _launch_backward, _launch_wide = (
+    Launcher(_forward),
+    Launcher(_backward),
+    Launcher(_backward_wide),
+)
 _launch_weight, _launch_reduce = Launcher(_weight_wide), Launcher(_reduce)
 
 
@@ -304,7 +308,8 @@ def forward(
         _launch_forward(
             (triton.cdiv(rows, height),),
             (x_rows, r_rows, w, total_rows if total_rows is not None else y_rows, y_rows),
-            (rows, width, x_rows.stride(0), r_rows.stride(0), float(eps), 1.0 if scale is None else float(scale)),
+            (rows, width, x_rows.stride(0), r_rows.stride(0), float(eps),
+             1.0 if scale is None else float(scale)),
             BLOCK=block, ROWS=height, ONE_PASS=one_pass, ADD=residual is not None, SCALED=scale is not None,
             WEIGHT=weight is not None, ONE_PLUS=form.weight == "one_plus", COMPUTE=form.compute,
             DIVIDE=form.inverse == "divide", X=tl_dtype(x.dtype), N=tl_dtype(normal), S=tl_dtype(one_plus),
@@ -371,9 +376,11 @@ def backward(
         if block <= _ONE_PASS // 2:
             height = max(1, min(4096 // block, triton.next_power_of_2(rows)))
             # Two programs on a multiprocessor with three rows under way in each: fewer do not hide the
-            # latency, more are slower (H200, 4096 wide: 86 %, 69 % and 69 % of the copy bandwidth for 2, 4, 8).
+            # latency, more are slower (H200, 4096 wide: 86, 69 and 69 % of the copy bandwidth for 2, 4, 8).
             programs = min(triton.cdiv(rows, height), multiprocessors(x.device) * 2)
-            partial = torch.empty((programs, width) if dw is not None else 1, dtype=torch.float32, device=x.device)
+            partial = torch.empty(
+                (programs, width) if dw is not None else 1, dtype=torch.float32, device=x.device
+            )
             moved = block * height * x.element_size() * (3 if dh is not None else 2)
             _launch_backward(
                 (programs,), (*tensors, partial), numbers,
@@ -388,7 +395,8 @@ def backward(
                 programs = min(rows, max(1, multiprocessors(x.device) * 8 // columns))
                 partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
                 _launch_weight(
-                    (programs, columns), (dy_rows, x_rows, roots, partial), (rows, width, strides[0], strides[2]),
+                    (programs, columns), (dy_rows, x_rows, roots, partial),
+                    (rows, width, strides[0], strides[2]),
                     BLOCK=2048, STAGES=2, num_warps=4,
                 )  # fmt: skip
         if dw is not None:

@@ -1,4 +1,4 @@
-"""Rotary position embedding as a function with the signature of its definition, and for any other signature."""
+"""Rotary position embedding as a function with the signature of its definition, and with any other."""
 
 from __future__ import annotations
 
@@ -83,9 +83,11 @@ def rotary(
     )  # fmt: skip
 
 
-def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, ...]:
+def apply_rotary_pos_emb(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, ...]:
     """The function of most models: half-split pairs, full tables; see `rotary`."""
-    return rotary(q, k, cos, sin, unsqueeze_dim)  # type: ignore[return-value]
+    return rotary(q, k, cos, sin, unsqueeze_dim)
 
 
 def _plan(
@@ -98,7 +100,7 @@ def _plan(
     position_ids: Tensor | None,
     mrope_section: list[int] | None,
 ) -> tuple[Tensor, Tensor, bool] | None:
-    """The tables as ``[batch or 1, tokens, width]``, and whether tokens stand before heads; None if it is otherwise."""
+    """The tables as ``[batch or 1, tokens, width]``, and whether tokens stand before heads; else None."""
     rank = q.dim()
     if form.indexed or form.sections:
         narrow = reference.RotaryForm("", broadcast="none", indexed=form.indexed, sections=form.sections)
@@ -164,10 +166,16 @@ def _out_dtype(x: torch.dtype, table: torch.dtype, query: torch.dtype, form: Rot
 
 def _empty(x: Tensor, dtype: torch.dtype, form: RotaryForm | None = None) -> Tensor:
     # Elementwise results keep the strides of the input; forms that end in a concatenation do not.
-    joined = form is not None and (form.part != "all" or form.tables == "half" or form.pairs == "interleaved_to_half")
-    out = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format if joined else torch.preserve_format)
+    joined = form is not None and (
+        form.part != "all" or form.tables == "half" or form.pairs == "interleaved_to_half"
+    )
+    out = torch.empty_like(
+        x, dtype=dtype, memory_format=torch.contiguous_format if joined else torch.preserve_format
+    )
     # The kernel wants channels side by side.
-    return out if out.stride(-1) == 1 or x.shape[-1] == 1 else torch.empty(x.shape, dtype=dtype, device=x.device)
+    return (
+        out if out.stride(-1) == 1 or x.shape[-1] == 1 else torch.empty(x.shape, dtype=dtype, device=x.device)
+    )
 
 
 def _launch(
@@ -206,7 +214,13 @@ def _forward(
 
 
 def _backward(
-    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, inputs: torch.dtype
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    form: str,
+    tokens_first: bool,
+    inputs: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     q_out = _empty(dq, inputs)
     k_out = None if dk is None else _empty(dk, inputs)
@@ -246,7 +260,11 @@ def _again(ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None) -> lis
     *shapes, query = ctx.shapes
     cast = _FORMS[form].cast
     plain = dataclasses.replace(
-        _FORMS[form], broadcast="argument", indexed=False, sections=False, cast="own" if cast == "query" else cast
+        _FORMS[form],
+        broadcast="argument",
+        indexed=False,
+        sections=False,
+        cast="own" if cast == "query" else cast,
     )
     if len(shapes[0]) == 3:
         cos, sin = cos[0], sin[0]
@@ -260,7 +278,10 @@ def _again(ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None) -> lis
         ]
         return tuple(y.to(query) if cast == "query" else y for y in made)  # type: ignore[union-attr]
 
-    origins = [None if s is None else torch.zeros(s, dtype=dtype, device=cos.device, requires_grad=True) for s in shapes]
+    origins = [
+        None if s is None else torch.zeros(s, dtype=dtype, device=cos.device, requires_grad=True)
+        for s in shapes
+    ]
     grads = gradients if shapes[1] is not None else gradients[:1]
     return through_definition(definition, tuple(origins), tuple(grads))
 
@@ -270,11 +291,19 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor]:
     kind = _FORMS[form]
     first = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
-    return first, q.new_empty(0) if k is None else _empty(k, _out_dtype(k.dtype, cos.dtype, query, kind), kind)
+    return first, q.new_empty(0) if k is None else _empty(
+        k, _out_dtype(k.dtype, cos.dtype, query, kind), kind
+    )
 
 
 def _fake_backward(
-    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, inputs: torch.dtype
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    form: str,
+    tokens_first: bool,
+    inputs: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     return _empty(dq, inputs), dq.new_empty(0) if dk is None else _empty(dk, inputs)
 
@@ -308,7 +337,9 @@ _op = define(
 )
 
 
-def function_for(form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]) -> Callable[..., Any]:
+def function_for(
+    form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
     """A function with the arguments of ``original`` that computes ``form``.
 
     Args:
@@ -319,7 +350,7 @@ def function_for(form: RotaryForm, facts: Mapping[str, Any], original: Callable[
     Returns:
         The same function for the same arguments.
     """
-    return _function_for(form, tuple(sorted(facts.items())), original)
+    return _function_for(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Rotary position embedding on the GPU: two tensors in one launch, the tables read once a token.
 
 Bytes: each element is read and written once, forward and backward. Nothing is written in place. Products
-and sums are rounded where torch rounds them, so results and gradients are those of the definition bit for bit.
+and sums are rounded where torch rounds them: results and gradients equal the definition's bit for bit.
 """
 
 from __future__ import annotations
