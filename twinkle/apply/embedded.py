@@ -11,6 +11,7 @@ import torch
 
 from twinkle.apply.options import options
 from twinkle.match.names import class_path
+from twinkle.match.source import function_of
 from twinkle.match.structure import Recognition, check_instance, recognise
 from twinkle.records import FunctionKernel, LayerKernel
 from twinkle.registry import registry
@@ -136,5 +137,6 @@ def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:
         recognition = recognise(value)
         here = recognition.target.startswith(f"{name}:")
         if here and recognition.op in _FUNCTIONS and wanted(recognition.op) and _covers(recognition):
-            found.append((attribute, value, recognition))
+            # `kernels` puts a module in the place of the functions it decorates.
+            found.append((attribute, function_of(value) or value, recognition))
     return found
