@@ -107,12 +107,10 @@ def measure(shape, repeats=7):
             row[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
     own, base = row["twinkle"]["ms"], row["products"]["ms"]
     row["over_products"] = round(own / base, 3)
-    print(
-        f"{shape!s:24}" + "".join(f" {n} {row[n].get('ms', 'failed')}" for n in row if isinstance(row[n], dict))
-        + f" | x{row['over_products']} |"
-        + "".join(f" {n} {row[n].get('peak_mib')}" for n in row if isinstance(row[n], dict)) + " MiB",
-        flush=True,
-    )  # fmt: skip
+    measured = {name: value for name, value in row.items() if isinstance(value, dict)}
+    times = " ".join(f"{name} {value.get('ms', 'failed')}" for name, value in measured.items())
+    peaks = " ".join(f"{name} {value.get('peak_mib')}" for name, value in measured.items())
+    print(f"{shape!s:24} {times} ms | x{row['over_products']} of the products | {peaks} MiB", flush=True)
     return row
 
 
@@ -172,7 +170,8 @@ def tune():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--only", choices=("main", "grid", "check", "tune"), action="append")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()

@@ -61,7 +61,9 @@ def inputs(vocab=101, rows=(2, 24), width=16, *, bias=False, dtype=torch.float32
     extra = torch.randn(vocab, generator=generator)
     labels = torch.randint(4, vocab, rows, generator=generator)
     labels[0, :5] = -100
-    leaves = [t.to(device, dtype).requires_grad_() for t in ([hidden, weight, extra] if bias else [hidden, weight])]
+    leaves = [
+        t.to(device, dtype).requires_grad_() for t in ([hidden, weight, extra] if bias else [hidden, weight])
+    ]
     return leaves, labels.to(device)
 
 
@@ -69,7 +71,9 @@ def outcome(function, leaves, labels, factor=None, **options):
     """Loss and gradients, in one list."""
     hidden, weight, *bias = leaves
     loss = function(hidden, weight, labels, bias=bias[0] if bias else None, **options)
-    factor = torch.arange(1, loss.numel() + 1, device=loss.device).view(loss.shape) if factor is None else factor
+    factor = (
+        torch.arange(1, loss.numel() + 1, device=loss.device).view(loss.shape) if factor is None else factor
+    )
     return [loss.detach(), *torch.autograd.grad((loss * factor).sum(), leaves)]
 
 
@@ -93,7 +97,11 @@ def test_loss_and_gradients_are_those_of_cross_entropy(options, bias, small_chun
     leaves, labels = inputs(bias=bias)
     if options.get("ignore_index") == 3:
         labels = labels.where(labels != -100, 3)
-    assert_same(outcome(linear_cross_entropy, leaves, labels, **options), outcome(reference, leaves, labels, **options), 2e-6)
+    assert_same(
+        outcome(linear_cross_entropy, leaves, labels, **options),
+        outcome(reference, leaves, labels, **options),
+        2e-6,
+    )
 
 
 def test_float64_stays_float64(small_chunks):
@@ -106,7 +114,9 @@ def test_half_precision_errs_no_more_than_twice_as_much(dtype, small_chunks):
     leaves, labels = inputs(vocab=300, rows=(4, 40), width=32)
     exact = outcome(reference, leaves, labels, factor=3.0)
     rounded = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-    exact = outcome(reference, [leaf.detach().float().requires_grad_() for leaf in rounded], labels, factor=3.0)
+    exact = outcome(
+        reference, [leaf.detach().float().requires_grad_() for leaf in rounded], labels, factor=3.0
+    )
     plain = outcome(reference, rounded, labels, factor=3.0)
     ours = outcome(linear_cross_entropy, rounded, labels, factor=3.0)
     for mine, theirs, right in zip(ours, plain, exact, strict=True):
@@ -115,7 +125,9 @@ def test_half_precision_errs_no_more_than_twice_as_much(dtype, small_chunks):
 
 def test_gradients_survive_a_loss_scaler_in_float16(small_chunks):
     leaves, labels = inputs(dtype=torch.float16, rows=(4, 100))
-    exact = outcome(reference, [leaf.detach().float().requires_grad_() for leaf in leaves], labels, factor=1.0)
+    exact = outcome(
+        reference, [leaf.detach().float().requires_grad_() for leaf in leaves], labels, factor=1.0
+    )
     hidden, weight = leaves
     loss = linear_cross_entropy(hidden, weight, labels, num_items_in_batch=10**6)
     found = torch.autograd.grad(loss * 2.0**14, leaves)
@@ -147,7 +159,9 @@ def test_ignored_rows_are_left_out_of_the_products(monkeypatch):
     leaves, labels = inputs(rows=(2, 100))
     labels[1] = -100
     seen = []
-    monkeypatch.setattr(torch, "mm", lambda left, right, mm=torch.mm, **o: seen.append(left.shape) or mm(left, right, **o))
+    monkeypatch.setattr(
+        torch, "mm", lambda left, right, mm=torch.mm, **o: seen.append(left.shape) or mm(left, right, **o)
+    )
     linear_cross_entropy(*leaves, labels)
     assert seen[0] == (int((labels != -100).sum()), 16)
 
@@ -227,7 +241,9 @@ def test_inputs_that_are_not_contiguous():
     leaves, labels = inputs(rows=(6, 24))
     hidden = leaves[0].detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
     weight = leaves[1].detach().t().contiguous().t().requires_grad_()
-    assert_same(outcome(linear_cross_entropy, [hidden, weight], labels), outcome(reference, leaves, labels), 2e-6)
+    assert_same(
+        outcome(linear_cross_entropy, [hidden, weight], labels), outcome(reference, leaves, labels), 2e-6
+    )
 
 
 def test_autocast_computes_as_the_linear_layer_would():
@@ -247,7 +263,11 @@ def test_labels_out_of_the_vocabulary_are_an_error_on_the_cpu():
 
 @pytest.mark.parametrize(
     ("change", "text"),
-    [({"reduction": "avg"}, "reduction"), ({"labels": torch.zeros(3)}, "labels"), ({"weight": torch.ones(5, 3)}, "weight")],
+    [
+        ({"reduction": "avg"}, "reduction"),
+        ({"labels": torch.zeros(3)}, "labels"),
+        ({"weight": torch.ones(5, 3)}, "weight"),
+    ],
     ids=["reduction", "labels", "weight"],
 )
 def test_wrong_arguments_are_told(change, text):
@@ -261,18 +281,32 @@ def test_wrong_arguments_are_told(change, text):
 def test_operator_passes_opcheck(wanted):
     leaves, labels = inputs(bias=True)
     hidden, weight, bias = leaves
-    arguments = (hidden.flatten(0, 1).detach().requires_grad_(wanted[0]), weight.detach().requires_grad_(wanted[1]),
-                 bias.detach().requires_grad_(wanted[2]), labels.flatten(), torch.tensor(5.0), None,
-                 1.0, 2.0, True, -100, 0.1, *wanted)  # fmt: skip
+    leaves = [hidden.flatten(0, 1), weight, bias]
+    given = [leaf.detach().requires_grad_(want) for leaf, want in zip(leaves, wanted, strict=True)]
+    arguments = (*given, labels.flatten(), torch.tensor(5.0), None, 1.0, 2.0, True, -100, 0.1, *wanted)
     import twinkle.ops.causal_lm_loss.op  # noqa: F401
 
-    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic") if any(wanted) else ("test_schema", "test_faketensor")
+    tests = (
+        ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        if any(wanted)
+        else ("test_schema", "test_faketensor")
+    )
     torch.library.opcheck(torch.ops.twinkle.linear_cross_entropy.default, arguments, test_utils=tests)
 
 
 def test_operator_of_rows_passes_opcheck():
     leaves, labels = inputs()
-    arguments = (leaves[0].flatten(0, 1).detach().requires_grad_(), leaves[1], None, labels.flatten(), 1.0, 1.0, False, -100, 0.0)
+    arguments = (
+        leaves[0].flatten(0, 1).detach().requires_grad_(),
+        leaves[1],
+        None,
+        labels.flatten(),
+        1.0,
+        1.0,
+        False,
+        -100,
+        0.0,
+    )
     torch.library.opcheck(torch.ops.twinkle.linear_cross_entropy_rows.default, arguments)
 
 

@@ -54,7 +54,9 @@ def row_losses(monkeypatch: pytest.MonkeyPatch) -> Any:
         # Small blocks, so that a row has whole ones and a rest.
         monkeypatch.setattr(kernel, "BLOCK", 256)
         try:
-            kernel.row_losses(torch.ones(1, 8), None, torch.tensor([0]), torch.ones(1), None, RowLoss(), False)
+            kernel.row_losses(
+                torch.ones(1, 8), None, torch.tensor([0]), torch.ones(1), None, RowLoss(), False
+            )
         except Exception as error:
             if "numpy" not in str(error) and "0-dimensional" not in repr(error):
                 raise
@@ -87,7 +89,15 @@ def test_kernel_equals_the_plain_path(row_losses, form, vocab, scale):
 def test_logits_stay_where_no_gradient_is_wanted(row_losses):
     logits = torch.randn(2, 300, device=device())
     before = logits.clone()
-    row_losses(logits, None, torch.tensor([0, 1], device=device()), torch.empty(2, device=device()), None, RowLoss(), False)
+    row_losses(
+        logits,
+        None,
+        torch.tensor([0, 1], device=device()),
+        torch.empty(2, device=device()),
+        None,
+        RowLoss(),
+        False,
+    )
     assert torch.equal(logits, before)
 
 
@@ -100,7 +110,9 @@ def test_extreme_logits_give_a_finite_loss(row_losses):
     assert logits.isfinite().all()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="reads no memory out of bounds, and stops the interpreter only")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="reads no memory out of bounds, and stops the interpreter only"
+)
 def test_label_out_of_the_vocabulary_gives_no_number(row_losses):
     losses = torch.empty(1)
     row_losses(torch.zeros(1, 300), None, torch.tensor([300]), losses, None, RowLoss(), True)
@@ -129,14 +141,20 @@ def test_gpu_errs_no_more_than_twice_as_much(dtype, vocab):
     labels[::3] = -100
 
     def plain(hidden, weight, labels):
-        return torch.nn.functional.cross_entropy((hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), labels)
+        return torch.nn.functional.cross_entropy(
+            (hidden @ weight.t()).to(torch.promote_types(hidden.dtype, torch.float32)), labels
+        )
 
     def outcome(function, dtype):
         leaves = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
         loss = function(*leaves, labels)
         return [loss.double(), *(g.double() for g in torch.autograd.grad(loss * 3, leaves))]
 
-    exact, theirs, ours = outcome(plain, torch.float64), outcome(plain, dtype), outcome(linear_cross_entropy, dtype)
+    exact, theirs, ours = (
+        outcome(plain, torch.float64),
+        outcome(plain, dtype),
+        outcome(linear_cross_entropy, dtype),
+    )
     for right, other, mine in zip(exact, theirs, ours, strict=True):
         assert (mine - right).norm() <= 2 * (other - right).norm() + 1e-6 * right.norm()
 
@@ -153,7 +171,9 @@ def test_gpu_leaves_out_ignored_rows_and_tells_a_wrong_bound():
     whole = linear_cross_entropy(hidden, weight, labels)
     part = linear_cross_entropy(hidden, weight, labels, most_rows=1600)
     torch.testing.assert_close(whole, part)
-    torch.testing.assert_close(torch.autograd.grad(whole, hidden), torch.autograd.grad(part, hidden), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(whole, hidden), torch.autograd.grad(part, hidden), rtol=1e-4, atol=1e-6
+    )
     assert linear_cross_entropy(hidden, weight, labels, most_rows=1000).isnan()
 
 

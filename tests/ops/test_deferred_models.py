@@ -19,17 +19,18 @@ SMALL = {
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 64,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+PLAIN = (
+    "llama mistral qwen2 qwen3 gemma gemma3_text phi phi3 gpt2 gpt_neox opt olmo olmo2 stablelm starcoder2 "
+    "smollm3 nemotron glm helium exaone4 persimmon"
+)
 FAMILIES: dict[str, dict[str, object]] = {
-    **dict.fromkeys(
-        ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text", "phi", "phi3", "gpt2", "gpt_neox", "opt", "olmo"], {}
-    ),
-    **dict.fromkeys(["olmo2", "stablelm", "starcoder2", "smollm3", "nemotron", "glm", "helium", "exaone4", "persimmon"], {}),
+    **{name: {} for name in PLAIN.split()},
     "gemma2": {"final_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
     "granite": {"logits_scaling": 4.0},
     "cohere": {"logit_scale": 0.25},
     "cohere2": {"logit_scale": 0.5},
     "mixtral": {"num_local_experts": 4},
-    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "decoder_sparse_step": 1},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
@@ -40,7 +41,8 @@ def build(family="llama", **more):
     torch.manual_seed(0)
     given = {**SMALL, **FAMILIES.get(family, {}), **more}
     config = transformers.AutoConfig.for_model(family, **given)
-    for name in ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout"):
+    dropouts = "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout activation_dropout"
+    for name in dropouts.split():
         if getattr(config, name, None):
             setattr(config, name, 0.0)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
@@ -97,7 +99,12 @@ def test_family_has_the_same_loss_and_gradients(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 @pytest.mark.parametrize(
     "options",
-    [{"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(7)}, {"shift_labels": True}, {"ignore_index": 5}],
+    [
+        {"num_items_in_batch": 7},
+        {"num_items_in_batch": torch.tensor(7)},
+        {"shift_labels": True},
+        {"ignore_index": 5},
+    ],
     ids=str,
 )
 def test_options_of_the_loss(family, options):
@@ -169,7 +176,9 @@ def test_a_user_loss_on_the_logits():
     def run():
         model.zero_grad()
         logits = model(**inputs).logits
-        loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 99), inputs["labels"][:, 1:].reshape(-1))
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, 99), inputs["labels"][:, 1:].reshape(-1)
+        )
         (loss + 0.1 * logits.logsumexp(-1).pow(2).mean()).backward()
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
@@ -195,7 +204,9 @@ def test_generate_is_the_same():
     model, inputs = build().eval(), batch()
     ids, mask = inputs["input_ids"], torch.ones_like(inputs["input_ids"])
     expected = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-    assert torch.equal(deferring(model).generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(
+        deferring(model).generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), expected
+    )
 
 
 def test_evaluation_with_labels():
@@ -326,10 +337,19 @@ def test_trainer_trains_and_computes_metrics(tmp_path):
         if defer:
             deferring(model)
         options = transformers.TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2, use_cpu=True,
-            report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
-        )  # fmt: skip
-        trainer = transformers.Trainer(model, options, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics)
+            str(tmp_path),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = transformers.Trainer(
+            model, options, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics
+        )
         loss = trainer.train().training_loss
         return loss, trainer.evaluate(), torch.cat([p.detach().flatten() for p in model.parameters()])
 

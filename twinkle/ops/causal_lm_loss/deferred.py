@@ -47,6 +47,7 @@ class DeferredLogits(torch.Tensor):
     _origin: tuple[DeferredLogits, Callable[[Any], Any]] | None
 
     def __new__(cls, head: Head, hidden: Tensor, steps: tuple[Step, ...] = ()) -> DeferredLogits:
+        """A tensor of their shape, without memory."""
         dtype = next((value for name, value in reversed(steps) if name == "to"), head.dtype)
         if not head.grad and hidden.requires_grad:
             hidden = hidden.detach()

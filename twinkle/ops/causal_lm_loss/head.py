@@ -113,9 +113,9 @@ class Head:
             return
         if self._now() != self._versions:
             raise RuntimeError(
-                "deferred logits are read after the head's weight or its input was changed in place; read them "
-                "before, or keep outputs.logits.clone(); with TWINKLE_DISABLE=causal_lm_loss they are computed "
-                "at once"
+                "deferred logits are read after the head's weight or its input was changed in place; read "
+                "them before, or keep outputs.logits.clone(); with TWINKLE_DISABLE=causal_lm_loss they are "
+                "computed at once"
             )
         if self.weight.untyped_storage().size() == 0 and self.weight.numel():
             raise RuntimeError(

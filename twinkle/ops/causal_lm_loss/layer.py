@@ -260,5 +260,3 @@ def _candidate(kernel: type[nn.Module], target: type) -> Candidate:
     record = LayerKernel("causal_lm_loss", source, origin="embedded")
     where = f"{target.__module__}:{target.__qualname__}"
     return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))
-
-

@@ -109,9 +109,7 @@ def of_rows(
     """As :func:`linear_cross_entropy`, for ``[rows, hidden]`` and ``post * tanh(pre * logits)``."""
     hidden, weight, bias = _as_autocast(hidden, weight, bias)
     if reduction == "none":
-        return loss_of_each_row(
-            hidden, weight, bias, labels, pre, post, tanh, ignore_index, label_smoothing
-        )
+        return loss_of_each_row(hidden, weight, bias, labels, pre, post, tanh, ignore_index, label_smoothing)
     if divisor is not None and not isinstance(divisor, torch.Tensor):
         divisor = torch.full((), divisor, dtype=torch.float32, device=hidden.device)
     elif divisor is not None:

@@ -149,7 +149,8 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]
     refuse = torch.is_grad_enabled() and not torch.compiler.is_compiling()
     with torch.no_grad():
         factor = grad * rest
-        scaled = [_scaled(g, factor) if wanted else None for wanted, g in zip(ctx.wanted, gradients, strict=True)]
+        pairs = zip(ctx.wanted, gradients, strict=True)
+        scaled = [_scaled(gradient, factor) if wanted else None for wanted, gradient in pairs]
     return (*(_once(scaled) if refuse else scaled), *(None,) * 11)
 
 

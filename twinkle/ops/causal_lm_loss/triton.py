@@ -61,14 +61,14 @@ def _more(
         x = _tanh(x * pre) * post
     if MASK:
         if SMOOTH:
-            plain += tl.sum(tl.where(at < vocab, x, 0.0), 1)
+            plain += tl.where(at < vocab, x, 0.0)
         # A finite bound, so that no difference of two of them is no number.
         x = tl.where(at < vocab, x, high[:, None])
         higher = tl.maximum(high, tl.max(x, 1))
         powers = tl.where(at < vocab, tl.exp2((x - higher[:, None]) * slope), 0.0)
     else:
         if SMOOTH:
-            plain += tl.sum(x, 1)
+            plain += x
         higher = tl.maximum(high, tl.max(x, 1))
         # One multiplication and addition an element.
         powers = tl.exp2(x * slope - (higher * slope)[:, None])
@@ -134,7 +134,8 @@ def _row_losses(
 
         high = tl.full([BLOCK // LANE], LOWEST, tl.float32)
         total = tl.zeros([BLOCK // LANE], tl.float32)
-        plain = tl.zeros([BLOCK // LANE], tl.float32)
+        # Summed up last: triton 3.6 fails on a sum of sums that goes through two loops.
+        plain = tl.zeros([BLOCK // LANE, LANE], tl.float32)
         for start in range(0, whole, BLOCK):
             at = _columns(start, BLOCK, LANE)
             high, total, plain = _more(
@@ -150,7 +151,7 @@ def _row_losses(
         # Differences of logits, not of what they were multiplied with: a sure target has a loss of zero.
         loss = beyond * 0.6931471805599453 + (1.0 - smoothing) * natural * (top - target)
         if SMOOTH:
-            loss += smoothing * natural * (top - tl.sum(plain, 0) / vocab)
+            loss += smoothing * natural * (top - tl.sum(tl.sum(plain, 1), 0) / vocab)
         tl.store(losses + row, loss)
         # Of base two, as everything under `exp2`.
         lse = top * slope + beyond
