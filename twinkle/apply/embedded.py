@@ -21,6 +21,8 @@ from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 if TYPE_CHECKING:
     from torch import nn
 
+    from twinkle.records import Binding
+
 __all__ = ["defer_logits", "device", "layer_kernel", "register_functions"]
 
 _LAYERS = ("rms_norm", "gated_mlp")
@@ -87,9 +89,18 @@ def defer_logits(model: nn.Module) -> None:
     installed = install(model, found)
     if isinstance(installed, Installed):
         for binding in installed.bindings:
-            registry.record(binding)
+            _merge(binding)
     else:
         session.remark(f"the logits of {class_path(cls)} are computed as ever: {installed}")
+
+
+def _merge(binding: Binding) -> None:
+    """One record for the heads of all models of a class."""
+    for known in registry.bindings:
+        if (known.target, known.kernel, known.source) == (binding.target, binding.kernel, binding.source):
+            known.count(binding.instances)
+            return
+    registry.record(binding)
 
 
 def _covers(found: Recognition) -> bool:

@@ -37,8 +37,10 @@ class _Calls(threading.local):
 _calls = _Calls()
 
 
-def reason_against(head: Any) -> str | None:
+def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     """Why the output of a head cannot be deferred, or None if it can.
+
+    With ``loaded=False`` its weight may still be on ``meta``, as it is while ``from_pretrained`` builds a model.
 
     Its weight has to be there still, whole and unchanged, when the loss is computed after the head, and
     nothing else may be computed by the head or hang on it.
@@ -58,7 +60,7 @@ def reason_against(head: Any) -> str | None:
         return "the weight of its head is sharded by DeepSpeed ZeRO-3"
     if type(weight) not in (nn.Parameter, torch.Tensor):
         return f"the weight of its head is a {type(weight).__name__}, sharded or quantised"
-    if weight.device.type == "meta" or weight.dtype not in _FLOATS:
+    if (loaded and weight.device.type == "meta") or weight.dtype not in _FLOATS:
         return f"the weight of its head is {weight.dtype} on {weight.device}"
     return None
 
@@ -142,7 +144,7 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     facts = dict(getattr(recognition, "facts", None) or {})
     path = facts.get("head") or _path_of_output(model)
     head = _at(model, path) if path else None
-    reason = reason_against(head)
+    reason = reason_against(head, loaded=False)  # it is asked again at each call
     if reason is not None or head is None:
         return reason or "the model has no output head"
     target: Any = original_class(model)
