@@ -40,7 +40,7 @@ _calls = _Calls()
 def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     """Why the output of a head cannot be deferred, or None if it can.
 
-    With ``loaded=False`` its weight may still be on ``meta``, as it is while ``from_pretrained`` builds a model.
+    With ``loaded=False`` its weight may still be on ``meta``, as while ``from_pretrained`` builds a model.
 
     Its weight has to be there still, whole and unchanged, when the loss is computed after the head, and
     nothing else may be computed by the head or hang on it.
