@@ -35,6 +35,7 @@ __all__ = [
     "on_device",
     "route",
     "rows_of",
+    "shared_memory",
     "through_definition",
     "tl_dtype",
 ]
@@ -116,6 +117,13 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have, less what reductions want."""
+    properties = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return int(getattr(properties, "shared_memory_per_block_optin", 65536)) - 8192
 
 
 class Launcher:

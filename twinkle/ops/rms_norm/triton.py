@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, like, multiprocessors, on_device, rows_of, tl_dtype
+from twinkle.ops.launch import Launcher, like, multiprocessors, on_device, rows_of, shared_memory, tl_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -148,15 +148,16 @@ def _backward(
         g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
         if ADD:
             more = tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
-        root = tl.rsqrt(tl.sum(h * h, axis=1, keep_dims=True) * inverse_width + eps)
+        scaled = g * s if WEIGHT else g
+        # Neither sum waits for the other: the chain from load to store is what a program spends its time on.
+        square = tl.sum(h * h, axis=1, keep_dims=True) * inverse_width
+        dot = tl.sum(scaled * h, axis=1, keep_dims=True) * inverse_width
+        root = tl.rsqrt(square + eps)
         root = tl.where(row < rows, root, 0.0)  # no row: 0 / 0 with eps = 0 would reach the weight
         n = h * root
         if WEIGHT_GRAD:
             dw += g * n
-        if WEIGHT:
-            g = g * s
-        dot = tl.sum(g * n, axis=1, keep_dims=True) * inverse_width
-        d = (g - n * dot) * root
+        d = (scaled - n * (dot * root)) * root
         if ADD:
             d += more
         if SCALED:
@@ -377,15 +378,18 @@ def backward(
             height = max(1, min(4096 // block, triton.next_power_of_2(rows)))
             # Two programs on a multiprocessor with three rows under way in each: fewer do not hide the
             # latency, more are slower (H200, 4096 wide: 86, 69 and 69 % of the copy bandwidth for 2, 4, 8).
+            # Rows over 4096 fill a multiprocessor by themselves and want a stage more.
             programs = min(triton.cdiv(rows, height), multiprocessors(x.device) * 2)
             partial = torch.empty(
                 (programs, width) if dw is not None else 1, dtype=torch.float32, device=x.device
             )
+            stages = 4 if block * x.element_size() > 8192 else 3
             moved = block * height * x.element_size() * (3 if dh is not None else 2)
             _launch_backward(
                 (programs,), (*tensors, partial), numbers,
                 BLOCK=block, ROWS=height, WEIGHT_GRAD=dw is not None, EVEN=block == width,
-                STAGES=max(1, min(3, 100_000 // moved)), **flags, num_warps=_warps(block * height),
+                STAGES=max(1, min(stages, shared_memory(x.device) // moved)), **flags,
+                num_warps=8 if block <= 256 or block >= 8192 else 4,
             )  # fmt: skip
         else:
             roots = torch.empty(rows, dtype=torch.float32, device=x.device)
