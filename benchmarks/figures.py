@@ -43,9 +43,10 @@ def build_ratio(rounds: int) -> dict[str, float]:
     plain = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
     active = {**plain, "TWINKLE_CONFIG": str(ROOT / "examples" / "twinkle.toml")}
     ratios, seconds = [], []
-    for _ in range(rounds):
+    for number in range(rounds):
         times = {}
-        for name, environ in (("plain", plain), ("active", active)):
+        order = (("plain", plain), ("active", active))
+        for name, environ in order if number % 2 else reversed(order):
             code = BUILD if name == "plain" else f"import twinkle; twinkle.activate()\n{BUILD}"
             command = [sys.executable, "-c", code]
             done = subprocess.run(command, env=environ, capture_output=True, text=True, check=True, cwd=ROOT)
