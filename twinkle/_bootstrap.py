@@ -9,12 +9,19 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from twinkle.config import Settings
 
-__all__ = ["activate", "forget"]
+__all__ = ["activate", "forget", "is_switched_off"]
 
 # Doors that a user did not type: a bad configuration there must not stop the program.
 _INJECTED = ("pth", "sitecustomize")
 
 _active: dict[str, Settings] = {}
+
+
+def is_switched_off() -> bool:
+    """``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0``: every door stays shut, before anything is imported."""
+    disable = os.environ.get("TWINKLE_DISABLE", "").strip().lower()
+    use = os.environ.get("TWINKLE_USE_KERNELS", "").strip().lower()
+    return disable in ("1", "true", "yes", "on") or use in ("0", "false", "no", "off")
 
 
 def activate(config: str | None = None, *, door: str = "api") -> Settings | None:
@@ -32,6 +39,8 @@ def activate(config: str | None = None, *, door: str = "api") -> Settings | None
     Raises:
         ConfigError: The configuration cannot be right; nothing was registered.
     """
+    if is_switched_off():
+        return None
     wanted = config if config is not None else os.environ.get("TWINKLE_CONFIG") or "auto"
     if door in _INJECTED and _active:
         return next(iter(_active.values()))  # a second injected door found the same environment
@@ -41,8 +50,6 @@ def activate(config: str | None = None, *, door: str = "api") -> Settings | None
 
     try:
         settings = _load(wanted)
-        if settings.off:
-            return None
         from twinkle.apply.activation import start
 
         start(settings, door=door)
