@@ -18,7 +18,7 @@ _active: dict[str, Settings] = {}
 
 
 def is_switched_off() -> bool:
-    """``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0``: every door stays shut, before anything is imported."""
+    """``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0``: every door stays shut, and nothing is imported."""
     disable = os.environ.get("TWINKLE_DISABLE", "").strip().lower()
     use = os.environ.get("TWINKLE_USE_KERNELS", "").strip().lower()
     return disable in ("1", "true", "yes", "on") or use in ("0", "false", "no", "off")
