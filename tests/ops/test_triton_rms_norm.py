@@ -161,6 +161,14 @@ def test_the_same_bits_every_time(kernels):
         assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
 
 
+def test_without_gradients_the_same(kernels):
+    x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels, requires_grad=True)
+    with torch.no_grad():
+        y = rms_norm(x, w, 1e-6)
+    assert torch.equal(y, rms_norm(x, w, 1e-6))
+    assert not y.requires_grad
+
+
 def test_a_frozen_weight_gets_no_gradient(kernels):
     x = torch.randn(4, 64, device=kernels, requires_grad=True)
     w = torch.randn(64, device=kernels)

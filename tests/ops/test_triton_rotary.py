@@ -47,8 +47,10 @@ def used_kernel(y):
     return "_RotaryBackward" in type(y.grad_fn).__name__
 
 
-@pytest.mark.parametrize("layout", ["tokens first", "heads first"])
-@pytest.mark.parametrize("dtypes", ["float32", "half", "half with float32 tables"])
+@pytest.mark.parametrize(
+    ("dtypes", "layout"),
+    [("float32", "heads first"), ("half", "tokens first"), ("half with float32 tables", "heads first")],
+)
 @pytest.mark.parametrize("name", FORMS)
 def test_results_and_gradients_equal_the_definition_bit_for_bit(kernels, half, name, dtypes, layout):
     form = FORMS[name]

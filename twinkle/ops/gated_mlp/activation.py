@@ -60,6 +60,8 @@ def gated_activation(
     way = route(gate, up)
     if way == DEFINITION or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
         return definition(gate, up, activation, clamp, limit, scale, exact)
+    if way == STRAIGHT and not torch.is_grad_enabled():
+        return _forward(gate, up, activation, clamp, limit, scale, exact)
     if way == STRAIGHT:
         return _Gated.apply(gate, up, activation, clamp, limit, scale, exact)
     return _op(gate, up, activation, clamp, limit, scale, exact)
@@ -93,6 +95,8 @@ def gated_activation_fused(
     if way == DEFINITION or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         halves = gate_up.chunk(2, dim=-1)
         return definition(halves[gate_half], halves[1 - gate_half], activation, clamp, limit, scale, exact)
+    if way == STRAIGHT and not torch.is_grad_enabled():
+        return _fused_forward(gate_up, activation, gate_half, clamp, limit, scale, exact)
     if way == STRAIGHT:
         return _Fused.apply(gate_up, activation, gate_half, clamp, limit, scale, exact)
     return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, on_device, tl_dtype
+from twinkle.ops.launch import Launcher, cdiv, on_device, tl_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def forward(
     rows, width = _shape(gate, up, out)
     with on_device(gate):
         _launch_forward(
-            (rows * triton.cdiv(width, _BLOCK),), (gate, up, out),
+            (rows * cdiv(width, _BLOCK),), (gate, up, out),
             (width, gate.stride(0), up.stride(0), out.stride(0),
              0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
             BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,
@@ -221,7 +221,7 @@ def backward(
     rows, width = _shape(dout, gate, up, dgate, dup)
     with on_device(gate):
         _launch_backward(
-            (rows * triton.cdiv(width, _BLOCK),), (dout, gate, up, dgate, dup, dgate if out is None else out),
+            (rows * cdiv(width, _BLOCK),), (dout, gate, up, dgate, dup, dgate if out is None else out),
             (width, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
              0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
             BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,

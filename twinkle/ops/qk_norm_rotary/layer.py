@@ -87,6 +87,8 @@ def qk_norm_rotary(
             q_weight = k_weight = None
         names = (form.norm.name, form.rotary.name, form.over == "all")
         function = _QKNormRotary.apply if way == STRAIGHT else _op
+        if way == STRAIGHT and not torch.is_grad_enabled():
+            function = _forward
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
         q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form

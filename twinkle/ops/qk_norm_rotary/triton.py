@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, multiprocessors, on_device, shared_memory, tl_dtype
+from twinkle.ops.launch import Launcher, multiprocessors, on_device, power_of_2, shared_memory, tl_dtype
 from twinkle.ops.rms_norm.triton import normalised, reduce_partial, scale_of
 from twinkle.ops.rotary.triton import pair_of_tables, turned, turned_back
 
@@ -224,8 +224,8 @@ def forward(
     if q.numel() + k.numel() == 0:
         return
     k_heads = k_out.shape[1]
-    half, blocks = head_dim // 2, (triton.next_power_of_2(heads), triton.next_power_of_2(k_heads))
-    width = triton.next_power_of_2(half)
+    half, blocks = head_dim // 2, (power_of_2(heads), power_of_2(k_heads))
+    width = power_of_2(half)
     with on_device(q):
         _launch_forward(
             (batch * tokens,),
@@ -276,8 +276,8 @@ def backward(
     if q.numel() + k.numel() == 0:
         return dqw, dkw
     k_heads, rows = dk_out.shape[1], batch * tokens
-    half, blocks = head_dim // 2, (triton.next_power_of_2(heads), triton.next_power_of_2(k_heads))
-    width = triton.next_power_of_2(half)
+    half, blocks = head_dim // 2, (power_of_2(heads), power_of_2(k_heads))
+    width = power_of_2(half)
     warps = min(4, _warps(blocks[0] * width, 512))
     # H200, 32 + 8 heads of 128: 74 % of the copy bandwidth; with one, three or four programs 58, 62 and 68 %,
     # with two stages instead of three 65 %.

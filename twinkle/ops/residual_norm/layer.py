@@ -65,6 +65,8 @@ def residual_norm(
         if form.norm.weight == "none":  # type: ignore[union-attr]
             weight = None
         factor = scale if form.scaled else None
+        if way == STRAIGHT and not torch.is_grad_enabled():
+            return _forward(x, residual, weight, eps, form.norm.name, factor)
         if way == STRAIGHT:
             return _ResidualNorm.apply(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
         return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]

@@ -77,6 +77,8 @@ def rms_norm(
     if way != DEFINITION and fits(x, weight, form, group_size, normalized_shape):
         if form.weight == "none" or not with_weight:
             weight = None
+        if way == STRAIGHT and not torch.is_grad_enabled():
+            return _op_forward(x, weight, eps, form.name)  # type: ignore[arg-type]
         if way == STRAIGHT:
             return _RMSNorm.apply(x, weight, eps, form)
         return _op(x, weight, eps, form.name)

@@ -14,7 +14,17 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, like, multiprocessors, on_device, rows_of, shared_memory, tl_dtype
+from twinkle.ops.launch import (
+    Launcher,
+    cdiv,
+    like,
+    multiprocessors,
+    on_device,
+    power_of_2,
+    rows_of,
+    shared_memory,
+    tl_dtype,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -242,7 +252,7 @@ _launch_weight, _launch_reduce = Launcher(_weight_wide), Launcher(_reduce)
 def reduce_partial(partial: Tensor, out: Tensor) -> None:
     """Sum ``[count, width]`` over its rows, in a fixed order, into ``out``."""
     count, width = partial.shape
-    _launch_reduce((triton.cdiv(width, 32),), (partial, out), (count, width), ROWS=64, BLOCK=32, num_warps=4)
+    _launch_reduce((cdiv(width, 32),), (partial, out), (count, width), ROWS=64, BLOCK=32, num_warps=4)
 
 
 @functools.lru_cache(maxsize=256)
@@ -300,14 +310,14 @@ def forward(
     rows = x_rows.shape[0]
     if y.numel() == 0:
         return y, total
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     one_pass = block <= _ONE_PASS
     block = block if one_pass else 8192
-    height = max(1, min(2048 // block, triton.next_power_of_2(rows)))
+    height = max(1, min(2048 // block, power_of_2(rows)))
     with on_device(x):
         w = weight if weight is not None else x_rows
         _launch_forward(
-            (triton.cdiv(rows, height),),
+            (cdiv(rows, height),),
             (x_rows, r_rows, w, total_rows if total_rows is not None else y_rows, y_rows),
             (rows, width, x_rows.stride(0), r_rows.stride(0), float(eps),
              1.0 if scale is None else float(scale)),
@@ -360,7 +370,7 @@ def backward(
         return dx, dr, dw.zero_() if dw is not None else None
     x_rows, dy_rows = rows_of(x, order), rows_of(dy, order)
     dh_rows = dy_rows if dh is None else rows_of(dh, order)
-    block = triton.next_power_of_2(width)
+    block = power_of_2(width)
     w = x_rows if weight is None else weight
     strides = (dy_rows.stride(0), dh_rows.stride(0), x_rows.stride(0))
     flags: dict[str, Any] = {
@@ -375,11 +385,11 @@ def backward(
     numbers = (rows, width, *strides, float(eps), factor)
     with on_device(x):
         if block <= _ONE_PASS // 2:
-            height = max(1, min(4096 // block, triton.next_power_of_2(rows)))
+            height = max(1, min(4096 // block, power_of_2(rows)))
             # Two programs on a multiprocessor with three rows under way in each: fewer do not hide the
             # latency, more are slower (H200, 4096 wide: 86, 69 and 69 % of the copy bandwidth for 2, 4, 8).
             # Rows over 4096 fill a multiprocessor by themselves and want a stage more.
-            programs = min(triton.cdiv(rows, height), multiprocessors(x.device) * 2)
+            programs = min(cdiv(rows, height), multiprocessors(x.device) * 2)
             partial = torch.empty(
                 (programs, width) if dw is not None else 1, dtype=torch.float32, device=x.device
             )
@@ -395,7 +405,7 @@ def backward(
             roots = torch.empty(rows, dtype=torch.float32, device=x.device)
             _launch_wide((rows,), (*tensors, roots), numbers, BLOCK=8192, **flags, num_warps=16)
             if dw is not None:
-                columns = triton.cdiv(width, 2048)
+                columns = cdiv(width, 2048)
                 programs = min(rows, max(1, multiprocessors(x.device) * 8 // columns))
                 partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
                 _launch_weight(

@@ -143,6 +143,8 @@ def _plan(
 def _straight(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():
+        return _forward(q, k, cos, sin, form, tokens_first, dtype)
     return _Rotary.apply(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, on_device, tl_dtype
+from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -172,26 +172,26 @@ def turn(
     two = k is not None
     second, second_out = (k, k_out) if k is not None and k_out is not None else (q, q_out)
     batch, heads, tokens, channels = q.shape
-    width = triton.next_power_of_2(half)
+    width = power_of_2(half)
     rest = channels - 2 * half
     # A program reads what lies together: all heads of a token, or one head of many tokens.
     tokens_outer = q.stride(2) >= q.stride(1)
     most = max(1, 4096 // width) if not back else max(1, 2048 // width)
     if tokens_outer:
-        q_block = min(triton.next_power_of_2(heads), most)
-        k_block = min(triton.next_power_of_2(second.shape[1]), most)
+        q_block = min(power_of_2(heads), most)
+        k_block = min(power_of_2(second.shape[1]), most)
         token_block = 1
     else:
         q_block = k_block = 1
-        token_block = min(triton.next_power_of_2(tokens), max(1, 2048 // width))
+        token_block = min(power_of_2(tokens), max(1, 2048 // width))
     elements = width * max(q_block, k_block) * token_block
     with on_device(q):
         _launch_turn(
-            (batch * triton.cdiv(tokens, token_block),), (q, second, q_out, second_out, cos, sin),
+            (batch * cdiv(tokens, token_block),), (q, second, q_out, second_out, cos, sin),
             (tokens, heads, second.shape[1], half, start, 2 * half if start == 0 else 0, rest,
              *q.stride()[:3], *second.stride()[:3], *q_out.stride()[:3], *second_out.stride()[:3],
              *cos.stride()[:2], *sin.stride()[:2]),
-            T=token_block, QH=q_block, KH=k_block, W=width, REST=triton.next_power_of_2(rest) if rest else 0,
+            T=token_block, QH=q_block, KH=k_block, W=width, REST=power_of_2(rest) if rest else 0,
             PAIRS=pairs, ONE=one, INVERSE=inverse, C=tl_dtype(compute), B=tl_dtype(sums), TWO=two, BACK=back,
             num_warps=max(1, min(8, elements // 512)), enable_fp_fusion=False,
         )  # fmt: skip
