@@ -253,12 +253,25 @@ def test_two_models_and_uninstall():
 
 
 def test_copies_and_pickles():
-    model, inputs = build(), batch()
+    # A family without functions that `kernels` decorates: with those, no model can be pickled.
+    model, inputs = build("gpt2"), batch()
     expected = step(deferring(model), **inputs)[2]
     assert distance(step(copy.deepcopy(model), **inputs)[2], expected) < 1e-6
     loaded = pickle.loads(pickle.dumps(model))
-    assert type(loaded) is transformers.LlamaForCausalLM
+    assert type(loaded) is transformers.GPT2LMHeadModel
     assert distance(step(loaded, **inputs)[2], expected) < 1e-5
+
+
+def test_a_model_built_on_meta_defers_when_it_has_weights(tmp_path):
+    build().save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = deferring(build())
+    model.load_state_dict(transformers.LlamaForCausalLM.from_pretrained(tmp_path).state_dict(), assign=True)
+    model.model.rotary_emb = build().model.rotary_emb  # its buffers are not in the state
+    expected = step(build(), **batch())[2]
+    output, _, gradients = step(model, **batch())
+    assert type(output.logits) is DeferredLogits
+    assert distance(gradients, expected) < 1e-5
 
 
 def test_without_recognition_the_output_embeddings_are_the_head():
@@ -273,9 +286,8 @@ def test_without_recognition_the_output_embeddings_are_the_head():
         (lambda m: setattr(m.lm_head, "forward", m.lm_head.forward), "wrapped"),
         (lambda m: setattr(m.lm_head.weight, "ds_id", 1), "ZeRO-3"),
         (lambda m: setattr(m, "lm_head", torch.nn.Sequential(m.lm_head)), "forward of its own"),
-        (lambda m: m.to("meta"), "meta"),
     ],
-    ids=["hooks", "wrapped", "zero3", "other", "meta"],
+    ids=["hooks", "wrapped", "zero3", "other"],
 )
 def test_head_that_is_left_alone(spoil, text):
     model = build()
