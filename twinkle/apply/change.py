@@ -14,12 +14,10 @@ class Change:
 
     Attributes:
         applied: ``"module.function"`` of each function that runs a kernel.
-        layers: How many modules run a kernel, or will on its device.
     """
 
     def __init__(self) -> None:
         self.applied: list[str] = []
-        self.layers = 0
         self._steps: list[Callable[[], object]] = []
 
     def did(self, undo: Callable[[], object]) -> None:

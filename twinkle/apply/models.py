@@ -164,7 +164,6 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
     for made in chosen:
         if made.commit():
             change.did(made.undo)
-        change.layers += len(made.modules)
     for plan in plans.values():
         if plan is not None:
             plan.tell()
