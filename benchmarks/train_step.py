@@ -4,7 +4,8 @@
 
 Every provider runs in a process of its own: bf16, sdpa, fused AdamW, random weights and tokens from one seed.
 Prints milliseconds a step (median), tokens a second, peak memory and the loss after the last step, and
-ratios to the first provider. Providers whose package is missing are left out, which is said.
+ratios to the first provider; then what one step is made of: the kernels launched, the milliseconds the device
+is busy with them and the milliseconds the host needs to issue them. `--profile` adds the costliest kernels. Providers whose package is missing are left out, which is said.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
@@ -64,6 +69,29 @@ def build(name: str):
     torch.manual_seed(0)
     with torch.device(device):
         return cls(config).to(torch.bfloat16).train()
+
+
+def anatomy(step: Callable[[], object]) -> dict[str, object]:
+    """What one step is made of on the device."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    step()
+    issued = time.perf_counter() - started
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        step()
+        torch.cuda.synchronize()
+    kernels = [event for event in seen.key_averages() if event.self_device_time_total > 0]
+    kernels.sort(key=lambda event: -event.self_device_time_total)
+    return {
+        "launches": sum(event.count for event in kernels),
+        "device_ms": sum(event.self_device_time_total for event in kernels) / 1e3,
+        "issue_ms": issued * 1e3,
+        "kernels": [[event.key[:100], event.count, event.self_device_time_total / 1e3] for event in kernels[:25]],
+    }
 
 
 def one(name: str, provider: str, steps: int) -> dict[str, object]:
@@ -121,6 +149,8 @@ def one(name: str, provider: str, steps: int) -> dict[str, object]:
         "loss": loss.item(),
         "torch": torch.__version__,
     }
+    if on_gpu:
+        result |= anatomy(step)
     if provider == "twinkle":
         from twinkle import report
 
@@ -142,6 +172,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
     parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
     parser.add_argument("--steps", type=int, default=12, help="timed steps")
+    parser.add_argument("--profile", action="store_true", help="print the costliest kernels of a step")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "PROVIDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -178,6 +209,13 @@ def main() -> None:
                 f"x{base['ms'] / result['ms']:.2f} {peak}  loss {result['loss']:.4f}",
                 flush=True,
             )
+            if "launches" in result:
+                print(
+                    f"{'':12} {result['launches']} launches, device {result['device_ms']:.1f} ms, "
+                    f"issued in {result['issue_ms']:.1f} ms, first step {result['first_step_s']:.1f} s"
+                )
+            for key, count, ms in result["kernels"] if args.profile else ():
+                print(f"{'':14}{ms:8.2f} ms {count:5}  {key}")
             for binding in result.get("bindings", []):
                 print("             ", *binding)
     if args.json:
