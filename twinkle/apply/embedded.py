@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -12,7 +11,8 @@ import torch
 from twinkle.apply.options import options
 from twinkle.match.names import class_path
 from twinkle.match.source import function_of
-from twinkle.match.structure import Recognition, check_instance, recognise
+from twinkle.match.structure import check_instance, recognise
+from twinkle.ops.variants import covering
 from twinkle.records import FunctionKernel, LayerKernel
 from twinkle.registry import registry
 from twinkle.report.records import session
@@ -30,13 +30,13 @@ _FUNCTIONS = ("rotary",)
 _ORIGIN = "embedded"
 
 
-def device() -> str | None:
-    """The device the embedded kernels run on here, or ``None`` when there is none."""
+def device() -> str:
+    """The device that models run on here: the GPU that triton serves, else the CPU."""
     from twinkle.ops.launch import KINDS
 
     if "cuda" in KINDS and torch.cuda.is_available():
         return "rocm" if torch.version.hip else "cuda"
-    return "cpu" if "cpu" in KINDS else None
+    return "cpu"
 
 
 def wanted(op: str | None) -> bool:
@@ -58,7 +58,10 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
         where: The device the kernel is for.
     """
     found = recognise(cls)
-    if found.op not in _LAYERS or not wanted(found.op) or not _covers(found):
+    if found.op not in _LAYERS or not wanted(found.op):
+        return None
+    room = covering(found.op, found.form, where)
+    if room is None:
         return None
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
         return None
@@ -69,7 +72,7 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
     key = (where, tuple(sorted((name, repr(value)) for name, value in facts.items())))
     if key not in known:
         known[key] = LayerKernel(
-            found.op, EmbeddedLayer(found.op, found.form, facts), device=where, origin=_ORIGIN
+            found.op, EmbeddedLayer(found.op, found.form, facts, room), device=where, origin=_ORIGIN
         )
     return known[key]
 
@@ -103,11 +106,6 @@ def _merge(binding: Binding) -> None:
     registry.record(binding)
 
 
-def _covers(found: Recognition) -> bool:
-    room = import_module(f"twinkle.ops.{found.op}.layer")
-    return bool(room.covers(found.form))
-
-
 def register_functions(model: nn.Module, where: str) -> list[str]:
     """Register embedded kernels for the functions beside the classes of a model; returns their modules."""
     changed = []
@@ -118,10 +116,11 @@ def register_functions(model: nn.Module, where: str) -> list[str]:
         _looked_at.add(name)
         kernels = [
             FunctionKernel(
-                attribute, name, EmbeddedFunction(found.op, found.form, found.facts, value), device=where,
-                origin=_ORIGIN,
+                attribute, name, EmbeddedFunction(found.op, found.form, found.facts, value, room),
+                device=where, origin=_ORIGIN,
             )
             for attribute, value, found in _functions_of(namespace, name)
+            if (room := covering(found.op, found.form, where)) is not None
         ]  # fmt: skip
         taken = {kernel.name for kernel in registry.functions_of(name)}
         kernels = [kernel for kernel in kernels if kernel.name not in taken]
@@ -147,7 +146,7 @@ def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:
             continue
         recognition = recognise(value)
         here = recognition.target.startswith(f"{name}:")
-        if here and recognition.op in _FUNCTIONS and wanted(recognition.op) and _covers(recognition):
+        if here and recognition.op in _FUNCTIONS and wanted(recognition.op):
             # `kernels` puts a module in the place of the functions it decorates.
             found.append((attribute, function_of(value) or value, recognition))
     return found

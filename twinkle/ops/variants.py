@@ -1,0 +1,49 @@
+"""Which implementation of an op a device gets: triton's kernels, or plain torch on the CPU.
+
+An op has a folder. Its ``layer.py`` runs triton's kernels, on a GPU or in triton's interpreter. Its
+``cpu.py``, where there is one, computes the same with torch's own functions and covers the forms for which
+that was measured to be faster than the code it replaces (``benchmarks/cpu_ops.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+__all__ = ["ROOMS", "covering"]
+
+ROOMS = {"layer": "triton", "cpu": "plain torch"}
+"""The modules in the folder of an op that hold an implementation, and what the report calls it."""
+
+
+def covering(op: str, form: Any, device: str) -> str | None:
+    """The module with an implementation of a form for a device, or None where the original stays.
+
+    Args:
+        op: The folder under ``twinkle.ops``.
+        form: As recognised (``twinkle.ops.<op>.reference``).
+        device: ``cuda``, ``rocm`` or ``cpu``.
+    """
+    from twinkle.ops import launch
+
+    kind = "cuda" if device == "rocm" else device
+    if kind in launch.KINDS:
+        return "layer" if _room(op, "layer").covers(form) else None
+    if kind != "cpu" or not _has_cpu(op):
+        return None
+    return "cpu" if _room(op, "cpu").covers(form) else None
+
+
+def _room(op: str, name: str) -> ModuleType:
+    return import_module(f"twinkle.ops.{op}.{name}")
+
+
+@functools.cache
+def _has_cpu(op: str) -> bool:
+    return importlib.util.find_spec(f"twinkle.ops.{op}.cpu") is not None
