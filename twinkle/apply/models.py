@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -14,12 +15,14 @@ from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
 from twinkle.match.names import Target, class_path, defining_match, parse_target
 from twinkle.modes import Mode, rank
+from twinkle.records import LayerKernel
 from twinkle.registry import registry
+from twinkle.sources.fitted import FittedSource
 from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
 
 if TYPE_CHECKING:
-    from twinkle.records import LayerKernel, LayerTarget
+    from twinkle.records import LayerTarget
 
 __all__ = ["kernelize", "kernelize_layers", "unkernelize"]
 
@@ -141,6 +144,8 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
         if cls not in plans:
             plans[cls] = _plan_class(cls)
         plan = plans[cls]
+        if plan is not None and plan.matched:
+            plan = _plan_fitted(module, plan, plans)
         if plan is None and embedded_on is not None:
             plan = _plan_embedded(module, cls, embedded_on, plans)
         if plan is None:
@@ -176,6 +181,7 @@ class _ClassPlan:
         self, cls: type, target: type, candidates: tuple[Candidate, ...], *, asked_for: bool = True
     ) -> None:
         self.asked_for = asked_for
+        self.matched: tuple[LayerKernel, ...] = ()
         self.cls = cls
         self.target = target
         self.candidates = candidates
@@ -274,8 +280,46 @@ def _plan_class(cls: type) -> _ClassPlan | None:
     kernels = registry.kernels_named(name)
     if not kernels:
         return None
+    if by is not None and isinstance(by.target, str) and by.target.startswith("match:"):
+        for kernel in kernels:
+            settle_pattern(kernel, by)
+        plan = _ClassPlan(cls, target, ())
+        plan.matched = kernels
+        return plan
     usable = [kernel for kernel in kernels if _usable(kernel, target, by)]
     return _ClassPlan(cls, target, tuple(_candidate(kernel, target) for kernel in usable))
+
+
+_fitted: WeakKeyDictionary[type, dict[object, tuple[LayerKernel, ...]]] = WeakKeyDictionary()
+
+
+def _plan_fitted(
+    module: nn.Module, plan: _ClassPlan, plans: dict[object, _ClassPlan | None]
+) -> _ClassPlan | None:
+    """The kernels that were bound to an op, for what this instance of it is."""
+    from twinkle.match.structure import check_instance, recognise
+
+    found = recognise(plan.cls)
+    checked = check_instance(found, module)
+    facts = checked if isinstance(checked, dict) else str(checked)
+    # By identity: the kernels stay alive in the key.
+    key = (*plan.matched, facts if isinstance(facts, str) else tuple(sorted(map(repr, facts.items()))))
+    known = _fitted.setdefault(plan.cls, {})
+    kernels = known.get(key)
+    if kernels is None:
+        kernels = known[key] = tuple(
+            LayerKernel(
+                kernel.name, FittedSource(kernel.source, str(found.op), found.form, facts),
+                device=kernel.device, mode=kernel.mode, attributes=kernel.attributes, verify=kernel.verify,
+                origin=kernel.origin,
+            )
+            for kernel in plan.matched
+        )  # fmt: skip
+    if kernels not in plans:
+        usable = [kernel for kernel in kernels if _usable(kernel, plan.target, None)]
+        candidates = tuple(_candidate(kernel, plan.target) for kernel in usable)
+        plans[kernels] = _ClassPlan(plan.cls, plan.target, candidates)
+    return plans[kernels]
 
 
 def _embedded_device() -> str | None:

@@ -52,7 +52,7 @@ class Options:
         """
         verify = verify or self.verify
         if verify == "auto":
-            verify = "first-use" if kind == "embedded" else "off"
+            verify = "first-use" if kind in ("embedded", "match") else "off"
         return {"off": 0, "first-use": 1, "always": SHADOWED_CALLS}[verify]
 
 

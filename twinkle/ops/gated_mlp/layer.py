@@ -133,6 +133,13 @@ class GatedMLP(nn.Module):
         """``[..., hidden]`` to the same."""
         return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, "silu")
 
+    @staticmethod
+    def for_form(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
+        """The layer for another form and other names, or None where there is no kernel for it."""
+        from twinkle.ops.gated_mlp.activation import ACTIVATIONS
+
+        return layer_class(form, facts) if covers(form) and facts["activation"] in ACTIVATIONS else None
+
 
 def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.

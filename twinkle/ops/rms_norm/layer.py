@@ -215,6 +215,11 @@ class RMSNorm(nn.Module):
         """``[..., hidden]`` to the same."""
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, form=_LLAMA)
 
+    @staticmethod
+    def for_form(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
+        """The layer for another form and other names, or None where there is no kernel for it."""
+        return layer_class(form, facts) if covers(form) else None
+
 
 class GemmaRMSNorm(nn.Module):
     """``1 + w`` in float32, rounded at the end; eps is called ``eps``."""
