@@ -1,7 +1,7 @@
 """A layer kernel that was found by structure: cut to the form and the names of its target, where it can be.
 
-A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of its
-op, or None where it has none. Without one the class itself is the kernel for every form.
+A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of
+its op, or None where it has none. Without one the class itself is the kernel for every form.
 """
 
 from __future__ import annotations
