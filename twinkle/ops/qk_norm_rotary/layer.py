@@ -25,7 +25,8 @@ __all__ = ["covers", "qk_norm_rotary"]
 _NORMS = {form.name: form for form in norms.FORMS}
 _ROTATIONS = {form.name: form for form in rotations.FORMS}
 _LLAMA = QKNormRotaryForm("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
-_MOST = 16384  # Elements of one token's heads that a program holds.
+MOST = 16384
+"""Elements of one token's heads that a program holds."""
 
 
 @functools.cache
@@ -106,7 +107,7 @@ def _fits(
         return False
     if head_dim % 2 or q.dtype != k.dtype or cos.dtype != sin.dtype or q.shape[:2] != k.shape[:2]:
         return False
-    if cos.shape[1] != q.shape[1] or cos.shape[0] not in (1, q.shape[0]) or q.shape[-1] > _MOST:
+    if cos.shape[1] != q.shape[1] or cos.shape[0] not in (1, q.shape[0]) or q.shape[-1] > MOST:
         return False
     if (q_weight is None) != (k_weight is None):
         return False
@@ -175,18 +176,22 @@ def _backward(
     from twinkle.ops.qk_norm_rotary import triton as kernels
     from twinkle.ops.rms_norm.triton import roundings
 
-    between, compute, _ = _dtypes(q, qw, cos, norm, rotation)
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     dq_out, dk_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq_out, dk_out))
     dqw, dkw = kernels.backward(
         dq_out, dk_out, rows_of(q), rows_of(k), qw, kw, q_eps, k_eps, *_tables(cos, sin, q.shape[0]),
         rows_of(dq), rows_of(dk), over_all=over_all, one_plus=_NORMS[norm].weight == "one_plus",
-        scale=roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1], compute=compute,
-        sums=between if _ROTATIONS[rotation].compute == "input" else torch.float32,
+        scale=roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1],
         one=_ROTATIONS[rotation].tables == "half", weight_grad=weight_grad,
     )  # fmt: skip
     none = q.new_empty(0)
     return dq, dk, none if dqw is None else dqw, q.new_empty(0) if dkw is None else dkw
+
+
+def _backward_apart(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with the gradients of the weights in memory of their own: results of an op share none."""
+    dq, dk, dqw, dkw = _backward(*inputs)
+    return dq, dk, dqw, dkw.clone()
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
@@ -249,7 +254,7 @@ _backward_op = define(
     "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, Tensor? kw, "
     "float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, bool over_all, "
     "bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward,
+    _backward_apart,
     _fake_backward,
 )
 _op = define(

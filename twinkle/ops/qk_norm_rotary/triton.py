@@ -97,7 +97,7 @@ def _forward(
 @triton.jit
 def _one_backward(
     x, u, v, dy, dx, c1, s1, c2, s2, dy_h, heads, half, eps,
-    H: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     h = tl.arange(0, H)[:, None]
     i = tl.arange(0, D)[None, :]
@@ -108,9 +108,8 @@ def _one_backward(
     b = tl.load(x + at + half, mask=ok, other=0.0).to(tl.float32)
     f = tl.load(gradient, mask=ok, other=0.0).to(tl.float32)
     g = tl.load(gradient + half, mask=ok, other=0.0).to(tl.float32)
-    f, g = turned_back(f, g, c1, s1, c2, s2, C, B)
-    f = f.to(tl.float32)
-    g = g.to(tl.float32)
+    # In float32 to the end: nearer to the exact gradient than autograd's own roundings in between.
+    f, g = turned_back(f, g, c1, s1, c2, s2, tl.float32, tl.float32)
     width = 2 * half * heads if ALL else 2 * half
     # Neither mean waits for the other.
     square = _mean(a * a, b * b, width, ALL)
@@ -133,23 +132,22 @@ def _one_backward(
 def _store_sums(partial, first, second, heads, half, i, here, H: tl.constexpr, ALL: tl.constexpr):
     if ALL:
         h = tl.arange(0, H)[:, None]
-        at = partial + tl.program_id(0) * (2 * half * heads) + h * (2 * half) + i
+        at = partial + h * (2 * half) + i
         ok = here & (h < heads)
         tl.store(at, first, mask=ok)
         tl.store(at + half, second, mask=ok)
     else:
-        at = partial + tl.program_id(0) * (2 * half) + i
+        at = partial + i
         tl.store(at, tl.sum(first, axis=0, keep_dims=True), mask=here)
         tl.store(at + half, tl.sum(second, axis=0, keep_dims=True), mask=here)
 
 
 @triton.jit
 def _backward(
-    q, k, qw, kw, dqy, dky, dq, dk, cos, sin, q_partial, k_partial, rows, tokens, q_heads, k_heads, half,
+    q, k, qw, kw, dqy, dky, dq, dk, cos, sin, partial, rows, tokens, q_heads, k_heads, half,
     q_eps, k_eps, q_row, k_row, qy_b, qy_h, qy_t, ky_b, ky_h, ky_t, c_b, c_t, s_b, s_t,
     QH: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-    ALL: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
-    ONE: tl.constexpr, STAGES: tl.constexpr,
+    ALL: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     i = tl.arange(0, D)[None, :]
     here = i < half
@@ -172,21 +170,25 @@ def _backward(
         s1, s2 = pair_of_tables(sin + batch * s_b + token * s_t, i, here, half, 0, ONE)
         a, b = _one_backward(
             q + row * q_row, qu, qv, dqy + batch * qy_b + token * qy_t, dq + row * (2 * half * q_heads),
-            c1, s1, c2, s2, qy_h, q_heads, half, q_eps, QH, D, ALL, C, B,
+            c1, s1, c2, s2, qy_h, q_heads, half, q_eps, QH, D, ALL,
         )  # fmt: skip
         if WEIGHT_GRAD:
             q1 += a
             q2 += b
         a, b = _one_backward(
             k + row * k_row, ku, kv, dky + batch * ky_b + token * ky_t, dk + row * (2 * half * k_heads),
-            c1, s1, c2, s2, ky_h, k_heads, half, k_eps, KH, D, ALL, C, B,
+            c1, s1, c2, s2, ky_h, k_heads, half, k_eps, KH, D, ALL,
         )  # fmt: skip
         if WEIGHT_GRAD:
             k1 += a
             k2 += b
     if WEIGHT_GRAD:
-        _store_sums(q_partial, q1, q2, q_heads, half, i, here, QH, ALL)
-        _store_sums(k_partial, k1, k2, k_heads, half, i, here, KH, ALL)
+        # Side by side in one row, for one reduction.
+        q_width = 2 * half * q_heads if ALL else 2 * half
+        k_width = 2 * half * k_heads if ALL else 2 * half
+        here_on = partial + tl.program_id(0) * (q_width + k_width)
+        _store_sums(here_on, q1, q2, q_heads, half, i, here, QH, ALL)
+        _store_sums(here_on + q_width, k1, k2, k_heads, half, i, here, KH, ALL)
 
 
 _launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
@@ -241,7 +243,7 @@ def forward(
 def backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
     k_eps: float, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, *, over_all: bool, one_plus: bool,
-    scale: torch.dtype, compute: torch.dtype, sums: torch.dtype, one: bool, weight_grad: bool,
+    scale: torch.dtype, one: bool, weight_grad: bool,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Launch the backward.
 
@@ -261,8 +263,6 @@ def backward(
         over_all: As in forward.
         one_plus: The factor is ``1 + w``.
         scale: The dtype that ``1 + w`` is rounded to.
-        compute: As in forward.
-        sums: The dtype that the gradients of the rotation are rounded to.
         one: As in forward.
         weight_grad: Whether gradients of the weights are wanted.
 
@@ -271,9 +271,14 @@ def backward(
     """
     batch, heads, tokens, head_dim = dq_out.shape
     wanted = weight_grad and qw is not None and kw is not None
-    dqw = torch.zeros_like(qw) if wanted and qw is not None else None
-    dkw = torch.zeros_like(kw) if wanted and kw is not None else None
+    sums: Tensor | None = None
+    dqw = dkw = None
+    if wanted and qw is not None and kw is not None:
+        sums = torch.empty(qw.numel() + kw.numel(), dtype=qw.dtype, device=q.device)
+        dqw, dkw = sums[: qw.numel()], sums[qw.numel() :]
     if q.numel() + k.numel() == 0:
+        if sums is not None:
+            sums.zero_()
         return dqw, dkw
     k_heads, rows = dk_out.shape[1], batch * tokens
     half, blocks = head_dim // 2, (power_of_2(heads), power_of_2(k_heads))
@@ -284,24 +289,20 @@ def backward(
     programs = min(rows, multiprocessors(q.device) * 2)
     moved = 4 * (blocks[0] + blocks[1]) * width * q.element_size()
     stages = max(1, min(3, shared_memory(q.device) // moved))
-    parts = [
-        torch.empty((programs, w.numel()), dtype=torch.float32, device=q.device)
-        for w in (dqw, dkw)
-        if w is not None
-    ]
+    partial = q
+    if sums is not None:
+        partial = torch.empty((programs, sums.numel()), dtype=torch.float32, device=q.device)
     with on_device(q):
         _launch_backward(
             (programs,),
             (q, k, q if qw is None else qw, k if kw is None else kw, dq_out, dk_out, dq, dk, cos, sin,
-             parts[0] if parts else q, parts[1] if parts else q),
+             partial),
             (rows, tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
              *dq_out.stride()[:3], *dk_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
             QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, WEIGHT_GRAD=wanted, ALL=over_all,
-            ONE_PLUS=one_plus, S=tl_dtype(scale), C=tl_dtype(compute), B=tl_dtype(sums), ONE=one,
-            STAGES=stages,
+            ONE_PLUS=one_plus, S=tl_dtype(scale), ONE=one, STAGES=stages,
             num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-        if dqw is not None and dkw is not None:
-            reduce_partial(parts[0], dqw)
-            reduce_partial(parts[1], dkw)
+        if sums is not None:
+            reduce_partial(partial, sums)
     return dqw, dkw
