@@ -12,7 +12,7 @@ from twinkle.apply.options import options
 from twinkle.match.names import class_path
 from twinkle.match.source import function_of
 from twinkle.match.structure import check_instance, recognise
-from twinkle.ops.variants import covering
+from twinkle.ops.variants import covering, declined
 from twinkle.records import FunctionKernel, LayerKernel
 from twinkle.registry import registry
 from twinkle.report.records import session
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["defer_logits", "device", "layer_kernel", "register_functions"]
 
-_LAYERS = ("rms_norm", "gated_mlp")
+_LAYERS = ("rms_norm", "gated_mlp", "experts")
 _FUNCTIONS = ("rotary",)
 _ORIGIN = "embedded"
 
@@ -67,6 +67,9 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
         return None
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
+        return None
+    if (why := declined(found.op, room, facts)) is not None:
+        session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return None
     known = _kernels.setdefault(cls, {})
     key = (where, tuple(sorted((name, repr(value)) for name, value in facts.items())))

@@ -13,10 +13,11 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from types import ModuleType
     from typing import Any
 
-__all__ = ["ROOMS", "covering"]
+__all__ = ["ROOMS", "covering", "declined"]
 
 ROOMS = {"layer": "triton", "cpu": "plain torch"}
 """The modules in the folder of an op that hold an implementation, and what the report calls it."""
@@ -38,6 +39,18 @@ def covering(op: str, form: Any, device: str) -> str | None:
     if kind != "cpu" or not _has_cpu(op):
         return None
     return "cpu" if _room(op, "cpu").covers(form) else None
+
+
+def declined(op: str, room: str, facts: Mapping[str, Any]) -> str | None:
+    """Why an implementation is not for an instance, though it covers its form, or None.
+
+    Args:
+        op: The folder under ``twinkle.ops``.
+        room: As :func:`covering` gave it.
+        facts: What was read from the instance (``twinkle.match.instance``).
+    """
+    declines = getattr(_room(op, room), "declines", None)
+    return None if declines is None else declines(facts)
 
 
 def _room(op: str, name: str) -> ModuleType:

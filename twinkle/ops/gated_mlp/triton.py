@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "backward", "forward"]
+__all__ = ["ACTIVATIONS", "activated", "backward", "forward", "slope"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "quick_gelu", "identity")
 
@@ -30,7 +30,7 @@ def _gelu_tanh_gate(x):
 
 
 @triton.jit
-def _activated(x, KIND: tl.constexpr, R: tl.constexpr):
+def activated(x, KIND: tl.constexpr, R: tl.constexpr):
     """In float32, rounded to ``R`` between the steps that torch takes one by one."""
     if KIND == "silu":
         y = x * tl.sigmoid(x)
@@ -53,7 +53,8 @@ def _activated(x, KIND: tl.constexpr, R: tl.constexpr):
 
 
 @triton.jit
-def _slope(x, KIND: tl.constexpr):
+def slope(x, KIND: tl.constexpr):
+    """The derivative of the activation, in float32."""
     if KIND == "silu":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
@@ -93,7 +94,7 @@ def _forward(
         g = tl.where(g > limit, limit, g).to(X).to(tl.float32)
     if SCALED:
         g = (g * scale).to(X).to(tl.float32)
-    a = _activated(g, KIND, R)
+    a = activated(g, KIND, R)
     if CLAMP != "none":
         u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u)).to(X).to(tl.float32)
     if CLAMP == "activated":
@@ -121,7 +122,7 @@ def _backward(
         g = tl.where(g > limit, limit, g).to(X).to(tl.float32)
     if SCALED:
         g = (g * scale).to(X).to(tl.float32)
-    a = _activated(g, KIND, R)
+    a = activated(g, KIND, R)
     if CLAMP != "none":
         u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u)).to(X).to(tl.float32)
     if CLAMP == "activated":
@@ -130,7 +131,7 @@ def _backward(
     if AGAIN:
         tl.store(out + row * width + col, (a * u).to(out.dtype.element_ty), mask=ok)
     du = d * a
-    dg = d * u * _slope(g, KIND)
+    dg = d * u * slope(g, KIND)
     if CLAMP != "none":
         du = tl.where(u_free, du, 0.0)
         dg = tl.where(g_free, dg, 0.0)

@@ -1,0 +1,151 @@
+"""Mixture of experts as a layer, with the signature of its definition."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+
+from twinkle.ops.build import forward_class
+from twinkle.ops.experts import op, reference
+from twinkle.ops.experts.gating import gating_of
+from twinkle.ops.experts.reference import FORMS, ExpertsForm
+from twinkle.ops.gated_mlp.activation import ACTIVATIONS
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor, nn
+
+__all__ = ["covers", "declines", "experts", "layer_class"]
+
+_FORMS = {form.name: form for form in FORMS}
+# What a caller may have asked transformers for; the others are kernels of their own, chosen on purpose.
+_IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
+
+
+def covers(form: ExpertsForm) -> bool:
+    """Whether there is a kernel: not with a norm behind the experts, nor for arithmetic all in float32."""
+    return form.name in _FORMS and not form.norm and not form.float32
+
+
+def declines(facts: Mapping[str, Any]) -> str | None:
+    """Why an instance is left alone that a kernel would otherwise replace, or None.
+
+    Args:
+        facts: As for :func:`layer_class`.
+    """
+    activation, implementation = facts.get("activation", "silu"), facts.get("implementation")
+    if activation not in ACTIVATIONS:
+        return f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
+    if implementation not in _IMPLEMENTATIONS:
+        return f"the model was told to use {implementation!r} for its experts"
+    return None
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    num_experts: int,
+    activation: str = "silu",
+    *,
+    form: ExpertsForm = FORMS[0],
+    gate_up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    limit: float | None = None,
+    alpha: float = 1.702,
+    implementation: str | None = None,
+) -> Tensor:
+    """As ``reference.experts``, but for ``activation``: no host synchronisation, the sum in float32.
+
+    The experts' results are rounded where the definition rounds; their weighted sum is computed in float32 in
+    the order of ``indices`` and rounded once. The result is the same in every run.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        indices: ``[tokens, k]``; ``num_experts`` for a slot without expert.
+        weights: ``[tokens, k]``.
+        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged.
+        down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
+        num_experts: How many there are.
+        activation: One of ``ACTIVATIONS`` of the gated activation.
+        form: How they are laid out.
+        gate_up_bias: ``[experts, 2 · intermediate]`` of a form with biases.
+        down_bias: ``[experts, hidden]`` of a form with biases.
+        limit: Of a clamped form.
+        alpha: Of the ``swish`` gating.
+        implementation: What transformers would run; its ``grouped_mm`` goes by the dtype of the weights, all
+            others by autocast.
+
+    Returns:
+        ``[tokens, hidden]``.
+
+    Raises:
+        ValueError: The activation is not one of those.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(declines({"activation": activation}))
+    tensors = (x, indices, weights, gate_up, down, gate_up_bias, down_bias)
+    usual = covers(form) and x.dim() == 2 and indices.dim() == 2 and gate_up.shape[0] == num_experts
+    if not usual or not op.runs(*tensors):
+        return reference.experts(
+            x, indices, weights, gate_up, down, num_experts, ACTIVATIONS[activation], form=form,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, limit=limit, alpha=alpha,
+        )  # fmt: skip
+    kind, gating = x.device.type, gating_of(form, activation, limit, alpha)
+    autocast = torch.is_autocast_enabled(kind)
+    follows = autocast and implementation != "grouped_mm"
+    dtype = torch.get_autocast_dtype(kind) if follows else gate_up.dtype
+
+    def cast(t: Tensor | None) -> Any:
+        return None if t is None else t.to(dtype)
+
+    with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
+        result = op.experts(
+            cast(x), indices, weights, cast(gate_up), cast(down), cast(gate_up_bias), cast(down_bias), form,
+            gating,
+        )  # fmt: skip
+    return result.to(x.dtype)
+
+
+def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+
+    Args:
+        form: How the experts are laid out.
+        facts: From the argument of the definition to the name of the attribute, or for ``x``, ``indices`` and
+            ``weights`` of the argument of ``forward``, or the number itself; ``activation`` is the canonical
+            name of the instance's, ``implementation`` what transformers would run.
+
+    Returns:
+        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
+
+    Raises:
+        ValueError: There is no kernel for the activation, or another one was asked for by name.
+    """
+    known = (
+        "x", "indices", "weights", "gate_up", "down", "gate_up_bias", "down_bias", "num_experts", "limit",
+        "alpha",
+    )  # fmt: skip
+    if (why := declines(facts)) is not None:
+        raise ValueError(why)
+    values = {name: value for name, value in facts.items() if name in known}
+    return _layer_class(
+        form, facts.get("activation", "silu"), facts.get("implementation"), tuple(sorted(values.items()))
+    )
+
+
+@functools.cache
+def _layer_class(
+    form: ExpertsForm, activation: str, implementation: str | None, facts: tuple[tuple[str, Any], ...]
+) -> type[nn.Module]:
+    return forward_class(
+        f"Experts_{form.name}", experts, dict(facts), inputs=("x", "indices", "weights"),
+        constants={"form": form, "activation": activation, "implementation": implementation},
+    )  # fmt: skip

@@ -1,0 +1,273 @@
+"""The routed gated MLP as a function and as an op: sorted by expert, two grouped products, a weighted sum.
+
+Between forward and backward only the fused projection is kept, besides the inputs: the rows gathered for
+each expert, their activation and what the experts gave are computed or gathered again. The gradient of a
+routing weight is taken where the rows are ``intermediate`` wide: ``<dy, down a> = <downᵀ dy, a>``.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from twinkle.ops.experts import products, reference
+from twinkle.ops.experts.gating import Gating
+from twinkle.ops.gated_mlp.activation import ACTIVATIONS
+from twinkle.ops.launch import define, through_definition
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.experts.reference import ExpertsForm
+
+__all__ = ["experts"]
+
+_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+_FORMS = {form.name: form for form in reference.FORMS}
+
+
+def experts(
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: ExpertsForm,
+    gating: Gating,
+) -> Tensor:
+    """As ``reference.experts``, for tensors of one dtype.
+
+    Args:
+        x: ``[tokens, hidden]``.
+        indices: ``[tokens, k]``.
+        weights: ``[tokens, k]``, of any dtype.
+        gate_up: See ``reference.experts``, as the next three.
+        down: ...
+        gate_up_bias: ...
+        down_bias: ...
+        form: How they are laid out.
+        gating: ``gating.gating_of`` the form.
+
+    Returns:
+        ``[tokens, hidden]``, or None where no kernel runs: for other devices and dtypes, tensor subclasses
+        and transforms of ``torch.func``.
+    """
+    tensors = (x, indices, weights, gate_up, down, gate_up_bias, down_bias)
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    rest = (form.name, *gating)
+    if traced:
+        return _op(*tensors, *rest)[0]
+    if torch.is_grad_enabled():
+        return _Experts.apply(*tensors, *rest)[0]
+    return _forward(*tensors, *rest)[0]
+
+
+def runs(*tensors: Tensor | None) -> bool:
+    """Whether :func:`experts` takes these tensors."""
+    compiling = torch.compiler.is_compiling()
+    traced = compiling or torch._C._len_torch_dispatch_stack() > 0
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return False
+    first = tensors[0]
+    assert first is not None
+    if first.device.type not in ("cuda", "cpu") or first.dtype not in _DTYPES:
+        return False
+    return all(x is None or (x.device == first.device and (traced or type(x) in _PLAIN)) for x in tensors)
+
+
+def _layout(gate_up: Tensor, down: Tensor, form: ExpertsForm) -> tuple[Tensor, Tensor]:
+    """Both as ``[experts, in, out]``."""
+    return (gate_up, down) if form.transposed else (gate_up.transpose(1, 2), down.transpose(1, 2))
+
+
+def _forward(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, form: str, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The result, the fused projection ``[rows, 2 · intermediate]``, ``[3, rows]`` and ``[experts + 1]``."""
+    first, second = _layout(gate_up, down, _FORMS[form])
+    number, k = first.shape[0], indices.shape[1]
+    ids = indices.reshape(-1)
+    count = ids.numel()
+    if count == 0 or x.numel() == 0 or first.numel() == 0:
+        return _nothing(x, indices, gate_up, form)
+    step = products.steps(x.device)
+    # Radix sort goes by the bytes of the key.
+    small = ids.to(torch.int16 if number < 32767 else torch.int32)
+    ordered, order = torch.sort(small, stable=True)
+    bounds = torch.arange(number + 1, dtype=small.dtype, device=x.device)
+    offsets = torch.searchsorted(ordered, bounds, out_int32=True)
+    rows = step.invert(order, k)
+    h = products.rows(_adjacent(x), first, offsets, count, rows[1])
+    a = step.gate(h, gate_up_bias, ids, rows, offsets, Gating(*rest))
+    y = products.rows(a, second, offsets, count)
+    del a
+    out = step.combine(y, weights.reshape(-1), down_bias, ids, rows, offsets, k)
+    return out, h, rows, offsets
+
+
+def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, form: str) -> tuple[Tensor, ...]:
+    first = gate_up if _FORMS[form].transposed else gate_up.transpose(1, 2)
+    count = indices.numel()
+    return (
+        torch.zeros_like(x, memory_format=torch.contiguous_format),
+        x.new_zeros((count, first.shape[2])),
+        torch.zeros((3, count), dtype=torch.int32, device=x.device),
+        torch.zeros(first.shape[0] + 1, dtype=torch.int32, device=x.device),
+    )
+
+
+def _fake_forward(
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, form: str, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    first = gate_up if _FORMS[form].transposed else gate_up.transpose(1, 2)
+    count = indices.numel()
+    return (
+        x.new_empty(x.shape),
+        x.new_empty((count, first.shape[2])),
+        x.new_empty((3, count), dtype=torch.int32),
+        x.new_empty(first.shape[0] + 1, dtype=torch.int32),
+    )
+
+
+def _backward(
+    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, h: Tensor, rows: Tensor, offsets: Tensor,
+    want_x: bool, want_weights: bool, want_gate_up: bool, want_down: bool, form: str, *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of x, weights, gate_up, down and the biases; empty where none is wanted."""
+    transposed = _FORMS[form].transposed
+    first, second = _layout(gate_up, down, _FORMS[form])
+    count, token, none = rows.shape[1], rows[1], x.new_empty(0)
+    ids, k = indices.reshape(-1), indices.shape[1]
+    if count == 0 or x.numel() == 0 or first.numel() == 0:
+        biases = (none if b is None else torch.zeros_like(b) for b in (gate_up_bias, down_bias))
+        given = ((x, want_x), (weights, want_weights), (gate_up, want_gate_up), (down, want_down))
+        return (*(torch.zeros_like(t) if want else none for t, want in given), *biases)
+    step = products.steps(x.device)
+    flat = weights.reshape(-1)
+    dout, x = _adjacent(dout), _adjacent(x)
+    dp = products.rows(dout, second.transpose(1, 2), offsets, count, token)
+    dh, a, dweights = step.gate_backward(dp, h, gate_up_bias, ids, flat, rows, offsets, Gating(*rest))
+    del dp
+    dx = dgate_up = ddown = dgate_up_bias = ddown_bias = none
+    if want_down:
+        pair = (a, dout, offsets, None, token) if transposed else (dout, a, offsets, token, None)
+        ddown = products.outer(*pair)
+    del a
+    if want_gate_up:
+        pair = (x, dh, offsets, token, None) if transposed else (dh, x, offsets, None, token)
+        dgate_up = products.outer(*pair)
+    if want_x:
+        dx = step.combine(
+            products.rows(dh, first.transpose(1, 2), offsets, count), None, None, ids, rows, offsets, k
+        )
+    if gate_up_bias is not None:
+        dgate_up_bias = step.sum_groups(dh, offsets, rows)
+    if down_bias is not None:
+        ddown_bias = step.sum_groups(dout, offsets, rows, token, flat)
+        if want_weights:
+            # What the bias adds to <dy, y>: the products with every expert's bias, those of the routed ones.
+            each = (dout.to(down_bias.dtype) @ down_bias.t()).float()
+            chosen = each.gather(1, indices.clamp(max=each.shape[1] - 1))
+            dweights = dweights + chosen.where(indices < each.shape[1], 0).reshape(-1).to(dweights.dtype)
+    dweights = dweights.view(weights.shape) if want_weights else none
+    return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
+
+
+def _fake_backward(
+    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, h: Tensor, rows: Tensor, offsets: Tensor,
+    want_x: bool, want_weights: bool, want_gate_up: bool, want_down: bool, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    given = (
+        (x, want_x), (weights, want_weights), (gate_up, want_gate_up), (down, want_down),
+        (gate_up_bias, gate_up_bias is not None), (down_bias, down_bias is not None),
+    )  # fmt: skip
+    return tuple(t.new_empty(t.shape) if want and t is not None else x.new_empty(0) for t, want in given)
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _gradients(ctx: Any, found: Any) -> tuple[Tensor | None, ...]:
+    dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias = (
+        gradient if want else None
+        for gradient, want in zip(found, [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)], strict=True)
+    )
+    return dx, None, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias, *[None] * len(ctx.rest)
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool, bool, bool]:
+    x, weights, gate_up, down = (ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
+    return x, weights, gate_up, down
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        results = _forward(*inputs)
+        _setup(ctx, inputs, results)
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            x, indices, *tensors = ctx.saved_tensors[:7]
+            inputs = (x, None, *tensors)
+            definition = functools.partial(_definition, indices=indices, rest=ctx.rest)
+            return *through_definition(definition, inputs, (dout,)), *[None] * len(ctx.rest)
+        return _gradients(ctx, _backward(dout, *ctx.saved_tensors, *_wanted(ctx), *ctx.rest))
+
+
+def _definition(
+    x: Tensor, _: None, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
+    down_bias: Tensor | None, *, indices: Tensor, rest: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    gating = Gating(*rest[1:])
+    return reference.experts(
+        x, indices, weights, gate_up, down, gate_up.shape[0], ACTIVATIONS[gating.activation],
+        form=_FORMS[rest[0]], gate_up_bias=gate_up_bias, down_bias=down_bias, limit=gating.limit,
+        alpha=0.0 if gating.alpha is None else gating.alpha,
+    )  # fmt: skip
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*inputs[:7], *output[1:])
+    ctx.rest = inputs[7:]
+
+
+def _derivative(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    return _gradients(ctx, _backward_op(dout, *ctx.saved_tensors, *_wanted(ctx), *ctx.rest))
+
+
+_INPUTS = (
+    "Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
+    "Tensor? down_bias"
+)
+_REST = "str form, str activation, str clamp, float? limit, float? alpha, bool exact, bool interleaved"
+_backward_op = define(
+    f"experts_backward(Tensor dout, {_INPUTS}, Tensor h, Tensor rows, Tensor offsets, bool want_x, "
+    f"bool want_weights, bool want_gate_up, bool want_down, {_REST}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _fake_backward,
+)
+_op = define(
+    f"experts({_INPUTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    setup=_setup,
+    backward=_derivative,
+)

@@ -1,0 +1,84 @@
+"""Products of groups of rows with the matrix of their expert: torch's own where it has them, else triton's.
+
+``torch.nn.functional.grouped_mm`` runs CUTLASS on the tensor cores for bfloat16 (any GPU from Ampere on with
+torch 2.9, Hopper alone before) and product after product for other dtypes; it wants rows that begin at
+multiples of 16 bytes. Whatever it does not take goes to triton, on the CPU to slices.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from twinkle.ops.experts import plain
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["outer", "rows", "steps"]
+
+
+def steps(device: torch.device) -> ModuleType:
+    """The module with what lies between the products: triton's kernels, or plain torch."""
+    from twinkle.ops import launch
+
+    if device.type not in launch.KINDS:
+        return plain
+    from twinkle.ops.experts import triton
+
+    return triton
+
+
+def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
+    """As ``triton.rows``."""
+    grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2]) if _aligned(w) else None
+    if grouped is None:
+        return steps(a.device).rows(a, w, offsets, count, index)
+    a = a.contiguous() if index is None else a.index_select(0, index)
+    return grouped(a, w, offs=offsets[1:])
+
+
+def outer(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_index: Tensor | None = None,
+    b_index: Tensor | None = None,
+) -> Tensor:
+    """As ``triton.outer``."""
+    grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
+    if grouped is None:
+        return steps(a.device).outer(a, b, offsets, a_index, b_index)
+    a = a.contiguous() if a_index is None else a.index_select(0, a_index)
+    b = b.contiguous() if b_index is None else b.index_select(0, b_index)
+    return grouped(a.t(), b, offs=offsets[1:])
+
+
+def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
+    """The product of torch for these, or None."""
+    if a.device.type != "cuda" or a.dtype != dtype or any(width * a.element_size() % 16 for width in widths):
+        return None
+    return _of_device(a.device, a.dtype)
+
+
+@functools.cache
+def _of_device(device: torch.device, dtype: torch.dtype) -> Any:
+    major = torch.cuda.get_device_capability(device)[0]
+    if torch.version.hip or major < 8:
+        return None
+    public = getattr(torch.nn.functional, "grouped_mm", None)
+    if public is not None:
+        return public
+    private = getattr(torch, "_grouped_mm", None)
+    recent = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
+    return private if recent or (major == 9 and dtype == torch.bfloat16) else None
+
+
+def _aligned(w: Tensor) -> bool:
+    """Whether the last two dimensions are a matrix or its transpose that begins where it should."""
+    return 1 in w.stride()[1:] and w.data_ptr() % 16 == 0 and (w.shape[0] < 2 or w.stride(0) % 8 == 0)

@@ -1,0 +1,517 @@
+"""Mixture of experts on the GPU: products of groups of rows, and what lies between them in one pass each.
+
+Rows are the slots ``[tokens · k]`` sorted by expert; rows behind the last expert belong to slots without
+one, are never written, and never read. Every sum runs in a fixed order. The products are those of devices
+and dtypes for which torch has none.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from twinkle.ops.gated_mlp.triton import activated, slope
+from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, shared_memory, tl_dtype
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.experts.gating import Gating
+
+__all__ = ["combine", "gate", "gate_backward", "invert", "outer", "rows", "sum_groups"]
+
+
+@triton.jit
+def _invert(order, rows, count, K, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < count
+    slot = tl.load(order + at, mask=ok, other=0).to(tl.int32)
+    tl.store(rows + at, slot, mask=ok)
+    tl.store(rows + count + at, slot // K, mask=ok)
+    tl.store(rows + 2 * count + slot, at, mask=ok)
+
+
+@triton.jit
+def _rows(
+    a, index, w, offsets, out, width, columns, experts, a_row, w_expert, w_row, w_column,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXPERTS: tl.constexpr, GATHER: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(columns, BN)
+    tile = tl.program_id(0) // across
+    column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
+    # Which expert's tile this is: nobody on the host knows how many rows each has.
+    each = tl.arange(0, EXPERTS)
+    first = tl.load(offsets + each, mask=each < experts, other=0)
+    last = tl.load(offsets + each + 1, mask=each < experts, other=0)
+    ends = tl.cumsum((last - first + BM - 1) // BM, 0)
+    expert = tl.sum((ends <= tile).to(tl.int32))
+    if expert < experts:
+        begin = tl.sum(tl.where(each == expert, ends - (last - first + BM - 1) // BM, 0))
+        start = tl.load(offsets + expert) + (tile - begin) * BM
+        stop = tl.load(offsets + expert + 1)
+        row = start + tl.arange(0, BM)
+        inside = row < stop
+        source = row
+        if GATHER:
+            source = tl.load(index + row, mask=inside, other=0)
+        depth = tl.arange(0, BK)
+        here = column < columns
+        a_at = a + source.to(tl.int64)[:, None] * a_row + depth[None, :]
+        w_at = (
+            w + expert.to(tl.int64) * w_expert
+            + depth.to(tl.int64)[:, None] * w_row + column.to(tl.int64)[None, :] * w_column
+        )  # fmt: skip
+        total = tl.zeros([BM, BN], tl.float32)
+        for k in range(0, width, BK):
+            if EVEN:
+                left = tl.load(a_at, mask=inside[:, None], other=0.0)
+                right = tl.load(w_at, mask=here[None, :], other=0.0)
+            else:
+                left = tl.load(a_at, mask=inside[:, None] & (k + depth < width)[None, :], other=0.0)
+                right = tl.load(w_at, mask=here[None, :] & (k + depth < width)[:, None], other=0.0)
+            total = tl.dot(left, right, total, input_precision=PRECISION)
+            a_at += BK
+            w_at += BK * w_row
+        at = row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(out + at, total.to(out.dtype.element_ty), mask=inside[:, None] & here[None, :])
+
+
+@triton.jit
+def _outer(
+    a, b, a_index, b_index, offsets, out, m, n, a_row, b_row,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    across = tl.cdiv(n, BN)
+    down = tl.cdiv(m, BM)
+    expert = tl.program_id(0) // (across * down)
+    tile = tl.program_id(0) % (across * down)
+    i = (tile // across) * BM + tl.arange(0, BM)
+    j = (tile % across) * BN + tl.arange(0, BN)
+    start = tl.load(offsets + expert)
+    stop = tl.load(offsets + expert + 1)
+    total = tl.zeros([BM, BN], tl.float32)
+    for k in range(start, stop, BK):
+        row = k + tl.arange(0, BK)
+        inside = row < stop
+        a_from = row
+        b_from = row
+        if GATHER_A:
+            a_from = tl.load(a_index + row, mask=inside, other=0)
+        if GATHER_B:
+            b_from = tl.load(b_index + row, mask=inside, other=0)
+        left = tl.load(
+            a + a_from.to(tl.int64)[:, None] * a_row + i[None, :],
+            mask=inside[:, None] & (i < m)[None, :], other=0.0,
+        )  # fmt: skip
+        right = tl.load(
+            b + b_from.to(tl.int64)[:, None] * b_row + j[None, :],
+            mask=inside[:, None] & (j < n)[None, :], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
+    at = (expert.to(tl.int64) * m + i[:, None]) * n + j[None, :]
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=(i < m)[:, None] & (j < n)[None, :])
+
+
+@triton.jit
+def _gate_and_up(
+    h, bias, at, expert, col, width, ok, BIAS: tl.constexpr, INTERLEAVED: tl.constexpr, X: tl.constexpr
+):
+    if INTERLEAVED:
+        gate_col = 2 * col
+        up_col = 2 * col + 1
+    else:
+        gate_col = col
+        up_col = width + col
+    g = tl.load(h + at + gate_col, mask=ok, other=0.0).to(tl.float32)
+    u = tl.load(h + at + up_col, mask=ok, other=0.0).to(tl.float32)
+    if BIAS:
+        g += tl.load(bias + expert * 2 * width + gate_col, mask=ok, other=0.0).to(tl.float32)
+        u += tl.load(bias + expert * 2 * width + up_col, mask=ok, other=0.0).to(tl.float32)
+        g = g.to(X).to(tl.float32)
+        u = u.to(X).to(tl.float32)
+    return g, u, gate_col, up_col
+
+
+@triton.jit
+def _limited(g, u, limit, CLAMP: tl.constexpr, X: tl.constexpr):
+    if CLAMP == "inputs":
+        g = tl.where(g > limit, limit, g).to(X).to(tl.float32)
+    if CLAMP != "none":
+        u = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u)).to(X).to(tl.float32)
+    return g, u
+
+
+@triton.jit
+def _gated(g, u, limit, alpha, KIND: tl.constexpr, CLAMP: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
+    """Of the limited gate and up: the activated gate, the other factor, their product before it is stored."""
+    if KIND == "swish":
+        a = (g * tl.sigmoid((g * alpha).to(R).to(tl.float32)).to(R).to(tl.float32)).to(R).to(tl.float32)
+        u = (u + 1.0).to(R).to(tl.float32)
+    else:
+        a = activated(g, KIND, R)
+    if CLAMP == "activated":
+        a = tl.where(a > limit, limit, a).to(X).to(tl.float32)
+    return a, u, a * u
+
+
+@triton.jit
+def _gate(
+    h, bias, ids, rows, offsets, out, width, experts, limit, alpha,
+    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(width, BLOCK)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    if row < tl.load(offsets + experts):
+        col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+        ok = col < width
+        expert = row
+        if BIAS:
+            expert = tl.load(ids + tl.load(rows + row)).to(tl.int64)
+        g, u, _, _ = _gate_and_up(h, bias, row * 2 * width, expert, col, width, ok, BIAS, INTERLEAVED, X)
+        g, u = _limited(g, u, limit, CLAMP, X)
+        _, _, y = _gated(g, u, limit, alpha, KIND, CLAMP, R, X)
+        tl.store(out + row * width + col, y.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _gate_backward(
+    dp, h, bias, ids, weights, rows, offsets, dh, out, dweights, width, experts, limit, alpha,
+    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.load(rows + row)
+    dot = tl.zeros([BLOCK], tl.float32)
+    if row < tl.load(offsets + experts):
+        weight = tl.load(weights + slot).to(tl.float32)
+        expert = row
+        if BIAS:
+            expert = tl.load(ids + slot).to(tl.int64)
+        for start in range(0, width, BLOCK):
+            col = start + tl.arange(0, BLOCK)
+            ok = col < width
+            d = tl.load(dp + row * width + col, mask=ok, other=0.0).to(tl.float32)
+            g, u, gate_col, up_col = _gate_and_up(
+                h, bias, row * 2 * width, expert, col, width, ok, BIAS, INTERLEAVED, X
+            )
+            g_free = g <= limit
+            u_free = (u <= limit) & (u >= -limit)
+            g, u = _limited(g, u, limit, CLAMP, X)
+            a, factor, y = _gated(g, u, limit, alpha, KIND, CLAMP, R, X)
+            y = y.to(X).to(tl.float32)
+            dot += d * y
+            tl.store(out + row * width + col, (y * weight).to(out.dtype.element_ty), mask=ok)
+            d *= weight
+            if KIND == "swish":
+                s = tl.sigmoid(alpha * g)
+                dg = d * factor * (s * (1.0 + alpha * g * (1.0 - s)))
+            else:
+                dg = d * factor * slope(g, KIND)
+            du = d * a
+            if CLAMP == "inputs":
+                dg = tl.where(g_free, dg, 0.0)
+            if CLAMP == "activated":
+                dg = tl.where(activated(g, KIND, R) <= limit, dg, 0.0)
+            if CLAMP != "none":
+                du = tl.where(u_free, du, 0.0)
+            tl.store(dh + row * 2 * width + gate_col, dg.to(dh.dtype.element_ty), mask=ok)
+            tl.store(dh + row * 2 * width + up_col, du.to(dh.dtype.element_ty), mask=ok)
+    tl.store(dweights + slot, tl.sum(dot).to(dweights.dtype.element_ty))
+
+
+@triton.jit
+def _combine(
+    y, weights, bias, ids, rows, offsets, out, count, width, experts,
+    BLOCK: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, BIAS: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(width, BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    valid = tl.load(offsets + experts)
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        slot = token * K + k
+        row = tl.load(rows + 2 * count + slot).to(tl.int64)
+        ok = col < tl.where(row < valid, width, 0)  # a slot without expert adds nothing
+        part = tl.load(y + row * width + col, mask=ok, other=0.0).to(tl.float32)
+        if BIAS:
+            expert = tl.load(ids + slot).to(tl.int64)
+            more = tl.load(bias + expert * width + col, mask=ok, other=0.0)
+            part = (part + more.to(tl.float32)).to(X).to(tl.float32)
+        if WEIGHTED:
+            # Not by 0: the weight of such a slot may be anything.
+            part = tl.where(ok, part * tl.load(weights + slot).to(tl.float32), 0.0)
+        total += part
+    tl.store(out + token * width + col, total.to(out.dtype.element_ty), mask=col < width)
+
+
+@triton.jit
+def _sum_groups(
+    x, index, weights, rows, offsets, out, width, x_row,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    stop = tl.load(offsets + expert + 1)
+    total = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.load(offsets + expert), stop, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        source = row
+        if GATHER:
+            source = tl.load(index + row, mask=row < stop, other=0)
+        part = tl.load(
+            x + source.to(tl.int64) * x_row + col, mask=(row < stop) & (col < width), other=0.0
+        ).to(tl.float32)
+        if WEIGHTED:
+            slot = tl.load(rows + row, mask=row < stop, other=0)
+            part *= tl.load(weights + slot, mask=row < stop, other=0.0).to(tl.float32)
+        total += part
+    total = tl.sum(total, axis=0, keep_dims=True)
+    tl.store(out + expert * width + col, total.to(out.dtype.element_ty), mask=col < width)
+
+
+_launch_invert, _launch_rows, _launch_outer = Launcher(_invert), Launcher(_rows), Launcher(_outer)
+_launch_gate, _launch_gate_backward = Launcher(_gate), Launcher(_gate_backward)
+_launch_combine, _launch_sum_groups = Launcher(_combine), Launcher(_sum_groups)
+
+
+def invert(order: Tensor, k: int) -> Tensor:
+    """From the sorted slots to ``[3, slots]`` int32: each row's slot, its token, and each slot's row.
+
+    Args:
+        order: ``[slots]``, the slot of each row.
+        k: Slots of a token.
+    """
+    count = order.numel()
+    rows = torch.empty((3, count), dtype=torch.int32, device=order.device)
+    with on_device(order):
+        _launch_invert((cdiv(count, 1024),), (order, rows), (count, k), BLOCK=1024, num_warps=4)
+    return rows
+
+
+def _precision(dtype: torch.dtype) -> str:
+    # Where the user lets torch's own products round float32 to tf32, so may these.
+    exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if exact else "tf32"
+
+
+def _tile(tensor: Tensor, typical: int) -> dict[str, Any]:
+    """Block sizes for groups of about ``typical`` rows."""
+    if tensor.device.type != "cuda":
+        return {"BM": 16, "BN": 32, "BK": 32, "num_warps": 4, "num_stages": 1}
+    if tensor.dtype == torch.float32:
+        high = 64 if typical > 32 else 32
+        return {"BM": high, "BN": 64, "BK": 32, "num_warps": 4, "num_stages": 2}
+    high = min(128, max(16, power_of_2(typical)))
+    size = {"BM": high, "BN": 256 if high == 128 else 128, "BK": 64, "num_warps": 8 if high >= 64 else 4}
+    stages = shared_memory(tensor.device) // ((size["BM"] + size["BN"]) * size["BK"] * 2)
+    if stages < 2:
+        return {**size, "BN": 128, "BK": 32, "num_stages": 2}
+    return {**size, "num_stages": min(4, stages)}
+
+
+def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
+    """Each row times the matrix of its expert.
+
+    Args:
+        a: ``[rows, width]``, or ``[tokens, width]`` with an index; channels adjacent.
+        w: ``[experts, width, columns]``, any strides.
+        offsets: ``[experts + 1]`` int32, where each expert's rows begin.
+        count: How many rows.
+        index: ``[rows]``, the row of ``a`` of each.
+
+    Returns:
+        ``[rows, columns]``.
+    """
+    experts, width, columns = w.shape
+    out = torch.empty((count, columns), dtype=a.dtype, device=a.device)
+    size = _tile(a, cdiv(count, experts))
+    tiles = count // size["BM"] + min(experts, count)
+    with on_device(a):
+        _launch_rows(
+            (tiles * cdiv(columns, size["BN"]),), (a, offsets if index is None else index, w, offsets, out),
+            (width, columns, experts, a.stride(0), *w.stride()),
+            EXPERTS=power_of_2(experts), GATHER=index is not None, EVEN=width % size["BK"] == 0,
+            PRECISION=_precision(a.dtype), **size,
+        )  # fmt: skip
+    return out
+
+
+def outer(
+    a: Tensor,
+    b: Tensor,
+    offsets: Tensor,
+    a_index: Tensor | None = None,
+    b_index: Tensor | None = None,
+) -> Tensor:
+    """``aᵀ b`` over the rows of each expert.
+
+    Args:
+        a: ``[rows, m]``, or ``[tokens, m]`` with an index; channels adjacent.
+        b: ``[rows, n]``, as ``a``.
+        offsets: ``[experts + 1]`` int32.
+        a_index: ``[rows]``, the row of ``a`` of each.
+        b_index: ``[rows]``, the row of ``b`` of each.
+
+    Returns:
+        ``[experts, m, n]``, zeros for an expert without rows.
+    """
+    experts, m, n = offsets.numel() - 1, a.shape[1], b.shape[1]
+    out = torch.empty((experts, m, n), dtype=a.dtype, device=a.device)
+    size = _tile(a, 128)
+    with on_device(a):
+        _launch_outer(
+            (experts * cdiv(m, size["BM"]) * cdiv(n, size["BN"]),),
+            (a, b, offsets if a_index is None else a_index, offsets if b_index is None else b_index,
+             offsets, out),
+            (m, n, a.stride(0), b.stride(0)),
+            GATHER_A=a_index is not None, GATHER_B=b_index is not None, PRECISION=_precision(a.dtype), **size,
+        )  # fmt: skip
+    return out
+
+
+def _gating(gating: Gating, h: Tensor, bias: Tensor | None) -> tuple[tuple[float, float], dict[str, Any]]:
+    numbers = (
+        0.0 if gating.limit is None else float(gating.limit),
+        0.0 if gating.alpha is None else float(gating.alpha),
+    )
+    return numbers, {
+        "KIND": "swish" if gating.alpha is not None else gating.activation, "CLAMP": gating.clamp,
+        "BIAS": bias is not None, "INTERLEAVED": gating.interleaved,
+        "R": tl_dtype(torch.float32 if gating.exact else h.dtype), "X": tl_dtype(h.dtype), "num_warps": 4,
+    }  # fmt: skip
+
+
+def gate(
+    h: Tensor, bias: Tensor | None, ids: Tensor, rows: Tensor, offsets: Tensor, gating: Gating
+) -> Tensor:
+    """The gated activation of the fused projection.
+
+    Args:
+        h: ``[rows, 2 · intermediate]``, contiguous.
+        bias: ``[experts, 2 · intermediate]`` or None.
+        ids: ``[slots]``, the expert of each slot.
+        rows: As :func:`invert` gives it.
+        offsets: ``[experts + 1]``.
+        gating: How.
+
+    Returns:
+        ``[rows, intermediate]``.
+    """
+    count, width = h.shape[0], h.shape[1] // 2
+    out = torch.empty((count, width), dtype=h.dtype, device=h.device)
+    block = min(1024, power_of_2(width))
+    numbers, constants = _gating(gating, h, bias)
+    with on_device(h):
+        _launch_gate(
+            (count * cdiv(width, block),), (h, h if bias is None else bias, ids, rows, offsets, out),
+            (width, offsets.numel() - 1, *numbers), BLOCK=block, **constants,
+        )  # fmt: skip
+    return out
+
+
+def gate_backward(
+    dp: Tensor,
+    h: Tensor,
+    bias: Tensor | None,
+    ids: Tensor,
+    weights: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    gating: Gating,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of :func:`gate` and of the routing weights behind it.
+
+    Args:
+        dp: ``[rows, intermediate]``, the gradient of the result as if every weight were one.
+        h: As in :func:`gate`, as the next five.
+        bias: ...
+        ids: ...
+        weights: ``[slots]``, contiguous.
+        rows: ...
+        offsets: ...
+        gating: ...
+
+    Returns:
+        The gradient of ``h``, the result of :func:`gate` times the weights, the gradient of the weights.
+    """
+    count, width = dp.shape
+    dh, out, dweights = torch.empty_like(h), torch.empty_like(dp), torch.empty_like(weights)
+    numbers, constants = _gating(gating, h, bias)
+    with on_device(h):
+        _launch_gate_backward(
+            (count,), (dp, h, h if bias is None else bias, ids, weights, rows, offsets, dh, out, dweights),
+            (width, offsets.numel() - 1, *numbers), BLOCK=min(1024, power_of_2(width)), **constants,
+        )  # fmt: skip
+    return dh, out, dweights
+
+
+def combine(
+    y: Tensor,
+    weights: Tensor | None,
+    bias: Tensor | None,
+    ids: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    k: int,
+) -> Tensor:
+    """The weighted sum over the slots of each token, in float32, rounded once.
+
+    Args:
+        y: ``[rows, hidden]``, contiguous.
+        weights: ``[slots]``, contiguous; None for ones.
+        bias: ``[experts, hidden]`` or None.
+        ids: ``[slots]``, the expert of each slot.
+        rows: As :func:`invert` gives it.
+        offsets: ``[experts + 1]``.
+        k: Slots of a token.
+
+    Returns:
+        ``[tokens, hidden]``.
+    """
+    count, width = y.shape
+    out = torch.empty((count // k, width), dtype=y.dtype, device=y.device)
+    block = min(1024, power_of_2(width))
+    with on_device(y):
+        _launch_combine(
+            (count // k * cdiv(width, block),),
+            (y, y if weights is None else weights, y if bias is None else bias, ids, rows, offsets, out),
+            (count, width, offsets.numel() - 1),
+            BLOCK=block, K=k, WEIGHTED=weights is not None, BIAS=bias is not None, X=tl_dtype(y.dtype),
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def sum_groups(
+    x: Tensor, offsets: Tensor, rows: Tensor, index: Tensor | None = None, weights: Tensor | None = None
+) -> Tensor:
+    """The sum of the rows of each expert, in float32, rounded once.
+
+    Args:
+        x: ``[rows, width]``, or ``[tokens, width]`` with an index; channels adjacent.
+        offsets: ``[experts + 1]``.
+        rows: As :func:`invert` gives it.
+        index: ``[rows]``, the row of ``x`` of each.
+        weights: ``[slots]``, contiguous: a factor on each row.
+
+    Returns:
+        ``[experts, width]``.
+    """
+    experts, width = offsets.numel() - 1, x.shape[1]
+    out = torch.empty((experts, width), dtype=x.dtype, device=x.device)
+    with on_device(x):
+        _launch_sum_groups(
+            (experts, cdiv(width, 64)),
+            (x, rows if index is None else index, x if weights is None else weights, rows, offsets, out),
+            (width, x.stride(0)),
+            ROWS=32, BLOCK=64, GATHER=index is not None, WEIGHTED=weights is not None, num_warps=4,
+        )  # fmt: skip
+    return out
