@@ -6,7 +6,8 @@
 A Qwen3 with random weights reads Python's own sources, two bytes a token (a vocabulary of 65536), in bf16 on
 a GPU. Every run has the same weights and the same sequences in each step. The eager runs see the sequences of
 a step in different orders, so that only the order of floating-point sums differs: their distance from each
-other is the noise that any kernel is allowed. Prints the root mean square distance of every pair of runs.
+other is the noise that any kernel is allowed. Prints the root mean square distance of every pair of runs, by
+steps: training is chaotic, and once two runs have parted, how far is a matter of chance.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNS = ("eager-0", "eager-1", "eager-2", "twinkle-0")
+RUNS = ("eager-0", "eager-1", "eager-2", "twinkle-0", "twinkle-1")
+WINDOWS = ((0, 20), (20, 50), (50, 100), (100, 150), (150, 200))
 BATCH, LENGTH = 16, 512
 
 
@@ -96,13 +98,18 @@ def distance(one: list[float], other: list[float]) -> float:
     return (sum((a - b) ** 2 for a, b in zip(one, other, strict=True)) / len(one)) ** 0.5
 
 
-def describe(runs: list[dict[str, object]]) -> dict[str, float]:
-    """The distance of every pair, printed."""
+def describe(runs: list[dict[str, object]]) -> dict[str, dict[str, float]]:
+    """The distance of every pair, printed: in the whole and by steps."""
+    steps = len(runs[0]["losses"])  # type: ignore[arg-type]
+    windows = [(0, steps), *((a, b) for a, b in WINDOWS if b <= steps)]
+    print(f"{'':24}" + "".join(f"{f'{a}-{b}':>10}" for a, b in windows))
     pairs = {}
     for one, other in itertools.combinations(runs, 2):
         name = f"{one['run']} {other['run']}"
-        pairs[name] = distance(one["losses"], other["losses"])  # type: ignore[arg-type]
-        print(f"{name:24} {pairs[name]:.2e}")
+        first: list[float] = one["losses"]  # type: ignore[assignment]
+        second: list[float] = other["losses"]  # type: ignore[assignment]
+        pairs[name] = {f"{a}-{b}": distance(first[a:b], second[a:b]) for a, b in windows}
+        print(f"{name:24}" + "".join(f"{value:10.1e}" for value in pairs[name].values()))
     return pairs
 
 

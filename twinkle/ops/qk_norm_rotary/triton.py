@@ -283,10 +283,12 @@ def backward(
     k_heads, rows = dk_out.shape[1], batch * tokens
     half, blocks = head_dim // 2, (power_of_2(heads), power_of_2(k_heads))
     width = power_of_2(half)
-    warps = min(4, _warps(blocks[0] * width, 512))
-    # H200, 32 + 8 heads of 128: 74 % of the copy bandwidth; with one, three or four programs 58, 62 and 68 %,
-    # with two stages instead of three 65 %.
-    programs = min(rows, multiprocessors(q.device) * 2)
+    # H200, a share of the copy bandwidth by programs on a multiprocessor: 32 + 8 heads of 128 62, 78, 64 and
+    # 73 % for one to four (two stages instead of three 68 %), 16 + 8 heads 53, 72, 76, 59 % (two warps 48 %),
+    # 4 + 1 heads of 256 39 % for two and 45 % for four with one warp, 27 % with four.
+    elements = blocks[0] * width
+    warps = 4 if elements >= 1024 else 1
+    programs = min(rows, multiprocessors(q.device) * (2 if elements > 1024 else 3 if elements == 1024 else 4))
     moved = 4 * (blocks[0] + blocks[1]) * width * q.element_size()
     stages = max(1, min(3, shared_memory(q.device) // moved))
     partial = q
