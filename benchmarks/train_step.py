@@ -32,7 +32,7 @@ SHAPES = {
     "gemma3-1b": (4, 2048),
     "tiny": (2, 64),
 }
-PROVIDERS = ("eager", "liger", "compile", "twinkle")
+PROVIDERS = ("eager", "liger", "compile", "twinkle", "compile+twinkle")
 
 
 def build(name: str):
@@ -90,7 +90,9 @@ def anatomy(step: Callable[[], object]) -> dict[str, object]:
         "launches": sum(event.count for event in kernels),
         "device_ms": sum(event.self_device_time_total for event in kernels) / 1e3,
         "issue_ms": issued * 1e3,
-        "kernels": [[event.key[:100], event.count, event.self_device_time_total / 1e3] for event in kernels[:25]],
+        "kernels": [
+            [event.key[:100], event.count, event.self_device_time_total / 1e3] for event in kernels[:25]
+        ],
     }
 
 
@@ -104,7 +106,7 @@ def one(name: str, provider: str, steps: int) -> dict[str, object]:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
         _apply_liger_kernel_to_instance(model=model)
-    if provider == "compile":
+    if provider.startswith("compile"):
         model = torch.compile(model)
     device = next(model.parameters()).device
     on_gpu = device.type == "cuda"
@@ -151,7 +153,7 @@ def one(name: str, provider: str, steps: int) -> dict[str, object]:
     }
     if on_gpu:
         result |= anatomy(step)
-    if provider == "twinkle":
+    if provider.endswith("twinkle"):
         from twinkle import report
 
         result["bindings"] = [
@@ -170,14 +172,14 @@ def one(name: str, provider: str, steps: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", choices=SHAPES, default=list(SHAPES)[:3])
-    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS))
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, default=list(PROVIDERS[:4]))
     parser.add_argument("--steps", type=int, default=12, help="timed steps")
     parser.add_argument("--profile", action="store_true", help="print the costliest kernels of a step")
     parser.add_argument("--json", metavar="FILE", help="write the figures there")
     parser.add_argument("--one", nargs=2, metavar=("MODEL", "PROVIDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        if args.one[1] == "twinkle":
+        if args.one[1].endswith("twinkle"):
             import twinkle
 
             twinkle.activate()
@@ -188,24 +190,24 @@ def main() -> None:
         base = None
         for provider in args.providers:
             if provider == "liger" and importlib.util.find_spec("liger_kernel") is None:
-                print(f"{name:12} liger      left out: liger-kernel is not installed")
+                print(f"{name:12} liger           left out: liger-kernel is not installed")
                 continue
             environ = {key: value for key, value in os.environ.items() if not key.startswith("TWINKLE_")}
-            if provider == "twinkle":
+            if provider.endswith("twinkle"):
                 environ["TWINKLE_CONFIG"] = "auto"
             environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
             command = [sys.executable, __file__, "--one", name, provider, "--steps", str(args.steps)]
             done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
             lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
             if not lines:
-                print(f"{name:12} {provider:10} failed: {done.stderr.strip().splitlines()[-1:]}")
+                print(f"{name:12} {provider:15} failed: {done.stderr.strip().splitlines()[-1:]}")
                 continue
             result = json.loads(lines[-1].removeprefix("RESULT "))
             results.append(result)
             base = base or result
             peak = f"{result['peak_gb']:6.1f} GB" if result["peak_gb"] else "        -"
             print(
-                f"{name:12} {provider:10} {result['ms']:8.1f} ms {result['tokens_per_second']:9.0f} tok/s "
+                f"{name:12} {provider:15} {result['ms']:8.1f} ms {result['tokens_per_second']:9.0f} tok/s "
                 f"x{base['ms'] / result['ms']:.2f} {peak}  loss {result['loss']:.4f}",
                 flush=True,
             )
