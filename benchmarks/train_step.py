@@ -3,10 +3,10 @@
     python benchmarks/train_step.py [--models qwen3-0.6b llama-8b-8l gemma3-1b] [--providers eager twinkle]
 
 Every provider runs in a process of its own: bf16, sdpa, fused AdamW, random weights and tokens from one seed.
-Prints milliseconds a step (median), tokens a second, peak memory and the loss after the last step, and ratios
-to the first provider; then what one step is made of: the kernels launched, the milliseconds the device is busy
-with them and the milliseconds the host needs to issue them. `--profile` adds the costliest kernels. Providers
-whose package is missing are left out, which is said.
+Prints milliseconds a step (median), tokens a second, peak memory and the loss after the last step, and
+ratios to the first provider; then what one step is made of: the kernels launched, the milliseconds the device
+is busy with them and the milliseconds the host needs to issue them. `--profile` adds the costliest kernels.
+Providers whose package is missing are left out, which is said.
 """
 
 from __future__ import annotations
