@@ -1,0 +1,233 @@
+"""The implementations in plain torch for the CPU against the definitions: same results, gradients as near."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twinkle.ops import plain
+from twinkle.ops.rms_norm import cpu as norm_cpu
+from twinkle.ops.rms_norm import reference as norm_reference
+from twinkle.ops.rotary import cpu as rotary_cpu
+from twinkle.ops.rotary import reference as rotary_reference
+
+NORMS = {form.name: form for form in norm_reference.FORMS if norm_cpu.covers(form)}
+ROTATIONS = {form.name: form for form in rotary_reference.FORMS if rotary_cpu.covers(form)}
+LLAMA, HALF = NORMS["llama"], ROTATIONS["half"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
+
+
+@pytest.fixture(autouse=True)
+def small_chunks_at_any_size(monkeypatch):
+    for room in (norm_cpu, rotary_cpu):
+        for name in ("_LEAST", "_LEAST_INFERENCE"):
+            if hasattr(room, name):
+                monkeypatch.setattr(room, name, 1)
+    monkeypatch.setattr(plain, "_CHUNK", 500)
+
+
+def ours(y):
+    return type(y.grad_fn).__name__ in ("_RMSNormBackward", "_RotaryBackward")
+
+
+def as_near(found, other, exact, room=1.1):
+    """Whether gradients are as near to the exact ones as others, but for a little of float32's own."""
+    for a, b, c in zip(found, other, exact, strict=True):
+        slack = 1e-6 * c.norm() if b.dtype == torch.float32 else 0.0
+        assert a.dtype == b.dtype
+        assert (a.double() - c).norm() <= room * (b.double() - c).norm() + slack
+
+
+def differentiate(function, inputs, wanted, **options):
+    y = function(*inputs, **options)
+    results = y if isinstance(y, tuple) else (y,)
+    pushes = [
+        torch.randn(r.shape, generator=torch.Generator().manual_seed(i)).to(r) for i, r in enumerate(results)
+    ]
+    return results, torch.autograd.grad(results, wanted, pushes)
+
+
+def normed(form, dtype, weight=None, shape=(3, 7, 60)):
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype).requires_grad_()
+    if form.weight == "none":
+        return x, None
+    return x, torch.randn(shape[-1]).to(weight or dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_equals_its_definition_bit_for_bit(name, dtype):
+    form = NORMS[name]
+    for weight in {dtype, torch.float32}:
+        x, w = normed(form, dtype, weight)
+        y = norm_cpu.rms_norm(x, w, 1e-6, form=form)
+        expected = norm_reference.rms_norm(x, w, 1e-6, form=form)
+        assert ours(y)
+        assert (y.dtype, y.stride()) == (expected.dtype, expected.stride())
+        assert torch.equal(y, expected)
+        with torch.no_grad():
+            assert torch.equal(norm_cpu.rms_norm(x, w, 1e-6, form=form), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NORMS)
+def test_gradients_of_a_norm_are_as_near_to_the_exact_ones(name, dtype):
+    form = NORMS[name]
+    x, w = normed(form, dtype)
+    wanted = [t for t in (x, w) if t is not None]
+    _, found = differentiate(norm_cpu.rms_norm, (x, w, 1e-6), wanted, form=form)
+    _, other = differentiate(norm_reference.rms_norm, (x, w, 1e-6), wanted, form=form)
+    wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, w)]
+    plain_form = norm_reference.RMSNormForm("", inverse=form.inverse, weight=form.weight, compute="input")
+    leaves = [t for t in wide if t is not None]
+    _, exact = differentiate(norm_reference.rms_norm, (*wide, 1e-6), leaves, form=plain_form)
+    as_near(found, other, exact)
+
+
+def test_a_norm_of_a_transposed_input_keeps_its_strides():
+    x = torch.randn(2, 5, 4, 32).transpose(1, 2).requires_grad_()
+    w = torch.randn(32, requires_grad=True)
+    y, expected = (f(x, w, 1e-6, form=LLAMA) for f in (norm_cpu.rms_norm, norm_reference.rms_norm))
+    assert ours(y)
+    assert y.stride() == expected.stride()
+    assert torch.equal(y, expected)
+
+
+def test_a_frozen_weight_gets_no_gradient():
+    x, w = normed(LLAMA, torch.float32)
+    w.requires_grad_(False)
+    norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA).sum().backward()
+    assert w.grad is None
+    assert x.grad is not None
+
+
+def test_a_norm_below_the_size_that_pays_is_the_definition(monkeypatch):
+    monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
+    x, w = normed(LLAMA, torch.float32)
+    assert not ours(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA))
+
+
+def test_a_norm_can_be_differentiated_twice():
+    x, w = normed(LLAMA, torch.float32, shape=(4, 16))
+
+    def twice(function):
+        y = function(x, w, 1e-6, form=LLAMA)
+        (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        return torch.autograd.grad(first.pow(2).sum(), (x, w))
+
+    for a, b in zip(twice(norm_cpu.rms_norm), twice(norm_reference.rms_norm), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_backward_under_autocast_is_in_float32():
+    x, w = normed(LLAMA, torch.float32)
+    g = torch.randn_like(x)
+    outside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA), (x, w), g)
+    with torch.autocast("cpu"):
+        inside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA), (x, w), g)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+
+
+def rotated(form, dtype, tables, tokens_first_in_memory=True):
+    torch.manual_seed(0)
+    width = 16 if form.part in ("first", "last") else DIM
+    width = width // 2 if form.tables in ("half", "repeated") else width
+
+    def made(heads):
+        x = torch.randn(BATCH, TOKENS, heads, DIM, dtype=dtype).transpose(1, 2)
+        x = x if tokens_first_in_memory else x.contiguous()
+        x = x.transpose(1, 2) if form.broadcast in ("2", "-2") else x
+        return (x[0] if form.broadcast == "-2" else x).detach().requires_grad_()
+
+    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(form.broadcast, (BATCH, TOKENS))
+    extra = {}
+    if form.indexed:
+        lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS))
+    if form.sections:
+        lead, extra["mrope_section"] = (3, BATCH, TOKENS), [4, 4, 4]
+    cos, sin = (torch.randn(*lead, width, dtype=tables) for _ in range(2))
+    q, k, v = made(HEADS), made(KV), made(KV)
+    if form.tensors == 3:
+        extra["v"] = v
+    return (q, k, cos, sin), extra, [q, k, v][: form.tensors]
+
+
+@pytest.mark.parametrize("memory", ["tokens first", "heads first"])
+@pytest.mark.parametrize(
+    ("dtype", "tables"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_a_rotation_and_its_gradients_are_as_near_as_the_definition(name, dtype, tables, memory):
+    form = ROTATIONS[name]
+    inputs, extra, wanted = rotated(form, dtype, tables, memory == "tokens first")
+    results, found = differentiate(rotary_cpu.rotary, inputs, wanted, form=form, **extra)
+    expected, other = differentiate(rotary_reference.rotary, inputs, wanted, form=form, **extra)
+    assert all(ours(y) for y in results)
+    assert [(y.dtype, y.stride()) for y in results] == [(y.dtype, y.stride()) for y in expected]
+    exact_form = rotary_reference.RotaryForm(
+        "", form.pairs, form.inverse, form.tables, part=form.part, broadcast=form.broadcast,
+        indexed=form.indexed, sections=form.sections, tensors=form.tensors,
+    )  # fmt: skip
+    wide, more, leaves = rotated(form, dtype, tables, memory == "tokens first")
+    leaves = [x.detach().double().requires_grad_() for x in leaves]
+    wide = (leaves[0], leaves[1] if form.tensors > 1 else wide[1], *(x.double() for x in wide[2:]))
+    if form.tensors == 3:
+        more["v"] = leaves[2]
+    exact = differentiate(rotary_reference.rotary, wide, leaves, form=exact_form, **more)
+    as_near((*results, *found), (*expected, *other), (*exact[0], *exact[1]))
+
+
+def test_a_rotation_leaves_its_inputs_as_they_were():
+    inputs, _, wanted = rotated(HALF, torch.float32, torch.float32)
+    kept = [x.detach().clone() for x in inputs]
+    differentiate(rotary_cpu.rotary, inputs, wanted)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True))
+
+
+def test_tables_that_want_a_gradient_go_through_the_definition():
+    (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
+    assert not ours(rotary_cpu.rotary(q, k, cos.requires_grad_(), sin)[0])
+
+
+def test_a_rotation_can_be_differentiated_twice():
+    (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
+
+    def twice(function):
+        (first,) = torch.autograd.grad(
+            function(q, k, cos, sin, form=HALF)[0].pow(3).sum(), q, create_graph=True
+        )
+        return torch.autograd.grad(first.pow(2).sum(), q)[0]
+
+    torch.testing.assert_close(twice(rotary_cpu.rotary), twice(rotary_reference.rotary), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("function", ["norm", "rotation"])
+def test_transforms_of_torch_func_follow_the_definition(function):
+    x, w = normed(LLAMA, torch.float32, shape=(4, 8))
+    (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
+    rooms, at, call = {
+        "norm": ((norm_cpu, norm_reference), x, lambda room, t: room.rms_norm(t, w, 1e-6, form=LLAMA)),
+        "rotation": (
+            (rotary_cpu, rotary_reference), q, lambda room, t: room.rotary(t, k, cos, sin, form=HALF)[0]
+        ),
+    }[function]  # fmt: skip
+    mine, theirs = (
+        torch.func.grad(lambda t, room=room: call(room, t).pow(3).sum())(at.detach()) for room in rooms
+    )
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", ["norm", "rotation"])
+def test_a_compiler_sees_the_definition_without_a_break(function):
+    x, w = normed(LLAMA, torch.float32)
+    (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
+    call = {
+        "norm": lambda: norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA),
+        "rotation": lambda: rotary_cpu.rotary(q, k, cos, sin)[0],
+    }[function]
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")()
+    torch.testing.assert_close(compiled, call())

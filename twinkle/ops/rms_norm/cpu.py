@@ -1,0 +1,210 @@
+"""RMSNorm on the CPU in plain torch: the definition's steps in chunks of rows that stay in the cache.
+
+The result is that of the definition bit for bit. The gradients are computed in float32 and rounded once, from
+the input and one number a row: nothing else is kept for them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from twinkle.ops.build import forward_class
+from twinkle.ops.launch import like, rows_of, through_definition
+from twinkle.ops.plain import chunk_rows, chunks, straight
+from twinkle.ops.rms_norm import reference
+from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from torch import Tensor, nn
+
+__all__ = ["covers", "layer_class", "rms_norm"]
+
+_LEAST, _LEAST_INFERENCE = 1 << 17, 1 << 19
+"""Elements below which the definition is as fast: everything is in the cache, and its nodes cost less."""
+_NAMES = {form.name: form for form in FORMS}
+
+
+def covers(form: RMSNormForm) -> bool:
+    """Whether a form is computed here: those whose statistics and product are float32 throughout."""
+    return (
+        form.compute in ("float32", "promoted")
+        and form.gate == "none"
+        and form.groups != "always"
+        and form.weight_place == "after"
+    )
+
+
+_COVERED = frozenset(name for name, form in _NAMES.items() if covers(form))
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    form: RMSNormForm,
+    gate: Tensor | None = None,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+    group_size: int | None = None,
+    with_weight: bool = True,
+    normalized_shape: tuple[int, ...] = (),
+) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``form`` says; see ``reference.rms_norm``.
+
+    Args:
+        x: ``[..., hidden]``.
+        weight: ``[hidden]``, or None for a form without.
+        eps: Added to the mean of squares.
+        form: Where it rounds.
+        gate: For a gated form (the definition runs).
+        activation: Of the gate.
+        group_size: For a grouped form (the definition runs).
+        with_weight: The flag of a form whose weight is optional.
+        normalized_shape: Of a ``fused`` form (the definition runs).
+
+    Returns:
+        ``[..., hidden]``, equal to the definition's.
+    """
+    if (
+        x.numel() >= _LEAST
+        and form.name in _COVERED
+        and group_size is None
+        and straight(x, weight)
+        and (weight is None or weight.shape == x.shape[-1:])
+    ):
+        if form.weight == "none" or not with_weight:
+            weight = None
+        if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+            return _RMSNorm.apply(x, weight, eps, form)
+        if x.numel() >= _LEAST_INFERENCE:
+            return _forward(x, weight, eps, form)[0]
+    return reference.rms_norm(
+        x, weight, eps, form=form, gate=gate, activation=activation, group_size=group_size,
+        with_weight=with_weight, normalized_shape=normalized_shape,
+    )  # fmt: skip
+
+
+def _forward(x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> tuple[Tensor, Tensor]:
+    """The result, and the factor (or divisor) of each row as ``[rows, 1]`` in float32."""
+    scale = None if weight is None else reference._scale(weight, form)
+    normal = x.dtype if form.cast == "before_weight" else torch.float32
+    if form.cast == "half_weight" and weight is not None and weight.dtype != torch.float32:
+        normal = weight.dtype
+    out = normal if scale is None else torch.promote_types(normal, scale.dtype)
+    y, y_rows, order = like(x, x.dtype if form.cast == "after_weight" else out)
+    x_rows = rows_of(x, order)
+    rows, width = x_rows.shape
+    roots = torch.empty(rows, 1, dtype=torch.float32)
+    buffer = torch.empty(chunk_rows(rows, width), width, dtype=torch.float32)
+    divide = form.inverse == "divide"
+    wide = torch.empty_like(buffer) if x.dtype != torch.float32 else None
+    rounded = (
+        torch.empty_like(buffer, dtype=normal) if scale is not None and normal != torch.float32 else None
+    )
+    for start, stop in chunks(rows, width):
+        h, free, to = x_rows[start:stop], buffer[: stop - start], y_rows[start:stop]
+        if wide is not None:
+            h = wide[: stop - start].copy_(h)
+        root = torch.mul(h, h, out=free).mean(-1, keepdim=True).add_(eps)
+        root = root.sqrt_() if divide else root.rsqrt_()
+        roots[start:stop] = root
+        n = torch.div(h, root, out=free) if divide else torch.mul(h, root, out=free)
+        if scale is None:
+            to.copy_(n)
+        elif rounded is not None:
+            torch.mul(rounded[: stop - start].copy_(n), scale, out=to)
+        elif to.dtype == torch.float32:
+            torch.mul(n, scale, out=to)
+        else:
+            to.copy_(n.mul_(scale))
+    return y, roots
+
+
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, roots: Tensor, form: RMSNormForm, weight_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    dx, dx_rows, order = like(x)
+    x_rows, dy_rows = rows_of(x, order), rows_of(dy, order)
+    rows, width = x_rows.shape
+    scale = None if weight is None else reference._scale(weight, form).float()
+    # A float32 sum over very many chunks would lose digits that the definition's own sum keeps.
+    dw = torch.zeros(width, dtype=torch.float64) if weight is not None and weight_grad else None
+    first, second, third = torch.empty(3, chunk_rows(rows, width), width, dtype=torch.float32)
+    for start, stop in chunks(rows, width):
+        n, g, free = first[: stop - start], second[: stop - start], third[: stop - start]
+        root = roots[start:stop]
+        if form.inverse == "divide":
+            root = root.reciprocal()
+        if x.dtype == torch.float32:
+            torch.mul(x_rows[start:stop], root, out=n)
+        else:
+            n.copy_(x_rows[start:stop]).mul_(root)
+        given = dy_rows[start:stop]
+        if given.dtype != torch.float32:
+            given = g.copy_(given)
+        product = torch.mul(given, n, out=free)
+        if dw is not None:
+            dw += product.sum(0)
+        if scale is not None:
+            dot = torch.mv(product, scale).unsqueeze_(1)
+            scaled = torch.mul(given, scale, out=g)
+        else:
+            dot = product.sum(-1, keepdim=True)
+            scaled = given
+        torch.addcmul(scaled, n, dot, value=-1.0 / width, out=g)
+        if dx.dtype == torch.float32:
+            torch.mul(g, root, out=dx_rows[start:stop])
+        else:
+            dx_rows[start:stop] = g.mul_(root)
+    return dx, None if dw is None or weight is None else dw.to(weight.dtype)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
+        y, roots = _forward(x, weight, eps, form)
+        ctx.save_for_backward(x, weight, roots)
+        ctx.eps, ctx.form = eps, form
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, roots = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            definition = functools.partial(
+                reference.rms_norm, eps=ctx.eps, form=ctx.form, with_weight=weight is not None
+            )
+            return (*through_definition(definition, (x, weight), (dy,)), None, None)
+        with torch.autocast("cpu", enabled=False):
+            return (*_backward(dy, x, weight, roots, ctx.form, ctx.needs_input_grad[1]), None, None)
+
+
+def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+
+    Args:
+        form: Where it rounds.
+        facts: As for ``twinkle.ops.rms_norm.layer.layer_class``.
+
+    Returns:
+        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
+    """
+    return _layer_class(form, tuple(sorted(facts.items())))
+
+
+@functools.cache
+def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
+    known = ("x", "weight", "eps", "group_size", "with_weight")
+    values = {name: value for name, value in facts if name in known}
+    values.setdefault("weight", None)
+    return forward_class(
+        f"RMSNorm_{form.name}", rms_norm, values, inputs=("x",), constants={"form": form},
+        absent_ok=("weight",) if form.optional_weight else (),
+    )  # fmt: skip

@@ -1,0 +1,205 @@
+"""Rotary position embedding on the CPU in plain torch: no rotated copy, one node for the gradients.
+
+``y = x · cos`` and two in-place products on its halves read and write a half of what the definition does.
+In half precision these round once where the definition rounds the two products before it adds them.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from twinkle.ops.build import plain_function
+from twinkle.ops.plain import straight
+from twinkle.ops.rotary import reference
+from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan
+from twinkle.ops.rotary.reference import FORMS, RotaryForm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["covers", "function_for", "rotary"]
+
+_LEAST = 1 << 14
+"""Elements of the query below which the definition is as fast when no gradients are recorded."""
+_FORMS = {form.name: form for form in FORMS}
+_HALF = _FORMS["half"]
+
+
+def covers(form: RotaryForm) -> bool:
+    """Whether a form is computed here."""
+    if form.tables == "repeated" and form.compute == "input":
+        return False  # in bfloat16 not faster
+    return form.pairs in ("half", "interleaved") and form.part in ("all", "first", "last")
+
+
+_COVERED = frozenset(name for name, form in _FORMS.items() if covers(form))
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    form: RotaryForm = _HALF,
+    v: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    mrope_section: list[int] | None = None,
+    slice_last: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
+
+    Returns:
+        A tensor for a form of one tensor, else a tuple.
+    """
+    grad = torch.is_grad_enabled()
+    if (
+        (grad or q.numel() >= _LEAST)
+        and form.name in _COVERED
+        and straight(q, k, cos, sin, v)
+        and q.numel()
+        and not (grad and (cos.requires_grad or sin.requires_grad))
+    ):
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
+        if plan is not None:
+            turned: Callable[..., Any] = _Rotary.apply if grad else _forward
+            if form.tensors == 1:
+                return turned(q, None, *plan, form, q.dtype)[0]
+            results = turned(q, k, *plan, form, q.dtype)
+            if form.tensors == 2:
+                return results[0], results[1]
+            return (*results, turned(v, None, *plan, form, q.dtype)[0])
+    return reference.rotary(
+        q, k, cos, sin, unsqueeze_dim, form=form, v=v, position_ids=position_ids,
+        mrope_section=mrope_section, slice_last=slice_last,
+    )  # fmt: skip
+
+
+def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    if interleaved:
+        return x[..., 0::2], x[..., 1::2]
+    half = x.shape[-1] // 2
+    return x[..., :half], x[..., half:]
+
+
+def _turn(
+    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, form: RotaryForm, back: bool
+) -> None:
+    """Turn the channels of ``x`` that the tables are for into ``out``; copy the others."""
+    width = cos.shape[-1] * (2 if form.tables in ("half", "repeated") else 1)
+    part = width != x.shape[-1]
+    if part:
+        rest = x.shape[-1] - width
+        if form.part == "last":
+            out[..., :rest] = x[..., :rest]
+            x, out = x[..., rest:], out[..., rest:]
+        else:
+            out[..., width:] = x[..., width:]
+            x, out = x[..., :width], out[..., :width]
+    cos, sin = cos.to(compute), sin.to(compute)
+    interleaved = form.pairs == "interleaved"
+    if form.tables == "full":
+        sin1, sin2 = _halves(sin, interleaved)
+    else:
+        if form.tables in ("first_half", "first_half_repeated"):
+            cos, sin = cos[..., : width // 2], sin[..., : width // 2]
+        cos = cos.repeat_interleave(2, dim=-1) if interleaved else torch.cat((cos, cos), dim=-1)
+        sin1 = sin2 = sin
+    x = x.to(compute)
+    # In bfloat16 a product takes twice the time where its result is not laid out as its input is.
+    straight_in = not part and out.dtype == compute and out.stride() == x.stride()
+    y = torch.mul(x, cos, out=out) if straight_in else torch.mul(x, cos)
+    (x1, x2), (y1, y2) = _halves(x, interleaved), _halves(y, interleaved)
+    sign = 1.0 if form.inverse else -1.0
+    if back:
+        sin1, sin2, sign = sin2, sin1, -sign
+    y1.addcmul_(x2, sin1, value=sign)
+    y2.addcmul_(x1, sin2, value=-sign)
+    if y is not out:
+        out.copy_(y)
+
+
+def _wide(table: Tensor, rank: int, tokens_first: bool) -> Tensor:
+    """A table of ``[batch, tokens, width]`` with the head dimension of a tensor of that rank."""
+    table = table.unsqueeze(2 if tokens_first else 1)
+    return table if rank == 4 else table[0]
+
+
+def _forward(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, tokens_first: bool, form: RotaryForm,
+    query: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    made = []
+    for x in (q, k):
+        if x is None:
+            made.append(q.new_empty(0))
+            continue
+        wide = _wide(cos, x.dim(), tokens_first), _wide(sin, x.dim(), tokens_first)
+        out = _empty(x, _out_dtype(x.dtype, cos.dtype, query, form), form)
+        _turn(x, out, *wide, _compute(x.dtype, cos.dtype, form), form, back=False)
+        made.append(out)
+    return made[0], made[1]
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, tokens_first: bool,
+        form: RotaryForm, query: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(cos, sin)
+        ctx.rest = (form.name, tokens_first, q.dtype)
+        ctx.two = k is not None
+        ctx.shapes = (q.shape, None if k is None else k.shape, query)
+        ctx.set_materialize_grads(False)
+        return _forward(q, k, cos, sin, tokens_first, form, query)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        dk = dk if ctx.two else None
+        if torch.is_grad_enabled():
+            return (*_again(ctx, cos, sin, dq, dk), None, None, None, None, None)
+        name, tokens_first, dtype = ctx.rest
+        form = _FORMS[name]
+        found: list[Tensor | None] = []
+        for dy in (dq, dk):
+            if dy is None:
+                found.append(None)
+                continue
+            dx = _empty(dy, dtype)
+            wide = _wide(cos, dy.dim(), tokens_first), _wide(sin, dy.dim(), tokens_first)
+            _turn(dy, dx, *wide, _compute(dtype, cos.dtype, form), form, back=True)
+            found.append(dx)
+        return (found[0], found[1], None, None, None, None, None)
+
+
+def function_for(
+    form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of ``original`` that computes ``form``.
+
+    Args:
+        form: Which channels are paired, and where it rounds.
+        facts: From the argument of `rotary` to the name of the argument of ``original``, or its value.
+        original: The function that is replaced.
+
+    Returns:
+        The same function for the same arguments.
+    """
+    return _function_for(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
+
+
+@functools.cache
+def _function_for(form: RotaryForm, facts: tuple[tuple[str, Any], ...], original: Callable[..., Any]) -> Any:
+    known = ("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
+    values = {name: value for name, value in facts if name in known}
+    values.setdefault("k", None)
+    return plain_function(original, rotary, values, constants={"form": form})
