@@ -1,9 +1,14 @@
-"""Tiny causal language models of many families, with the embedded kernels and without: loss and gradients.
+"""Tiny models of every causal language family, with the embedded kernels and without: loss and gradients.
 
-    python benchmarks/families.py [--dtype bfloat16] [--device cuda] [--families llama gemma3_text ...]
+    python benchmarks/families.py                                    on this machine's device
+    TRITON_INTERPRET=1 python benchmarks/families.py --device cpu    triton's kernels, in its interpreter
+    python benchmarks/families.py --json results.json --write docs/coverage.md
+    python benchmarks/families.py --classes LlamaForCausalLM Gemma3ForCausalLM
 
-Each family is built from a small configuration; the same weights and tokens run once plainly and once with
-``kernels = "auto"``. In half precision both are compared with the plain model in float32.
+Each class is built from a small configuration (`tiny_models.py`); the same weights and tokens run once
+plainly and once with ``kernels = "auto"``. In float32 loss and every gradient must agree within `TOLERANCE`;
+where they do not, and in half precision always, both are compared with the plain model in the next finer
+dtype, and the kernels may be off by twice what the original itself is.
 """
 
 from __future__ import annotations
@@ -11,140 +16,273 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
+import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-SMALL = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 512,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny_models
+
+TOLERANCE = 1e-5
+SECONDS = 60
+HEADING = "## Whole models"
+_FINER = {torch.float32: torch.float64, torch.bfloat16: torch.float32}
+
+Gradients = dict[str, torch.Tensor]
 
 
-def families() -> list[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+class NotRun(Exception):
+    """A model that this comparison cannot be made with, and why."""
 
 
-def build(family: str) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+def run(model: Any, given: dict[str, Any]) -> tuple[float, Gradients]:
+    """The loss, and the gradient of every parameter that has one."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family)
-    known = config.to_dict()
-    config = AutoConfig.for_model(family, **{key: value for key, value in SMALL.items() if key in known})
-    config.use_cache = False
-    # Depth is read from lists as well; a model that stays large is no check of many.
-    with torch.device("meta"):
-        size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    if size > 60_000_000:
-        raise ValueError(f"{size / 1e6:.0f} M parameters from the small configuration")
-    return AutoModelForCausalLM.from_config(config)
-
-
-def run(model: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    loss = model(input_ids=tokens, labels=tokens).loss
-    loss.backward()
-    gradients = {n: p.grad.float() for n, p in model.named_parameters() if p.grad is not None}
-    return loss.detach().float(), gradients
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    if a.keys() != b.keys():
-        return float("inf")
-    off = sum(float((a[name] - b[name]).square().sum()) for name in a)
-    norm = sum(float(b[name].square().sum()) for name in b)
-    return (off / norm) ** 0.5 if norm else off**0.5
-
-
-def check(family: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
-    from twinkle.apply.models import kernelize_layers, unkernelize
-    from twinkle.apply.options import options
-    from twinkle.kernel import unapply_function_kernel
-    from twinkle.registry import registry
-
-    options.kernels = "auto"
-    plain = build(family).to(device).train()
-    for module in plain.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    tokens = torch.randint(3, 500, (2, 48), generator=torch.Generator().manual_seed(1)).to(device)
-    exact = copy.deepcopy(plain).float()
-    plain.to(dtype)
-    ours = copy.deepcopy(plain)
-    loss, gradients = run(plain, tokens)
-    finer_loss, finer = run(exact, tokens)
-    before = len(registry.bindings)
-    kernelize_layers(ours)
-    our_loss, our_gradients = run(ours, tokens)
-    bindings = registry.bindings[before:]
-    unkernelize(ours)
-    unapply_function_kernel()
-    own, off = distance(gradients, finer), distance(our_gradients, finer)
-    floor = 1e-5 if dtype == torch.float32 else 2e-2
-    good = abs(our_loss - finer_loss) <= 2 * abs(loss - finer_loss) + floor and off <= 2 * own + floor
-    return {
-        "family": family,
-        "ok": bool(good),
-        "loss": our_loss.item(),
-        "plain_loss": loss.item(),
-        "gradients_off": off,
-        "plain_gradients_off": own,
-        "active": sorted({b.kernel for b in bindings if b.state == "active"}),
-        "not_active": sorted({f"{b.kernel}: {b.state}: {b.reason}" for b in bindings if b.state != "active"}),
+    floating = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    given = {
+        name: value.to(floating) if torch.is_tensor(value) and value.is_floating_point() else value
+        for name, value in given.items()
+    }
+    outputs = model(**given)
+    if outputs.loss is None:
+        raise NotRun("its forward takes labels and gives no loss")
+    outputs.loss.backward()
+    return outputs.loss.item(), {
+        name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--families", nargs="+", default=None)
-    parser.add_argument("--seconds", type=float, default=1e9, help="stop after so long")
-    parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
-    import warnings
+def distances(ours: Gradients, theirs: Gradients) -> dict[str, float]:
+    """By parameter: the norm of the difference over the norm of the gradient.
 
-    warnings.simplefilter("ignore")
-    started = time.monotonic()
+    A gradient below a thousandth of that of the whole model (the bias of a key, whose exact gradient is
+    zero) is measured against that thousandth.
+    """
+    if ours.keys() != theirs.keys():
+        odd = sorted(ours.keys() ^ theirs.keys())
+        return dict.fromkeys(odd, float("inf"))
+    floor = 1e-3 * sum(g.square().sum().item() for g in theirs.values()) ** 0.5 or 1.0
+    return {name: (ours[name] - g).norm().item() / max(g.norm().item(), floor) for name, g in theirs.items()}
+
+
+def worst(found: dict[str, float]) -> tuple[str, float]:
+    """The parameter whose gradient is off most; NaN is further off than anything."""
+    return max(found.items(), key=lambda item: (item[1] != item[1], item[1]))
+
+
+def compare(name: str, family: str, dtype: torch.dtype, device: str, length: int) -> dict[str, Any]:
+    """One class with kernels and without.
+
+    Raises:
+        NotRun: It gives no finite loss.
+    """
+    from twinkle import report
+    from twinkle.apply import reset
+    from twinkle.apply.models import kernelize_layers
+    from twinkle.apply.options import options
+
+    reset()
+    plain = tiny_models.tiny_model(name, family)
+    given = {key: value.to(device) for key, value in tiny_models.inputs(plain, length=length).items()}
+    plain.to(device, dtype)
+    ours = copy.deepcopy(plain)
+    exact = copy.deepcopy(plain)
+    loss, gradients = run(plain, given)
+    if loss != loss or not all(g.isfinite().all() for g in gradients.values()):
+        raise NotRun("loss or gradients are not finite without any kernel")
+    options.kernels = "auto"
+    try:
+        kernelize_layers(ours)
+        our_loss, our_gradients = run(ours, given)
+        told: Any = report.snapshot()
+    finally:
+        reset()
+    records = told["bindings"]
+    loss_off = abs(our_loss - loss) / max(abs(loss), 1e-30)
+    parameter, off = worst(distances(our_gradients, gradients))
+    result = {
+        "class": name,
+        "family": family,
+        "ok": loss_off <= TOLERANCE and off <= TOLERANCE,
+        "loss_off": loss_off,
+        "gradient_off": off,
+        "parameter": parameter,
+        "gradients": len(gradients),
+        "active": sorted({_op(b) for b in records if b["state"] == "active"}),
+        "proven": sum(b["proof"].startswith("proven") for b in records),
+        "not_active": sorted(
+            {f"{_op(b)} {b['state']}: {b['reason']}" for b in records if b["state"] != "active"}
+        ),
+        "remarks": told["remarks"],
+    }
+    if not result["ok"]:
+        finer_loss, finer = run(exact.to(_FINER[dtype]), given)
+        scale = max(abs(finer_loss), 1e-30)
+        own_loss, our_error = abs(loss - finer_loss) / scale, abs(our_loss - finer_loss) / scale
+        own = worst(distances(gradients, finer))[1]
+        _, our_worst = worst(distances(our_gradients, finer))
+        result["own_off"], result["our_off"] = own, our_worst
+        result["ok"] = our_error <= 2 * own_loss + TOLERANCE and our_worst <= 2 * own + TOLERANCE
+    return result
+
+
+def _op(binding: dict[str, Any]) -> str:
+    # A function's kernel is called as the function is.
+    return str(binding["source"].split()[1] if binding["kind"] == "function" else binding["kernel"])
+
+
+def all_of_them(names: dict[str, str], dtype: torch.dtype, device: str, length: int) -> dict[str, Any]:
+    """Every class, with what was left out and why."""
+    from transformers.utils import logging
+
+    logging.set_verbosity(60)
     results, left_out = [], {}
-    for family in args.families or families():
-        if time.monotonic() - started > args.seconds:
-            left_out[family] = "no time left"
-            continue
+
+    def expire(*_: object) -> None:
+        raise NotRun(f"more than {SECONDS} s")
+
+    signal.signal(signal.SIGALRM, expire)
+    for name, family in names.items():
+        started = time.monotonic()
+        signal.alarm(SECONDS)
         try:
-            result = check(family, getattr(torch, args.dtype), args.device)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                result = compare(name, family, dtype, device, length)
         except Exception as error:
-            left_out[family] = (
-                f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-            )
+            left_out[name] = _reason(error)
             continue
+        finally:
+            signal.alarm(0)
+        result["seconds"] = round(time.monotonic() - started, 2)
         results.append(result)
         if not result["ok"]:
-            print("DIFFERS", json.dumps(result))
-        elif result["not_active"]:
-            print(family, result["active"], result["not_active"])
-    wrong = [r["family"] for r in results if not r["ok"]]
-    covered = [r for r in results if r["active"]]
-    print(f"{len(results)} families ran, {len(covered)} with kernels, {len(wrong)} differ: {wrong}")
-    print(f"{len(left_out)} left out")
+            print("DIFFERS", json.dumps(result), flush=True)
+    return {"results": results, "left_out": left_out}
+
+
+def _reason(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines)[:160]
+    return text if isinstance(error, NotRun) else f"{type(error).__name__}: {text}"
+
+
+# -- writing --------------------------------------------------------------------------------------
+
+
+def section(data: dict[str, Any]) -> str:
+    """The runs of a results file as Markdown."""
+    lines = [
+        HEADING,
+        "",
+        'Tiny models with `kernels = "auto"` and without, on the same weights and tokens: the loss and the',
+        "gradient of every parameter. Written by `python benchmarks/families.py --write docs/coverage.md`.",
+        "A difference is the norm of the difference over the norm of the gradient (of a parameter whose",
+        "gradient is below a thousandth of the whole model's, over that thousandth); it is to be at most",
+        f"{TOLERANCE:g}, or at most twice the original's own error against the next finer dtype.",
+        "",
+        "| run | classes | with kernels | differ | left out | largest difference: loss, gradient |",
+        "|---|---|---|---|---|---|",
+    ]
+    for label, one in data["runs"].items():
+        results = one["results"]
+        wrong = [r for r in results if not r["ok"]]
+        lines.append(
+            f"| {label} | {len(results)} | {sum(bool(r['active']) for r in results)} | {len(wrong)} | "
+            f"{len(one['left_out'])} | {max(r['loss_off'] for r in results):.1e}, "
+            f"{max(r['gradient_off'] for r in results):.1e} |"
+        )
+    lines.append("")
+    for label, one in data["runs"].items():
+        for r in one["results"]:
+            if not r["ok"]:
+                lines.append(f"- differs, {label}: `{r['class']}`, {r['parameter']}: {r['gradient_off']:.1e}")
+            elif r["not_active"]:
+                lines.append(f"- {label}, `{r['class']}`: {'; '.join(r['not_active'])}")
+    by_class: dict[str, dict[str, Any]] = {}
+    for label, one in data["runs"].items():
+        for r in one["results"]:
+            by_class.setdefault(r["class"], {"family": r["family"]})[label] = r
+    labels = list(data["runs"])
+    lines += [
+        "",
+        "| class | family | " + " | ".join(f"ops, {label} | largest difference" for label in labels) + " |",
+        "|---|---" + "|---|---" * len(labels) + "|",
+    ]
+    for name in sorted(by_class, key=str.lower):
+        cells = []
+        for label in labels:
+            r = by_class[name].get(label)
+            cells += [", ".join(r["active"]) or "none", f"{r['gradient_off']:.0e}"] if r else ["not run", "–"]
+        lines.append(f"| {name} | {by_class[name]['family']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "Left out, because the model cannot be built from a small configuration or fed with tokens:",
+        "",
+    ]
+    reasons: dict[str, str] = {}
+    for one in data["runs"].values():
+        for name, reason in one["left_out"].items():
+            if name not in by_class:
+                reasons.setdefault(name, reason)
+    lines += [f"- `{name}`: {reason}" for name, reason in sorted(reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+def put_section(path: Path, text: str, heading: str = HEADING) -> None:
+    """Replace the section of that heading in a Markdown file, or add it at the end."""
+    old = path.read_text() if path.is_file() else ""
+    before, found, after = old.partition(heading + "\n")
+    _, more, rest = after.partition("\n## ")
+    tail = f"\n## {rest}" if found and more else ""
+    path.write_text(f"{before.rstrip()}\n\n{text}{tail}" if old else text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="bfloat16 on a GPU, else float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--length", type=int, default=32, help="tokens a row; two rows")
+    parser.add_argument("--classes", nargs="+", metavar="CLASS")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="put this run into a results file")
+    parser.add_argument(
+        "--write", metavar="FILE", type=Path, help="the results file as a section of Markdown"
+    )
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
+    names = tiny_models.classes()
+    if args.classes:
+        names = {name: names[name] for name in args.classes}
+    started = time.monotonic()
+    one = all_of_them(names, dtype, args.device, args.length)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    label = f"{args.device} {str(dtype).removeprefix('torch.')}{', triton interpreted' * interpreted}"
+    data: dict[str, Any] = {"runs": {}}
+    if args.json and args.json.is_file():
+        data = json.loads(args.json.read_text())
+    import transformers
+
+    data["transformers"], data["torch"] = transformers.__version__, torch.__version__
+    data["runs"][label] = one
     if args.json:
-        data = {"dtype": args.dtype, "torch": torch.__version__, "results": results, "left_out": left_out}
-        Path(args.json).write_text(json.dumps(data, indent=2) + "\n")
+        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    if args.write:
+        put_section(args.write, section(data))
+    results = one["results"]
+    wrong = [r["class"] for r in results if not r["ok"]]
+    covered = sum(bool(r["active"]) for r in results)
+    seconds = time.monotonic() - started
+    print(f"{label}: {len(results)} classes ran in {seconds:.0f} s, {covered} with kernels")
+    print(f"{len(one['left_out'])} left out; {len(wrong)} differ: {wrong}")
     return 1 if wrong else 0
 
 
