@@ -30,6 +30,12 @@ FLOOR = {
 }
 
 
+newer = pytest.mark.skipif(
+    int(transformers.__version__.partition(".")[0]) < 5,
+    reason="transformers 4 has not got it, or wrote it otherwise",
+)
+
+
 @pytest.fixture(scope="module")
 def coverage(tmp_path_factory):
     out = tmp_path_factory.mktemp("coverage") / "coverage.json"
@@ -62,17 +68,19 @@ def test_no_recognition_is_wrong(coverage):
         ("llama:LlamaRMSNorm", "rms_norm", "llama"),
         ("gemma3:Gemma3RMSNorm", "rms_norm", "gemma"),
         ("t5:T5LayerNorm", "rms_norm", "t5"),
-        ("gemma4:Gemma4RMSNorm", "rms_norm", "gemma4"),
+        pytest.param("gemma4:Gemma4RMSNorm", "rms_norm", "gemma4", marks=newer),
         ("phi3:Phi3MLP", "gated_mlp", "fused"),
         ("moonshine:MoonshineDecoderMLP", "gated_mlp", "fused_up_first"),
         ("t5:T5DenseGatedActDense", "gated_mlp", "t5"),
         ("llama:apply_rotary_pos_emb", "rotary", "half"),
         ("phi3:apply_rotary_pos_emb", "rotary", "partial"),
         ("qwen2_vl:apply_rotary_pos_emb_vision", "rotary", "vision"),
-        ("deepseek_v3:apply_rotary_pos_emb_interleave", "rotary", "interleaved_to_half"),
-        ("nanochat:apply_rotary_pos_emb", "rotary", "inverse"),
-        ("mixtral:MixtralExperts", "experts", "plain"),
-        ("gpt_oss:GptOssExperts", "experts", "gpt_oss"),
+        pytest.param(
+            "deepseek_v3:apply_rotary_pos_emb_interleave", "rotary", "interleaved_to_half", marks=newer
+        ),
+        pytest.param("nanochat:apply_rotary_pos_emb", "rotary", "inverse", marks=newer),
+        pytest.param("mixtral:MixtralExperts", "experts", "plain", marks=newer),
+        pytest.param("gpt_oss:GptOssExperts", "experts", "gpt_oss", marks=newer),
         ("gemma2:Gemma2ForCausalLM", "causal_lm_loss", "optional_softcap"),
         ("granite:GraniteForCausalLM", "causal_lm_loss", "divide"),
         ("llama:LlamaDecoderLayer", "residual_norm", "rms_norm_llama"),
@@ -83,7 +91,8 @@ def test_known_families(target, op, form):
     family, name = target.split(":")
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     found = recognise(getattr(module, name))
-    assert (found.op, found.form.name if found.form else None) == (op, form)
+    # Before transformers 5.18 experts have no room for a slot without one.
+    assert (found.op, found.form and found.form.name.removesuffix("_unpadded")) == (op, form)
 
 
 def test_a_classifier_head_is_no_causal_loss():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -78,10 +79,11 @@ def main(words: Sequence[str] | argparse.Namespace) -> int:
         options = parser.parse_args(list(words))
         if bool(options.targets) == options.all:
             parser.error("name a target, or --all")
-    if options.all:
-        rows = _all(options.jobs or min(os.cpu_count() or 1, 4), near=not options.json)
-    else:
-        rows = [_row(found, near=True) for text in options.targets for found in _recognitions(text)]
+    with contextlib.redirect_stdout(sys.stderr):  # transformers 4.57 prints where it is imported
+        if options.all:
+            rows = _all(options.jobs or min(os.cpu_count() or 1, 4), near=not options.json)
+        else:
+            rows = [_row(found, near=True) for text in options.targets for found in _recognitions(text)]
     recognised = [row for row in rows if row["op"] is not None]
     if options.json:
         keys = ("target", "op", "form", "facts")
@@ -125,6 +127,8 @@ def _named(module: str, name: str, text: str) -> Any:
 
 
 def _modules(text: str) -> list[str]:
+    from twinkle.match.survey import is_modeling
+
     if text.endswith(".py"):
         return [_load_file(text)]
     module = _import(text, text)
@@ -132,9 +136,7 @@ def _modules(text: str) -> list[str]:
     if paths is None:
         return [text]
     files = sorted({name for path in paths if os.path.isdir(path) for name in os.listdir(path)})
-    modeling = [
-        f"{text}.{name[:-3]}" for name in files if name.startswith("modeling_") and name.endswith(".py")
-    ]
+    modeling = [f"{text}.{name[:-3]}" for name in files if is_modeling(name)]
     return modeling or [text]
 
 

@@ -15,7 +15,16 @@ from twinkle.match.structure import Recognition, recognise
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["candidates", "modeling_modules", "reachable", "survey_module"]
+__all__ = ["candidates", "is_modeling", "modeling_modules", "reachable", "survey_module"]
+
+
+def is_modeling(name: str) -> bool:
+    """The file of that name holds models of torch; transformers 4 has others beside them."""
+    return (
+        name.startswith("modeling_")
+        and name.endswith(".py")
+        and not name.startswith(("modeling_tf_", "modeling_flax_"))
+    )
 
 
 def modeling_modules() -> list[str]:
@@ -31,7 +40,7 @@ def modeling_modules() -> list[str]:
             found += [
                 f"transformers.models.{family}.{name[:-3]}"
                 for name in sorted(os.listdir(folder))
-                if name.startswith("modeling_") and name.endswith(".py")
+                if is_modeling(name)
             ]
     return found
 

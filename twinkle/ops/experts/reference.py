@@ -9,7 +9,7 @@ each over the tokens routed to it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -153,7 +153,7 @@ def _gated(
     return activation(gate) * up
 
 
-FORMS: tuple[ExpertsForm, ...] = (
+_PADDED = (
     ExpertsForm("plain"),
     ExpertsForm("transposed", transposed=True),
     ExpertsForm("float32_gating", gating="float32"),
@@ -161,7 +161,12 @@ FORMS: tuple[ExpertsForm, ...] = (
     ExpertsForm("clamped_activated", gating="clamped_activated"),
     ExpertsForm("swish", gating="swish"),
     ExpertsForm("normed", norm=True),
+)
+FORMS: tuple[ExpertsForm, ...] = (
+    *_PADDED,
     ExpertsForm("gpt_oss", transposed=True, bias=True, gating="swish", interleaved=True, padding=False),
     ExpertsForm("float32_swish", transposed=True, bias=True, gating="swish", float32=True, padding=False),
+    # transformers before 5.18 has no room for a slot without expert.
+    *(replace(form, name=f"{form.name}_unpadded", padding=False) for form in _PADDED),
 )
 """Every form that is recognised."""
