@@ -94,7 +94,7 @@ def _forward(
     """The result, the fused projection ``[rows, 2 · intermediate]``, ``[3, rows]`` and ``[experts + 1]``."""
     first, second = _layout(gate_up, down, _FORMS[form])
     number, k = first.shape[0], indices.shape[1]
-    ids = indices.reshape(-1)
+    ids = _flat(indices)
     count = ids.numel()
     if count == 0 or x.numel() == 0 or first.numel() == 0:
         return _nothing(x, indices, gate_up, form)
@@ -109,7 +109,7 @@ def _forward(
     a = step.gate(h, gate_up_bias, ids, rows, offsets, Gating(*rest))
     y = products.rows(a, second, offsets, count)
     del a
-    out = step.combine(y, weights.reshape(-1), down_bias, ids, rows, offsets, k)
+    out = step.combine(y, _flat(weights), down_bias, ids, rows, offsets, k)
     return out, h, rows, offsets
 
 
@@ -147,13 +147,13 @@ def _backward(
     transposed = _FORMS[form].transposed
     first, second = _layout(gate_up, down, _FORMS[form])
     count, token, none = rows.shape[1], rows[1], x.new_empty(0)
-    ids, k = indices.reshape(-1), indices.shape[1]
+    ids, k = _flat(indices), indices.shape[1]
     if count == 0 or x.numel() == 0 or first.numel() == 0:
         biases = (none if b is None else torch.zeros_like(b) for b in (gate_up_bias, down_bias))
         given = ((x, want_x), (weights, want_weights), (gate_up, want_gate_up), (down, want_down))
         return (*(torch.zeros_like(t) if want else none for t, want in given), *biases)
     step = products.steps(x.device)
-    flat = weights.reshape(-1)
+    flat = _flat(weights)
     dout, x = _adjacent(dout), _adjacent(x)
     dp = products.rows(dout, second.transpose(1, 2), offsets, count, token)
     dh, a, dweights = step.gate_backward(dp, h, gate_up_bias, ids, flat, rows, offsets, Gating(*rest))
@@ -197,6 +197,10 @@ def _fake_backward(
 
 def _adjacent(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1).contiguous()  # columns of a wider tensor have a view with gaps
 
 
 def _gradients(ctx: Any, found: Any) -> tuple[Tensor | None, ...]:

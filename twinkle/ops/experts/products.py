@@ -35,10 +35,10 @@ def steps(device: torch.device) -> ModuleType:
 
 
 def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
-    """As ``triton.rows``."""
+    """As ``grouped.triton.rows``."""
     grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2]) if _aligned(w) else None
     if grouped is None:
-        return steps(a.device).rows(a, w, offsets, count, index)
+        return _own(a.device).rows(a, w, offsets, count, index)
     a = a.contiguous() if index is None else a.index_select(0, index)
     return grouped(a, w, offs=offsets[1:])
 
@@ -50,13 +50,22 @@ def outer(
     a_index: Tensor | None = None,
     b_index: Tensor | None = None,
 ) -> Tensor:
-    """As ``triton.outer``."""
+    """As ``grouped.triton.outer``."""
     grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
     if grouped is None:
-        return steps(a.device).outer(a, b, offsets, a_index, b_index)
+        return _own(a.device).outer(a, b, offsets, a_index, b_index)
     a = a.contiguous() if a_index is None else a.index_select(0, a_index)
     b = b.contiguous() if b_index is None else b.index_select(0, b_index)
     return grouped(a.t(), b, offs=offsets[1:])
+
+
+def _own(device: torch.device) -> ModuleType:
+    between = steps(device)
+    if between is plain:
+        return plain
+    from twinkle.ops.experts.grouped import triton
+
+    return triton
 
 
 def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
