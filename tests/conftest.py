@@ -33,6 +33,8 @@ def _import_triton_for_its_interpreter() -> None:
 
 
 _import_triton_for_its_interpreter()
+# Proofs of the tests are no business of the user's cache, nor the other way round.
+os.environ["TWINKLE_CACHE"] = "off"
 
 
 @pytest.fixture

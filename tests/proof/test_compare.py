@@ -152,4 +152,4 @@ def test_rows_bound_the_work() -> None:
         return Norm.forward(self, x)
 
     assert judged(kernel, torch.float32, rows=7).ok
-    assert seen == [torch.Size([4, 7, 64])]
+    assert set(seen) == {torch.Size([2, 7, 64])}

@@ -6,7 +6,7 @@ import importlib
 import sys
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.apply.bindings import function_binding
 from twinkle.apply.change import Change
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from twinkle.records import FunctionKernel
 
-__all__ = ["apply", "registered_modules", "unapply"]
+__all__ = ["PlacedAs", "apply", "placed_as", "registered_modules", "unapply"]
 
 
 class _Placed:
@@ -255,7 +255,7 @@ class _Plan:
             self.chosen = [candidate]
             # A kernel that is still to be proven needs the dispatcher's first call.
             self.implementation = (
-                dispatcher(original, self.chosen) if candidate.proofs_left else implementation
+                dispatcher(original, self.chosen) if candidate.owes(grad=True) else implementation
             )
             for other in order[at + 1 :]:
                 other.binding.set("skipped", f"{candidate.binding.source} goes first here")
@@ -294,9 +294,36 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     known = _candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
         proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
-        candidate = FunctionCandidate(kernel, function_binding(kernel), strict=options.raises, proofs=proofs)
+        candidate = FunctionCandidate(
+            kernel,
+            function_binding(kernel),
+            strict=options.raises,
+            proofs=proofs,
+            recall=options.recalls(kernel.verify),
+        )
         known = _candidates[key] = (kernel, original, candidate)
     return known[2]
+
+
+class PlacedAs(NamedTuple):
+    """What stands behind a function that Twinkle put somewhere.
+
+    Attributes:
+        original: The function that stood there.
+        kinds: The kinds of the sources of its kernels.
+    """
+
+    original: Any
+    kinds: tuple[str, ...]
+
+
+def placed_as(function: Any) -> PlacedAs | None:
+    """What a function stands for that Twinkle put in the place of another; None for any other."""
+    for placed in _placed.values():
+        if placed.placement.implementation is function or placed.placement.placed is function:
+            kinds = tuple(candidate.kernel.source.kind for candidate in placed.chosen)
+            return PlacedAs(placed.placement.original, kinds)
+    return None
 
 
 def _let_go(target: str) -> Any:

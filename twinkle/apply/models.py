@@ -369,7 +369,11 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
     if known is None or known.kernel is not kernel:
         proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
         known = _candidates[key] = Candidate(
-            kernel, layer_binding(kernel, target), strict=options.raises, proofs=proofs
+            kernel,
+            layer_binding(kernel, target),
+            strict=options.raises,
+            proofs=proofs,
+            recall=options.recalls(kernel.verify),
         )
     return known
 

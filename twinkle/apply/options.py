@@ -55,6 +55,14 @@ class Options:
             verify = "first-use" if kind in ("embedded", "match") else "off"
         return {"off": 0, "first-use": 1, "always": SHADOWED_CALLS}[verify]
 
+    def recalls(self, verify: str | None) -> bool:
+        """Whether a comparison from an earlier process will do: not where comparisons were asked for by name.
+
+        Args:
+            verify: As for :meth:`proofs`.
+        """
+        return (verify or self.verify) == "auto"
+
 
 SHADOWED_CALLS = 16
 options = Options()

@@ -20,6 +20,7 @@ _COMMANDS = {
     "lock": "pin the Hub kernels of a configuration to commits and digests",
     "match": "print what the code of a module is recognised as",
     "run": "run a Python program with Twinkle active",
+    "verify": "prove the embedded kernels on this machine",
 }
 
 _HELP = f"""\

@@ -36,6 +36,7 @@ _TABLES = {"TWINKLE_FUNCTIONS": "functions", "TWINKLE_LAYERS": "layers"}
 VARIABLES = (
     *_SETTINGS,
     *_TABLES,
+    "TWINKLE_CACHE",
     "TWINKLE_CONFIG",
     "TWINKLE_DISABLE",
     "TWINKLE_LOCK",

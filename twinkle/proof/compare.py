@@ -3,28 +3,39 @@
 The measure is the original's own rounding: each result is compared with the original run in the next
 finer dtype (float32 for half precision, float64 for float32), and a kernel may be off by twice what the
 original is, and a little. A kernel that is off by one percent is caught in bfloat16 as well.
+
+Between its forward and its backward the kernel is called once more, with its first input negated: results
+or saved tensors that live in a buffer shared by all calls are overwritten then, and that shows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["Verdict", "compare"]
+from twinkle.proof.inputs import duplicate, fewer, tensors_of
 
-_FINER = {
+__all__ = ["FINER", "Verdict", "compare", "dtype_of"]
+
+FINER = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
     torch.float32: torch.float64,
     torch.float64: torch.float64,
 }
+"""The dtype that a result is compared in, from that of the inputs."""
 # What a kernel may add to twice the original's error, as a share of the result's norm.
 _SLACK = {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 2e-6, torch.float64: 1e-12}
+_UNKNOWN = (math.nan,) * 4
 
 
 class Verdict:
@@ -33,16 +44,36 @@ class Verdict:
     Attributes:
         ok: The kernel may run.
         text: Why, with the errors, for the report.
+        errors: The largest relative error of the results, that of the original there, and the same two of
+            the gradients; NaN where nothing was compared.
+        conclusive: Both ran and were compared. Otherwise something failed, memory perhaps, that says
+            nothing of the next time.
+        date: The day of the comparison, where it is not today's: ``2026-01-31``.
     """
 
-    __slots__ = ("ok", "text")
+    __slots__ = ("conclusive", "date", "errors", "ok", "text")
 
-    def __init__(self, ok: bool, text: str) -> None:
+    def __init__(
+        self,
+        ok: bool,
+        text: str,
+        *,
+        errors: tuple[float, float, float, float] = _UNKNOWN,
+        conclusive: bool = True,
+        date: str | None = None,
+    ) -> None:
         self.ok = ok
         self.text = text
+        self.errors = errors
+        self.conclusive = conclusive
+        self.date = date
+
+    def __str__(self) -> str:
+        word = "proven" if self.ok else "rejected"
+        return f"{word} (cached, {self.date}): {self.text}" if self.date else f"{word}: {self.text}"
 
     def __repr__(self) -> str:
-        return f"<Verdict {'proven' if self.ok else 'rejected'}: {self.text}>"
+        return f"<Verdict {self}>"
 
 
 class _Rejected(Exception):
@@ -70,24 +101,28 @@ def compare(
         module: The layer, when they are ``forward`` functions.
         plain_class: The class of the layer without Twinkle, for the finer copy.
         backward: Compare the gradients of the inputs and parameters as well.
-        rows: At most so many of the last but one dimension of a lone tensor argument.
+        rows: At most so many tokens of at most two sequences, where that can be told from the inputs;
+            see :func:`twinkle.proof.inputs.fewer`.
 
     Returns:
         The verdict. A comparison that cannot be made is a rejection that says why.
     """
     inputs = (tuple(args), dict(kwargs))
     if rows is not None:
-        inputs = _fewer(inputs, rows)
-    dtype = _dtype_of(inputs, module)
+        inputs = fewer(inputs, rows)
+    dtype = dtype_of(inputs, module)
     state = torch.random.get_rng_state()
-    devices = sorted({t.device.index or 0 for t in _tensors(inputs) if t.device.type == "cuda"})
+    devices = sorted({t.device.index or 0 for t in tensors_of(inputs) if t.device.type == "cuda"})
     try:
         with torch.random.fork_rng(devices):
             return _compare(original, kernel, inputs, module, plain_class, dtype, backward, state)
     except _Rejected as rejected:
         return Verdict(False, str(rejected))
     except Exception as error:
-        return Verdict(False, f"the comparison could not be made: {type(error).__name__}: {error}")
+        text = str(error).strip().partition("\n")[0]
+        return Verdict(
+            False, f"the comparison could not be made: {type(error).__name__}: {text}", conclusive=False
+        )
 
 
 def _compare(
@@ -101,22 +136,62 @@ def _compare(
     state: torch.Tensor,
 ) -> Verdict:
     theirs = _run(original, inputs, module, backward, state)
-    ours = _run(kernel, inputs, module, backward, state)
+    ours = _run(kernel, inputs, module, backward, state, shaken=original)
     if ours.wrote and not theirs.wrote:
         raise _Rejected("it writes to its input")
-    finer = _FINER[dtype]
+    finer = FINER[dtype]
     twin = _finer(module, plain_class, finer)
     if module is not None and twin is None:
         best = theirs
     else:
         with torch.autocast(_device_type(inputs), enabled=False):
-            best = _run(original, _cast(inputs, dtype, finer), twin, backward, state)
-    outputs = _worst("result", ours.outputs, theirs.outputs, best.outputs)
+            best = _run_finer(original, _cast(inputs, dtype, finer), twin, backward, state, finer)
+    outputs = _worst("result", ours.outputs, theirs.outputs, best.outputs, _SLACK[dtype])
+    gradients = (math.nan, math.nan)
     text = f"error {outputs[0]:.1e} (original {outputs[1]:.1e})"
     if backward:
-        gradients = _worst("gradient", ours.gradients, theirs.gradients, best.gradients)
+        gradients = _worst("gradient", ours.gradients, theirs.gradients, best.gradients, _SLACK[dtype])
         text += f", gradients {gradients[0]:.1e} ({gradients[1]:.1e})"
-    return Verdict(True, f"{text} in {str(dtype).removeprefix('torch.')}")
+    text += f" in {str(dtype).removeprefix('torch.')}"
+    return Verdict(True, text, errors=(*outputs, *gradients))
+
+
+def _run_finer(
+    original: Callable[..., Any],
+    inputs: Any,
+    twin: nn.Module | None,
+    backward: bool,
+    state: torch.Tensor,
+    finer: torch.dtype,
+) -> _Result:
+    """Run the original in the finer dtype.
+
+    Casts to float32 within go to float64 with the rest, where float32 made in another way does not get into
+    the way. A wrapper may dispatch to code that has no such dtype (torch's grouped product has no float64);
+    the function it wraps computes the same.
+    """
+    functions = dict.fromkeys((original, inspect.unwrap(original)))
+    attempts = [(f, wide) for f in functions for wide in (True, False) if finer == torch.float64 or not wide]
+    for function, wide in attempts:
+        try:
+            with _Wider() if wide else contextlib.nullcontext():
+                return _run(function, inputs, twin, backward, state)
+        except RuntimeError:
+            if (function, wide) == attempts[-1]:
+                raise
+    raise AssertionError("unreachable")
+
+
+class _Wider(TorchFunctionMode):
+    """Casts to float32 go to float64: most norms compute in float32 by name, whatever they are given."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        elif func is torch.Tensor.to or func is torch.Tensor.type:
+            args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        wider = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*args, **wider)
 
 
 class _Result:
@@ -127,40 +202,116 @@ class _Result:
 
 
 def _run(
-    function: Callable[..., Any], inputs: Any, module: nn.Module | None, backward: bool, state: torch.Tensor
+    function: Callable[..., Any],
+    inputs: Any,
+    module: nn.Module | None,
+    backward: bool,
+    state: torch.Tensor,
+    shaken: Callable[..., Any] | None = None,
 ) -> _Result:
-    """Run on copies, from one state of the random numbers."""
+    """Run on copies, from one state of the random numbers.
+
+    With ``shaken``, the original, another call comes between, which must change nothing of this one.
+    """
     leaves: list[torch.Tensor] = []
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        # Strides are kept: a kernel that reads them wrongly has to be seen to.
-        twin = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-        twin.copy_(value.detach())
-        if backward and twin.is_floating_point():
-            leaves.append(twin.requires_grad_())
+        leaf, twin = duplicate(value, grad=backward and value.is_floating_point())
+        if leaf.requires_grad:
+            leaves.append(leaf)
         return twin
 
-    args, kwargs = tree_map(fresh, inputs)
-    torch.random.set_rng_state(state)
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed_all(0)
     lead = () if module is None else (module,)
-    with torch.inference_mode(False), torch.set_grad_enabled(backward):
+    with _unchanged(module), torch.inference_mode(False), torch.set_grad_enabled(backward):
+        args, kwargs = tree_map(fresh, inputs)
+        torch.random.set_rng_state(state)
+        if torch.cuda.is_available():
+            torch.cuda.manual_seed_all(0)
         outputs = tree_flatten(function(*lead, *args, **kwargs))[0]
         wrote = _differs(inputs, (args, kwargs))
+        if shaken is not None:
+            _shake(function, shaken, inputs, lead, outputs)
         if wrote or not backward:
-            return _Result(outputs, [], wrote)
+            return _Result(_plain(outputs), [], wrote)
         leaves += [p for p in module.parameters() if p.requires_grad] if module is not None else []
         pulled = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
         gradients: list[Any] = []
         if pulled and leaves:
             pushes = [_push(out, number) for number, out in enumerate(pulled)]
             gradients = list(torch.autograd.grad(pulled, leaves, pushes, allow_unused=True))
-    plain = [out.detach() if isinstance(out, torch.Tensor) else out for out in outputs]
     # Checked after backward, which may write to what forward kept.
-    return _Result(plain, gradients, _differs(inputs, (args, kwargs)))
+    return _Result(_plain(outputs), gradients, _differs(inputs, (args, kwargs)))
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module | None) -> Iterator[None]:
+    """What the layer counts in its buffers is not counted for a comparison."""
+    held = [(buffer, buffer.clone()) for buffer in module.buffers()] if module is not None else []
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in held:
+                buffer.copy_(before)
+
+
+def _shake(
+    kernel: Callable[..., Any],
+    original: Callable[..., Any],
+    inputs: Any,
+    lead: tuple[Any, ...],
+    outputs: list[Any],
+) -> None:
+    """Call a kernel again, with its first input negated.
+
+    Raises:
+        _Rejected: It changed what the call before returned, or returns the very same again.
+    """
+    before = [out.detach().clone() if isinstance(out, torch.Tensor) else out for out in outputs]
+    again = _plain(tree_flatten(_again(kernel, inputs, lead, True))[0])
+    if not _equal(_plain(outputs), before):
+        raise _Rejected("a second call overwrites the results of the first: they share a buffer")
+    # The original is asked as well: there are functions that do not see a sign.
+    if _equal(again, before) and not _equal(
+        *(_plain(tree_flatten(_again(original, inputs, lead, negate))[0]) for negate in (True, False))
+    ):
+        raise _Rejected("a second call, with other inputs, returns the results of the first")
+
+
+def _again(function: Callable[..., Any], inputs: Any, lead: tuple[Any, ...], negate: bool) -> Any:
+    """Call on copies; negate the first floating input."""
+    done = not negate
+
+    def fresh(value: Any) -> Any:
+        nonlocal done
+        if not isinstance(value, torch.Tensor):
+            return value
+        floating = value.is_floating_point()
+        leaf, twin = duplicate(value, grad=floating and torch.is_grad_enabled())
+        if floating and not done:
+            done = True
+            with torch.no_grad():
+                leaf.neg_()
+        return twin
+
+    args, kwargs = tree_map(fresh, inputs)
+    return function(*lead, *args, **kwargs)
+
+
+def _equal(some: list[Any], others: list[Any]) -> bool:
+    """Bit for bit, with NaN equal to NaN."""
+    pairs = zip(some, others, strict=False)
+    return len(some) == len(others) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in pairs
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor)
+    )
+
+
+def _plain(outputs: list[Any]) -> list[Any]:
+    return [out.detach() if isinstance(out, torch.Tensor) else out for out in outputs]
 
 
 def _push(out: torch.Tensor, number: int) -> torch.Tensor:
@@ -172,8 +323,13 @@ def _push(out: torch.Tensor, number: int) -> torch.Tensor:
     return values.repeat(repeats)[: out.numel()].reshape(out.shape).to(out.device, out.dtype)
 
 
-def _worst(what: str, ours: list[Any], theirs: list[Any], best: list[Any]) -> tuple[float, float]:
+def _worst(
+    what: str, ours: list[Any], theirs: list[Any], best: list[Any], slack: float
+) -> tuple[float, float]:
     """The largest error of the kernel and the original's own there.
+
+    ``slack`` is that of the inputs: a float32 loss of bfloat16 logits is no better than these, and the error
+    of a single number may happen to be none.
 
     Raises:
         _Rejected: They are of another kind, or the error is too large.
@@ -195,7 +351,7 @@ def _worst(what: str, ours: list[Any], theirs: list[Any], best: list[Any]) -> tu
                 raise _Rejected(f"a {what} of whole numbers differs")
             continue
         error, own = _error(mine, fine), _error(other, fine)
-        allowed = 2 * own + _SLACK[other.dtype]
+        allowed = 2 * own + max(_SLACK[other.dtype], slack)
         if not error <= allowed:  # also when it is NaN
             if own != own:
                 continue  # the original is NaN here too
@@ -236,31 +392,17 @@ def _cast(inputs: Any, dtype: torch.dtype, finer: torch.dtype) -> Any:
     return tree_map(cast, inputs)
 
 
-def _fewer(inputs: Any, rows: int) -> Any:
-    tensors = _tensors(inputs)
-    if len(tensors) != 1 or tensors[0].ndim < 2 or tensors[0].shape[-2] <= rows:
-        return inputs
-
-    def cut(value: Any) -> Any:
-        return value[..., :rows, :] if isinstance(value, torch.Tensor) else value
-
-    return tree_map(cut, inputs)
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
-
-
 def _device_type(inputs: Any) -> str:
-    tensors = _tensors(inputs)
+    tensors = tensors_of(inputs)
     return tensors[0].device.type if tensors else "cpu"
 
 
-def _dtype_of(inputs: Any, module: nn.Module | None) -> torch.dtype:
-    candidates = [*_tensors(inputs), *(module.parameters() if module is not None else ())]
-    return next((t.dtype for t in candidates if t.dtype in _FINER), torch.float32)
+def dtype_of(inputs: Any, module: nn.Module | None) -> torch.dtype:
+    """The dtype of a call: that of the first floating input, or parameter where there is none."""
+    candidates = [*tensors_of(inputs), *(module.parameters() if module is not None else ())]
+    return next((t.dtype for t in candidates if t.dtype in FINER), torch.float32)
 
 
 def _differs(before: Any, after: Any) -> bool:
-    pairs = zip(_tensors(before), _tensors(after), strict=True)
+    pairs = zip(tensors_of(before), tensors_of(after), strict=True)
     return any(not torch.equal(a, b) and bool((a == a).all()) for a, b in pairs)

@@ -39,6 +39,7 @@ class _Candidate:
         strict: Raise what goes wrong instead of going on with the original.
         dead: Why it is out of the running, or ``None``.
         proofs_left: How many calls are to be compared with the original before it is trusted.
+        recall: A comparison from before will do, where one was kept.
     """
 
     def __init__(
@@ -48,8 +49,11 @@ class _Candidate:
         *,
         strict: bool = False,
         proofs: int = 0,
+        recall: bool = False,
     ) -> None:
         self.proofs_left = proofs
+        self.recall = recall
+        self._owes_gradients = proofs > 0
         self.kernel = kernel
         self.binding = binding
         self.strict = strict
@@ -145,15 +149,28 @@ class _Candidate:
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
-    def judged(self, verdict: Verdict) -> None:
-        """It was compared with the original: one proof less to go, or out of the running."""
-        self.binding.proof = f"{'proven' if verdict.ok else 'rejected'}: {verdict.text}"
+    def owes(self, *, grad: bool) -> bool:
+        """Whether it has to be compared once more before it takes a call with or without gradients."""
+        return self.proofs_left > 0 or (grad and self._owes_gradients)
+
+    def judged(self, verdict: Verdict, *, grad: bool) -> None:
+        """It was compared with the original: one proof less to go, or out of the running.
+
+        Args:
+            verdict: What came out.
+            grad: The call was one with gradients.
+        """
+        self.binding.proof = str(verdict)
         if verdict.ok:
             self._proven_before = True
+            self._owes_gradients = self._owes_gradients and not grad
             self.proofs_left = max(0, self.proofs_left - 1)
             return
         trusted = self.binding.state == "active" and self._proven_before
-        self.retire("quarantined" if trusted else "failed", f"does not compute the same: {verdict.text}")
+        since = f" (cached, {verdict.date})" if verdict.date else ""
+        self.retire(
+            "quarantined" if trusted else "failed", f"does not compute the same{since}: {verdict.text}"
+        )
         if self.strict:
             raise KernelError(f"kernel {self.binding.kernel!r} does not compute the same", found=verdict.text)
 
@@ -169,9 +186,15 @@ class Candidate(_Candidate):
     kernel: LayerKernel
 
     def __init__(
-        self, kernel: LayerKernel, binding: Binding, *, strict: bool = False, proofs: int = 0
+        self,
+        kernel: LayerKernel,
+        binding: Binding,
+        *,
+        strict: bool = False,
+        proofs: int = 0,
+        recall: bool = False,
     ) -> None:
-        super().__init__(kernel, binding, strict=strict, proofs=proofs)
+        super().__init__(kernel, binding, strict=strict, proofs=proofs, recall=recall)
         self._fits: weakref.WeakKeyDictionary[type, LayerFit] = weakref.WeakKeyDictionary()
 
     def fit(self, target_class: type[nn.Module], instances: Sequence[nn.Module] = ()) -> LayerFit | None:
@@ -210,9 +233,15 @@ class FunctionCandidate(_Candidate):
     kernel: FunctionKernel
 
     def __init__(
-        self, kernel: FunctionKernel, binding: Binding, *, strict: bool = False, proofs: int = 0
+        self,
+        kernel: FunctionKernel,
+        binding: Binding,
+        *,
+        strict: bool = False,
+        proofs: int = 0,
+        recall: bool = False,
     ) -> None:
-        super().__init__(kernel, binding, strict=strict, proofs=proofs)
+        super().__init__(kernel, binding, strict=strict, proofs=proofs, recall=recall)
         self._function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.devices import torch_type
-from twinkle.modes import rank
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
+from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
+from twinkle.swap.proving import prove_ahead, prove_call
 from twinkle.swap.tensors import (
     call_there,
     constant,
@@ -33,70 +33,10 @@ from twinkle.swap.tensors import (
 if TYPE_CHECKING:
     from twinkle.swap.candidate import _Candidate
 
-__all__ = ["Dispatch", "Entry", "Moment"]
+__all__ = ["Dispatch"]
 
-# Enough rows for every branch of a kernel but those on the width, and next to nothing in a first step.
-PROOF_ROWS = 256
 # `x.is_cuda` takes a sixth of the time of `x.device.type`.
 _QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
-
-
-class Moment:
-    """When a call happens: on which device, in training, under a compiler, with gradients recorded."""
-
-    __slots__ = ("compiling", "device", "grad", "training")
-
-    def __init__(self, device: str | None, *, training: bool, compiling: bool, grad: bool) -> None:
-        self.device = device
-        self.training = training
-        self.compiling = compiling
-        self.grad = grad
-
-
-class Entry:
-    """One candidate in one place.
-
-    Attributes:
-        state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
-        function: What to call, once loaded.
-    """
-
-    __slots__ = (
-        "can_torch_compile",
-        "candidate",
-        "device",
-        "function",
-        "has_backward",
-        "index",
-        "mode",
-        "same_signature",
-        "state",
-    )
-
-    def __init__(self, candidate: _Candidate, index: int) -> None:
-        self.candidate = candidate
-        self.index = index
-        self.mode = candidate.mode
-        self.device = torch_type(candidate.device) if candidate.device else None
-        self.state = "new"
-        self.function: Callable[..., Any] | None = None
-        self.can_torch_compile: bool | None = None
-        self.has_backward: bool | None = None
-        self.same_signature = False
-
-    def suits(self, moment: Moment) -> tuple[int, int, int] | None:
-        """How well it suits the moment: smaller first, ``None`` never."""
-        if self.candidate.dead is not None or self.device not in (None, moment.device):
-            return None
-        if self.has_backward is False and moment.grad:
-            return None
-        place = rank(
-            self.mode,
-            training=moment.training,
-            compiling=moment.compiling,
-            can_torch_compile=self.can_torch_compile,
-        )
-        return None if place is None else (self.device is None, place, self.index)
 
 
 class Dispatch:
@@ -208,9 +148,9 @@ class Dispatch:
         if entry is None or entry.function is None:
             self.rebuild()
             return self.original(*args, **kwargs)
-        if entry.candidate.proofs_left and not self._prove(entry, args, kwargs, backward=moment.grad):
+        if entry.candidate.owes(grad=moment.grad) and not prove_call(self, entry, args, kwargs, moment):
             return self.original(*args, **kwargs)
-        if entry.state == "live":
+        if entry.is_live(grad=moment.grad):
             self.rebuild()
             return (
                 call_there(entry.function, args, kwargs)
@@ -228,8 +168,7 @@ class Dispatch:
                 raise
             failure = error
         else:
-            if not entry.candidate.proofs_left:
-                entry.state = "live"
+            entry.state = "live"
             entry.candidate.succeeded()
             self.rebuild()
             return result
@@ -242,30 +181,23 @@ class Dispatch:
         """The module that a call is about, which is its first argument, and its class without Twinkle."""
         return None, None
 
-    def _prove(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any], *, backward: bool) -> bool:
-        """Compare a kernel with the original on the inputs of a call."""
-        from twinkle.proof.compare import compare
+    def alike(self) -> list[nn.Module]:
+        """The modules that the function stands in now."""
+        return []
 
-        module, plain_class = self.subject(args)
-        assert entry.function is not None
-        entry.candidate.judged(
-            compare(
-                self.original,
-                entry.function,
-                args if module is None else args[1:],
-                kwargs,
-                module=module,
-                plain_class=plain_class,
-                backward=backward and _flows(module, (*args, *kwargs.values())),
-                rows=PROOF_ROWS if entry.candidate.kernel.source.kind == "embedded" else None,
-            )
-        )
-        return entry.candidate.dead is None
+    def _load_for_trace(
+        self, name: str, device: str | None, training: bool, grad: bool, dtype: torch.dtype | None = None
+    ) -> int:
+        """Run by the compiler while it traces: load the kernel, and put it where the trace goes next.
 
-    def _load_for_trace(self, name: str, device: str | None, training: bool, grad: bool) -> int:
-        """Run by the compiler while it traces: load the kernel, and put it where the trace goes next."""
+        One that never ran is proven first, on made-up inputs: those at hand are none but shapes.
+        """
         moment = Moment(device, training=training, compiling=True, grad=grad)
         entry = self.load(moment, self.trace_arguments())
+        while entry is not None and entry.candidate.owes(grad=grad):
+            if prove_ahead(self, entry, moment, dtype):
+                break
+            entry = self.load(moment, self.trace_arguments())
         traced = self.names[f"_tw_traced_{name}"]
         function = self.original if entry is None or entry.function is None else entry.function
         unproven = entry is not None and entry.state != "live"
@@ -301,10 +233,8 @@ class Dispatch:
             if text != self._text:
                 set_code(self.function, text, self._title())
                 self._text = text
-        only = (
-            tree if isinstance(tree, Entry) and tree.state == "live" and not self._minds_the_gpu() else None
-        )
-        self.rebuilt(only)
+        alone = isinstance(tree, Leaf) and tree.live and not self._minds_the_gpu()
+        self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
 
     @property
     def text(self) -> str:
@@ -325,34 +255,25 @@ class Dispatch:
         alive = (e.device for e in self.entries if e.candidate.dead is None)
         return sorted({d for d in alive if d is not None}, reverse=True)
 
-    def _tree(self) -> _Split | Entry | None:
+    def _tree(self) -> Split | Leaf | None:
         alive = [e for e in self.entries if e.candidate.dead is None]
         questions: list[Any] = [("device", (*self._devices(), None))]
-        if any(e.has_backward is False for e in alive):
+        if any(e.minds_gradients for e in alive):
             questions.append(("grad", (True, False)))
         questions.append(
             ("training", (True, False) if self.fixed_training is None else (self.fixed_training,))
         )
         questions.append(("compiling", (True,) if self.fixed_compiling else (True, False)))
-        return self._grow(questions, {"device": None, "grad": False})
-
-    def _grow(self, questions: list[Any], answers: dict[str, Any]) -> _Split | Entry | None:
-        if not questions:
-            return self.choose(Moment(**answers))
-        (name, values), rest = questions[0], questions[1:]
-        branches = [(value, self._grow(rest, {**answers, name: value})) for value in values]
-        if all(_same(branch, branches[0][1]) for _, branch in branches):
-            return branches[0][1]
-        return _Split(name, branches)
+        return grow(self.choose, questions)
 
     def _minds_the_gpu(self) -> bool:
         """Whether a tensor may lie on another GPU than the current one, where a kernel would be launched."""
         devices = [e.device for e in self.entries if e.candidate.dead is None]
         return any(d in (None, "cuda") for d in devices) and several_gpus()
 
-    def _probe(self, tree: _Split | Entry | None) -> Iterator[str]:
+    def _probe(self, tree: Split | Leaf | None) -> Iterator[str]:
         """Which device, as a number: 1 for the first that kernels are for, 0 for any other."""
-        by_device = isinstance(tree, _Split) and tree.name == "device"
+        by_device = isinstance(tree, Split) and tree.name == "device"
         gpus = self._minds_the_gpu() and tree is not None
         devices, values, argument = self._devices(), self._call.values(), self._call.probe
         slow = [f"_tw_device = _tw_where({tuple(devices)!r}, {values})"] if by_device else []
@@ -374,8 +295,8 @@ class Dispatch:
         yield "    except Exception:"
         yield from (f"        {line}" for line in slow)
 
-    def _lines(self, tree: _Split | Entry | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if isinstance(tree, _Split):
+    def _lines(self, tree: Split | Leaf | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        if isinstance(tree, Split):
             *first, last = tree.branches
             for value, branch in first:
                 yield f"{pad}if {self._question(tree.name, value)}:"
@@ -383,11 +304,11 @@ class Dispatch:
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
             yield f"{pad}return _tw_original({self._call.arguments})"
-        elif tree.state == "live":
+        elif tree.live:
             if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
                 yield f"{pad}if _tw_away:"
-                yield f"{pad}    return _tw_there(_tw_k{tree.index}, {self._call.packed})"
-            yield f"{pad}return _tw_k{tree.index}({self._call.arguments})"
+                yield f"{pad}    return _tw_there(_tw_k{tree.entry.index}, {self._call.packed})"
+            yield f"{pad}return _tw_k{tree.entry.index}({self._call.arguments})"
         elif known.get("compiling") is True and not self.fixed_compiling:
             yield from self._traced_lines(pad, known)
         elif known.get("compiling") is False:
@@ -420,7 +341,10 @@ class Dispatch:
             self._call.dress(self.names[variable], self.original)
         training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
         # The kernel is loaded between the two lines: the trace meets it in the second.
-        yield f"{pad}_tw_load({name!r}, {known.get('device')!r}, {training}, _tw_grad())"
+        words = [repr(name), repr(known.get("device")), training, "_tw_grad()"]
+        if self._call.probe is not None and any(e.candidate.owes(grad=True) for e in self.entries):
+            words.append(f"getattr({self._call.probe}, 'dtype', None)")
+        yield f"{pad}_tw_load({', '.join(words)})"
         yield f"{pad}return {variable}({self._call.arguments})"
 
     def _traced_text(self, unproven: bool) -> str:
@@ -434,24 +358,6 @@ class Dispatch:
         return "\n".join(lines)
 
 
-class _Split:
-    """A question with a branch an answer."""
-
-    __slots__ = ("branches", "name")
-
-    def __init__(self, name: str, branches: list[tuple[Any, _Split | Entry | None]]) -> None:
-        self.name = name
-        self.branches = branches
-
-
-def _same(a: _Split | Entry | None, b: _Split | Entry | None) -> bool:
-    if isinstance(a, _Split) and isinstance(b, _Split):
-        return a.name == b.name and all(
-            x[0] == y[0] and _same(x[1], y[1]) for x, y in zip(a.branches, b.branches, strict=True)
-        )
-    return a is b
-
-
 def _constant(function: Callable[..., int]) -> Callable[..., int]:
     """A function the compiler runs while it traces, and takes the result for a constant."""
 
@@ -459,13 +365,6 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
         return function(*args)
 
     return constant(run)
-
-
-def _flows(module: nn.Module | None, values: tuple[Any, ...]) -> bool:
-    """A gradient is recorded for the call."""
-    if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
-        return True
-    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def _out_of_memory(error: Exception) -> bool:

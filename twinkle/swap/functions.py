@@ -13,7 +13,8 @@ from torch import nn
 from twinkle.errors import KernelError
 from twinkle.proof.fit import check_function
 from twinkle.swap.candidate import FunctionCandidate
-from twinkle.swap.dispatch import Dispatch, Entry
+from twinkle.swap.dispatch import Dispatch
+from twinkle.swap.entry import Entry
 
 __all__ = ["Placement", "adapt", "dispatcher", "find", "put", "take_out"]
 

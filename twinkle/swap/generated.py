@@ -19,7 +19,8 @@ from torch import nn
 
 from twinkle.proof.fit import LayerFit
 from twinkle.swap.candidate import Candidate
-from twinkle.swap.dispatch import Dispatch, Entry
+from twinkle.swap.dispatch import Dispatch
+from twinkle.swap.entry import Entry
 from twinkle.swap.members import adopt
 
 __all__ = [
@@ -220,6 +221,10 @@ class LayerDispatch(Dispatch):
     def subject(self, args: tuple[Any, ...]) -> tuple[nn.Module | None, type | None]:
         """The module itself, and the class it had."""
         return args[0], self.target
+
+    def alike(self) -> list[nn.Module]:
+        """The modules of this class."""
+        return self.modules()
 
     def trace_arguments(self) -> tuple[Any, ...]:
         """Some module, so that its attributes can be checked."""

@@ -11,7 +11,7 @@ from torch import nn
 from twinkle.errors import KernelError
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
-from twinkle.swap.dispatch import Moment
+from twinkle.swap.entry import Moment
 from twinkle.swap.generated import LayerDispatch, Pin, class_for, core_of, original_of, set_class
 
 if TYPE_CHECKING:

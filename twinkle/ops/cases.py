@@ -1,0 +1,101 @@
+"""Sample calls of the embedded kernels, each beside its definition: for proofs, tests and benchmarks.
+
+Every op with a kernel has a ``samples.py`` with two functions::
+
+    forms()                                                  the forms of the op
+    cases(form, dtype, device, room)                         calls of it, of several shapes
+    inputs(form, facts, module, lead, dtype, generator)      random inputs for an instance at hand
+
+``inputs`` returns values by argument of the definition, or None where it cannot know them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
+
+    from torch import Tensor, nn
+
+__all__ = ["OPS", "SHAPES", "Case", "cases", "forms", "implementation", "random", "strided"]
+
+OPS = ("rms_norm", "gated_mlp", "rotary", "residual_norm", "qk_norm_rotary", "causal_lm_loss")
+"""The folders that have samples."""
+
+SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
+    "plain": ((2, 48), 256),
+    "one row": ((1, 1), 128),
+    "ragged": ((3, 7), 100),
+    "wide": ((1, 3), 5000),
+    "strided": ((2, 5), 64),
+}
+"""Leading dimensions and width; ``strided`` is not contiguous, ``ragged`` and ``wide`` fill no block."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a kernel and of its definition.
+
+    Attributes:
+        shape: What is special about it.
+        original: The definition; takes the module first where there is one.
+        kernel: The same for the kernel.
+        args: The arguments, without the module.
+        module: The layer, for layers.
+        facts: What the kernel was made for, as ``twinkle.match`` gives it.
+    """
+
+    shape: str
+    original: Callable[..., Any]
+    kernel: Callable[..., Any]
+    args: tuple[Any, ...]
+    module: nn.Module | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+def forms(op: str) -> tuple[Any, ...]:
+    """The forms of an op, whether or not there is a kernel for them."""
+    found: tuple[Any, ...] = import_module(f"twinkle.ops.{op}.samples").forms()
+    return found
+
+
+def cases(
+    op: str, form: Any, dtype: torch.dtype, device: torch.device, room: str = "layer"
+) -> Iterator[Case]:
+    """Calls of one form, on random inputs that follow from ``torch.manual_seed``.
+
+    Args:
+        op: The folder.
+        form: One of :func:`forms`.
+        dtype: Of the inputs and parameters.
+        device: Where they are.
+        room: What computes it, as ``twinkle.ops.variants`` says: ``layer`` or ``cpu``.
+    """
+    yield from import_module(f"twinkle.ops.{op}.samples").cases(form, dtype, device, room)
+
+
+def implementation(op: str, room: str) -> Any:
+    """The module of an op with the kernels for a kind of device."""
+    return import_module(f"twinkle.ops.{op}.{room}")
+
+
+def random(
+    shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, *, scale: float = 1.0
+) -> Tensor:
+    """Normal numbers on the device of the generator."""
+    made = torch.randn(shape, generator=generator, device=generator.device, dtype=torch.float32)
+    return (made * scale).to(dtype)
+
+
+def strided(tensor: Tensor) -> Tensor:
+    """The same values, with a gap behind each row."""
+    wide = torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 16, dtype=tensor.dtype, device=tensor.device)
+    view = wide[..., : tensor.shape[-1]]
+    view.copy_(tensor)
+    return view

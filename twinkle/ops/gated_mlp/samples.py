@@ -1,0 +1,111 @@
+"""Sample calls of gated MLP kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.ops.cases import Case, implementation, random, strided
+from twinkle.ops.gated_mlp import reference
+from twinkle.ops.gated_mlp.activation import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.gated_mlp.reference import GatedMLPForm
+
+__all__ = ["cases", "forms", "inputs"]
+
+
+def forms() -> tuple[GatedMLPForm, ...]:
+    """All."""
+    return reference.FORMS
+
+
+def inputs(
+    form: GatedMLPForm,
+    facts: Mapping[str, Any],
+    module: nn.Module | None,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Any] | None:
+    """``x`` for an MLP: as wide as its down projection's output."""
+    down: Any = module
+    for name in str(facts.get("down")).split("."):
+        down = getattr(down, name, None)
+    width = getattr(down, "out_features", None)
+    return {"x": random((*lead, width), dtype, generator)} if isinstance(width, int) else None
+
+
+# Leading dimensions, width and width within.
+_SHAPES = {
+    "plain": ((2, 48), 64, 160),
+    "one row": ((1, 1), 32, 96),
+    "ragged": ((3, 7), 20, 100),
+    "wide": ((1, 3), 32, 5000),
+    "strided": ((2, 5), 64, 96),
+}
+_LAYERS = ("gate", "up", "gate_up", "dropout", "norm")
+_LIMIT, _GATE_SCALE, _OUTPUT_SCALE = 0.4, 1.3, 0.7
+
+
+class MLP(nn.Module):
+    """A gated MLP by its definition."""
+
+    def __init__(
+        self,
+        form: GatedMLPForm,
+        activation: str,
+        width: int,
+        inner: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.form, self.activation = form, activation
+        if form.projections == "fused":
+            self.gate_up = nn.Linear(width, 2 * inner, device=device, dtype=dtype)
+        else:
+            self.gate = nn.Linear(width, inner, device=device, dtype=dtype)
+            self.up = nn.Linear(width, inner, device=device, dtype=dtype)
+        if form.norm:
+            self.norm = nn.LayerNorm(inner, device=device, dtype=dtype)
+        if form.dropout:
+            self.dropout = nn.Dropout(0.0)
+        self.down = nn.Linear(inner, width, bias=False, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same."""
+        layers = {name: getattr(self, name, None) for name in _LAYERS}
+        return reference.gated_mlp(
+            x, down=self.down, activation=ACTIVATIONS[self.activation], form=self.form, limit=_LIMIT,
+            gate_scale=_GATE_SCALE, output_scale=_OUTPUT_SCALE, **layers,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
+def cases(
+    form: GatedMLPForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+) -> Iterator[Case]:
+    """Each shape with a silu; and every activation, for the form that most families have."""
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
+    if form.name == "separate":
+        calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]
+    for shape, activation, lead, width, inner in calls:
+        module = MLP(form, activation, width, inner, dtype, device)
+        facts: dict[str, Any] = {"x": "x", "down": "down", "activation": activation}
+        facts |= {name: name for name in _LAYERS if hasattr(module, name)}
+        if form.clamp != "none":
+            facts["limit"] = _LIMIT
+        if form.scaled:
+            facts |= {"gate_scale": _GATE_SCALE, "output_scale": _OUTPUT_SCALE}
+        kernel: Any = implementation("gated_mlp", room).layer_class(form, facts).forward
+        x = random((*lead, width), dtype, generator)
+        args = (strided(x) if shape == "strided" else x,)
+        yield Case(shape, MLP.forward, kernel, args, module, facts)

@@ -1,0 +1,56 @@
+"""Sample calls of residual-norm kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.residual_norm import layer, reference
+from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.rms_norm.reference import FORMS as NORMS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["cases", "forms"]
+
+_SCALE = 0.22
+
+
+def forms() -> tuple[ResidualNormForm, ...]:
+    """Every norm that has a kernel behind a sum, and one behind a scaled sum."""
+    plain = [ResidualNormForm(f"rms_norm_{norm.name}", norm) for norm in NORMS]
+    scaled = [ResidualNormForm(f"rms_norm_{norm.name}_scaled", norm, True) for norm in NORMS[:2]]
+    return tuple(form for form in (*plain, *scaled) if layer.covers(form))
+
+
+def _bound(function: Callable[..., Any], form: ResidualNormForm) -> Callable[..., Any]:
+    def call(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        h, y = function(x, residual, weight, 1e-6, form=form, scale=_SCALE)
+        return h, y
+
+    return call
+
+
+def cases(
+    form: ResidualNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+) -> Iterator[Case]:
+    """Each shape."""
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    for shape, (lead, width) in SHAPES.items():
+        x, residual = (random((*lead, width), dtype, generator) for _ in range(2))
+        weight = random((width,), dtype, generator).abs() + 0.5
+        if shape == "strided":
+            x, residual = strided(x), strided(residual)
+        bare = form.norm.weight == "none"  # type: ignore[union-attr]
+        yield Case(
+            shape,
+            _bound(reference.residual_norm, form),
+            _bound(implementation("residual_norm", room).residual_norm, form),
+            (x, residual, None if bare else weight),
+        )

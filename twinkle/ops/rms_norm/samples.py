@@ -1,0 +1,80 @@
+"""Sample calls of RMSNorm kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.rms_norm import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.rms_norm.reference import RMSNormForm
+
+__all__ = ["cases", "forms", "inputs"]
+
+_UNKNOWN_WIDTH = 128
+
+
+def forms() -> tuple[RMSNormForm, ...]:
+    """All."""
+    return reference.FORMS
+
+
+def inputs(
+    form: RMSNormForm,
+    facts: Mapping[str, Any],
+    module: nn.Module | None,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Any] | None:
+    """``x`` for a norm: as wide as its weight."""
+    weight = getattr(module, str(facts.get("weight")), None)
+    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else _UNKNOWN_WIDTH
+    return {"x": random((*lead, width), dtype, generator, scale=3)}
+
+
+class Norm(nn.Module):
+    """A norm by its definition."""
+
+    def __init__(self, form: RMSNormForm, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.form = form
+        self.normalized_shape = (width,)
+        if form.weight != "none":
+            self.weight = nn.Parameter(torch.rand(width, device=device).add_(0.5).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same."""
+        weight = getattr(self, "weight", None)
+        return reference.rms_norm(
+            x, weight, 1e-6, form=self.form, normalized_shape=self.normalized_shape
+        )  # fmt: skip
+
+
+def cases(form: RMSNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+    """Each shape, and a weight in float32 beside inputs in half precision."""
+    facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
+    if form.weight != "none":
+        facts["weight"] = "weight"
+    if form.compute == "fused":
+        facts["normalized_shape"] = "normalized_shape"
+    kernel: Any = implementation("rms_norm", room).layer_class(form, facts).forward
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    shapes = dict(SHAPES)
+    if dtype != torch.float32 and form.weight != "none" and form.compute != "fused":
+        shapes["float32 weight"] = SHAPES["plain"]
+    for shape, (lead, width) in shapes.items():
+        kept = torch.float32 if shape == "float32 weight" else dtype
+        module = Norm(form, width, kept, device)
+        x = random((*lead, width), dtype, generator, scale=3)
+        args = (strided(x) if shape == "strided" else x,)
+        yield Case(shape, Norm.forward, kernel, args, module, facts)

@@ -1,0 +1,129 @@
+"""Sample calls of rotary kernels."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.cases import Case, implementation, random
+from twinkle.ops.rotary import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+    from typing import Any
+
+    from torch import nn
+
+    from twinkle.ops.rotary.reference import RotaryForm
+
+__all__ = ["cases", "forms", "inputs"]
+
+# Batch, heads of the queries and of the keys, tokens, channels of a head.
+_SHAPES = {
+    "plain": (2, 4, 2, 48, 64),
+    "one row": (1, 2, 1, 1, 32),
+    "ragged": (3, 3, 1, 7, 40),
+    "wide": (1, 2, 2, 5, 256),
+    "strided": (2, 4, 4, 9, 64),
+    "one table": (3, 2, 2, 7, 32),
+}
+
+
+def forms() -> tuple[RotaryForm, ...]:
+    """All."""
+    return reference.FORMS
+
+
+def inputs(
+    form: RotaryForm,
+    facts: Mapping[str, Any],
+    module: nn.Module | None,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Any] | None:
+    """Queries, keys and tables of a model with heads of 64 channels."""
+    batch, tokens = lead
+    return _values(form, (batch, 4, 2, tokens, 64), dtype, dtype, generator)
+
+
+def _values(
+    form: RotaryForm,
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    table_dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    batch, heads, kv_heads, tokens, width = shape
+    turned = width // 2 if form.part in ("first", "last") else width
+    columns = turned // 2 if form.tables in ("half", "repeated") else turned
+    table: tuple[int, ...] = (batch, tokens, columns)
+
+    def projected(count: int) -> torch.Tensor:
+        """As a projection gives it: tokens before heads in memory."""
+        if form.broadcast == "-2":
+            return random((tokens, count, width), dtype, generator)
+        made = random((batch, tokens, count, width), dtype, generator)
+        return made if form.broadcast == "2" else made.transpose(1, 2)
+
+    if form.broadcast in ("-2", "none"):
+        table = (tokens, columns)
+    if form.indexed:
+        table = (tokens + 6, columns)
+    if form.sections:
+        table = (3, batch, tokens, columns)
+    angle = random((*table[:-1], table[-1] // 2 or 1), torch.float32, generator, scale=3)
+    angle = torch.cat((angle, angle), -1)[..., : table[-1]]
+    if form.tables in ("half", "repeated"):
+        angle = random(table, torch.float32, generator, scale=3)
+    positions = torch.arange(batch * tokens, device=generator.device).view(batch, tokens)
+    values: dict[str, Any] = {
+        "q": projected(heads),
+        "k": projected(kv_heads),
+        "v": projected(kv_heads),
+        "cos": angle.cos().to(table_dtype),
+        "sin": angle.sin().to(table_dtype),
+        "unsqueeze_dim": 1,
+        "position_ids": positions % (tokens + 6),
+        "mrope_section": [columns // 8, columns // 8, columns // 2 - 2 * (columns // 8)],
+    }
+    return {role: value for role, value in values.items() if role in _roles(form)}
+
+
+def _roles(form: RotaryForm) -> tuple[str, ...]:
+    roles: tuple[str, ...] = (*("q", "k", "v")[: form.tensors], "cos", "sin")
+    roles += ("unsqueeze_dim",) if form.broadcast == "argument" else ()
+    roles += ("position_ids",) if form.indexed else ()
+    return roles + (("mrope_section",) if form.sections else ())
+
+
+def _definition(form: RotaryForm) -> Callable[..., Any]:
+    """With the arguments of the form in the order of its roles."""
+    roles = _roles(form)
+    scope: dict[str, Any] = {"rotary": reference.rotary, "form": form}
+    handed = ", ".join([*(f"{role}={role}" for role in roles), *(() if "k" in roles else ("k=None",))])
+    exec(f"def definition({', '.join(roles)}):\n    return rotary({handed}, form=form)\n", scope)
+    made: Callable[..., Any] = scope["definition"]
+    return made
+
+
+def cases(form: RotaryForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+    """Each shape, and tables in float32 beside inputs in half precision."""
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    original = _definition(form)
+    facts = {role: role for role in _roles(form)}
+    kernel = implementation("rotary", room).function_for(form, facts, original)
+    shapes = dict(_SHAPES)
+    if dtype != torch.float32:
+        shapes["float32 tables"] = _SHAPES["plain"]
+    for shape, sizes in shapes.items():
+        table = torch.float32 if shape == "float32 tables" else dtype
+        values = _values(form, sizes, dtype, table, generator)
+        if shape == "one table":
+            if values["cos"].dim() != 3 or form.indexed:
+                continue
+            values |= {name: values[name][:1] for name in ("cos", "sin")}
+        if shape == "plain":  # heads before tokens in memory as well
+            values |= {name: values[name].contiguous() for name in ("q", "k", "v") if name in values}
+        yield Case(shape, original, kernel, tuple(values.values()), None, facts)

@@ -1,0 +1,163 @@
+"""What was proven on this machine before, in one small JSON file a user.
+
+The file is ``proofs.json`` in the directory that ``TWINKLE_CACHE`` names, by default ``twinkle`` in the
+cache directory of the user (``XDG_CACHE_HOME``, else ``~/.cache``). ``TWINKLE_CACHE=off`` does without.
+It is replaced as a whole, so that a reader never sees half of one; of two processes that write at once one
+may lose its entry, which is then proven again. A file that cannot be read is as good as none.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import logging
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from twinkle.proof.compare import Verdict
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["ProofCache", "cache_file", "proofs"]
+
+SCHEMA = 1
+MOST = 8192
+"""Entries that are kept; the oldest go first."""
+_OFF = ("off", "0", "false", "no")
+_log = logging.getLogger("twinkle.proof")
+
+
+def cache_file(environ: Mapping[str, str]) -> Path | None:
+    """Where the verdicts are kept, or None where the user wants no such file."""
+    given = environ.get("TWINKLE_CACHE", "").strip()
+    if given.lower() in _OFF:
+        return None
+    if given:
+        return Path(given).expanduser() / "proofs.json"
+    home = environ.get("XDG_CACHE_HOME", "").strip()
+    # The XDG specification has relative paths ignored.
+    base = Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()
+    return base / "twinkle" / "proofs.json"
+
+
+class ProofCache:
+    """Verdicts by what they are about.
+
+    Args:
+        path: The file; without one nothing is found and nothing is kept.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self._known: dict[str, Any] | None = None
+        self._complained = False
+
+    def find(self, question: Mapping[str, Any]) -> Verdict | None:
+        """The verdict on a question, if it was kept."""
+        if self.path is None:
+            return None
+        if self._known is None:
+            self._known = self._read()
+        entry = self._known.get(_name(question), {})
+        try:
+            errors = [math.nan if number is None else float(number) for number in entry["errors"]]
+            a, b, c, d = errors
+            return Verdict(
+                bool(entry["ok"]), str(entry["text"]), errors=(a, b, c, d), date=str(entry["date"])
+            )
+        except (TypeError, KeyError, ValueError):  # nothing there, or not ours
+            return None
+
+    def keep(self, question: Mapping[str, Any], verdict: Verdict) -> None:
+        """Add a verdict, if it is one for later: a comparison that broke off is none."""
+        self.keep_all([(question, verdict)])
+
+    def keep_all(self, verdicts: list[tuple[Mapping[str, Any], Verdict]]) -> None:
+        """Add several at once."""
+        new = {
+            _name(question): {
+                "ok": verdict.ok,
+                "text": verdict.text,
+                "errors": [None if math.isnan(number) else number for number in verdict.errors],
+                "date": datetime.date.today().isoformat(),
+                "about": " ".join(str(question.get(key)) for key in ("op", "form", "dtype", "device")),
+            }
+            for question, verdict in verdicts
+            if verdict.conclusive
+        }
+        if self.path is None or not new:
+            return
+        # Read again: other processes write as well.
+        entries = {**self._read(), **new}
+        if len(entries) > MOST:
+            oldest = sorted(entries, key=lambda name: str(entries[name].get("date")), reverse=True)
+            entries = {name: entries[name] for name in oldest[:MOST]}
+        self._known = entries
+        self._write({"schema": SCHEMA, "proofs": entries})
+
+    def clear(self) -> int:
+        """Remove the file; returns how many verdicts it had."""
+        count = len(self._read())
+        self._known = None
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+        return count
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        if self.path is None:
+            return {}
+        try:
+            document = json.loads(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            return {}
+        except (OSError, ValueError, RecursionError) as error:
+            self._complain("read", error)
+            return {}
+        found = document.get("proofs") if isinstance(document, dict) else None
+        if not isinstance(found, dict) or document.get("schema") != SCHEMA:
+            self._complain("read", "it is of another format")
+            return {}
+        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+
+    def _write(self, document: object) -> None:
+        assert self.path is not None
+        temporary = None
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, temporary = tempfile.mkstemp(prefix=".proofs-", dir=self.path.parent)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(document, file, separators=(",", ":"))
+            os.replace(temporary, self.path)
+        except OSError as error:
+            self._complain("written", error)
+            if temporary is not None:
+                Path(temporary).unlink(missing_ok=True)
+
+    def _complain(self, what: str, why: object) -> None:
+        if not self._complained:
+            self._complained = True
+            _log.warning("%s cannot be %s, so kernels are proven anew: %s", self.path, what, why)
+
+
+def _name(question: Mapping[str, Any]) -> str:
+    text = json.dumps(question, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+_caches: dict[Path | None, ProofCache] = {}
+
+
+def proofs() -> ProofCache:
+    """The verdicts kept where the environment says."""
+    path = cache_file(os.environ)
+    if path not in _caches:
+        _caches[path] = ProofCache(path)
+    return _caches[path]

@@ -1,0 +1,115 @@
+"""Copies of the inputs of a call, whole or of fewer tokens, as a proof runs on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+__all__ = ["duplicate", "fewer", "tensors_of"]
+
+# Two, so that a kernel which takes all sequences for the first one is seen.
+_SEQUENCES = 2
+
+
+def tensors_of(values: Any) -> list[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
+
+
+def duplicate(value: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
+    """A copy with the strides of the original: a kernel that reads them wrongly has to be seen to.
+
+    Args:
+        value: What to copy.
+        grad: Gradients are wanted for the copy.
+
+    Returns:
+        The leaf that owns the copy, and the copy: the same tensor but where the original is expanded.
+    """
+    whole = value.detach()
+    spread = [stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)]
+    if any(spread):
+        whole = whole[tuple(slice(0, 1) if is_spread else slice(None) for is_spread in spread)]
+    try:
+        leaf = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=value.device)
+        leaf.copy_(whole)
+    except RuntimeError:  # its elements overlap in memory
+        leaf = whole.clone(memory_format=torch.contiguous_format)
+    if grad:
+        leaf.requires_grad_()
+    return leaf, leaf.expand(value.shape) if any(spread) else leaf
+
+
+def fewer(inputs: Any, tokens: int) -> Any:
+    """The same inputs with at most ``tokens`` of the tokens they share, and at most two sequences.
+
+    Tokens are the longest dimension, but the last one, that all tensors have; of a lone tensor the last but
+    one. What cannot be told apart is left whole.
+
+    The strides shrink with the sizes, so that copies are as small as what is left: those of a cut view
+    would span the memory of the whole. Lengths that 16 divides stay so, and others do not become so,
+    because triton compiles a kernel anew for them.
+    """
+    given = tensors_of(inputs)
+    wide = [tensor for tensor in given if tensor.ndim > 1]
+    if not wide or any(tensor.layout is not torch.strided for tensor in given):
+        return inputs
+    cuts: dict[int, dict[int, int]] = {id(tensor): {} for tensor in wide}
+    if len(wide) == 1:
+        axes: list[int] | None = [wide[0].ndim - 2]
+    else:
+        axes = _shared(wide, tokens)
+    if axes is not None:
+        length = wide[0].shape[axes[0]]
+        if length > tokens:
+            for tensor, axis in zip(wide, axes, strict=True):
+                cuts[id(tensor)][axis] = tokens - ((tokens - length) % 16 if tokens > 16 else 0)
+    batch = wide[0].shape[0]
+    leads = [tensor for tensor in wide if 0 not in cuts[id(tensor)] and tensor.ndim > 2]
+    # Three may as well be the sections of a multimodal table: time, height and width.
+    several = batch > _SEQUENCES and batch != 3 and len(leads) == len(wide)
+    if several and all(tensor.shape[0] in (1, batch) for tensor in leads):
+        for tensor in leads:
+            if tensor.shape[0] == batch:
+                cuts[id(tensor)][0] = _SEQUENCES
+
+    def cut(value: Any) -> Any:
+        found = cuts.get(id(value)) if isinstance(value, Tensor) else None
+        return _cut(value, found) if found else value
+
+    return tree_map(cut, inputs)
+
+
+def _shared(tensors: list[Tensor], over: int) -> list[int] | None:
+    """The axis of each tensor that has the longest length they all share; None if it is not clear."""
+    lengths = [list(t.shape[:-1] if t.is_floating_point() else t.shape) for t in tensors]
+    common = {n for n in lengths[0] if n > over and all(n in other for other in lengths)}
+    if not common:
+        return None
+    longest = max(common)
+    if any(shape.count(longest) > 1 for shape in lengths):
+        return None
+    return [shape.index(longest) for shape in lengths]
+
+
+def _cut(value: Tensor, cuts: dict[int, int]) -> Tensor:
+    view = value.detach()
+    strides = list(value.stride())
+    for axis, size in cuts.items():
+        step = value.stride(axis)
+        for other in range(value.ndim):
+            if value.stride(other) > step > 0:
+                whole = strides[other] * size
+                if whole % value.shape[axis]:
+                    return view[tuple(slice(cuts.get(at)) for at in range(value.ndim))]
+                strides[other] = whole // value.shape[axis]
+        view = view.narrow(axis, 0, size)
+    with torch.inference_mode(False):
+        try:
+            made = torch.empty_strided(view.shape, strides, dtype=value.dtype, device=value.device)
+            return made.copy_(view)
+        except RuntimeError:  # expanded
+            return view
