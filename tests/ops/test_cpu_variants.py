@@ -10,6 +10,7 @@ from twinkle.ops.rms_norm import cpu as norm_cpu
 from twinkle.ops.rms_norm import reference as norm_reference
 from twinkle.ops.rotary import cpu as rotary_cpu
 from twinkle.ops.rotary import reference as rotary_reference
+from twinkle.proof.compare import compare
 
 NORMS = {form.name: form for form in norm_reference.FORMS if norm_cpu.covers(form)}
 ROTATIONS = {form.name: form for form in rotary_reference.FORMS if rotary_cpu.covers(form)}
@@ -107,6 +108,14 @@ def test_a_norm_below_the_size_that_pays_is_the_definition(monkeypatch):
     monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
     x, w = normed(LLAMA, torch.float32)
     assert not ours(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA))
+
+
+def test_a_proof_is_about_the_way_of_large_inputs(monkeypatch):
+    monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
+    monkeypatch.setattr(norm_cpu, "_forward", lambda x, *rest: (x.detach() * 2, x.new_ones(x.numel(), 1)))
+    x, w = normed(LLAMA, torch.float32)
+    options = {"eps": 1e-6, "form": LLAMA}
+    assert not compare(norm_reference.rms_norm, norm_cpu.rms_norm, (x, w), options).ok
 
 
 def test_a_norm_can_be_differentiated_twice():

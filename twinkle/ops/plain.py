@@ -7,6 +7,9 @@ time.
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 
 TYPE_CHECKING = False
@@ -15,12 +18,38 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["chunks", "straight"]
+__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "straight"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _CHUNK = 1 << 16
 """Elements a thread: 256 KiB in float32, two or three of which fit a core's own cache."""
+
+
+class _Sizes(threading.local):
+    """Whether this thread takes small inputs for large ones."""
+
+    every = False
+
+
+_sizes = _Sizes()
+
+
+@contextlib.contextmanager
+def at_every_size() -> Iterator[None]:
+    """Let small inputs take the way of large ones: a proof on a few rows is to be about that one."""
+    before = _sizes.every
+    _sizes.every = True
+    try:
+        yield
+    finally:
+        _sizes.every = before
+
+
+def pays(tensor: Tensor, least: int) -> bool:
+    """Whether a tensor has ``least`` elements, or is to be taken for one that has."""
+    count = tensor.numel()
+    return count >= least or (_sizes.every and count > 0)
 
 
 def straight(*tensors: Tensor | None) -> bool:

@@ -22,6 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from twinkle.ops.plain import at_every_size
 from twinkle.proof.inputs import duplicate, fewer, tensors_of
 
 __all__ = ["FINER", "Verdict", "compare", "dtype_of"]
@@ -114,7 +115,7 @@ def compare(
     state = torch.random.get_rng_state()
     devices = sorted({t.device.index or 0 for t in tensors_of(inputs) if t.device.type == "cuda"})
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), at_every_size():
             return _compare(original, kernel, inputs, module, plain_class, dtype, backward, state)
     except _Rejected as rejected:
         return Verdict(False, str(rejected))

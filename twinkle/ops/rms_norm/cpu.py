@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class
 from twinkle.ops.launch import like, rows_of, through_definition
-from twinkle.ops.plain import chunk_rows, chunks, straight
+from twinkle.ops.plain import chunk_rows, chunks, pays, straight
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -73,7 +73,7 @@ def rms_norm(
         ``[..., hidden]``, equal to the definition's.
     """
     if (
-        x.numel() >= _LEAST
+        pays(x, _LEAST)
         and form.name in _COVERED
         and group_size is None
         and straight(x, weight)
@@ -83,7 +83,7 @@ def rms_norm(
             weight = None
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return _RMSNorm.apply(x, weight, eps, form)
-        if x.numel() >= _LEAST_INFERENCE:
+        if pays(x, _LEAST_INFERENCE):
             return _forward(x, weight, eps, form)[0]
     return reference.rms_norm(
         x, weight, eps, form=form, gate=gate, activation=activation, group_size=group_size,

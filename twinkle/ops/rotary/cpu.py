@@ -11,7 +11,7 @@ import functools
 import torch
 
 from twinkle.ops.build import plain_function
-from twinkle.ops.plain import straight
+from twinkle.ops.plain import pays, straight
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["covers", "function_for", "rotary"]
 
-_LEAST = 1 << 14
-"""Elements of the query below which the definition is as fast when no gradients are recorded."""
+_LEAST, _NEVER = 1 << 14, 1 << 62
+"""Elements of the query below which the definition is as fast when no gradients are recorded; in half
+precision it always is where only a part of the channels is turned."""
 _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
 
@@ -61,10 +62,9 @@ def rotary(
     """
     grad = torch.is_grad_enabled()
     if (
-        (grad or q.numel() >= _LEAST)
+        pays(q, 1 if grad else _LEAST if form.part == "all" or q.dtype == torch.float32 else _NEVER)
         and form.name in _COVERED
         and straight(q, k, cos, sin, v)
-        and q.numel()
         and not (grad and (cos.requires_grad or sin.requires_grad))
     ):
         plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
