@@ -9,82 +9,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from twinkle.match.signatures import ALIASES, BINARY, BOUND, CASTS, KEYWORDS, MISSING, SIGNATURES
 from twinkle.match.terms import Arena, Term
 
 __all__ = ["ACTIVATIONS", "Idioms"]
-
-_MISSING = object()
-
-# name: parameters behind the tensor, "name" or "name=default".
-_SIGNATURES = {
-    "abs": "",
-    "addcmul": "tensor1 tensor2 value=1",
-    "bmm": "mat2",
-    "cat": "dim=0",
-    "chunk": "chunks dim=0",
-    "clamp": "min=None max=None",
-    "cos": "",
-    "dropout": "p=0.5 training=True inplace=False",
-    "exp": "",
-    "expand": None,
-    "flatten": "start_dim=0 end_dim=-1",
-    "gelu": "approximate='none'",
-    "greater": "other",
-    "index_add": "dim index source alpha=1",
-    "layer_norm": "normalized_shape weight=None bias=None eps=1e-05",
-    "linear": "weight bias=None",
-    "matmul": "other",
-    "maximum": "other",
-    "mean": "dim=None keepdim=False dtype=None",
-    "minimum": "other",
-    "narrow": "dim start length",
-    "neg": "",
-    "new_zeros": None,
-    "nonzero": "as_tuple=False",
-    "numel": "",
-    "one_hot": "num_classes=-1",
-    "permute": None,
-    "pow": "exponent",
-    "relu": "inplace=False",
-    "repeat": None,
-    "repeat_interleave": "repeats dim=None",
-    "reshape": None,
-    "rms_norm": "normalized_shape weight=None eps=None",
-    "rsqrt": "",
-    "sigmoid": "",
-    "silu": "inplace=False",
-    "sin": "",
-    "softmax": "dim=None dtype=None",
-    "split": "split_size dim=0",
-    "sqrt": "",
-    "squeeze": "dim=None",
-    "stack": "dim=0",
-    "sum": "dim=None keepdim=False dtype=None",
-    "tanh": "",
-    "transpose": "dim0 dim1",
-    "unbind": "dim=0",
-    "unflatten": "dim sizes",
-    "unsqueeze": "dim",
-    "var": "dim=None unbiased=True keepdim=False",
-    "view_as_complex": "",
-    "view_as_real": "",
-    "where": "a=None b=None",
-    "zeros_like": "dtype=None device=None",
-}
-_ALIASES = {
-    "absolute": "abs",
-    "concat": "cat",
-    "concatenate": "cat",
-    "gt": "greater",
-    "mm": "matmul",
-    "negative": "neg",
-    "view": "reshape",
-    "swapaxes": "transpose",
-    "clip": "clamp",
-}
-_BINARY = {"add": "add", "sub": "sub", "mul": "mul", "multiply": "mul", "div": "div", "true_divide": "div"}
-_CASTS = {"float": "float32", "half": "float16", "bfloat16": "bfloat16", "double": "float64"}
-_KEYWORDS = {"axis": "dim", "keepdims": "keepdim", "input": None, "tensors": None, "self": None, "x": None}
 
 # Functions of one tensor that a role `act` may be bound to directly.
 ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh"})
@@ -108,17 +36,6 @@ _SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh"
 _LISTS = frozenset({"cat", "stack", "unbind", "chunk", "split"})
 
 
-def _signature(text: str) -> list[tuple[str, Any]]:
-    result: list[tuple[str, Any]] = []
-    for part in text.split():
-        name, equals, default = part.partition("=")
-        result.append((name, eval(default) if equals else _MISSING))
-    return result
-
-
-_BOUND = {name: _signature(text) for name, text in _SIGNATURES.items() if text is not None}
-
-
 class Idioms:
     """Builds canonical terms in an arena."""
 
@@ -133,13 +50,13 @@ class Idioms:
     def knows(self, name: str) -> bool:
         """The torch function or tensor method of that name has one spelling here."""
         name = self._bare(name)
-        return name in _SIGNATURES or name in _BINARY or name in _CASTS or name in _EXTRA
+        return name in SIGNATURES or name in BINARY or name in CASTS or name in _EXTRA
 
     @staticmethod
     def _bare(name: str) -> str:
         if name.endswith("_") and not name.startswith("_"):
             name = name[:-1]
-        return _ALIASES.get(name, name)
+        return ALIASES.get(name, name)
 
     def call(self, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
         """``torch.name(*args, **kwargs)``, or that method of ``args[0]``."""
@@ -152,26 +69,26 @@ class Idioms:
                     break
         if not args:
             return self.opaque(name, args, kwargs)
-        if name in _CASTS and len(args) == 1:
-            return self.to(args[0], self.term("dtype", _CASTS[name]))
-        if name in _BINARY and len(args) == 2 and not kwargs:
-            return self.binary(_BINARY[name], args[0], args[1])
+        if name in CASTS and len(args) == 1:
+            return self.to(args[0], self.term("dtype", CASTS[name]))
+        if name in BINARY and len(args) == 2 and not kwargs:
+            return self.binary(BINARY[name], args[0], args[1])
         special = getattr(self, f"_call_{name}", None)
         if special is not None:
             made = special(args, kwargs)
             if made is not None:
                 return made  # type: ignore[no-any-return]
-        signature = _BOUND.get(name)
+        signature = BOUND.get(name)
         if signature is None:
             return self.opaque(name, args, kwargs)
-        kwargs = {_KEYWORDS.get(key, key) or key: value for key, value in kwargs.items()}
+        kwargs = {KEYWORDS.get(key, key) or key: value for key, value in kwargs.items()}
         bound = list(args[: 1 + len(signature)])
         if len(args) > len(bound) or any(arg.op == "star" for arg in args):
             return self.opaque(name, args, kwargs)
         for key, default in signature[len(bound) - 1 :]:
             value = kwargs.pop(key, None)
             if value is None:
-                if default is _MISSING:
+                if default is MISSING:
                     return self.opaque(name, args, kwargs)
                 value = self.const(default)
             bound.append(value)
@@ -214,7 +131,7 @@ class Idioms:
 
     def is_tensor(self, term: Term) -> bool:
         """The term is surely a tensor: the result of an operation of torch."""
-        return term.op in _SIGNATURES or term.op in ("to", "add", "mul", "sub", "div", "pow2", "input")
+        return term.op in SIGNATURES or term.op in ("to", "add", "mul", "sub", "div", "pow2", "input")
 
     def _call_contiguous(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
         return args[0]
