@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from dataclasses import dataclass
 
 import torch
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -65,7 +67,7 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -
     On a GPU 2048 where their logits are up to 1.25 GiB: the float32 sum of the weight's gradient is read
     and written once a chunk, a tenth of the time at 2048 rows and all of it at 128. As many as the hidden
     states are wide where that is more: such logits take no more than the weight. More again where the
-    vocabulary is small. On a CPU what stays near its caches.
+    vocabulary is small. On a CPU 512 where their logits are up to 256 MiB, for the same reason.
 
     Args:
         rows: All rows there are.
@@ -81,7 +83,7 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -
         most = 1 << (max(128, most).bit_length() - 1)
         step = 128
     else:
-        most = min(2048, 16 * _MIB // row_bytes)
+        most = max(min(512, 256 * _MIB // row_bytes), min(2048, 16 * _MIB // row_bytes))
         step = 16
         most = max(step, most // step * step)
     if rows <= most:
@@ -115,22 +117,24 @@ def in_chunks(
     """
     rows, vocab = hidden.shape[0], weight.shape[0]
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    dtype = precise if _widens(hidden) else hidden.dtype
     losses = hidden.new_zeros(rows, dtype=precise)
     grad_hidden = hidden.new_empty(hidden.shape) if wanted.hidden else None
     grad_bias = weight.new_zeros(vocab, dtype=precise) if wanted.bias else None
-    size = chunk_rows(rows, vocab, hidden.shape[1], hidden.element_size(), gpu=hidden.is_cuda)
+    size = chunk_rows(rows, vocab, hidden.shape[1], dtype.itemsize, gpu=hidden.is_cuda)
     sums = _WeightSum(weight, one_chunk=rows <= size) if wanted.weight else None
     kernel = _row_kernel(hidden, row_loss)
     # Rows on whole cache lines: matrix products and the pass between them want aligned rows.
-    buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64))[:, :vocab]
+    buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64), dtype=dtype)[:, :vocab]
     for start in range(0, rows, size):
         stop = min(start + size, rows)
-        part, logits = hidden[start:stop], buffer[: stop - start]
-        torch.mm(part, weight.t(), out=logits)
+        part, logits = hidden[start:stop].to(dtype), buffer[: stop - start]
+        for first, last, block in _blocks(weight, dtype):
+            torch.mm(part, block.t(), out=logits[:, first:last])
         factor = scale if scale is None or scale.dim() == 0 else scale[start:stop]
         kernel(logits, bias, labels[start:stop], losses[start:stop], factor, row_loss, bool(wanted))
         if grad_hidden is not None:
-            torch.mm(logits, weight, out=grad_hidden[start:stop])
+            _products_of_rows(grad_hidden[start:stop], logits, weight)
         if sums is not None:
             sums.add(logits, part)
         if grad_bias is not None:
@@ -142,6 +146,40 @@ def in_chunks(
         sums.result() if sums is not None else None,
         grad_bias.to(weight.dtype if bias is None else bias.dtype) if grad_bias is not None else None,
     )
+
+
+def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tensor]]:
+    """The weight in ``dtype``: whole where it has it, else some rows at a time."""
+    vocab, width = weight.shape
+    step = vocab if weight.dtype == dtype else max(256, 4 * _MIB // max(1, width))
+    for first in range(0, vocab, max(1, step)):
+        last = min(first + step, vocab)
+        yield first, last, weight[first:last].to(dtype)
+
+
+def _products_of_rows(out: Tensor, logits: Tensor, weight: Tensor) -> None:
+    """``out = logits @ weight``."""
+    if weight.dtype == logits.dtype:
+        torch.mm(logits, weight, out=out)
+        return
+    total = logits.new_zeros(out.shape)
+    for first, last, block in _blocks(weight, logits.dtype):
+        total.addmm_(logits[:, first:last], block)
+    out.copy_(total)
+
+
+def _widens(hidden: Tensor) -> bool:
+    """Whether products are computed in float32 though the tensors have 16 bits."""
+    return hidden.device.type == "cpu" and hidden.element_size() == 2 and not _native(hidden.dtype)
+
+
+@functools.cache
+def _native(dtype: torch.dtype) -> bool:
+    """Whether the CPU multiplies 16-bit matrices: x86 without these instructions is four times slower."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    names = ("amx_fp16",) if dtype == torch.float16 else ("amx_tile", "avx512_bf16")
+    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
 
 
 class _WeightSum:
@@ -208,7 +246,8 @@ def _accumulate(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> N
         else:
             torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
     elif first:
-        total.copy_(left @ right)
+        for rows in range(0, total.shape[0], 4096):
+            total[rows : rows + 4096] = left[rows : rows + 4096] @ right
     else:
         total += left @ right
 
@@ -262,38 +301,55 @@ def _plain_row_losses(
     gradient: bool,
 ) -> None:
     """The definition of the step: write ``losses``, and over ``logits`` their gradient."""
+    rows, vocab = logits.shape
+    # A few rows at a time: what they need beside the logits stays in the cache.
+    step = max(1, (1 << 19) // max(1, vocab)) if logits.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        factor = scale if scale is None or scale.dim() == 0 else scale[part]
+        _few_row_losses(logits[part], bias, labels[part], losses[part], factor, row_loss, gradient)
+
+
+def _few_row_losses(
+    logits: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    losses: Tensor,
+    scale: Tensor | None,
+    row_loss: RowLoss,
+    gradient: bool,
+) -> None:
     values = logits.to(losses.dtype)
-    if values is logits:
-        values = logits.clone()
     if bias is not None:
-        values += bias
-    values *= row_loss.pre
-    slope = None
-    if row_loss.tanh:
-        values.tanh_()
-        if gradient:
-            slope = (values * values).neg_().add_(1).mul_(row_loss.pre * row_loss.post)
-        values *= row_loss.post
+        values = values.add_(bias) if values is logits else values + bias
+    if row_loss.pre != 1:
+        values = values * row_loss.pre
+    tanh = values.tanh() if row_loss.tanh else None
+    if tanh is not None:
+        values = tanh * row_loss.post
     counts = labels != row_loss.ignore_index
     targets = labels.where(counts, labels.new_zeros(())).unsqueeze(1)
-    lse = values.logsumexp(1)
+    picked = values.gather(1, targets).squeeze(1)
     smooth, vocab = row_loss.label_smoothing, values.shape[1]
-    loss = lse - (1 - smooth) * values.gather(1, targets).squeeze(1)
+    if gradient:
+        # The largest share is one over the sum that `softmax` divided by.
+        shares = values.softmax(1)
+        lse = values.amax(1) - shares.amax(1).log()
+    else:
+        lse = values.logsumexp(1)
+    loss = lse - (1 - smooth) * picked
     if smooth:
         loss -= smooth * values.mean(1)
     losses.copy_(loss.where(counts, loss.new_zeros(())))
     if not gradient:
         return
-    values.sub_(lse.unsqueeze(1)).exp_()
     if smooth:
-        values -= smooth / vocab
-    values.scatter_add_(1, targets, values.new_full(targets.shape, smooth - 1))
-    if slope is not None:
-        values *= slope
-    else:
-        values *= row_loss.pre
+        shares -= smooth / vocab
+    shares.scatter_add_(1, targets, shares.new_full(targets.shape, smooth - 1))
+    factor = losses.new_full((), row_loss.pre * (row_loss.post if row_loss.tanh else 1.0))
     if scale is not None:
-        # Before the mask: the scale of a batch without a label is infinite.
-        values *= scale if scale.dim() == 0 else scale.unsqueeze(1)
-    logits.copy_(values)
-    logits.masked_fill_(~counts.unsqueeze(1), 0)
+        factor = factor * scale
+    if tanh is not None:
+        shares *= tanh.square_().neg_().add_(1)
+    # The scale of a batch without a label is infinite.
+    torch.mul(shares, factor.where(counts, factor.new_zeros(())).unsqueeze(1), out=logits)

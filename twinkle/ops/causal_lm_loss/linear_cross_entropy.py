@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["linear_cross_entropy", "of_rows"]
+__all__ = ["as_autocast", "linear_cross_entropy", "of_rows"]
 
 
 def linear_cross_entropy(
@@ -107,7 +107,7 @@ def of_rows(
     most_rows: int | None = None,
 ) -> Tensor:
     """As :func:`linear_cross_entropy`, for ``[rows, hidden]`` and ``post * tanh(pre * logits)``."""
-    hidden, weight, bias = _as_autocast(hidden, weight, bias)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     if reduction == "none":
         return loss_of_each_row(hidden, weight, bias, labels, pre, post, tanh, ignore_index, label_smoothing)
     if divisor is not None and not isinstance(divisor, torch.Tensor):
@@ -136,7 +136,7 @@ def of_rows(
     return loss
 
 
-def _as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What ``F.linear`` would make of its arguments under autocast."""
     if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
         return hidden, weight, bias

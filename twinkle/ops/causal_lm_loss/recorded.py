@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["HANDLERS", "METADATA", "changes_in_place"]
+__all__ = ["HANDLERS", "METADATA", "changes_in_place", "cross_entropy", "of_whole_rows"]
 
 _T = torch.Tensor
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -160,26 +160,33 @@ def _view(logits: Any, *shape: Any, **kwargs: Any) -> Any:
 
 @_handles(_T.__getitem__)
 def _rows(logits: Any, index: Any) -> Any:
-    parts = list(index) if isinstance(index, tuple) else [index]
-    plain = True
+    if not of_whole_rows(logits.dim(), index):
+        return NotImplemented
+    hidden = logits._hidden[index]
+    plain = not any(isinstance(part, torch.Tensor) for part in _parts(index))
+    return logits.derive(hidden, logits._steps, (lambda real: real[index]) if plain else None)
+
+
+def of_whole_rows(dim: int, index: Any) -> bool:
+    """Whether an index into a tensor of ``dim`` dimensions leaves the last of them as it is."""
+    parts = _parts(index)
     taken = 0
     for part in parts:
         if isinstance(part, (DeferredLogits, bool)):
-            return NotImplemented
+            return False
         if isinstance(part, torch.Tensor):
-            plain = False
             taken += part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
         elif isinstance(part, int | slice):
             taken += 1
         elif part is not None and part is not Ellipsis:
-            return NotImplemented
+            return False
     dots = sum(part is Ellipsis for part in parts)
-    reaches_end = (dots == 1 and parts[-1] is not Ellipsis) or (not dots and taken >= logits.dim())
-    last = parts[-1] if parts else None
-    if dots > 1 or taken > logits.dim() or (reaches_end and not _is_whole(last)):
-        return NotImplemented
-    hidden = logits._hidden[index]
-    return logits.derive(hidden, logits._steps, (lambda real: real[index]) if plain else None)
+    reaches_end = (dots == 1 and parts[-1] is not Ellipsis) or (not dots and taken >= dim)
+    return dots <= 1 and taken <= dim and (not reaches_end or _is_whole(parts[-1]))
+
+
+def _parts(index: Any) -> list[Any]:
+    return list(index) if isinstance(index, tuple) else [index]
 
 
 def _is_whole(part: Any) -> bool:
@@ -303,8 +310,26 @@ def _warn(text: str) -> None:
 
 
 @_handles(F.cross_entropy)
-def _cross_entropy(
-    input: Any,
+def _cross_entropy(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
+    counted = input._head.counted
+    if isinstance(target, DeferredLogits):
+        return NotImplemented
+
+    def most_rows(ignore_index: int) -> int | None:
+        return None if counted is None else counted.bound(target, ignore_index)
+
+    wide = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
+    dtype = torch.float32 if wide else input.dtype
+    with torch.autocast(input.device.type, enabled=False):
+        operands = input._head.operands(input._hidden)
+        return cross_entropy(operands, input._steps, dtype, most_rows, target, *args, **kwargs)
+
+
+def cross_entropy(
+    operands: tuple[Tensor, Tensor, Tensor | None],
+    steps: Any,
+    dtype: torch.dtype,
+    most_rows: Callable[[int], int | None],
     target: Any,
     weight: Any = None,
     size_average: Any = None,
@@ -313,37 +338,47 @@ def _cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
+    """``F.cross_entropy`` of logits that are not there, or ``NotImplemented`` where it needs them.
+
+    Args:
+        operands: Hidden states, weight and bias of the head.
+        steps: What was done to the logits since.
+        dtype: Of the loss.
+        most_rows: Given ``ignore_index``, how many labels count at most; None if that is not known.
+        target: As the rest, that of ``F.cross_entropy``.
+        weight: ...
+        size_average: ...
+        ignore_index: ...
+        reduce: ...
+        reduction: ...
+        label_smoothing: ...
+    """
+    hidden, head_weight, bias = operands
     if any(given is not None for given in (weight, size_average, reduce)):
         return NotImplemented
-    if isinstance(target, DeferredLogits):
+    if hidden.dim() != 2 or target.dim() != 1 or target.shape[0] != hidden.shape[0]:
         return NotImplemented
-    if input.dim() != 2 or target.dim() != 1 or target.shape[0] != input.shape[0]:
+    if target.dtype not in (torch.int64, torch.uint8) or target.device != hidden.device:
         return NotImplemented
-    if target.dtype not in (torch.int64, torch.uint8) or target.device != input.device:
+    if hidden.dtype != head_weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
         return NotImplemented
-    folded = fold(input._steps)
+    folded = fold(steps)
     if folded is None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    counted = input._head.counted
-    with torch.autocast(input.device.type, enabled=False):
-        hidden, head_weight, bias = input._head.operands(input._hidden)
-        if hidden.dtype != head_weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
-            return NotImplemented
-        loss = of_rows(
-            hidden,
-            head_weight,
-            bias,
-            target.long(),
-            pre=folded[0],
-            post=folded[1],
-            tanh=folded[2],
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-            most_rows=None if counted is None else counted.bound(target, ignore_index),
-        )
-    wide = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    return loss.to(torch.float32 if wide else input.dtype)
+    loss = of_rows(
+        hidden,
+        head_weight,
+        bias,
+        target.long(),
+        pre=folded[0],
+        post=folded[1],
+        tanh=folded[2],
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+        most_rows=most_rows(ignore_index),
+    )
+    return loss.to(dtype)
 
 
 def fold(steps: Any) -> tuple[float, float, bool] | None:
