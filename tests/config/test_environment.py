@@ -30,7 +30,7 @@ def mistake(**variables: str) -> ConfigError:
         ("DEVICE", "cuda:0", "device", "cuda"),
         ("DEVICE", "auto", "device", None),
         ("KERNELS", "off", "kernels", "off"),
-        ("KERNELS", "rms_norm, rope", "kernels", ("rms_norm", "rope")),
+        ("KERNELS", "rms_norm, rotary", "kernels", ("rms_norm", "rotary")),
         ("LOG", "debug", "log", "debug"),
         ("REPORT", "r.json", "report", os.path.join("/work", "r.json")),
         ("REPORT", "/tmp/r.json", "report", "/tmp/r.json"),
@@ -176,6 +176,21 @@ def test_single_names_are_disabled() -> None:
     assert settings.disable == ("rms_norm", "MyMLP")
     assert settings.is_disabled("other", "MyMLP")
     assert not settings.is_disabled("other")
+
+
+def test_a_misspelt_op_is_not_disabled_in_silence() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'rms_norm'"):
+        load(DISABLE="MyMLP,rms_nrom")
+
+
+def test_a_misspelt_op_in_a_variable_is_an_error_with_a_suggestion() -> None:
+    with pytest.raises(ConfigError, match="did you mean 'gated_mlp'"):
+        load(KERNELS="rms_norm,gatedmlp")
+
+
+def test_a_kernel_that_is_called_nearly_as_an_op_can_be_disabled() -> None:
+    layers = 'rms_norm2 = { target = "m:C", layer_impl = "k:K" }'
+    assert load(DISABLE="rms_norm2", LAYERS=layers).disable == ("rms_norm2",)
 
 
 def test_paths_are_separated_as_the_system_does() -> None:

@@ -120,7 +120,7 @@ def test_settings_are_kept_as_checked_values_with_their_places() -> None:
         use_fallback = false
         strict = true
         verify = "first-use"
-        kernels = ["rms_norm", "rope"]
+        kernels = ["rms_norm", "rotary"]
         trust_remote_code = ["a/b"]
         plugins = ["liger"]
         log = "debug"
@@ -133,7 +133,7 @@ def test_settings_are_kept_as_checked_values_with_their_places() -> None:
         "use_fallback": False,
         "strict": True,
         "verify": "first-use",
-        "kernels": ("rms_norm", "rope"),
+        "kernels": ("rms_norm", "rotary"),
         "trust_remote_code": ("a/b",),
         "plugins": ("liger",),
         "log": "debug",
@@ -429,6 +429,9 @@ def test_a_wrong_value_in_a_function_is_named(line: str, found: str, expected: s
         ("kernels = true", "True (a boolean)", "auto, off or a list", "list of strings"),
         ("kernels = 'rms_norm'", "'rms_norm' (a string)", "auto, off or a list", 'kernels = ["rms_norm"]'),
         ("kernels = ['a b']", "'a b' (a string)", "auto, off or a list", "remove"),
+        ("kernels = ['rms_nrom']", "'rms_nrom' (a string)", "list of rms_norm", "did you mean 'rms_norm'?"),
+        ("kernels = ['rope']", "'rope' (a string)", "list of rms_norm", "did you mean 'rotary'?"),
+        ("kernels = ['my_kernel']", "'my_kernel' (a string)", "list of rms_norm", "remove"),
         ("plugins = 'liger'", "'liger' (a string)", "a list of entry points", "list of strings"),
         ("log = 'verbose'", "'verbose' (a string)", "off, warning, info or debug", "write"),
         ("report = true", "True (a boolean)", "JSON file", "report.json"),

@@ -66,7 +66,7 @@ def test_without_anything_the_defaults_hold() -> None:
         (False, True, "", "auto"),
         (True, False, "", "off"),
         (True, True, "", "auto"),
-        (True, False, '[twinkle]\nkernels = ["rope"]\n', ("rope",)),
+        (True, False, '[twinkle]\nkernels = ["rotary"]\n', ("rotary",)),
         (True, True, '[twinkle]\nkernels = "off"\n', "off"),
     ],
 )

@@ -13,6 +13,7 @@ import os
 
 from twinkle.config.entries import Checked, records_of
 from twinkle.config.environment import (
+    check_disabled,
     checked_variables,
     config_paths,
     disabled,
@@ -171,7 +172,7 @@ def load(
         documents.append(validate(document, locate=locations, base_dir=os.path.dirname(path)))
         files.append(path)
     documents.extend(checked_variables(environ, cwd=cwd))
-    return Settings(
+    settings = Settings(
         documents,
         # A file says what it wants; without one, the embedded kernels are the point.
         kernels="off" if files and "auto" not in names else "auto",
@@ -179,6 +180,10 @@ def load(
         paths=files,
         warnings=unknown_variables(environ),
     )
+    if settings.disable:
+        entries: tuple[Entry, ...] = (*settings.layers, *settings.functions)
+        check_disabled(settings.disable, {label for entry in entries for label in entry.labels})
+    return settings
 
 
 def _working_directory() -> str:

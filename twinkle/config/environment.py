@@ -8,17 +8,26 @@ from twinkle.config.entries import Checked
 from twinkle.config.fields import SETTING_KEYS, WrongError, shown
 from twinkle.config.files import parse
 from twinkle.config.locations import Locations, printable
+from twinkle.config.op_names import OPS, slip
 from twinkle.config.schema import validate
 from twinkle.errors import ConfigError
 from twinkle.modes import suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from typing import Any
 
 
-__all__ = ["VARIABLES", "checked_variables", "config_paths", "disabled", "switched_off", "unknown_variables"]
+__all__ = [
+    "VARIABLES",
+    "check_disabled",
+    "checked_variables",
+    "config_paths",
+    "disabled",
+    "switched_off",
+    "unknown_variables",
+]
 
 # Setting, and what the text of its variable is: a word, a boolean, a list, or a boolean or a list.
 _SETTINGS = {
@@ -74,6 +83,28 @@ def disabled(environ: Mapping[str, str]) -> tuple[str, ...]:
     if text.lower() in _TRUE or text.lower() in _FALSE:
         return ()
     return tuple(dict.fromkeys(_listed(text)))
+
+
+def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
+    """A name in ``TWINKLE_DISABLE`` that is nearly that of an op is a slip, and would disable nothing.
+
+    Args:
+        names: What :func:`disabled` gave. Other names may be those of kernels registered later.
+        labels: The names of kernels and functions that are configured.
+
+    Raises:
+        ConfigError: A name is no op and no label, and one letter or two from an op.
+    """
+    for name in names:
+        near = None if name in labels else slip(name)
+        if near:
+            raise _error(
+                "TWINKLE_DISABLE",
+                "unknown op",
+                shown(name),
+                f"{', '.join(OPS)}, or names of kernels or functions",
+                f"did you mean {near!r}?",
+            )
 
 
 def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> list[Checked]:

@@ -7,6 +7,7 @@ a file), and returns the value to keep or raises :class:`WrongError`.
 from __future__ import annotations
 
 from twinkle.config.locations import printable
+from twinkle.config.op_names import OPS, hint
 from twinkle.devices import parse_device
 from twinkle.errors import ConfigError
 from twinkle.match.names import parse_target
@@ -192,15 +193,17 @@ def _trust(value: object, objects: bool) -> object:
 
 
 def _kernels(value: object, objects: bool) -> object:
+    expected = f"auto, off or a list of {', '.join(OPS)}"
     if isinstance(value, str):
         if value in ("auto", "off"):
             return value
-        raise WrongError(
-            "unknown value",
-            'auto, off or a list of ops such as ["rms_norm"]',
-            f'write kernels = ["{value}"]' if value.isidentifier() else 'write kernels = "auto"',
-        )
-    return _names('auto, off or a list of ops such as ["rms_norm"]', str.isidentifier)(value, objects)
+        fix = f'write kernels = ["{value}"]' if value in OPS else hint(value) or 'write kernels = "auto"'
+        raise WrongError("unknown value", expected, fix)
+    kept = _names(expected, str.isidentifier)(value, objects)
+    for name in kept:  # type: ignore[attr-defined]
+        if name not in OPS:
+            raise WrongError("unknown op", expected, hint(name) or "correct or remove it", found=shown(name))
+    return kept
 
 
 def _plugins(value: object, objects: bool) -> object:
