@@ -48,7 +48,7 @@ def test_layers_and_functions_are_found_proven_and_compute_the_same(program: Pro
         ("Qwen3RMSNorm", "active", "proven"),
         ("Qwen3MLP", "active", "proven"),
         ("apply_rotary_pos_emb", "active", "proven"),
-        ("Qwen3ForCausalLM", "active", "unproven"),
+        ("Qwen3ForCausalLM", "active", "proven"),
     } <= found
 
 

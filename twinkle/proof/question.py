@@ -115,7 +115,7 @@ def kernel_version(op: str) -> str | None:
             if name in seen:
                 continue
             seen.add(name)
-            files = sorted((_PACKAGE / "ops" / name).glob("*.py"))
+            files = sorted((_PACKAGE / "ops" / name).rglob("*.py"))
             if name == op and not files:
                 return None
             for path in files:

@@ -11,6 +11,7 @@ from torch import nn
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits
 from twinkle.ops.causal_lm_loss.head import Head, LabelCount
 from twinkle.ops.causal_lm_loss.traced import TracedLogits
+from twinkle.ops.causal_lm_loss.trust import is_trusted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def deferring_model(
 
     def begin(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         head, given = head_of(self, args, kwargs)
-        if head is None:
+        if head is None or not is_trusted(self, head, given):
             # One may be left over from a call that failed in a graph.
             _calls.heads.clear()
             return False
