@@ -190,14 +190,32 @@ def test_memory_is_bounded_by_the_chunk():
     assert sizes.largest < rows * vocab * 4 / 3
 
 
-def test_chunks_on_a_gpu_are_large_and_bounded():
-    def rows(vocab, width):
-        return chunks.chunk_rows(1 << 20, vocab, width, 2, gpu=True)
+@pytest.fixture
+def large_gpu(monkeypatch):
+    monkeypatch.setattr(chunks, "_gpu_memory", lambda: 140 << 30)
 
-    assert rows(151936, 1024) == 2048
-    assert rows(128256, 4096) == 4096
-    assert rows(32000, 1024) == 8192
-    assert rows(10**7, 4096) * 10**7 * 2 <= 2 * 1280 * 2**20
+
+def rows_of_a_chunk(vocab, width, rows=1 << 20):
+    return chunks.chunk_rows(rows, vocab, width, 2, gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("vocab", "width", "expected"),
+    [(151936, 1024, 4096), (128256, 4096, 8192), (262144, 1152, 4096), (262144, 8192, 16384)],
+)
+def test_chunks_on_a_gpu_are_large(large_gpu, vocab, width, expected):
+    assert rows_of_a_chunk(vocab, width) == expected
+
+
+def test_chunks_on_a_gpu_are_bounded_by_its_memory(monkeypatch):
+    monkeypatch.setattr(chunks, "_gpu_memory", lambda: 16 << 30)
+    for vocab, width in ((10**6, 8192), (151936, 1024)):
+        assert rows_of_a_chunk(vocab, width) * vocab * 2 <= (16 << 30) / 16
+
+
+def test_rows_that_need_no_sum_in_float32_are_one_chunk(large_gpu):
+    assert rows_of_a_chunk(151936, 3072, rows=4096 + 3072) == 4096 + 3072
+    assert rows_of_a_chunk(151936, 1024, rows=8192) == 4096
 
 
 def test_gradients_only_where_they_are_wanted():

@@ -64,10 +64,12 @@ class Wanted:
 def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -> int:
     """How many rows a chunk has.
 
-    On a GPU 2048 where their logits are up to 1.25 GiB: the float32 sum of the weight's gradient is read
-    and written once a chunk, a tenth of the time at 2048 rows and all of it at 128. As many as the hidden
-    states are wide where that is more: such logits take no more than the weight. More again where the
-    vocabulary is small. On a CPU 512 where their logits are up to 256 MiB, for the same reason.
+    On a GPU what 2 GiB of logits hold (less on a small one), and twice as many rows as the hidden states
+    are wide where that is more: such logits take as much as the weight and its gradient. With each chunk
+    the float32 sum of the weight's gradient is read and written, which takes as long as the products of
+    some 200 rows. As many more rows as the hidden states are wide are still one chunk: that needs no such
+    sum, half of which takes the memory of these logits. On a CPU 512 rows, up to 256 MiB, for the same
+    reasons.
 
     Args:
         rows: All rows there are.
@@ -78,18 +80,26 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -
     """
     row_bytes = max(1, vocab * itemsize)
     if gpu:
-        most = max(min(max(2048, width), 1280 * _MIB // row_bytes), min(8192, 640 * _MIB // row_bytes))
+        memory = _gpu_memory()
+        most = max(min(2048 * _MIB, memory // 32) // row_bytes, min(2 * width, memory // 16 // row_bytes))
         # Matrix products take longer a row between powers of two (2816 rows than 2048, on an H200).
         most = 1 << (max(128, most).bit_length() - 1)
-        step = 128
+        step, alone = 128, most + width if itemsize == 2 else most
     else:
         most = max(min(512, 256 * _MIB // row_bytes), min(2048, 16 * _MIB // row_bytes))
         step = 16
-        most = max(step, most // step * step)
-    if rows <= most:
+        most = alone = max(step, most // step * step)
+    if rows <= alone:
         return max(1, rows)
     chunks = -(-rows // most)
     return min(most, -(-rows // (chunks * step)) * step)
+
+
+@functools.cache
+def _gpu_memory() -> int:
+    """Bytes of the smallest GPU there is: all of a job's ranks choose the same."""
+    sizes = [torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())]
+    return min(sizes, default=64 << 30)
 
 
 def in_chunks(
