@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from twinkle.apply import fused
 from twinkle.apply.options import options
 from twinkle.match.names import class_path
 from twinkle.match.source import function_of
@@ -58,6 +59,8 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
         where: The device the kernel is for.
     """
     found = recognise(cls)
+    if found.op is None or found.op in fused.OPS:
+        return fused.layer_kernel(module, cls, where, [op for op in fused.OPS if wanted(op)])
     if found.op not in _LAYERS or not wanted(found.op):
         return None
     room = covering(found.op, found.form, where)

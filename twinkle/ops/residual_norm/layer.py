@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["covers", "residual_norm"]
+__all__ = ["covers", "residual_norm", "run", "way_for"]
 
 _FORMS = {form.name: form for form in FORMS}
 _LLAMA = ResidualNormForm("rms_norm_llama", _FORMS["llama"])
@@ -55,22 +55,42 @@ def residual_norm(
     Returns:
         The sum and the normalised sum.
     """
-    way = route(x, residual, weight) if covers(form) else DEFINITION
-    if (
-        way != DEFINITION
-        and x.shape == residual.shape
-        and x.dtype == residual.dtype
-        and fits(x, weight, form.norm, None, x.shape[-1:])  # type: ignore[arg-type]
-    ):
-        if form.norm.weight == "none":  # type: ignore[union-attr]
-            weight = None
-        factor = scale if form.scaled else None
-        if way == STRAIGHT and not torch.is_grad_enabled():
-            return _forward(x, residual, weight, eps, form.norm.name, factor)
-        if way == STRAIGHT:
-            return _ResidualNorm.apply(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
-        return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+    way = way_for(x, residual, weight, form)
+    if way != DEFINITION:
+        return run(way, x, residual, weight, eps, form, scale)
     return reference.residual_norm(x, residual, weight, eps, form=form, bias=bias, scale=scale)
+
+
+def way_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNormForm) -> int:
+    """How to compute with these tensors; see :func:`twinkle.ops.launch.route`.
+
+    Args:
+        x: As for :func:`residual_norm`, with all that follows.
+        residual: ``[..., hidden]``.
+        weight: ``[hidden]`` or None.
+        form: Which norm.
+    """
+    if x.dtype != residual.dtype or x.shape != residual.shape or not covers(form):
+        return DEFINITION
+    way = route(x, residual, weight)
+    if way != DEFINITION and fits(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+        return way
+    return DEFINITION
+
+
+def run(
+    way: int, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, form: ResidualNormForm,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The kernel, for what :func:`way_for` found (and not for `DEFINITION`)."""
+    if form.norm.weight == "none":  # type: ignore[union-attr]
+        weight = None
+    factor = scale if form.scaled else None
+    if way == STRAIGHT and not torch.is_grad_enabled():
+        return _forward(x, residual, weight, eps, form.norm.name, factor)
+    if way == STRAIGHT:
+        return _ResidualNorm.apply(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+    return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
 
 
 def _forward(

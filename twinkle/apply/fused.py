@@ -1,0 +1,199 @@
+"""Fused kernels inside the forward of a layer: where they fit, and the forward that calls them.
+
+    >>> kernel = layer_kernel(module, type(module), "cuda", ("residual_norm", "qk_norm_rotary"))
+
+The forward of the class is rewritten at the places found by :mod:`twinkle.match.adjacent`, and put in place
+as any layer kernel is. It computes what the original does where a kernel does not fit; that is decided at
+each call, by the functions of :mod:`twinkle.apply.sum_step` and :mod:`twinkle.apply.pair_step`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from twinkle.apply.fused_steps import Step
+from twinkle.apply.norms import Norm, norm_of
+from twinkle.apply.options import options
+from twinkle.apply.pair_step import pair_of, pair_step
+from twinkle.apply.rewriting import CannotRewrite, Draft
+from twinkle.apply.sum_step import forms_of, sum_step
+from twinkle.match.adjacent import SumThenLayer
+from twinkle.ops import launch
+from twinkle.ops.variants import covering
+from twinkle.records import LayerKernel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from twinkle.match.adjacent import Place
+
+__all__ = ["OPS", "FusedForward", "Site", "layer_kernel", "sites_of"]
+
+OPS = ("residual_norm", "qk_norm_rotary")
+
+
+class Site(NamedTuple):
+    """A place in a forward, as an op.
+
+    Attributes:
+        number: Which place of the draft.
+        op: The op.
+        form: The form of it, or None.
+        facts: The layers as paths from ``self``, and the function.
+        reason: Why there is no kernel for it, or None.
+    """
+
+    number: int
+    op: str
+    form: Any
+    facts: dict[str, Any]
+    reason: str | None = None
+
+
+def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
+    """The places of a forward, as ops on the layers that an instance has now.
+
+    Args:
+        draft: The forward.
+        owner: The instance.
+    """
+    found = []
+    for index, place in enumerate(draft.places):
+        paths = (place.path,) if isinstance(place, SumThenLayer) else place.paths
+        classes = [_class_at(owner, path) for path in paths]
+        found.append(site_at(draft, index, classes))
+    return found
+
+
+def site_at(draft: Draft, index: int, classes: Sequence[type | None]) -> Site:
+    """One place of a forward as an op, with layers of the given classes."""
+    place = draft.places[index]
+    if isinstance(place, SumThenLayer):
+        return _sum_site(index, place, classes[0])
+    facts = {"q_norm": place.paths[0], "k_norm": place.paths[1], "rotary": place.function}
+    if classes[0] is None or classes[1] is None:
+        return Site(index, OPS[1], None, facts, "its norms are not there")
+    function = draft.function.__globals__.get(place.function)
+    pair = pair_of(classes[0], classes[1], function, place.between)
+    if isinstance(pair, str):
+        return Site(index, OPS[1], None, facts, pair)
+    return Site(index, OPS[1], pair.form, facts)
+
+
+def _sum_site(index: int, place: SumThenLayer, cls: type | None) -> Site:
+    facts = {"norm": place.path}
+    norm = "its norm is not there" if cls is None else norm_of(cls)
+    if isinstance(norm, Norm):
+        return Site(index, OPS[0], forms_of(norm)[place.scale is not None], facts)
+    return Site(index, OPS[0], None, facts, norm)
+
+
+def _class_at(owner: nn.Module, path: str) -> type | None:
+    layer: Any = owner
+    for name in path.split("."):
+        layer = getattr(layer, name, None)
+    return type(layer) if isinstance(layer, nn.Module) else None
+
+
+_drafts: WeakKeyDictionary[type, Draft | str] = WeakKeyDictionary()
+
+
+def draft_of(cls: type) -> Draft | str:
+    """The forward of a class to be rewritten, or in words why it cannot be; worked out once."""
+    found = _drafts.get(cls)
+    if found is None:
+        try:
+            found = Draft(getattr(cls, "forward", None))
+        except CannotRewrite as error:
+            found = str(error)
+        _drafts[cls] = found
+    return found
+
+
+_kernels: WeakKeyDictionary[type, dict[Any, LayerKernel]] = WeakKeyDictionary()
+
+
+def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
+    """The forward of a layer with fused kernels, if there is a place for one.
+
+    Args:
+        owner: The layer.
+        cls: Its class without Twinkle.
+        where: The device the kernels are for.
+        ops: Those that are wanted.
+    """
+    if not ops or ("cuda" if where == "rocm" else where) not in launch.KINDS:
+        return None
+    # Most layers hold no norm, and parsing their code is not for nothing.
+    if not any(isinstance(norm_of(type(child)), Norm) for child in owner.children()):
+        return None
+    draft = draft_of(cls)
+    if isinstance(draft, str):
+        return None
+    sites = [
+        site
+        for site in sites_of(draft, owner)
+        if site.op in ops and site.form is not None and covering(site.op, site.form, where) is not None
+    ]
+    if not sites:
+        return None
+    known = _kernels.setdefault(cls, {})
+    key = (where, tuple((site.number, site.form.name) for site in sites))
+    if key not in known:
+        name = "+".join(op for op in OPS if any(site.op == op for site in sites))
+        # Each place proves itself: the forward around it may not run twice.
+        known[key] = LayerKernel(
+            name, FusedForward(draft, sites), device=where, verify="off", origin="embedded"
+        )
+    return known[key]
+
+
+class FusedForward:
+    """Where a rewritten forward comes from.
+
+    Args:
+        draft: The original.
+        sites: Which of its places are to be replaced.
+    """
+
+    kind = "embedded"
+
+    def __init__(self, draft: Draft, sites: Sequence[Site]) -> None:
+        self.draft = draft
+        self.sites = tuple(sites)
+        self._made: type[nn.Module] | None = None
+
+    def describe(self) -> str:
+        """The ops and their forms."""
+        shown = dict.fromkeys(f"{site.op} ({site.form.name})" for site in self.sites)
+        return f"embedded {', '.join(shown)}"
+
+    def load(self) -> object:
+        """The layer class; the same one each time."""
+        if self._made is None:
+            proofs = options.proofs(None, kind="embedded")
+            steps = {
+                site.number: self._functions(
+                    self.draft.places[site.number],
+                    Step(self, site.op, proofs=proofs, recall=options.recalls(None)),
+                )
+                for site in self.sites
+            }
+            members = {
+                "forward": self.draft.build(steps),
+                "can_torch_compile": True,
+                "has_backward": True,
+                "__module__": __name__,
+            }
+            self._made = type("Fused", (nn.Module,), members)
+        return self._made
+
+    def _functions(self, place: Place, step: Step) -> tuple[Any, ...]:
+        if isinstance(place, SumThenLayer):
+            return (sum_step(step),)
+        now = partial(self.draft.function.__globals__.get, place.function)
+        return pair_step(step, place.between, now)

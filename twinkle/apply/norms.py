@@ -1,0 +1,146 @@
+"""What a layer is that a fused kernel takes the place of: which norm, and where its numbers are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+from torch.nn.modules import module as _torch
+
+from twinkle.match.structure import recognise
+from twinkle.ops.rms_norm.layer import covers
+from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.swap.generated import core_of
+from twinkle.swap.tensors import constant
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = ["Norm", "described", "hooked", "norm_from", "norm_of", "numbers_of", "unswapped"]
+
+_FORMS = {form.name: form for form in FORMS}
+
+
+class Norm(NamedTuple):
+    """An RMSNorm class.
+
+    Attributes:
+        form: Where it rounds.
+        weight: The name of its parameter, or None.
+        eps: The name of an attribute, or the number itself.
+        shape: The name of the attribute with the normalised shape, or None.
+    """
+
+    form: RMSNormForm
+    weight: str | None
+    eps: str | float
+    shape: str | None
+
+
+def norm_of(cls: type) -> Norm | str:
+    """The RMSNorm that a class is, or in words why it is none that can be computed elsewhere.
+
+    A class that an embedded kernel was put in is what it was before.
+    """
+    plain = unswapped(cls)
+    if isinstance(plain, str):
+        return plain
+    name = plain.__name__
+    if not issubclass(plain, nn.Module) or plain.__call__ is not nn.Module.__call__:
+        return f"{name} is called in a way of its own"
+    if {"__getattr__", "__getattribute__"} & _defined(plain):
+        return f"{name} looks its attributes up in a way of its own"
+    found = recognise(plain)
+    if found.op != "rms_norm":
+        return f"{name} is not recognised as an RMSNorm"
+    form, facts = found.form, found.facts
+    if not covers(form) or form.optional_weight or form.groups != "none" or found.guards:
+        return f"there is no kernel for {name} behind other steps ({form.name})"
+    if set(facts) - {"x", "weight", "eps", "normalized_shape"}:
+        return f"{name} depends on more than its weight and eps"
+    weight, eps, shape = facts.get("weight"), facts.get("eps"), facts.get("normalized_shape")
+    if isinstance(eps, bool) or not isinstance(eps, str | int | float):
+        return f"the eps of {name} is not a number"
+    if any(isinstance(value, str) and not value.isidentifier() for value in (weight, eps, shape)):
+        return f"the numbers of {name} are not its own attributes"
+    return Norm(form, weight, eps if isinstance(eps, str) else float(eps), shape)
+
+
+def unswapped(cls: type) -> type | str:
+    """The class without the kernel that Twinkle chose for it, or why it is to be left alone."""
+    core, wrappers = core_of(cls)
+    if wrappers:
+        return f"{cls.__name__} was made by torch"
+    dispatch = vars(core).get("__twinkle__")
+    if dispatch is None:
+        return core
+    if any(candidate.kernel.source.kind != "embedded" for candidate in dispatch.candidates):
+        return f"{core.__name__} has a kernel of its own"
+    plain: type = dispatch.target
+    return plain
+
+
+def _defined(cls: type) -> set[str]:
+    return {name for base in cls.__mro__ if base not in (nn.Module, object) for name in vars(base)}
+
+
+# The very dicts that torch's functions for hooks on all modules write to.
+_EVERYWHERE = (
+    _torch._global_forward_hooks,
+    _torch._global_forward_pre_hooks,
+    _torch._global_backward_hooks,
+    _torch._global_backward_pre_hooks,
+)
+_forward, _forward_pre, _backward, _backward_pre = _EVERYWHERE
+
+
+def hooked(layer: nn.Module) -> Any:
+    """Whether a call of the layer does more than its ``forward``: something true, or something false."""
+    state = layer.__dict__
+    return (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or _forward
+        or _forward_pre
+        or _backward
+        or _backward_pre
+    )
+
+
+def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None:
+    """The weight and the eps of a layer; None where one of them is not what its class promises."""
+    state = layer.__dict__
+    weight = None
+    if norm.weight is not None:
+        weight = state["_parameters"].get(norm.weight)
+        if weight is None:
+            return None
+    eps = state.get(norm.eps) if isinstance(norm.eps, str) else norm.eps
+    if type(eps) is not float:
+        return None
+    if norm.shape is not None and len(state.get(norm.shape, ())) != 1:
+        return None
+    return weight, eps
+
+
+def _described(cls: type) -> str:
+    norm = norm_of(cls)
+    if isinstance(norm, str):
+        return ""
+    eps = norm.eps if isinstance(norm.eps, str) else repr(norm.eps)
+    return "|".join((norm.form.name, norm.weight or "", eps, norm.shape or ""))
+
+
+described: Callable[[type], str] = constant(_described)  # type: ignore[arg-type, assignment]
+"""The norm that a class is as a text, empty for none: what a compiler can keep as a constant."""
+
+
+def norm_from(text: str) -> Norm:
+    """The norm of which :func:`described` gave the text."""
+    form, weight, eps, shape = text.split("|")
+    return Norm(_FORMS[form], weight or None, eps if eps.isidentifier() else float(eps), shape or None)

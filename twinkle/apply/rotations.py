@@ -1,0 +1,56 @@
+"""What a function is that a fused kernel takes the place of: which rotary embedding."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from twinkle.apply import functions
+from twinkle.apply.norms import hooked
+from twinkle.match.source import function_of
+from twinkle.match.structure import recognise
+
+if TYPE_CHECKING:
+    from twinkle.ops.rotary.reference import RotaryForm
+
+__all__ = ["plain_rotation", "rotation_of"]
+
+
+def rotation_of(function: Any) -> RotaryForm | str:
+    """The rotary embedding that ``function(q, k, cos, sin)`` is, or in words why it is none.
+
+    A function that an embedded kernel was put in the place of is what it was before.
+    """
+    placed = functions.placed_as(function)
+    if placed is not None and any(kind != "embedded" for kind in placed.kinds):
+        return "the rotation has a kernel of its own"
+    function = function if placed is None else placed.original
+    if isinstance(function, nn.Module) and hooked(function):
+        return "the rotation has hooks or a forward of its own"
+    name = getattr(function, "__name__", type(function).__name__)
+    found = recognise(function) if function_of(function) is not None else None
+    if found is None or found.op != "rotary":
+        return f"{name} is not recognised as a rotary embedding"
+    facts = dict(found.facts)
+    plain: Any = function_of(function)
+    parameters = list(inspect.signature(plain, follow_wrapped=False).parameters.values())
+    if [parameter.name for parameter in parameters[:4]] != [
+        facts.pop(r, None) for r in ("q", "k", "cos", "sin")
+    ]:
+        return f"{name} takes other arguments than q, k, cos and sin, or in another order"
+    axis = facts.pop("unsqueeze_dim", 1)
+    if isinstance(axis, str):
+        axis = next((p.default for p in parameters if p.name == axis), None)
+    facts.pop("slice_last", None)
+    if axis != 1 or facts:
+        return f"{name} depends on more than q, k, cos and sin"
+    form: RotaryForm = found.form
+    return form
+
+
+def plain_rotation(function: Any) -> Any:
+    """The function without the kernel that Twinkle put in its place."""
+    placed = functions.placed_as(function)
+    return function if placed is None else placed.original

@@ -1,0 +1,151 @@
+"""The same op on queries and keys that are split into heads already, as they are inside an attention.
+
+>>> way = way_for(q, k, q_weight, k_weight, cos, sin, form)
+>>> q, k = run(way, q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, form)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from twinkle.ops.launch import DEFINITION, STRAIGHT, route, through_definition
+from twinkle.ops.qk_norm_rotary import layer, reference
+from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["joined", "run", "split", "way_for"]
+
+
+def joined(x: Tensor) -> Tensor:
+    """``[batch, heads, tokens, head_dim]`` as ``[batch, tokens, heads · head_dim]``; a view if it can be."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def split(x: Tensor, head_dim: int) -> Tensor:
+    """``[batch, tokens, heads · head_dim]`` as ``[batch, heads, tokens, head_dim]``, a view."""
+    return x.view(x.shape[0], x.shape[1], -1, head_dim).transpose(1, 2)
+
+
+def way_for(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    form: QKNormRotaryForm,
+) -> int:  # fmt: skip
+    """How to compute with these tensors; see :func:`twinkle.ops.launch.route`.
+
+    Args:
+        q: ``[batch, heads, tokens, head_dim]``.
+        k: ``[batch, kv_heads, tokens, head_dim]``.
+        q_weight: ``[head_dim]``, or ``[heads · head_dim]`` where the norm is over all heads.
+        k_weight: As ``q_weight``.
+        cos: ``[batch, tokens, head_dim]``.
+        sin: As ``cos``.
+        form: Which norm and which rotation; one that ``layer.covers``.
+    """
+    if q.dim() != 4 or k.dim() != 4 or q.dtype != k.dtype:
+        return DEFINITION
+    way = route(q, k, q_weight, k_weight, cos, sin)
+    if way == DEFINITION or not _fits(q, k, q_weight, k_weight, cos, sin, form):
+        return DEFINITION
+    return way
+
+
+def _fits(
+    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    form: QKNormRotaryForm,
+) -> bool:  # fmt: skip
+    batch, heads, tokens, head_dim = q.shape
+    k_batch, k_heads, k_tokens, k_head_dim = k.shape
+    if (k_batch, k_tokens, k_head_dim) != (batch, tokens, head_dim) or head_dim % 2:
+        return False
+    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
+        return False
+    width = head_dim // 2 if form.rotary.tables == "half" else head_dim
+    table = cos.shape
+    if len(table) != 3 or table != sin.shape or cos.dtype != sin.dtype:
+        return False
+    if table[2] != width or table[1] != tokens or table[0] not in (1, batch):
+        return False
+    # What one program holds; the same limit as for the op on joined heads.
+    if heads * head_dim > layer.MOST or (q_weight is None) != (k_weight is None):
+        return False
+    if q_weight is None or k_weight is None:
+        return form.norm.weight == "none"
+    over = form.over == "all"
+    return bool(
+        q_weight.shape == (heads * head_dim if over else head_dim,)
+        and k_weight.shape == (k_heads * head_dim if over else head_dim,)
+        and q_weight.dtype == q.dtype == k_weight.dtype
+        and q_weight.is_contiguous()
+        and k_weight.is_contiguous()
+    )
+
+
+def run(
+    way: int, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_eps: float,
+    k_eps: float, cos: Tensor, sin: Tensor, form: QKNormRotaryForm,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The kernel, for what :func:`way_for` found (and not for `DEFINITION`).
+
+    Args:
+        way: As found.
+        q: As for :func:`way_for`, with all that follows.
+        k: ...
+        q_weight: ...
+        k_weight: ...
+        q_eps: Of the norm of the queries.
+        k_eps: Of the norm of the keys.
+        cos: ...
+        sin: ...
+        form: ...
+
+    Returns:
+        The shapes of ``q`` and ``k``; in memory tokens come before heads.
+    """
+    if form.norm.weight == "none":
+        q_weight = k_weight = None
+    rest = (q.shape[3], form.norm.name, form.rotary.name, form.over == "all")
+    if way == STRAIGHT and torch.is_grad_enabled():
+        return _Heads.apply(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
+    function: Any = layer._forward if way == STRAIGHT else layer._op
+    return function(joined(q), joined(k), q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
+
+
+class _Heads(torch.autograd.Function):
+    """Autograd sees one step from heads to heads: the changes of shape are no nodes of the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
+        ctx.save_for_backward(q, k, qw, kw, cos, sin)
+        ctx.eps, ctx.rest = (q_eps, k_eps), rest
+        return layer._forward(joined(q), joined(k), *inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, qw, kw, cos, sin = ctx.saved_tensors
+        head_dim, norm, rotation, over_all = ctx.rest
+        q_eps, k_eps = ctx.eps
+        if torch.is_grad_enabled():
+            form = QKNormRotaryForm(
+                "", layer._NORMS[norm], layer._ROTATIONS[rotation], "all" if over_all else "head"
+            )
+            through = through_definition(
+                lambda q, k, qw, kw: reference.qk_norm_rotary(
+                    joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form
+                ),
+                (q, k, qw, kw),
+                (dq_out, dk_out),
+            )
+            return (*through, *(None,) * 8)
+        wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
+        dq, dk, dqw, dkw = layer._backward(
+            dq_out, dk_out, joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim, norm,
+            rotation, over_all, wanted,
+        )  # fmt: skip
+        dq, dk = split(dq, head_dim), split(dk, head_dim)
+        return (dq, dk, dqw if wanted else None, dkw if wanted else None, *(None,) * 8)
