@@ -1,0 +1,303 @@
+"""Verdicts that are kept: found again for the same question, and never in the way of a program."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from twinkle.apply.options import options
+from twinkle.ops.cases import cases, forms
+from twinkle.proof.cache import ProofCache, cache_file, proofs
+from twinkle.proof.compare import Verdict
+from twinkle.proof.first_use import prove
+from twinkle.proof.question import kernel_version, question
+from twinkle.sources.embedded import EmbeddedLayer
+
+QUESTION = {"op": "rms_norm", "form": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
+RIGHT = Verdict(True, "error 1e-3", errors=(1e-3, 2e-3, float("nan"), float("nan")))
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ProofCache:
+    return ProofCache(tmp_path / "below" / "proofs.json")
+
+
+def again(cache: ProofCache) -> ProofCache:
+    return ProofCache(cache.path)
+
+
+def test_a_verdict_is_found_again_with_its_date(cache: ProofCache) -> None:
+    cache.keep(QUESTION, RIGHT)
+    found = again(cache).find(QUESTION)
+    assert found is not None
+    assert found.ok
+    assert found.errors[:2] == RIGHT.errors[:2]
+    assert str(found).startswith(f"proven (cached, {found.date}): error")
+
+
+def test_another_question_has_no_answer(cache: ProofCache) -> None:
+    cache.keep(QUESTION, RIGHT)
+    assert again(cache).find({**QUESTION, "dtype": "float16"}) is None
+
+
+def test_a_comparison_that_broke_off_is_not_kept(cache: ProofCache) -> None:
+    cache.keep(QUESTION, Verdict(False, "out of memory", conclusive=False))
+    assert again(cache).find(QUESTION) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99, "proofs": {}}', "\0\0", '{"proofs": 3}'])
+def test_a_damaged_file_is_one_line_in_the_log(
+    cache: ProofCache, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert cache.path is not None
+    cache.path.parent.mkdir()
+    cache.path.write_text(text)
+    with caplog.at_level(logging.WARNING, "twinkle"):
+        assert cache.find(QUESTION) is None
+        cache.keep(QUESTION, RIGHT)
+    assert len(caplog.records) == 1
+    assert again(cache).find(QUESTION) is not None, "and a good one takes its place"
+
+
+def test_a_damaged_entry_is_none(cache: ProofCache) -> None:
+    cache.keep(QUESTION, RIGHT)
+    assert cache.path is not None
+    document = json.loads(cache.path.read_text())
+    for entry in document["proofs"].values():
+        del entry["errors"]
+    cache.path.write_text(json.dumps(document))
+    assert again(cache).find(QUESTION) is None
+
+
+def test_a_directory_that_cannot_be_written_is_one_line_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    cache = ProofCache(tmp_path / "file" / "proofs.json")
+    with caplog.at_level(logging.WARNING, "twinkle"):
+        cache.keep(QUESTION, RIGHT)
+        cache.keep(QUESTION, RIGHT)
+    assert len(caplog.records) == 1
+
+
+def test_processes_that_write_at_once_leave_a_whole_file(cache: ProofCache) -> None:
+    program = (
+        "import sys, pathlib\n"
+        "from twinkle.proof.cache import ProofCache\n"
+        "from twinkle.proof.compare import Verdict\n"
+        "cache = ProofCache(pathlib.Path(sys.argv[1]))\n"
+        "for n in range(60): cache.keep({'n': n, 'by': sys.argv[2]}, Verdict(True, 'x' * 500))\n"
+    )
+    children = [subprocess.Popen([sys.executable, "-c", program, str(cache.path), str(n)]) for n in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert cache.path is not None
+    entries = json.loads(cache.path.read_text())["proofs"]
+    assert len(entries) >= 60, "those of the last writer at least"
+    assert [p.name for p in cache.path.parent.iterdir()] == ["proofs.json"], "nothing is left lying about"
+
+
+def test_the_oldest_go_when_there_are_too_many(cache: ProofCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twinkle.proof.cache.MOST", 3)
+    cache.keep_all([({"n": n}, RIGHT) for n in range(5)])
+    assert len(again(cache)) == 3
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"TWINKLE_CACHE": "off"}, None),
+        ({"TWINKLE_CACHE": "/c"}, Path("/c/proofs.json")),
+        ({"XDG_CACHE_HOME": "/x"}, Path("/x/twinkle/proofs.json")),
+        ({"XDG_CACHE_HOME": "relative"}, Path("~/.cache/twinkle/proofs.json").expanduser()),
+        ({}, Path("~/.cache/twinkle/proofs.json").expanduser()),
+    ],
+)
+def test_where_the_file_is(environ: dict[str, str], expected: Path | None) -> None:
+    assert cache_file(environ) == expected
+
+
+def test_without_a_file_nothing_is_kept() -> None:
+    cache = ProofCache(None)
+    cache.keep(QUESTION, RIGHT)
+    assert cache.find(QUESTION) is None
+    assert cache.clear() == 0
+
+
+# -- at first calls -----------------------------------------------------------------------------
+
+
+def sample(width: int = 48) -> tuple[Any, Any, torch.Tensor]:
+    form = forms("rms_norm")[0]
+    made = next(iter(cases("rms_norm", form, torch.float32, torch.device("cpu"))))
+    module = type(made.module)(form, width, torch.float32, torch.device("cpu"))
+    return made, module, torch.randn(2, 8, width)
+
+
+class Counted:
+    """A kernel that counts its calls."""
+
+    def __init__(self, kernel: Any, factor: float = 1.0) -> None:
+        self.kernel = kernel
+        self.factor = factor
+        self.calls = 0
+
+    def __call__(self, module: Any, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        return self.kernel(module, x) * self.factor
+
+
+def asked(
+    kernel: Counted, made: Any, module: Any, x: torch.Tensor, *, source: Any = None, **options: Any
+) -> Verdict:
+    source = source or EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+    options = {"backward": True, "recall": True, **options}
+    return prove(source, made.original, kernel, (x,), {}, module=module, **options)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TWINKLE_CACHE", str(tmp_path))
+    return tmp_path / "proofs.json"
+
+
+def test_the_second_process_does_not_compare_again(kept: Path) -> None:
+    made, module, x = sample()
+    first, second = Counted(made.kernel), Counted(made.kernel)
+    assert asked(first, made, module, x).date is None
+    verdict = asked(second, made, module, x)
+    assert (second.calls, verdict.ok) == (0, True)
+    assert "cached" in str(verdict)
+
+
+def test_a_rejection_is_kept_as_well(kept: Path) -> None:
+    made, module, x = sample()
+    asked(Counted(made.kernel, 1.01), made, module, x)
+    verdict = asked(Counted(made.kernel), made, module, x)
+    assert not verdict.ok
+    assert str(verdict).startswith("rejected (cached, ")
+
+
+@pytest.mark.parametrize(
+    "change", ["width", "dtype", "rank", "strides", "frozen weight", "number", "autocast"]
+)
+def test_what_could_change_the_answer_is_another_question(kept: Path, change: str) -> None:
+    made, module, x = sample()
+    asked(Counted(made.kernel), made, module, x)
+    source = None
+    if change == "width":
+        _, module, x = sample(64)
+    elif change == "dtype":
+        module, x = module.bfloat16(), x.bfloat16()
+    elif change == "rank":
+        x = x[0]
+    elif change == "strides":
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+    elif change == "frozen weight":
+        module.requires_grad_(False)
+    elif change == "number":
+        source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], {**made.facts, "eps": 1e-5})
+    kernel = Counted(made.kernel)
+    with torch.autocast("cpu", enabled=change == "autocast"):
+        asked(kernel, made, module, x, source=source)
+    assert kernel.calls
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_how_many_rows_there_are_is_not(kept: Path, rows: int) -> None:
+    made, module, x = sample()
+    asked(Counted(made.kernel), made, module, x)
+    kernel = Counted(made.kernel)
+    asked(kernel, made, module, torch.randn(2, rows, 48))
+    assert bool(kernel.calls) == (rows == 1), "but one row alone is something special"
+
+
+def test_a_proof_with_gradients_holds_without_and_not_the_other_way(kept: Path) -> None:
+    made, module, x = sample()
+    asked(Counted(made.kernel), made, module, x, backward=False)
+    training = Counted(made.kernel)
+    asked(training, made, module, x)
+    assert training.calls
+    inference = Counted(made.kernel)
+    asked(inference, made, module, x, backward=False)
+    assert inference.calls == 0
+
+
+def test_a_users_own_kernel_is_compared_each_time(kept: Path) -> None:
+    class Mine:
+        kind = "function"
+        op, form, facts, room = "rms_norm", forms("rms_norm")[0], {}, "layer"
+
+    made, module, x = sample()
+    for _ in range(2):
+        kernel = Counted(made.kernel)
+        asked(kernel, made, module, x, source=Mine())
+        assert kernel.calls
+    assert not kept.exists()
+
+
+def test_who_asks_for_a_comparison_by_name_gets_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {v: options.recalls(v) for v in (None, "auto", "first-use", "always")} == {
+        None: True, "auto": True, "first-use": False, "always": False,
+    }  # fmt: skip
+    monkeypatch.setattr(options, "verify", "first-use")
+    assert not options.recalls(None)
+
+
+def test_the_version_of_a_kernel_is_that_of_its_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import shutil
+
+    import twinkle.proof.question as module
+
+    package = Path(module.__file__).parent.parent
+    for room in ("ops", "proof"):
+        shutil.copytree(package / room, tmp_path / room)
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+
+    def versions() -> tuple[str | None, ...]:
+        kernel_version.cache_clear()
+        return tuple(kernel_version(op) for op in ("rms_norm", "residual_norm", "rotary"))
+
+    before = versions()
+    with (tmp_path / "ops" / "rms_norm" / "triton.py").open("a") as file:
+        file.write("# changed\n")
+    after = versions()
+    assert before[0] != after[0]
+    assert before[1] != after[1], "it is made of the norm's kernels"
+    assert before[2] == after[2]
+    kernel_version.cache_clear()
+
+
+def test_no_source_no_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import twinkle.proof.question as module
+
+    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    kernel_version.cache_clear()
+    made, nn_module, x = sample()
+    source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+    assert question(source, (x,), {}, module=nn_module, backward=True) is None
+    kernel_version.cache_clear()
+
+
+def test_the_report_says_that_a_verdict_is_from_before(kept: Path, clean_registry: Any) -> None:
+    from twinkle.records import Binding, LayerKernel
+    from twinkle.swap.candidate import Candidate
+    from twinkle.swap.layers import swap_in
+
+    for _ in range(2):
+        made, module, x = sample()
+        source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+        binding = Binding("layer", "program:Norm", "rms_norm", source)
+        swap_in(module, [Candidate(LayerKernel("rms_norm", source), binding, proofs=1, recall=True)])
+        module(x)
+    assert binding.state == "active"
+    assert binding.proof.startswith("proven (cached, ")
+    assert proofs().clear() == 1
