@@ -22,8 +22,12 @@ __all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "straight"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_CHUNK = 1 << 16
-"""Elements a thread: 256 KiB in float32, two or three of which fit a core's own cache."""
+_CHUNK, _SHARED_CHUNK = 1 << 16, 1 << 22
+"""Elements in a chunk. For one thread 256 KiB in float32, two or three of which fit its core's own cache.
+
+Several threads wait for each other at the end of each op. Where a machine has more to do than cores to do
+it with, that wait is milliseconds, and small chunks were ten times slower than none: so few and large ones.
+"""
 
 
 class _Sizes(threading.local):
@@ -79,5 +83,5 @@ def chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 def chunk_rows(rows: int, width: int) -> int:
     """Rows in a chunk."""
-    step: int = _CHUNK * torch.get_num_threads() // max(width, 1)
-    return max(1, min(rows, step))
+    elements = _CHUNK if torch.get_num_threads() == 1 else _SHARED_CHUNK
+    return max(1, min(rows, elements // max(width, 1)))

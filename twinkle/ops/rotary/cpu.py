@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = ["covers", "function_for", "rotary"]
 
-_LEAST, _NEVER = 1 << 14, 1 << 62
-"""Elements of the query below which the definition is as fast when no gradients are recorded; in half
-precision it always is where only a part of the channels is turned."""
+_LEAST, _NEVER = 1 << 16, 1 << 62
+"""Elements of the query below which the definition is as fast; in half precision and without gradients it
+always is where only a part of the channels is turned."""
 _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
 
@@ -62,7 +62,7 @@ def rotary(
     """
     grad = torch.is_grad_enabled()
     if (
-        pays(q, 1 if grad else _LEAST if form.part == "all" or q.dtype == torch.float32 else _NEVER)
+        pays(q, _LEAST if grad or form.part == "all" or q.dtype == torch.float32 else _NEVER)
         and form.name in _COVERED
         and straight(q, k, cos, sin, v)
         and not (grad and (cos.requires_grad or sin.requires_grad))
