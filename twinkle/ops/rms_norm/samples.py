@@ -36,9 +36,10 @@ def inputs(
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> dict[str, Any] | None:
-    """``x`` for a norm: as wide as its weight."""
+    """``x`` for a norm: as wide as its weight, or as it says."""
     weight = getattr(module, str(facts.get("weight")), None)
-    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else _UNKNOWN_WIDTH
+    shape = getattr(module, str(facts.get("normalized_shape")), None) or (_UNKNOWN_WIDTH,)
+    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else shape[-1]
     return {"x": random((*lead, width), dtype, generator, scale=3)}
 
 
