@@ -62,7 +62,7 @@ def forward_class(
                 f"{role}=getattr(self, {path!r}, None)" if role in absent_ok else f"{role}=self.{path}"
             )
         else:
-            handed.append(f"{role}={value!r}")
+            handed.append(f"{role}={_literal(value)}")
     handed += [f"{role}={role}" for role in constants or {}]
     text = f"def forward(self, {', '.join(parameters)}):\n    return function({', '.join(handed)})\n"
     forward = _run(text, "forward", scope)
@@ -77,6 +77,11 @@ def _run(text: str, name: str, scope: dict[str, Any]) -> Any:
     linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
     exec(compile(text, filename, "exec"), scope)
     return scope[name]
+
+
+def _literal(value: Any) -> str:
+    # inf and nan are printed as names that nothing defines.
+    return f"float({str(value)!r})" if isinstance(value, float) else repr(value)
 
 
 def _name(text: Any) -> str:
@@ -125,7 +130,9 @@ def plain_function(
         else:
             scope[f"default_{parameter.name}"] = parameter.default
             head.append(f"{parameter.name}=default_{parameter.name}")
-    handed = [f"{role}={value if isinstance(value, str) else repr(value)}" for role, value in facts.items()]
+    handed = [
+        f"{role}={value if isinstance(value, str) else _literal(value)}" for role, value in facts.items()
+    ]
     handed += [f"{role}={role}" for role in constants or {}]
     name = _name(original.__name__)
     made = _run(f"def {name}({', '.join(head)}):\n    return function({', '.join(handed)})\n", name, scope)
