@@ -129,7 +129,7 @@ WRONG = (
     scaled, wrong_gradient_of_the_input, nan, wrong_dtype, wrong_shape, in_place, first_rows_alone,
     shared_buffer, stale,
 )  # fmt: skip
-LAYERS = {"rms_norm": "llama", "gated_mlp": "separate"}
+LAYERS = {"rms_norm": "llama", "gated_mlp": "separate", "experts": "plain"}
 FUNCTIONS = {
     "rotary": "half",
     "residual_norm": "rms_norm_llama",
@@ -144,14 +144,19 @@ def case(op: str, form: str) -> Any:
     return wanted, next(iter(cases(op, wanted, torch.float32, torch.device("cpu"))))
 
 
+def planted(sample: Any, function: Callable[..., Any]) -> type[nn.Module]:
+    """A kernel with the arguments of the original that calls a function."""
+    code = sample.original.__code__
+    names = ", ".join(code.co_varnames[1 : code.co_argcount])
+    scope: dict[str, Any] = {"function": function}
+    exec(f"def forward(self, {names}):\n    return function(self, {names})\n", scope)
+    return type("Planted", (nn.Module,), {"forward": scope["forward"]})
+
+
 def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple[Any, ...]]:
     form, sample = case(op, LAYERS[op])
     source = EmbeddedLayer(op, form, sample.facts)
-
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return spoil(lambda x: sample.kernel(self, x), x)
-
-    source._made = type("Planted", (nn.Module,), {"forward": forward})
+    source._made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
     kernel = LayerKernel(op, source)
     binding = Binding("layer", "program:Layer", op, source)
     proofs = options.proofs(None, kind=source.kind)
@@ -215,7 +220,7 @@ def test_a_loss_of_the_first_rows_alone_never_runs() -> None:
 @pytest.mark.parametrize("op", LAYERS)
 def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
     form, sample = case(op, LAYERS[op])
-    name = "weight" if op == "rms_norm" else "down"
+    name = "weight" if op == "rms_norm" else "down"  # a layer, or the tensor of all experts
     source = EmbeddedLayer(op, form, sample.facts)
 
     class Bent:
@@ -232,10 +237,7 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
                 return _Push.apply(value)
             return lambda x: nn.functional.linear(x, _Push.apply(value.weight), value.bias)
 
-    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        return sample.kernel(Bent(self), x)
-
-    source._made = type("Planted", (nn.Module,), {"forward": forward})
+    source._made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
     binding = Binding("layer", "program:Layer", op, source)
     swap_in(sample.module, [Candidate(LayerKernel(op, source), binding, proofs=1)])
     expected = case(op, LAYERS[op])[1].module(*sample.args)
