@@ -330,8 +330,9 @@ def test_many_experts_on_a_gpu(device, dtype, hidden, inter):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("device", ["triton", "torch"], indirect=True)
-def test_the_host_never_waits_for_the_gpu(device):
-    call = Call(device=device, dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_host_never_waits_for_the_gpu(device, dtype):
+    call = Call(device=device, dtype=dtype)
     gradients(call.ours(), call.leaves())
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

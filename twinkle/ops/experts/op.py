@@ -176,10 +176,10 @@ def _backward(
         ddown_bias = step.sum_groups(dout, offsets, rows, token, flat)
         if want_weights:
             # What the bias adds to <dy, y>: the products with every expert's bias, those of the routed ones.
-            each = (dout.to(down_bias.dtype) @ down_bias.t()).float()
+            each = dout.to(dweights.dtype) @ down_bias.to(dweights.dtype).t()
             chosen = each.gather(1, indices.clamp(max=each.shape[1] - 1))
-            dweights = dweights + chosen.where(indices < each.shape[1], 0).reshape(-1).to(dweights.dtype)
-    dweights = dweights.view(weights.shape) if want_weights else none
+            dweights = dweights + chosen.where(indices < each.shape[1], 0).reshape(-1)
+    dweights = dweights.to(weights.dtype).view(weights.shape) if want_weights else none
     return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
 
 

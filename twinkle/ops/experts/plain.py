@@ -86,8 +86,8 @@ def gate_backward(
     h, dp = _biased(h[:valid], bias, ids, rows), dp[:valid]
     a = gates.gate(h, gating)
     weight = weights.index_select(0, slots)[:, None]
-    dweights = torch.zeros_like(weights)
-    dweights[slots] = torch.linalg.vecdot(dp.to(_wide(dp)), a.to(_wide(a))).to(weights.dtype)
+    dweights = weights.new_zeros(weights.shape, dtype=_wide(dp))
+    dweights[slots] = torch.linalg.vecdot(dp.to(dweights.dtype), a.to(dweights.dtype))
     return gates.gate_backward((dp * weight).to(h.dtype), h, gating), (a * weight).to(h.dtype), dweights
 
 

@@ -1,8 +1,9 @@
 """Products of groups of rows with the matrix of their expert: torch's own where it has them, else triton's.
 
 ``torch.nn.functional.grouped_mm`` runs CUTLASS on the tensor cores for bfloat16 (any GPU from Ampere on with
-torch 2.9, Hopper alone before) and product after product for other dtypes; it wants rows that begin at
-multiples of 16 bytes. Whatever it does not take goes to triton, on the CPU to slices.
+torch 2.9, Hopper alone before); it wants rows that begin at multiples of 16 bytes. Other dtypes it computes
+product after product, and waits for the host to know how many: taken for exact float32 alone, where triton
+has no tensor cores either. Whatever is left goes to triton, on the CPU to slices.
 """
 
 from __future__ import annotations
@@ -72,6 +73,10 @@ def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
     """The product of torch for these, or None."""
     if a.device.type != "cuda" or a.dtype != dtype or any(width * a.element_size() % 16 for width in widths):
         return None
+    if a.dtype == torch.float16:
+        return None
+    if a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        return None
     return _of_device(a.device, a.dtype)
 
 
@@ -83,11 +88,14 @@ def _of_device(device: torch.device, dtype: torch.dtype) -> Any:
     public = getattr(torch.nn.functional, "grouped_mm", None)
     if public is not None:
         return public
-    private = getattr(torch, "_grouped_mm", None)
     recent = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 9)
-    return private if recent or (major == 9 and dtype == torch.bfloat16) else None
+    if dtype == torch.bfloat16 and (recent or major == 9):
+        return getattr(torch, "_grouped_mm", None)
+    return None
 
 
 def _aligned(w: Tensor) -> bool:
     """Whether the last two dimensions are a matrix or its transpose that begins where it should."""
-    return 1 in w.stride()[1:] and w.data_ptr() % 16 == 0 and (w.shape[0] < 2 or w.stride(0) % 8 == 0)
+    steps = (*w.stride()[1:], w.stride(0) if w.shape[0] > 1 else 0)
+    whole = all(step == 1 or step * w.element_size() % 16 == 0 for step in steps)
+    return whole and 1 in steps and w.data_ptr() % 16 == 0

@@ -139,7 +139,7 @@ def _gate_backward(
                 du = tl.where(u_free, du, 0.0)
             tl.store(dh + row * 2 * width + gate_col, dg.to(dh.dtype.element_ty), mask=ok)
             tl.store(dh + row * 2 * width + up_col, du.to(dh.dtype.element_ty), mask=ok)
-    tl.store(dweights + slot, tl.sum(dot).to(dweights.dtype.element_ty))
+    tl.store(dweights + slot, tl.sum(dot))
 
 
 @triton.jit
@@ -275,10 +275,12 @@ def gate_backward(
         gating: ...
 
     Returns:
-        The gradient of ``h``, the result of :func:`gate` times the weights, the gradient of the weights.
+        The gradient of ``h``, the result of :func:`gate` times the weights, the gradient of the weights
+        in float32.
     """
     count, width = dp.shape
-    dh, out, dweights = torch.empty_like(h), torch.empty_like(dp), torch.empty_like(weights)
+    dh, out = torch.empty_like(h), torch.empty_like(dp)
+    dweights = torch.empty(weights.shape, dtype=torch.float32, device=weights.device)
     numbers, constants = _gating(gating, h, bias)
     with on_device(h):
         _launch_gate_backward(
