@@ -327,15 +327,6 @@ def test_peft(targets, late):
 
 
 @pytest.mark.slow
-def test_compiled_model_has_no_break_and_the_same_gradients():
-    model, inputs = build(), batch()
-    _, _, gradients = step(model, **inputs)
-    deferring(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert distance(step(compiled, **inputs)[2], gradients) < 1e-5
-
-
-@pytest.mark.slow
 def test_trainer_trains_and_computes_metrics(tmp_path):
     pytest.importorskip("accelerate")
     rows = [{k: v[0] for k, v in batch(rows=1).items()} for _ in range(4)]

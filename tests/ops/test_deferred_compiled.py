@@ -1,0 +1,159 @@
+"""Deferred logits under torch.compile: the graph has the loss as one operator, and no logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+
+transformers = pytest.importorskip("transformers")
+
+from twinkle.match.structure import recognise  # noqa: E402
+from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
+from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
+
+VOCAB = 501
+TOKENS = 40
+
+
+def build(family="llama", **more):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        family, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0,
+        query_pre_attn_scalar=8, **more,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+
+
+def deferring(model):
+    made = install(model, recognise(type(model)))
+    assert not isinstance(made, str), made
+    return model
+
+
+def batch():
+    torch.manual_seed(1)
+    ids = torch.randint(3, VOCAB, (1, TOKENS))
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def assert_close(found, expected):
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-5
+
+
+class Graphs:
+    """A backend that keeps what it is given, forward and backward."""
+
+    def __init__(self):
+        self.graphs = []
+        self.backend = aot_autograd(fw_compiler=self._keep, bw_compiler=self._keep)
+
+    def _keep(self, graph, _):
+        self.graphs.append(graph)
+        return graph.forward
+
+    def largest(self):
+        """The most elements of anything computed in them."""
+        sizes = [0]
+        for graph in self.graphs:
+            for node in graph.graph.nodes:
+                value = node.meta.get("val")
+                if node.op == "call_function" and isinstance(value, torch.Tensor):
+                    sizes.append(int(value.numel()))
+        return max(sizes)
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_compiled_model_computes_no_logits():
+    model, inputs = build(), batch()
+    expected = model(**inputs)
+    wanted = gradients(model, expected.loss)
+    kept = Graphs()
+    compiled = torch.compile(deferring(model), fullgraph=True, backend=kept.backend)
+    output = compiled(**inputs)
+    assert type(output.logits) is DeferredLogits
+    assert output.logits.is_deferred
+    assert_close(output.loss.detach(), expected.loss.detach())
+    assert_close(gradients(model, output.loss), wanted)
+    assert kept.largest() < TOKENS * VOCAB
+    assert len(kept.graphs) == 2
+    compiled(**inputs)
+    assert len(kept.graphs) == 2
+
+
+@pytest.mark.slow
+def test_logits_of_a_compiled_model_have_values_and_gradients():
+    model, inputs = build("gemma2", final_logit_softcapping=3.0), batch()
+    expected = model(**inputs).logits
+    wanted = gradients(model, expected.pow(2).sum())
+    compiled = torch.compile(deferring(model), fullgraph=True, backend="aot_eager")
+    output = compiled(**inputs)
+    assert type(output.logits) is DeferredLogits
+    assert torch.equal(output.logits.argmax(-1), expected.argmax(-1))
+    assert_close(output.logits.detach(), expected.detach())
+    assert_close(gradients(model, output.logits.pow(2).sum()), wanted)
+
+
+@pytest.mark.slow
+def test_model_inside_a_compiled_step_computes_logits_only_if_they_are_used():
+    model, inputs = build(), batch()
+    expected = model(**inputs)
+    wanted = gradients(model, expected.loss)
+    deferring(model)
+    kept = Graphs()
+    loss = torch.compile(lambda **given: model(**given).loss, fullgraph=True, backend=kept.backend)(**inputs)
+    assert_close(gradients(model, loss), wanted)
+    assert kept.largest() < TOKENS * VOCAB
+    output = torch.compile(lambda **given: model(**given), fullgraph=True, backend="aot_eager")(**inputs)
+    assert type(output.logits) is torch.Tensor
+    assert_close(output.logits.detach(), expected.logits.detach())
+    assert_close(gradients(model, output.logits.sum()), gradients(model, model(**inputs).logits.sum()))
+
+
+@pytest.mark.slow
+def test_compiled_model_without_labels_gives_plain_logits():
+    model, inputs = deferring(build()), batch()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled(**inputs)
+    found = compiled(input_ids=inputs["input_ids"])
+    assert type(found.logits) is torch.Tensor
+    assert_close(found.logits.detach(), model(input_ids=inputs["input_ids"]).logits.detach())
+
+
+@pytest.mark.slow
+def test_forward_with_a_graph_break_defers():
+    model, inputs = build(), batch()
+    wanted = gradients(model, model(**inputs).loss)
+    norm = type(model.model.norm).forward
+    model.model.norm.forward = lambda x: (torch._dynamo.graph_break(), norm(model.model.norm, x))[1]
+    compiled = torch.compile(deferring(model), backend="aot_eager")
+    output = compiled(**inputs)
+    assert type(output.logits) is DeferredLogits
+    assert_close(gradients(model, output.loss), wanted)
+
+
+@pytest.mark.slow
+def test_autocast_and_a_tuple_in_a_compiled_model():
+    model, inputs = build(), batch()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(**inputs, return_dict=False)
+        compiled = torch.compile(deferring(model), fullgraph=True, backend="aot_eager")
+        found = compiled(**inputs, return_dict=False)
+    assert type(found[1]) is DeferredLogits
+    assert found[1].dtype == torch.bfloat16
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[1] + 0, expected[1], rtol=2e-2, atol=2e-2)
