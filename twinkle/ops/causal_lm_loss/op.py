@@ -36,14 +36,7 @@ def loss_of_all_rows(
     labels: Tensor,
     divisor: Tensor | None,
     most_rows: int | None,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``sum of losses / divisor``, its gradients, and what is left to multiply the gradients by.
 
@@ -55,20 +48,13 @@ def loss_of_all_rows(
         divisor: ``[]``, None for the number of labels that count.
         most_rows: No more labels than these count: the rows that do not are left out of the products.
             Where more do, the loss is no number.
-        pre: See :class:`RowLoss`, as the next four.
-        post: ...
-        tanh: ...
-        ignore_index: ...
-        label_smoothing: ...
-        want_hidden: Whether the gradient of ``hidden`` is wanted; else it comes out empty.
-        want_weight: That of ``weight``.
-        want_bias: That of ``bias``.
+        rest: The five numbers of a :class:`RowLoss`, then which gradients are :class:`Wanted`; those that
+            are not come out empty.
     """
-    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
-    wanted = Wanted(want_hidden, want_weight, want_bias)
+    row_loss, wanted = RowLoss(*rest[:5]), Wanted(*rest[5:])
     with torch.no_grad(), _no_autocast(hidden):
         precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        counts = labels != ignore_index
+        counts = labels != row_loss.ignore_index
         number = counts.sum()
         inverse = (number if divisor is None else divisor).to(precise).reciprocal()
         # The logits' gradient would vanish in float16 (a loss scaler comes after it): scaled last there.
@@ -115,22 +101,23 @@ def _(
     labels: Tensor,
     divisor: Tensor | None,
     most_rows: int | None,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return (
         hidden.new_empty((), dtype=precise),
         hidden.new_empty((), dtype=precise),
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        (hidden if bias is None else bias).new_empty(weight.shape[0] if want_bias else 0),
+        *_empty_gradients(hidden, weight, bias, Wanted(*rest[5:])),
+    )
+
+
+def _empty_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, wanted: Wanted
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        weight.new_empty(weight.shape if wanted.weight else 0),
+        (hidden if bias is None else bias).new_empty(weight.shape[0] if wanted.bias else 0),
     )
 
 
@@ -187,17 +174,18 @@ def loss_of_each_row(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
+    *row_loss: Any,
 ) -> Tensor:
     """Losses ``[rows]``; the arguments are those of :func:`loss_of_all_rows`."""
-    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
     with torch.no_grad(), _no_autocast(hidden):
         return in_chunks(
-            hidden.contiguous(), weight.contiguous(), bias, labels.contiguous(), None, row_loss, Wanted()
+            hidden.contiguous(),
+            weight.contiguous(),
+            bias,
+            labels.contiguous(),
+            None,
+            RowLoss(*row_loss),
+            Wanted(),
         )[0]
 
 
@@ -207,11 +195,7 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
+    *row_loss: Any,
 ) -> Tensor:
     precise = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return hidden.new_empty(hidden.shape[0], dtype=precise)
@@ -229,16 +213,8 @@ def _gradients_of_each_row(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_loss = RowLoss(pre, post, tanh, ignore_index, label_smoothing)
     with torch.no_grad(), _no_autocast(hidden):
         gradients = in_chunks(
             hidden.contiguous(),
@@ -246,8 +222,8 @@ def _gradients_of_each_row(
             bias,
             labels.contiguous(),
             grad.contiguous(),
-            row_loss,
-            Wanted(want_hidden, want_weight, want_bias),
+            RowLoss(*rest[:5]),
+            Wanted(*rest[5:]),
         )[1:]
     first, second, third = (g if g is not None else hidden.new_empty(0) for g in gradients)
     return first, second, third
@@ -260,20 +236,9 @@ def _(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    pre: float,
-    post: float,
-    tanh: bool,
-    ignore_index: int,
-    label_smoothing: float,
-    want_hidden: bool,
-    want_weight: bool,
-    want_bias: bool,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        hidden.new_empty(hidden.shape if want_hidden else 0),
-        weight.new_empty(weight.shape if want_weight else 0),
-        (hidden if bias is None else bias).new_empty(weight.shape[0] if want_bias else 0),
-    )
+    return _empty_gradients(hidden, weight, bias, Wanted(*rest[5:]))
 
 
 def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
