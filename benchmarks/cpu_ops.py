@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from twinkle.ops.layer_norm import everywhere as layer_norm_everywhere
+from twinkle.ops.layer_norm import reference as layer_norm_reference
 from twinkle.ops.rms_norm import cpu as norm_cpu
 from twinkle.ops.rms_norm import reference as norm_reference
 from twinkle.ops.rotary import cpu as rotary_cpu
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 NORMS = {form.name: form for form in norm_reference.FORMS}
 ROTATIONS = {form.name: form for form in rotary_reference.FORMS}
+COHERE = next(form for form in layer_norm_reference.FORMS if form.name == "cohere")
 EPS = 1e-6
 
 
@@ -55,6 +58,15 @@ def norm_case(name: str, rows: int, width: int, dtype: torch.dtype) -> Case:
         f"rms_norm ({name})", f"{rows}x{width}", (x, w), 2,
         lambda x, w: norm_reference.rms_norm(x, w, EPS, form=form),
         lambda x, w: norm_cpu.rms_norm(x, w, EPS, form=form),
+    )  # fmt: skip
+
+
+def layer_norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
+    x, w = torch.randn(rows, width).to(dtype), (torch.randn(width) + 1).to(dtype)
+    return Case(
+        "layer_norm (cohere)", f"{rows}x{width}", (x, w), 2,
+        lambda x, w: layer_norm_reference.layer_norm(x, w, None, EPS, form=COHERE),
+        lambda x, w: layer_norm_everywhere.layer_norm(x, w, None, EPS, form=COHERE),
     )  # fmt: skip
 
 
@@ -113,6 +125,7 @@ def cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
     ]
     return [
         *(lambda a=arguments: norm_case(*a, dtype) for arguments in norms),
+        *(lambda a=arguments: layer_norm_case(*a, dtype) for arguments in ((2048, 1024), (1, 1024))),
         *(
             lambda a=arguments: rotary_case(*a, dtype)
             for arguments in (
@@ -120,7 +133,7 @@ def cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
                 ("interleaved", 1, 2048),
             )
         ),
-        lambda: gated_case(2048, 3072, dtype),
+        *([lambda: gated_case(2048, 3072, dtype)] if torch.get_num_threads() == 1 else []),
     ]  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 An op has a folder. Its ``layer.py`` runs triton's kernels, on a GPU or in triton's interpreter. Its
 ``cpu.py``, where there is one, computes the same with torch's own functions and covers the forms for which
-that was measured to be faster than the code it replaces (``benchmarks/cpu_ops.py``).
+that was measured to be faster than the code it replaces (``benchmarks/cpu_ops.py``). An ``everywhere.py`` is
+for all devices: torch's own kernel in the place of code that writes it out.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ROOMS", "covering", "declined"]
 
-ROOMS = {"layer": "triton", "cpu": "plain torch"}
+ROOMS = {"layer": "triton", "cpu": "plain torch", "everywhere": "plain torch"}
 """The modules in the folder of an op that hold an implementation, and what the report calls it."""
 
 
@@ -34,9 +35,11 @@ def covering(op: str, form: Any, device: str) -> str | None:
     from twinkle.ops import launch
 
     kind = "cuda" if device == "rocm" else device
+    if _has(op, "everywhere"):
+        return "everywhere" if _room(op, "everywhere").covers(form) else None
     if kind in launch.KINDS:
         return "layer" if _room(op, "layer").covers(form) else None
-    if kind != "cpu" or not _has_cpu(op):
+    if kind != "cpu" or not _has(op, "cpu"):
         return None
     return "cpu" if _room(op, "cpu").covers(form) else None
 
@@ -58,5 +61,5 @@ def _room(op: str, name: str) -> ModuleType:
 
 
 @functools.cache
-def _has_cpu(op: str) -> bool:
-    return importlib.util.find_spec(f"twinkle.ops.{op}.cpu") is not None
+def _has(op: str, name: str) -> bool:
+    return importlib.util.find_spec(f"twinkle.ops.{op}.{name}") is not None

@@ -1,0 +1,65 @@
+"""Layers that write a LayerNorm out get torch's own kernel: the same results, gradients as near."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.match.structure import check_instance, recognise
+from twinkle.ops.layer_norm import reference
+from twinkle.ops.layer_norm.everywhere import covers, layer_class, layer_norm
+from twinkle.ops.layer_norm.samples import cases
+from twinkle.ops.variants import covering
+from twinkle.proof.compare import compare
+
+FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+COHERE = FORMS["cohere"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_is_as_near_to_the_exact_result_as_its_definition(name, dtype):
+    for case in cases(FORMS[name], dtype, torch.device("cpu")):
+        verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
+        assert verdict.ok, (case.shape, verdict)
+
+
+def test_forms_that_round_in_between_or_call_torch_already_are_left_alone():
+    left = {form.name for form in reference.FORMS if covering("layer_norm", form, "cuda") is None}
+    assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
+    assert all(covering("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda"))
+
+
+@pytest.mark.parametrize("case", ["a weight for each head", "a weight in float32", "float64", "autocast"])
+def test_what_torch_computes_otherwise_goes_through_the_definition(case):
+    x, w = torch.randn(2, 3, 4, 8, dtype=torch.bfloat16), torch.randn(8, dtype=torch.bfloat16)
+    if case == "a weight for each head":
+        w = torch.randn(4, 8, dtype=torch.bfloat16)
+    if case == "a weight in float32":
+        w = w.float()
+    if case == "float64":
+        x, w = x.double(), w.double()
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        found = layer_norm(x, w, None, 1e-5, form=COHERE)
+        expected = reference.layer_norm(x, w, None, 1e-5, form=COHERE)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+def test_a_class_of_transformers_is_recognised_and_computes_the_same():
+    modeling = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    layer = modeling.CohereLayerNorm(32)
+    nn.init.normal_(layer.weight)
+    found = recognise(modeling.CohereLayerNorm)
+    kernel = layer_class(found.form, check_instance(found, layer)).forward
+    x = torch.randn(3, 32)
+    torch.testing.assert_close(kernel(layer, x), layer(x))
+
+
+def test_a_compiler_sees_no_break():
+    x, w = torch.randn(4, 8), torch.randn(8)
+    compiled = torch.compile(layer_norm, fullgraph=True, backend="eager")
+    torch.testing.assert_close(
+        compiled(x, w, None, 1e-5, form=COHERE), layer_norm(x, w, None, 1e-5, form=COHERE)
+    )

@@ -1,0 +1,78 @@
+"""Sample calls of LayerNorm."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.layer_norm import reference
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.layer_norm.reference import LayerNormForm
+
+__all__ = ["cases", "forms", "inputs"]
+
+_UNKNOWN_WIDTH = 128
+
+
+def forms() -> tuple[LayerNormForm, ...]:
+    """All."""
+    return reference.FORMS
+
+
+def inputs(
+    form: LayerNormForm,
+    facts: Mapping[str, Any],
+    module: nn.Module | None,
+    lead: tuple[int, ...],
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> dict[str, Any] | None:
+    """``x`` for a norm: as wide as its weight; None for a weight of each head."""
+    weight = getattr(module, str(facts.get("weight")), None)
+    if isinstance(weight, torch.Tensor) and weight.dim() != 1:
+        return None
+    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else _UNKNOWN_WIDTH
+    return {"x": random((*lead, width), dtype, generator, scale=3)}
+
+
+class Norm(nn.Module):
+    """A norm by its definition."""
+
+    def __init__(self, form: LayerNormForm, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.form = form
+        if form.affine != "none":
+            self.weight = nn.Parameter(torch.rand(width, device=device).add_(0.5).to(dtype))
+        if form.affine == "both":
+            self.bias = nn.Parameter(torch.rand(width, device=device).to(dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., width]`` to the same."""
+        weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
+        return reference.layer_norm(x, weight, bias, 1e-6, form=self.form)
+
+
+def cases(
+    form: LayerNormForm, dtype: torch.dtype, device: torch.device, room: str = "everywhere"
+) -> Iterator[Case]:
+    """Each shape."""
+    facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
+    if form.affine != "none":
+        facts["weight"] = "weight"
+    if form.affine == "both":
+        facts["bias"] = "bias"
+    kernel: Any = implementation("layer_norm", room).layer_class(form, facts).forward
+    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    for shape, (lead, width) in SHAPES.items():
+        x = random((*lead, width), dtype, generator, scale=3)
+        args = (strided(x) if shape == "strided" else x,)
+        yield Case(shape, Norm.forward, kernel, args, Norm(form, width, dtype, device), facts)
