@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["defer_logits", "device", "layer_kernel", "register_functions"]
 
-_LAYERS = ("rms_norm", "gated_mlp", "experts")
+_LAYERS = ("rms_norm", "layer_norm", "gated_mlp", "experts")
 _FUNCTIONS = ("rotary",)
 _ORIGIN = "embedded"
 
