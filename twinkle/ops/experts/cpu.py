@@ -1,7 +1,8 @@
 """Mixture of experts on the CPU in plain torch: the same op, its products slice by slice.
 
 A loop over experts in autograd makes a gradient as large as all experts for each of them: at 32 experts of
-512 x 256, top 4 of 512 tokens, its backward takes 1040 ms on one core, this one 90 ms.
+512 x 256, top 4 of 512 tokens, on one busy core, its backward took 2924 ms and this one 197 ms in one run of
+``benchmarks/experts.py --device cpu``; transformers' ``grouped_mm`` took 200 ms.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ def experts(
         weights: ``[tokens, k]``.
         gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged.
         down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
-        num_experts: How many there are.
+        num_experts: How many there are; those in ``gate_up`` count, which may have been spread since.
         activation: One of ``ACTIVATIONS`` of the gated activation.
         form: How they are laid out.
         gate_up_bias: ``[experts, 2 · intermediate]`` of a form with biases.
@@ -91,11 +91,11 @@ def experts(
     """
     if activation not in ACTIVATIONS:
         raise ValueError(declines({"activation": activation}))
-    tensors = (x, indices, weights, gate_up, down, gate_up_bias, down_bias)
-    usual = covers(form) and x.dim() == 2 and indices.dim() == 2 and gate_up.shape[0] == num_experts
+    tensors = (indices, x, weights, gate_up, down, gate_up_bias, down_bias)
+    usual = covers(form) and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
     if not usual or not op.runs(*tensors):
         return reference.experts(
-            x, indices, weights, gate_up, down, num_experts, ACTIVATIONS[activation], form=form,
+            x, indices, weights, gate_up, down, gate_up.shape[0], ACTIVATIONS[activation], form=form,
             gate_up_bias=gate_up_bias, down_bias=down_bias, limit=limit, alpha=alpha,
         )  # fmt: skip
     kind, gating = x.device.type, gating_of(form, activation, limit, alpha)

@@ -56,8 +56,7 @@ def experts(
         gating: ``gating.gating_of`` the form.
 
     Returns:
-        ``[tokens, hidden]``, or None where no kernel runs: for other devices and dtypes, tensor subclasses
-        and transforms of ``torch.func``.
+        ``[tokens, hidden]``.
     """
     tensors = (x, indices, weights, gate_up, down, gate_up_bias, down_bias)
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
@@ -69,17 +68,22 @@ def experts(
     return _forward(*tensors, *rest)[0]
 
 
-def runs(*tensors: Tensor | None) -> bool:
-    """Whether :func:`experts` takes these tensors."""
+def runs(indices: Tensor, *tensors: Tensor | None) -> bool:
+    """Whether :func:`experts` takes these indices and other tensors.
+
+    Not those of other devices and dtypes, tensor subclasses, nor under a transform of ``torch.func``.
+    """
     compiling = torch.compiler.is_compiling()
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0
     if not compiling and torch._C._are_functorch_transforms_active():
         return False
-    first = tensors[0]
-    assert first is not None
-    if first.device.type not in ("cuda", "cpu") or first.dtype not in _DTYPES:
+    device = indices.device
+    if device.type not in ("cuda", "cpu") or not (traced or type(indices) in _PLAIN):
         return False
-    return all(x is None or (x.device == first.device and (traced or type(x) in _PLAIN)) for x in tensors)
+    return all(
+        x is None or (x.device == device and x.dtype in _DTYPES and (traced or type(x) in _PLAIN))
+        for x in tensors
+    )
 
 
 def _layout(gate_up: Tensor, down: Tensor, form: ExpertsForm) -> tuple[Tensor, Tensor]:
