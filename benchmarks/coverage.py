@@ -3,6 +3,7 @@
     python benchmarks/coverage.py --write docs/coverage.md      the table, from scratch (minutes)
     python benchmarks/coverage.py --json result.json            the same as data
     python benchmarks/coverage.py --no-build                    without building models
+    python benchmarks/coverage.py --no-build --totals           this transformers, for the table of versions
 
 For every class and function that is recognised, the code itself and the reference of its form run on the
 same random inputs, in float32, in bfloat16 and in bfloat16 with float32 parameters or tables; they must be
@@ -23,6 +24,7 @@ import sys
 import time
 import warnings
 from multiprocessing import get_context
+from pathlib import Path
 
 OPS = (
     "rms_norm",
@@ -37,6 +39,8 @@ OPS = (
 # Of the 53 model types in the table of liger-kernel 0.8.5, those that have the op on by default.
 LIGER = {"rms_norm": 51, "gated_mlp": 45, "rotary": 36, "causal_lm_loss": 51, "layer_norm": 11}
 BUILDS, SECONDS = 4, 30
+RESULTS = Path(__file__).parent / "results"
+VERSIONS = RESULTS / "coverage-versions.json"
 
 
 def family(name: str) -> str:
@@ -288,6 +292,12 @@ def text(data: dict) -> str:
         lines += ["Modules that could not be imported here:", ""]
         lines += [f"- `{module}`: {error}" for module, error in errors]
         lines.append("")
+    lines += versions(data)
+    if (RESULTS / "families-cpu.json").is_file():
+        import families
+
+        lines += families.section(json.loads((RESULTS / "families-cpu.json").read_text())).splitlines()
+        lines.append("")
     lines += [
         "## By family",
         "",
@@ -304,6 +314,26 @@ def text(data: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def versions(data: dict) -> list:
+    """The totals of the versions of transformers that were looked at, as Markdown."""
+    others = json.loads(VERSIONS.read_text()) if VERSIONS.is_file() else {}
+    others[data["transformers"]] = {"modules": len(data["modules"]), "totals": data["totals"]}
+    lines = [
+        "## Other versions of transformers",
+        "",
+        "Families by op. Before 5.0 experts are lists of layers, which is no op; before 5.18 their one-hot",
+        "has no room for a slot without expert (`unpadded` forms).",
+        "",
+        "| transformers | modules | " + " | ".join(f"`{op}`" for op in OPS) + " |",
+        "|---|---" + "|---" * len(OPS) + "|",
+    ]
+    for version in sorted(others, key=lambda text: [int(part) for part in text.split(".")]):
+        one = others[version]
+        counts = (str(one["totals"].get(op, {}).get("families", 0)) for op in OPS)
+        lines.append(f"| {version} | {one['modules']} | " + " | ".join(counts) + " |")
+    return [*lines, ""]
+
+
 def _kind(reason: str) -> str:
     import re
 
@@ -316,10 +346,19 @@ def main() -> int:
     )
     parser.add_argument("--write", metavar="FILE", help="the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="everything as JSON")
+    parser.add_argument("--totals", action="store_true", help=f"put the totals into {VERSIONS.name}")
+    parser.add_argument("--from", dest="given", metavar="FILE", help="what --json wrote, and look at nothing")
     parser.add_argument("--no-build", action="store_true", help="build no models")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
     options = parser.parse_args()
-    data = run(options.jobs, not options.no_build)
+    if options.given:
+        data = json.loads(Path(options.given).read_text())
+    else:
+        data = run(options.jobs, not options.no_build)
+    if options.totals:
+        known = json.loads(VERSIONS.read_text()) if VERSIONS.is_file() else {}
+        known[data["transformers"]] = {"modules": len(data["modules"]), "totals": data["totals"]}
+        VERSIONS.write_text(json.dumps(known, indent=1) + "\n")
     if options.json:
         with open(options.json, "w") as file:
             json.dump(data, file, indent=1)
