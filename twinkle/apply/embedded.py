@@ -142,6 +142,8 @@ _looked_at: set[str] = set()
 def forget() -> None:
     """Look at every module anew."""
     _looked_at.clear()
+    _kernels.clear()
+    fused.forget()
 
 
 def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from twinkle.match.adjacent import Place
 
-__all__ = ["OPS", "FusedForward", "Site", "layer_kernel", "sites_of"]
+__all__ = ["OPS", "FusedForward", "Site", "draft_of", "forget", "layer_kernel", "site_at", "sites_of"]
 
 OPS = ("residual_norm", "qk_norm_rotary")
 
@@ -150,6 +150,11 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
             name, FusedForward(draft, sites), device=where, verify="off", origin="embedded"
         )
     return known[key]
+
+
+def forget() -> None:
+    """Begin anew: what was proven is to be proven again."""
+    _kernels.clear()
 
 
 class FusedForward:

@@ -1,0 +1,115 @@
+"""Where two steps of a forward stand next to each other, and where something between them forbids it."""
+
+from __future__ import annotations
+
+import ast
+import textwrap
+
+import pytest
+
+from twinkle.match.adjacent import RotatedPair, SumThenLayer, find_places
+
+
+def places(body, signature="self, x, r, cos, sin"):
+    text = f"def forward({signature}):\n{textwrap.indent(textwrap.dedent(body), '    ')}"
+    return find_places(ast.parse(text).body[0])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = r + x\ny = self.norm(h)\nreturn h, y",
+        "h = r + x\nr = h\nh = self.norm(h)\nreturn r + self.mlp(h)",
+        "r = h = r + x\nreturn r, self.norm(h)",
+        "h: object = r + self.attn(x)\nreturn h + self.mlp(self.norm(h))",
+        "x = x + self.attn(x)\nx = x + self.mlp(self.norm(x)).view(-1)\nreturn x",
+        "if self.flag:\n    h = r + x\n    x = self.norm(h)\nreturn x",
+    ],
+)
+def test_a_sum_and_the_layer_behind_it(body):
+    [place] = places(body)
+    assert isinstance(place, SumThenLayer)
+    assert (place.path, place.scale) == ("norm", None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = r + x\nself.log(x)\ny = self.norm(h)\nreturn h, y",  # something else is computed first
+        "h = r + x\ny = self.mlp(x) + self.norm(h)\nreturn y",
+        "h = r + x\nh = self.norm(h, 1)\nreturn h",  # another argument
+        "h = r + x\nh = self.norm(x=h)\nreturn h",
+        "h = r + x\nh = norm(h)\nreturn h",  # no layer of the instance
+        "h = r - x\nreturn self.norm(h)",
+        "h += x\nreturn self.norm(h)",  # in place
+        "h[0] = r + x\nreturn self.norm(h)",
+        "h = r + x\nif self.flag:\n    h = self.norm(h)\nreturn h",  # not always
+        "h = r + x\nreturn [self.norm(h) for _ in x]",
+        "h = r + x\nreturn self.flag and self.norm(h)",
+        "self = x\nh = r + x\nreturn self.norm(h)",
+    ],
+)
+def test_what_is_no_sum_before_a_layer(body):
+    assert places(body) == []
+
+
+def test_a_factor_of_the_addend_is_told_apart():
+    [place] = places("h = r + x * self.multiplier\nreturn h, self.norm(h)")
+    assert ast.unparse(place.right) == "x"
+    assert ast.unparse(place.scale) == "self.multiplier"
+
+
+PAIR = """
+q = self.q_norm(self.q_proj(x).view(s)).transpose(1, 2)
+k = self.k_norm(self.k_proj(x).view(s)).transpose(1, 2)
+v = self.v_proj(x)
+q, k = rotate(q, k, cos, sin)
+return q, k, v
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "between"),
+    [
+        (PAIR, "transpose"),
+        ("q = self.q_norm(x)\nk = self.k_norm(r)\nq, k = rotate(q, k, cos, sin)\nreturn q, k", "nothing"),
+        (
+            "q = self.q_norm(x)\nk = self.k_norm(r)\nq = q.view(s).transpose(1, 2)\n"
+            "k = k.view(s).transpose(1, 2)\na, b = rotate(q, k, cos, sin)\nreturn a, b",
+            "split",
+        ),
+        (
+            "q = x.transpose(1, 2)\nk = r\nif self.normed:\n    q = self.q_norm(q)\n    k = self.k_norm(k)\n"
+            "q, k = rotate(q, k, cos, sin)\nreturn q, k",
+            "nothing",
+        ),
+    ],
+)
+def test_queries_and_keys(body, between):
+    [place] = places(body)
+    assert isinstance(place, RotatedPair)
+    assert (place.paths, place.function, place.between) == (("q_norm", "k_norm"), "rotate", between)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("v = self.v_proj(x)", "v = self.v_proj(q)"),  # sees the queries in between
+        ("q, k = rotate", "a, b = rotate"),  # and later
+        ("transpose(1, 2)\nk", "transpose(1, 3)\nk"),
+        ("transpose(1, 2)\nk", "contiguous()\nk"),
+        ("self.k_norm(self.k_proj(x).view(s))", "self.k_proj(x).view(s)"),
+        ("rotate(q, k, cos, sin)", "self.rotate(q, k, cos, sin)"),
+        ("rotate(q, k, cos, sin)", "rotate(q, q, cos, sin)"),
+        ("rotate(q, k, cos, sin)", "rotate(q, k, *cos, sin)"),
+        ("v = self.v_proj(x)", "rotate = self.v_proj\nv = 0"),  # not the function of the module
+        ("v = self.v_proj(x)", "if x:\n    q = x"),
+    ],
+)
+def test_what_is_no_pair(old, new):
+    assert old in PAIR
+    assert places(PAIR.replace(old, new, 1)) == []
+
+
+def test_in_a_loop_a_name_may_be_seen_in_the_next_round():
+    assert places(f"for x in r:\n{textwrap.indent(PAIR.replace('return', 'z ='), '    ')}") == []
