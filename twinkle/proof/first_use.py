@@ -21,6 +21,7 @@ __all__ = ["PROOF_TOKENS", "inputs_for", "others_like", "prove"]
 PROOF_TOKENS = 256
 """Tokens of each of at most two sequences: enough for every branch of a kernel but those on the width, and
 next to nothing in a first step."""
+_TOKENS_ON_CPU = 32
 _AHEAD = (2, 64)  # Sequences and tokens of made-up inputs.
 _MOST_OTHERS = 4
 
@@ -72,11 +73,17 @@ def prove(
         module=module,
         plain_class=plain_class,
         backward=backward,
-        rows=PROOF_TOKENS if source.kind == "embedded" else None,
+        rows=_tokens((tuple(args), dict(kwargs)), module) if source.kind == "embedded" else None,
     )
     if asked is not None:
         proofs().keep(asked, verdict)
     return verdict
+
+
+def _tokens(inputs: Any, module: nn.Module | None) -> int:
+    """How many tokens are compared: fewer on a CPU, where each one costs as much as one of the step."""
+    tensors = tensors_of(inputs) or (list(module.parameters()) if module is not None else [])
+    return PROOF_TOKENS if any(tensor.device.type != "cpu" for tensor in tensors) else _TOKENS_ON_CPU
 
 
 def inputs_for(

@@ -2,7 +2,7 @@
 
 A whole step of it cannot be compared: its logits are what there is no memory for. So a few made-up rows
 meet the whole weight for the loss and the gradient of the hidden states, and a part of the vocabulary for
-the gradients of weight and bias. The largest tensors are the logits of 64 rows and 64 MiB of weight.
+the gradients of weight and bias. The largest tensors are the logits of 64 rows and 8 MiB of weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["prove_loss"]
 
 _MOST_ROWS = 64
-_PART = 1 << 24  # Elements of the weight whose gradient is compared.
+_PART = 1 << 21  # Elements of the weight whose gradient is compared.
 _COLUMNS = 8192
 _SOFTCAP, _SCALE = 30.0, 0.5
 
