@@ -274,6 +274,25 @@ def test_the_rewritten_forward_looks_like_the_original(device: torch.device) -> 
     assert (frame.filename, frame.line) == (__file__, 'raise RuntimeError("asked to")')
 
 
+def test_what_the_program_raises_is_raised_once(device: torch.device, clean_registry: Registry) -> None:
+    block = Block().to(device)
+    kernelize_layers(block)
+    calls = []
+
+    def hook(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyError("the first time")
+
+    block.grow.register_forward_hook(hook)
+    x = torch.randn(1, 2, 8, device=device)
+    with pytest.raises(KeyError, match="the first time"):
+        block(x)
+    assert len(calls) == 1
+    block(x)
+    assert states(clean_registry)["residual_norm"] == ("active", "proven")
+
+
 def test_state_copies_and_pickles_are_those_of_the_original(device: torch.device) -> None:
     block = Block().to(device)
     names = list(block.state_dict())

@@ -163,9 +163,13 @@ class FusedForward:
     Args:
         draft: The original.
         sites: Which of its places are to be replaced.
+
+    Attributes:
+        guarded: A kernel that raises is caught where it is called: the rest is the program's own code.
     """
 
     kind = "embedded"
+    guarded = True
 
     def __init__(self, draft: Draft, sites: Sequence[Site]) -> None:
         self.draft = draft

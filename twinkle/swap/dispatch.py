@@ -164,7 +164,9 @@ class Dispatch:
                 else entry.function(*args, **kwargs)
             )
         except Exception as error:
-            if entry.candidate.strict or _out_of_memory(error):
+            # What a source lets through whose kernels have guards of their own is the program's affair.
+            guarded = getattr(entry.candidate.kernel.source, "guarded", False)
+            if entry.candidate.strict or guarded or _out_of_memory(error):
                 raise
             failure = error
         else:
