@@ -43,6 +43,10 @@ class NotRun(Exception):
     """A model that this comparison cannot be made with, and why."""
 
 
+class TooLong(BaseException):
+    """The time of one class is up; no ``except Exception`` on the way, such as a proof's, may keep it."""
+
+
 def run(model: Any, given: dict[str, Any]) -> tuple[float, Gradients]:
     """The loss, and the gradient of every parameter that has one."""
     torch.manual_seed(0)
@@ -161,7 +165,7 @@ def all_of_them(
     seen: dict[frozenset[str], str] | None = {} if distinct else None
 
     def expire(*_: object) -> None:
-        raise NotRun(f"more than {SECONDS} s")
+        raise TooLong(f"more than {SECONDS} s")
 
     # Time of this process, not of the clock: an import that is cut off on a busy machine cannot be repeated.
     signal.signal(signal.SIGPROF, expire)
@@ -176,7 +180,7 @@ def all_of_them(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 result = compare(name, family, dtype, device, length, seen)
-        except Exception as error:
+        except (Exception, TooLong) as error:
             left_out[name] = _reason(error)
             continue
         finally:
@@ -188,10 +192,10 @@ def all_of_them(
     return {"results": results, "left_out": left_out}
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = " ".join(lines)[:160]
-    return text if isinstance(error, NotRun) else f"{type(error).__name__}: {text}"
+    return text if isinstance(error, NotRun | TooLong) else f"{type(error).__name__}: {text}"
 
 
 # -- writing --------------------------------------------------------------------------------------
@@ -224,6 +228,12 @@ def section(data: dict[str, Any]) -> str:
         for r in one["results"]:
             if not r["ok"]:
                 lines.append(f"- differs, {label}: `{r['class']}`, {r['parameter']}: {r['gradient_off']:.1e}")
+            elif "own_off" in r:
+                errors = f"the original is off by {r['own_off']:.1e}, with kernels {r['our_off']:.1e}"
+                lines.append(
+                    f"- {label}, `{r['class']}`, `{r['parameter']}`: {r['gradient_off']:.1e}; against a finer"
+                    f" dtype {errors}"
+                )
             # Pending is what the model has and this forward does not call: a vision tower, say.
             odd = [line for line in r["not_active"] if " pending: " not in line]
             if odd:
@@ -296,6 +306,10 @@ def main() -> int:
     import transformers
 
     data["transformers"], data["torch"] = transformers.__version__, torch.__version__
+    earlier = data["runs"].get(label)
+    if args.classes and earlier:  # what was asked for takes the place of what was there
+        one["results"] += [r for r in earlier["results"] if r["class"] not in names]
+        one["left_out"].update({n: why for n, why in earlier["left_out"].items() if n not in names})
     data["runs"][label] = one
     if args.json:
         args.json.write_text(json.dumps(data, indent=1) + "\n")
