@@ -65,13 +65,15 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
 def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if q.form is not k.form:
         return "the norms of queries and keys differ"
-    over: Literal["head", "all"] = "all" if between == "split" else "head"
-    if over == "all" and q.weight is None:
+    if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
-    form = QKNormRotaryForm(f"{q.form.name}_{rotation}_{over}", q.form, _ROTATIONS[rotation], over)
-    if not op.covers(form):
-        return f"there is no kernel for {form.name}"
-    return Pair(q, k, form)
+    form = _form(q, rotation, between)
+    return Pair(q, k, form) if op.covers(form) else f"there is no kernel for {form.name}"
+
+
+def _form(norm: Norm, rotation: str, between: Between) -> QKNormRotaryForm:
+    over: Literal["head", "all"] = "all" if between == "split" else "head"
+    return QKNormRotaryForm(f"{norm.form.name}_{rotation}_{over}", norm.form, _ROTATIONS[rotation], over)
 
 
 def pair_step(
@@ -91,11 +93,16 @@ def pair_step(
     graded, plain = step.graded, step.plain
     known: dict[Any, Pair | str] = {}
 
-    def rotation_name() -> str:
+    def covered(q_text: str, k_text: str) -> str:
+        """The name of the rotation, empty where there is no kernel."""
         found = rotation_of(rotation_now())
-        return "" if isinstance(found, str) else found.name
+        if isinstance(found, str) or not q_text or not k_text:
+            return ""
+        pair = _pair(norm_from(q_text), norm_from(k_text), found.name, between)
+        return "" if isinstance(pair, str) else found.name
 
-    rotated: Callable[[], str] = constant(rotation_name)  # type: ignore[arg-type, assignment]
+    # A compiler keeps the answer as a constant, and sees nothing of how it was found.
+    rotated: Callable[[str, str], str] = constant(covered)  # type: ignore[arg-type, assignment]
 
     def ready(owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
         if _compiling():
@@ -149,15 +156,14 @@ def pair_step(
     def _traced(
         q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any]:
-        rotation = rotated()
+        q_text, k_text = described(type(q_layer)), described(type(k_layer))
+        rotation = rotated(q_text, k_text)
         if rotation:
-            u, v = norm_from(described(type(q_layer))), norm_from(described(type(k_layer)))
-            pair = _pair(u, v, rotation, between)
-            a, b = numbers_of(u, q_layer), numbers_of(v, k_layer)
-            if isinstance(pair, str) or a is None or b is None:
-                return _original(q, k, q_layer, k_layer, function, cos, sin)
-            if way_for(q, k, a[0], b[0], cos, sin, pair.form) == OP:
-                return run(OP, q, k, a[0], b[0], a[1], b[1], cos, sin, pair.form)
+            u, v = norm_from(q_text), norm_from(k_text)
+            a, b, form = numbers_of(u, q_layer), numbers_of(v, k_layer), _form(u, rotation, between)
+            fits = a is not None and b is not None
+            if fits and way_for(q, k, a[0], b[0], cos, sin, form) == OP:  # type: ignore[index]
+                return run(OP, q, k, a[0], b[0], a[1], b[1], cos, sin, form)  # type: ignore[index]
         return _original(q, k, q_layer, k_layer, function, cos, sin)
 
     def _first(
