@@ -28,8 +28,11 @@ __all__ = [
     "OP",
     "STRAIGHT",
     "Launcher",
+    "apply_of",
+    "base_of",
     "cdiv",
     "define",
+    "fresh",
     "like",
     "memory_order",
     "multiprocessors",
@@ -155,7 +158,11 @@ class Launcher:
             constants: The rest, and options such as ``num_warps``.
         """
         device = tensors[0].device
-        if device.type != "cuda" or any(tensor.data_ptr() & 15 for tensor in tensors):
+        aligned = device.type == "cuda"
+        for tensor in tensors:
+            if tensor.data_ptr() & 15:
+                aligned = False
+        if not aligned:
             self.jitted[grid](*tensors, *numbers, **constants)
             return
         key = (device.index, numbers, *[tensor.dtype for tensor in tensors], *constants.values())
@@ -196,6 +203,30 @@ def rows_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
     return rows if rows.stride(-1) == 1 or width == 1 else rows.contiguous()
 
 
+def base_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> tuple[Tensor, int]:
+    """A tensor whose memory begins where the first row does, and the elements from one row to the next.
+
+    As :func:`rows_of`, without making a view of what is contiguous: a view takes longer than the numbers.
+
+    Args:
+        tensor: ``[..., width]``.
+        order: As for :func:`rows_of`.
+    """
+    if order is None and tensor.is_contiguous():
+        return tensor, tensor.shape[-1]
+    rows = rows_of(tensor, order)
+    return rows, rows.stride(0)
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for plain tensors outside every transform, as `STRAIGHT` says they are.
+
+    Torch's own first looks at each argument for what a transform of ``torch.func`` may have left in it.
+    """
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply
+    return apply
+
+
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     """The dimensions of a dense tensor from outermost to innermost in memory, the last one kept last.
 
@@ -209,18 +240,24 @@ def memory_order(tensor: Tensor) -> tuple[int, ...] | None:
     return order if tensor.permute(order).is_contiguous() else None
 
 
-def like(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
-    """An empty tensor with the strides that elementwise torch gives, as it is and as rows.
+def fresh(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, tuple[int, ...] | None]:
+    """An empty tensor with the strides that elementwise torch gives; dense, with adjacent channels.
 
     Returns:
-        The tensor, the same memory as ``[rows, width]``, and the order of its dimensions in memory.
+        The tensor, and the order of its dimensions in memory; see :func:`memory_order`.
     """
     out = torch.empty_like(tensor, dtype=dtype)
     if out.is_contiguous():
-        return out, rows_of(out), None
+        return out, None
     order = memory_order(out)
-    if order is None and not out.is_contiguous():
+    if order is None:
         out = torch.empty(tensor.shape, dtype=out.dtype, device=out.device)
+    return out, order
+
+
+def like(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor, tuple[int, ...] | None]:
+    """As :func:`fresh`, with the same memory as ``[rows, width]`` between the two."""
+    out, order = fresh(tensor, dtype)
     return out, rows_of(out, order), order
 
 

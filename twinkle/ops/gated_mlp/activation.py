@@ -5,7 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, memory_order, route, rows_of, through_definition
+from twinkle.ops.launch import (
+    DEFINITION,
+    STRAIGHT,
+    apply_of,
+    define,
+    fresh,
+    route,
+    rows_of,
+    through_definition,
+)
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -63,7 +72,7 @@ def gated_activation(
     if way == STRAIGHT and not torch.is_grad_enabled():
         return _forward(gate, up, activation, clamp, limit, scale, exact)
     if way == STRAIGHT:
-        return _Gated.apply(gate, up, activation, clamp, limit, scale, exact)
+        return _gated(gate, up, activation, clamp, limit, scale, exact)
     return _op(gate, up, activation, clamp, limit, scale, exact)
 
 
@@ -98,7 +107,7 @@ def gated_activation_fused(
     if way == STRAIGHT and not torch.is_grad_enabled():
         return _fused_forward(gate_up, activation, gate_half, clamp, limit, scale, exact)
     if way == STRAIGHT:
-        return _Fused.apply(gate_up, activation, gate_half, clamp, limit, scale, exact)
+        return _fused(gate_up, activation, gate_half, clamp, limit, scale, exact)
     return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)
 
 
@@ -133,7 +142,7 @@ def gated_linear(
         ``[..., hidden]``.
     """
     _check(activation)
-    return _GatedLinear.apply(gate, up, weight, bias, activation, clamp, limit, scale, exact)
+    return _gated_linear(gate, up, weight, bias, activation, clamp, limit, scale, exact)
 
 
 def _check(activation: str) -> None:
@@ -172,12 +181,11 @@ def _forward(
 ) -> Tensor:
     from twinkle.ops.gated_mlp import triton as kernels
 
-    out = _empty(gate)
-    order = memory_order(out)
-    kernels.forward(
-        rows_of(gate, order), rows_of(up, order), rows_of(out, order), activation,
-        clamp=clamp, limit=limit, scale=scale, exact=exact,
-    )  # fmt: skip
+    out, order = fresh(gate)
+    tensors = (gate, up, out)
+    if not (gate.is_contiguous() and up.is_contiguous()):
+        tensors = (rows_of(gate, order), rows_of(up, order), rows_of(out, order))
+    kernels.forward(*tensors, activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
     return out
 
 
@@ -187,21 +195,13 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from twinkle.ops.gated_mlp import triton as kernels
 
-    dgate, dup = _empty(gate), _empty(gate)
-    order = memory_order(dgate)
+    dgate, order = fresh(gate)
+    dup = torch.empty_like(dgate)
     dout, gate, up, gate_rows, up_rows = (rows_of(x, order) for x in (dout, gate, up, dgate, dup))
     kernels.backward(
         dout, gate, up, gate_rows, up_rows, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
     )
     return dgate, dup
-
-
-def _empty(gate: Tensor) -> Tensor:
-    # The strides that elementwise torch gives, as long as channels stay adjacent.
-    out = torch.empty_like(gate)
-    if out.is_contiguous() or memory_order(out) is not None:
-        return out
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
 
 
 def _halves(gate_up: Tensor, gate_half: int) -> tuple[Tensor, Tensor]:
@@ -307,6 +307,9 @@ class _GatedLinear(torch.autograd.Function):
         return (dgate, dup, dweight, dbias, None, None, None, None, None)
 
 
+_gated, _fused, _gated_linear = apply_of(_Gated), apply_of(_Fused), apply_of(_GatedLinear)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     gate, up, *ctx.rest = inputs
     ctx.save_for_backward(gate, up)
@@ -330,12 +333,12 @@ _backward_op = define(
     "gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
     f"{_REST}) -> (Tensor, Tensor)",
     _backward,
-    lambda dout, gate, up, *rest: (_empty(gate), _empty(gate)),
+    lambda dout, gate, up, *rest: (fresh(gate)[0], fresh(gate)[0]),
 )
 _op = define(
     f"gated_activation(Tensor gate, Tensor up, str activation, {_REST}) -> Tensor",
     _forward,
-    lambda gate, up, *rest: _empty(gate),
+    lambda gate, up, *rest: fresh(gate)[0],
     setup=_setup,
     backward=_derivative,
 )

@@ -146,10 +146,11 @@ _launch_forward, _launch_backward = Launcher(_forward), Launcher(_backward)
 
 def _shape(*tensors: Tensor) -> tuple[int, int]:
     """Rows and width: one long row where all are contiguous, so that no block is cut at the end of a row."""
-    rows, width = tensors[0].shape
-    if all(tensor.is_contiguous() for tensor in tensors):
-        return 1, rows * width
-    return rows, width
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            rows, width = tensor.shape
+            return rows, width
+    return 1, tensors[0].numel()
 
 
 def forward(
@@ -166,7 +167,7 @@ def forward(
     """Launch the forward.
 
     Args:
-        gate: ``[rows, width]``, channels adjacent.
+        gate: ``[rows, width]``, channels adjacent; of any shape when all tensors are contiguous.
         up: As ``gate``.
         out: Written; as ``gate``.
         activation: One of `ACTIVATIONS`.
@@ -205,7 +206,7 @@ def backward(
     """Launch the backward.
 
     Args:
-        dout: ``[rows, width]``, channels adjacent.
+        dout: ``[rows, width]``, channels adjacent; of any shape when all tensors are contiguous.
         gate: As in forward.
         up: As in forward.
         dgate: Written.

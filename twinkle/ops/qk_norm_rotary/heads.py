@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, route, through_definition
+from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, route, through_definition
 from twinkle.ops.qk_norm_rotary import layer, reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 
@@ -110,7 +110,7 @@ def run(
         q_weight = k_weight = None
     rest = (q.shape[3], form.norm.name, form.rotary.name, form.over == "all")
     if way == STRAIGHT and torch.is_grad_enabled():
-        return _Heads.apply(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
+        return _straight(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
     function: Any = layer._forward if way == STRAIGHT else layer._op
     return function(joined(q), joined(k), q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
 
@@ -149,3 +149,6 @@ class _Heads(torch.autograd.Function):
         )  # fmt: skip
         dq, dk = split(dq, head_dim), split(dk, head_dim)
         return (dq, dk, dqw if wanted else None, dkw if wanted else None, *(None,) * 8)
+
+
+_straight = apply_of(_Heads)

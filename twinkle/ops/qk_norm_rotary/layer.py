@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route, rows_of, through_definition
+from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, rows_of, through_definition
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm import reference as norms
@@ -87,7 +87,7 @@ def qk_norm_rotary(
         if form.norm.weight == "none":
             q_weight = k_weight = None
         names = (form.norm.name, form.rotary.name, form.over == "all")
-        function = _QKNormRotary.apply if way == STRAIGHT else _op
+        function = _straight if way == STRAIGHT else _op
         if way == STRAIGHT and not torch.is_grad_enabled():
             function = _forward
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
@@ -230,6 +230,9 @@ class _QKNormRotary(torch.autograd.Function):
             )
             return (*through, *(None,) * 8)
         return _gradients(ctx, _backward, dq_out, dk_out)
+
+
+_straight = apply_of(_QKNormRotary)
 
 
 def _fake_forward(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, like, route, through_definition
+from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 from twinkle.ops.rms_norm.layer import covers as covers_norm
@@ -89,7 +89,7 @@ def run(
     if way == STRAIGHT and not torch.is_grad_enabled():
         return _forward(x, residual, weight, eps, form.norm.name, factor)
     if way == STRAIGHT:
-        return _ResidualNorm.apply(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+        return _straight(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
     return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
 
 
@@ -159,6 +159,9 @@ def _gradients(
     wanted = weight is not None and ctx.needs_input_grad[2]
     dx, dr, dw = function(dh, dy, h, weight, *ctx.rest, wanted)
     return dx, dx if scale is None else dr, dw if wanted else None, None, None, None
+
+
+_straight = apply_of(_ResidualNorm)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

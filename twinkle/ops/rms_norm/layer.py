@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from twinkle.ops.build import forward_class
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, like, route, through_definition
+from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -80,7 +80,7 @@ def rms_norm(
         if way == STRAIGHT and not torch.is_grad_enabled():
             return _op_forward(x, weight, eps, form.name)  # type: ignore[arg-type]
         if way == STRAIGHT:
-            return _RMSNorm.apply(x, weight, eps, form)
+            return _straight(x, weight, eps, form)
         return _op(x, weight, eps, form.name)
     return reference.rms_norm(
         x, weight, eps,  # type: ignore[arg-type]  # None where torch's function takes it
@@ -133,6 +133,9 @@ class _RMSNorm(torch.autograd.Function):
             return (*through_definition(definition, (x, weight), (dy,)), None, None)
         dx, _, dw = kernels.backward(dy, x, weight, ctx.eps, ctx.form, weight_grad=ctx.needs_input_grad[1])
         return dx, dw, None, None
+
+
+_straight = apply_of(_RMSNorm)
 
 
 def _op_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:

@@ -16,12 +16,12 @@ import triton.language as tl
 
 from twinkle.ops.launch import (
     Launcher,
+    base_of,
     cdiv,
-    like,
+    fresh,
     multiprocessors,
     on_device,
     power_of_2,
-    rows_of,
     shared_memory,
     tl_dtype,
 )
@@ -298,18 +298,14 @@ def forward(
         The normalised rows, and the sum or None.
     """
     normal, one_plus, product, out_dtype = roundings(form, x.dtype, None if weight is None else weight.dtype)
-    y, y_rows, order = like(x, out_dtype)
+    y, order = fresh(x, out_dtype)
     width = x.shape[-1]
-    x_rows = rows_of(x, order)
-    total = total_rows = None
-    r_rows = x_rows
-    if residual is not None:
-        total = torch.empty_like(y, dtype=x.dtype)
-        total_rows = rows_of(total, order)
-        r_rows = rows_of(residual, order)
-    rows = x_rows.shape[0]
+    total = None if residual is None else torch.empty_like(y, dtype=x.dtype)
     if y.numel() == 0:
         return y, total
+    x_rows, x_stride = base_of(x, order)
+    r_rows, r_stride = (x_rows, x_stride) if residual is None else base_of(residual, order)
+    rows = x.numel() // width
     block = power_of_2(width)
     one_pass = block <= _ONE_PASS
     block = block if one_pass else 8192
@@ -318,8 +314,8 @@ def forward(
         w = weight if weight is not None else x_rows
         _launch_forward(
             (cdiv(rows, height),),
-            (x_rows, r_rows, w, total_rows if total_rows is not None else y_rows, y_rows),
-            (rows, width, x_rows.stride(0), r_rows.stride(0), float(eps),
+            (x_rows, r_rows, w, total if total is not None else y, y),
+            (rows, width, x_stride, r_stride, float(eps),
              1.0 if scale is None else float(scale)),
             BLOCK=block, ROWS=height, ONE_PASS=one_pass, ADD=residual is not None, SCALED=scale is not None,
             WEIGHT=weight is not None, ONE_PLUS=form.weight == "one_plus", COMPUTE=form.compute,
@@ -359,20 +355,19 @@ def backward(
         Gradients of the addend (of ``x`` without an add), of the residual (the same tensor unless
         there is a scale) and of the weight.
     """
-    dx, dx_rows, order = like(x)
-    dr, dr_rows = dx, dx_rows
-    if scale is not None:
-        dr = torch.empty_like(dx)
-        dr_rows = rows_of(dr, order)
+    dx, order = fresh(x)
+    dr = dx if scale is None else torch.empty_like(dx)
     dw = torch.empty_like(weight) if weight is not None and weight_grad else None
-    rows, width = dx_rows.shape
     if x.numel() == 0:
         return dx, dr, dw.zero_() if dw is not None else None
-    x_rows, dy_rows = rows_of(x, order), rows_of(dy, order)
-    dh_rows = dy_rows if dh is None else rows_of(dh, order)
+    width = x.shape[-1]
+    rows = x.numel() // width
+    x_rows, x_stride = base_of(x, order)
+    dy_rows, dy_stride = base_of(dy, order)
+    dh_rows, dh_stride = (dy_rows, dy_stride) if dh is None else base_of(dh, order)
     block = power_of_2(width)
     w = x_rows if weight is None else weight
-    strides = (dy_rows.stride(0), dh_rows.stride(0), x_rows.stride(0))
+    strides = (dy_stride, dh_stride, x_stride)
     flags: dict[str, Any] = {
         "ADD": dh is not None,
         "SCALED": scale is not None,
@@ -381,7 +376,7 @@ def backward(
         "S": tl_dtype(roundings(form, x.dtype, None if weight is None else weight.dtype)[1]),
     }
     factor = 1.0 if scale is None else float(scale)
-    tensors = (dy_rows, dh_rows, x_rows, w, dx_rows, dr_rows)
+    tensors = (dy_rows, dh_rows, x_rows, w, dx, dr)
     numbers = (rows, width, *strides, float(eps), factor)
     with on_device(x):
         if block <= _ONE_PASS // 2:

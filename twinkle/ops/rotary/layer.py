@@ -8,7 +8,7 @@ import functools
 import torch
 
 from twinkle.ops.build import plain_function
-from twinkle.ops.launch import DEFINITION, STRAIGHT, define, route, through_definition
+from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, through_definition
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
@@ -145,7 +145,7 @@ def _straight(
 ) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         return _forward(q, k, cos, sin, form, tokens_first, dtype)
-    return _Rotary.apply(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
+    return _turned(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
 
 
 def _four(x: Tensor, tokens_first: bool) -> Tensor:
@@ -254,6 +254,9 @@ class _Rotary(torch.autograd.Function):
             return (None, None if dk is None else _backward(dk, None, cos, sin, *ctx.rest)[0], *none)
         gradients = _backward(dq, dk, cos, sin, *ctx.rest)
         return (gradients[0], None if dk is None else gradients[1], *none)
+
+
+_turned = apply_of(_Rotary)
 
 
 def _again(ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
