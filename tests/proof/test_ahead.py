@@ -159,3 +159,14 @@ def test_inputs_can_be_made_up_for_every_form_of_rotary() -> None:
         given = inputs_for(source, sample.original, None, dtype=torch.bfloat16, device="cpu")
         assert given is not None
         sample.original(*given)
+
+
+def test_arguments_are_made_up_for_what_takes_anything() -> None:
+    form = forms("rotary")[0]
+    sample = next(iter(cases("rotary", form, torch.float32, CPU)))
+    source = EmbeddedFunction("rotary", form, sample.facts, sample.original)
+
+    def anything(*args: Any, **kwargs: Any) -> Any:
+        return sample.original(*args, **kwargs)
+
+    assert inputs_for(source, anything, None, dtype=torch.float32, device="cpu") is None

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from twinkle.match.source import function_of
 from twinkle.proof.cache import proofs
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
@@ -121,7 +122,12 @@ def inputs_for(
     if values is None:
         return None
     named = {source.facts[role]: value for role, value in values.items() if role in source.facts}
+    if module is None:
+        # `kernels` puts a layer that takes anything in the place of the functions it decorates.
+        original = function_of(original) or original
     parameters_of = list(inspect.signature(original).parameters.values())[0 if module is None else 1 :]
+    if not named.keys() <= {parameter.name for parameter in parameters_of}:
+        return None
     given: list[Any] = []
     for parameter in parameters_of:
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
