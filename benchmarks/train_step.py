@@ -205,6 +205,9 @@ def main() -> None:
                 continue
             result = json.loads(lines[-1].removeprefix("RESULT "))
             results.append(result)
+            if args.json:  # After each, since a run is long and may be cut off.
+                data = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version()}
+                Path(args.json).write_text(json.dumps({**data, "results": results}, indent=2) + "\n")
             base = base or result
             peak = f"{result['peak_gb']:6.1f} GB" if result["peak_gb"] else "        -"
             print(
@@ -221,9 +224,6 @@ def main() -> None:
                 print(f"{'':14}{ms:8.2f} ms {count:5}  {key}")
             for binding in result.get("bindings", []):
                 print("             ", *binding)
-    if args.json:
-        data = {"date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "results": results}
-        Path(args.json).write_text(json.dumps(data, indent=2) + "\n")
 
 
 if __name__ == "__main__":

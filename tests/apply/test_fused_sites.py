@@ -261,6 +261,43 @@ def test_a_users_own_module(device: torch.device, clean_registry: Registry, coun
     )  # fmt: skip
 
 
+class Hybrid(nn.Module):
+    """One class for two kinds of layers, each with what it needs alone."""
+
+    def __init__(self, turns: bool) -> None:
+        super().__init__()
+        self.turns = turns
+        if turns:
+            self.turn = nn.Linear(8, 8)
+        else:
+            self.mix = nn.Linear(8, 8)
+        self.norm = Norm()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.turns:  # noqa: SIM108
+            other = self.turn(x)
+        else:
+            other = self.mix(x)
+        x = x + other
+        return x + self.norm(x)
+
+
+def test_layers_of_a_class_may_differ_in_what_they_have(
+    device: torch.device, clean_registry: Registry, counted: dict[str, int]
+) -> None:
+    model = nn.Sequential(Hybrid(True), Hybrid(False)).to(device)
+    x = torch.randn(1, 2, 8, device=device)
+    expected = model(x)
+    kernelize_layers(model)
+    model(x)
+    before = counted["residual_norm"]
+    close(model(x), expected)
+    assert counted["residual_norm"] == before + 2
+    assert [(b.kernel, b.state, b.instances) for b in clean_registry.bindings] == [
+        ("residual_norm", "active", 2)
+    ]
+
+
 def test_the_rewritten_forward_looks_like_the_original(device: torch.device) -> None:
     block = Block().to(device)
     kernelize_layers(block)

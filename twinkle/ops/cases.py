@@ -25,7 +25,16 @@ if TYPE_CHECKING:
 
 __all__ = ["OPS", "SHAPES", "Case", "cases", "forms", "implementation", "random", "strided"]
 
-OPS = ("rms_norm", "gated_mlp", "rotary", "residual_norm", "qk_norm_rotary", "causal_lm_loss", "experts")
+OPS = (
+    "rms_norm",
+    "layer_norm",
+    "gated_mlp",
+    "rotary",
+    "residual_norm",
+    "qk_norm_rotary",
+    "causal_lm_loss",
+    "experts",
+)
 """The folders that have samples."""
 
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {

@@ -215,6 +215,9 @@ class Candidate(_Candidate):
             with self._lock:
                 if self.dead is None and target_class not in self._fits:
                     fit = read_layer(loaded, target_class, attributes=self.kernel.attributes)
+                    if getattr(self.kernel.source, "guarded", False):
+                        # The target's own code: what an instance lacks it asks for on another path.
+                        fit.needs = frozenset()
                     settle_on(fit, target_class, instances)
                     self._fits[target_class] = fit
                 return self._fits.get(target_class)
