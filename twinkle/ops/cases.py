@@ -11,6 +11,7 @@ Every op with a kernel has a ``samples.py`` with two functions::
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -75,7 +76,7 @@ def forms(op: str) -> tuple[Any, ...]:
 
 
 def cases(
-    op: str, form: Any, dtype: torch.dtype, device: torch.device, room: str = "layer"
+    op: str, form: Any, dtype: torch.dtype, device: torch.device, room: str | None = None
 ) -> Iterator[Case]:
     """Calls of one form, on random inputs that follow from ``torch.manual_seed``.
 
@@ -84,8 +85,10 @@ def cases(
         form: One of :func:`forms`.
         dtype: Of the inputs and parameters.
         device: Where they are.
-        room: What computes it, as ``twinkle.ops.variants`` says: ``layer`` or ``cpu``.
+        room: What computes it, as ``twinkle.ops.variants`` says; by default triton, where the op has that.
     """
+    if room is None:
+        room = "layer" if importlib.util.find_spec(f"twinkle.ops.{op}.layer") else "everywhere"
     yield from import_module(f"twinkle.ops.{op}.samples").cases(form, dtype, device, room)
 
 
