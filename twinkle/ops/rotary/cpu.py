@@ -6,19 +6,16 @@ In half precision these round once where the definition rounds the two products 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-from twinkle.ops.build import plain_function
 from twinkle.ops.plain import pays, straight
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan
+from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan, maker_of
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
     from typing import Any
 
     from torch import Tensor
@@ -181,25 +178,5 @@ class _Rotary(torch.autograd.Function):
         return (found[0], found[1], None, None, None, None, None)
 
 
-def function_for(
-    form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A function with the arguments of ``original`` that computes ``form``.
-
-    Args:
-        form: Which channels are paired, and where it rounds.
-        facts: From the argument of `rotary` to the name of the argument of ``original``, or its value.
-        original: The function that is replaced.
-
-    Returns:
-        The same function for the same arguments.
-    """
-    return _function_for(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
-
-
-@functools.cache
-def _function_for(form: RotaryForm, facts: tuple[tuple[str, Any], ...], original: Callable[..., Any]) -> Any:
-    known = ("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("k", None)
-    return plain_function(original, rotary, values, constants={"form": form})
+function_for = maker_of(rotary)
+"""A function with the arguments of another; see :func:`twinkle.ops.rotary.layer.maker_of`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["apply_rotary_pos_emb", "covers", "function_for", "rotary"]
+__all__ = ["apply_rotary_pos_emb", "covers", "function_for", "maker_of", "rotary"]
 
 _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
@@ -342,25 +342,27 @@ _op = define(
 )
 
 
-def function_for(
-    form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A function with the arguments of ``original`` that computes ``form``.
+def maker_of(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """What makes functions with the arguments of others that compute ``function``, a `rotary`.
 
-    Args:
-        form: Which channels are paired, and where it rounds.
-        facts: From the argument of `rotary` to the name of the argument of ``original``, or its value.
-        original: The function that is replaced.
-
-    Returns:
-        The same function for the same arguments.
+    The maker takes the form, the facts (from the argument of `rotary` to the name of the argument of the
+    original, or its value) and the original. It returns the same function for the same arguments.
     """
-    return _function_for(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
+
+    @functools.cache
+    def make(form: RotaryForm, facts: tuple[tuple[str, Any], ...], original: Callable[..., Any]) -> Any:
+        known = ("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
+        values = {name: value for name, value in facts if name in known}
+        values.setdefault("k", None)
+        return plain_function(original, function, values, constants={"form": form})
+
+    def function_for(
+        form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        return make(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
+
+    return function_for
 
 
-@functools.cache
-def _function_for(form: RotaryForm, facts: tuple[tuple[str, Any], ...], original: Callable[..., Any]) -> Any:
-    known = ("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("k", None)
-    return plain_function(original, rotary, values, constants={"form": form})
+function_for = maker_of(rotary)
+"""See :func:`maker_of`."""
