@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from twinkle.match.structure import check_instance, recognise  # noqa: E402
 from twinkle.ops.experts.layer import covers, layer_class  # noqa: E402
 from twinkle.proof.compare import compare  # noqa: E402
+from twinkle.proof.fit import check_layer  # noqa: E402
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -113,6 +114,12 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own(family, implementation
     weights = torch.rand(24, 2, dtype=torch.bfloat16)
     verdict = compare(type(module).forward, kernel, (x, indices, weights), {}, module=module, backward=True)
     assert verdict.ok, verdict
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layer_fits_the_arguments_of_the_models_own(family):
+    module, form, facts = found_in(build(family, "eager"))[0]
+    check_layer(layer_class(form, facts), type(module), instance=module)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

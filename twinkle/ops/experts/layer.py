@@ -147,5 +147,6 @@ def _layer_class(
 ) -> type[nn.Module]:
     return forward_class(
         f"Experts_{form.name}", experts, dict(facts), inputs=("x", "indices", "weights"),
+        optional=("indices", "weights"),  # gpt_oss gives them the default None
         constants={"form": form, "activation": activation, "implementation": implementation},
     )  # fmt: skip
