@@ -182,12 +182,12 @@ def test_gpu_leaves_out_ignored_rows_and_tells_a_wrong_bound():
 def test_gpu_memory_is_bounded_by_the_chunk():
     from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
 
-    rows, vocab = 32768, 64000
+    rows, vocab = 131072, 64000
     hidden = torch.randn(rows, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(vocab, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(0, vocab, (rows,), device="cuda")
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     linear_cross_entropy(hidden, weight, labels).backward()
-    assert torch.cuda.max_memory_allocated() - before < 900 * 2**20
-    assert rows * vocab * 2 > 3900 * 2**20
+    assert torch.cuda.max_memory_allocated() - before < 3 * 2**30  # 2 GiB of logits, and the gradients
+    assert rows * vocab * 2 > 15 * 2**30
