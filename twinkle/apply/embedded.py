@@ -8,8 +8,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from twinkle.apply import fused
 from twinkle.apply.options import options
+from twinkle.fuse import forward as fused
 from twinkle.match.names import class_path
 from twinkle.match.source import function_of
 from twinkle.match.structure import check_instance, recognise

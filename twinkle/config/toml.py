@@ -22,7 +22,6 @@ MAX_DEPTH = 32
 
 _BARE = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
 _HEX = frozenset("0123456789abcdefABCDEF")
-_SPACE = " \t"
 _ESCAPES = {"b": "\b", "t": "\t", "n": "\n", "f": "\f", "r": "\r", '"': '"', "\\": "\\"}
 _CONTROL = "".join(chr(code) for code in range(32) if chr(code) not in "\t\n") + "\x7f"
 

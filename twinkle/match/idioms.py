@@ -33,7 +33,6 @@ _MOVES = frozenset(
     }
 )
 _SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh", "relu", "gelu", "clamp"})
-_LISTS = frozenset({"cat", "stack", "unbind", "chunk", "split"})
 
 
 class Idioms:

@@ -46,11 +46,6 @@ class Target:
         """The module is named, not described by a pattern."""
         return not is_pattern(self.module)
 
-    @property
-    def is_exact(self) -> bool:
-        """Neither part is a pattern."""
-        return not is_pattern(self.text)
-
     def matches_module(self, module: str) -> bool:
         """The module of that name is meant."""
         if self.module_is_exact:

@@ -29,7 +29,7 @@ from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "clear_cache", "recognise"]
+__all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,6 @@ class Recognition:
 
 # By the object, not by its code: two modules may hold the same code over different helpers.
 _cache: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
-
-
-def clear_cache() -> None:
-    """Forget every recognition."""
-    _cache.clear()
 
 
 def recognise(obj: Any) -> Recognition:

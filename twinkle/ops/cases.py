@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["OPS", "SHAPES", "Case", "cases", "forms", "implementation", "random", "strided"]
+__all__ = ["OPS", "SHAPES", "Case", "cases", "forms", "implementation", "random", "seeded", "strided"]
 
 OPS = (
     "rms_norm",
@@ -95,6 +95,11 @@ def cases(
 def implementation(op: str, room: str) -> Any:
     """The module of an op with the kernels for a kind of device."""
     return import_module(f"twinkle.ops.{op}.{room}")
+
+
+def seeded(device: torch.device) -> torch.Generator:
+    """A generator on a device whose numbers follow from ``torch.manual_seed``."""
+    return torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
 
 
 def random(

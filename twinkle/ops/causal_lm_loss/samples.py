@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.cases import Case, random
+from twinkle.ops.cases import Case, random, seeded
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def _kernel(form: LossForm) -> Callable[..., Any]:
 
 def cases(form: LossForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
     """Each shape; the last with labels that do not count."""
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     for shape, (rows, width, vocabulary) in _SHAPES.items():
         hidden = random((rows, width), dtype, generator)
         weight = random((vocabulary, width), dtype, generator, scale=0.3)

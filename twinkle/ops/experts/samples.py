@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import Case, implementation, random, strided
+from twinkle.ops.cases import Case, implementation, random, seeded, strided
 from twinkle.ops.experts import reference
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
@@ -109,7 +109,7 @@ def cases(form: ExpertsForm, dtype: torch.dtype, device: torch.device, room: str
 
     One shape for a form without padding, which is computed as the one with it.
     """
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
     if form.name == "plain":
         calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]

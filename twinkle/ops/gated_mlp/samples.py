@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import Case, implementation, random, strided
+from twinkle.ops.cases import Case, implementation, random, seeded, strided
 from twinkle.ops.gated_mlp import reference
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
@@ -93,7 +93,7 @@ def cases(
     form: GatedMLPForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
 ) -> Iterator[Case]:
     """Each shape with a silu; and every activation, for the form that most families have."""
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
     if form.name == "separate":
         calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
 from twinkle.ops.layer_norm import reference
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def cases(
     if form.affine == "both":
         facts["bias"] = "bias"
     kernel: Any = implementation("layer_norm", room).layer_class(form, facts).forward
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x = random((*lead, width), dtype, generator, scale=3)
         args = (strided(x) if shape == "strided" else x,)

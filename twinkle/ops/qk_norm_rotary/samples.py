@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.cases import Case, implementation, random
+from twinkle.ops.cases import Case, implementation, random, seeded
 from twinkle.ops.qk_norm_rotary import layer, reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import FORMS as NORMS
@@ -52,7 +52,7 @@ def cases(
     form: QKNormRotaryForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
 ) -> Iterator[Case]:
     """Each shape."""
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     bare = form.norm.weight == "none"
     for shape, (batch, tokens, heads, kv_heads, head_dim) in _SHAPES.items():
         q = random((batch, tokens, heads * head_dim), dtype, generator)

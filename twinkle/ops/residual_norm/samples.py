@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
 from twinkle.ops.residual_norm import layer, reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 from twinkle.ops.rms_norm.reference import FORMS as NORMS
@@ -41,7 +41,7 @@ def cases(
     form: ResidualNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
 ) -> Iterator[Case]:
     """Each shape."""
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x, residual = (random((*lead, width), dtype, generator) for _ in range(2))
         weight = random((width,), dtype, generator).abs() + 0.5

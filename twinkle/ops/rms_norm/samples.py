@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import SHAPES, Case, implementation, random, strided
+from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
 from twinkle.ops.rms_norm import reference
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def cases(form: RMSNormForm, dtype: torch.dtype, device: torch.device, room: str
     if form.compute == "fused":
         facts["normalized_shape"] = "normalized_shape"
     kernel: Any = implementation("rms_norm", room).layer_class(form, facts).forward
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     shapes = dict(SHAPES)
     if dtype != torch.float32 and form.weight != "none" and form.compute != "fused":
         shapes["float32 weight"] = SHAPES["plain"]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.cases import Case, implementation, random
+from twinkle.ops.cases import Case, implementation, random, seeded
 from twinkle.ops.rotary import reference
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def _definition(form: RotaryForm) -> Callable[..., Any]:
 
 def cases(form: RotaryForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
     """Each shape, and tables in float32 beside inputs in half precision."""
-    generator = torch.Generator(device).manual_seed(torch.initial_seed() % 2**62)
+    generator = seeded(device)
     original = _definition(form)
     facts = {role: role for role in _roles(form)}
     kernel = implementation("rotary", room).function_for(form, facts, original)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.apply.norms import hooked, norm_of, numbers_of, unswapped
+from twinkle.fuse.norms import hooked, norm_of, numbers_of, unswapped
 from twinkle.swap.candidate import explain
 from twinkle.swap.layers import candidates_of
 

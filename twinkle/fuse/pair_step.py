@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.apply.fused_steps import plain_tensors, stand_in, why_not
-from twinkle.apply.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.apply.rotations import plain_rotation, rotation_of
+from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
+from twinkle.fuse.rotations import plain_rotation, rotation_of
+from twinkle.fuse.steps import plain_tensors, stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
 from twinkle.ops.qk_norm_rotary import layer as op
 from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from twinkle.apply.fused_steps import Step
-    from twinkle.apply.norms import Norm
+    from twinkle.fuse.norms import Norm
+    from twinkle.fuse.steps import Step
 
     Between = Literal["nothing", "transpose", "split"]
 

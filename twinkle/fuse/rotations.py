@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from twinkle.apply import functions
-from twinkle.apply.norms import hooked
+from twinkle.fuse.norms import hooked
 from twinkle.match.source import function_of
 from twinkle.match.structure import recognise
 

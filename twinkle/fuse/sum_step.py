@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.apply.fused_steps import plain_tensors, shown, stand_in, why_not
-from twinkle.apply.norms import described, hooked, norm_from, norm_of, numbers_of
+from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
+from twinkle.fuse.steps import plain_tensors, shown, stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
 from twinkle.ops.residual_norm.layer import run, way_for
 from twinkle.ops.residual_norm.reference import ResidualNormForm
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-    from twinkle.apply.fused_steps import Step
-    from twinkle.apply.norms import Norm
+    from twinkle.fuse.norms import Norm
+    from twinkle.fuse.steps import Step
 
 __all__ = ["forms_of", "sum_step"]
 

@@ -4,7 +4,7 @@
 
 The forward of the class is rewritten at the places found by :mod:`twinkle.match.adjacent`, and put in place
 as any layer kernel is. It computes what the original does where a kernel does not fit; that is decided at
-each call, by the functions of :mod:`twinkle.apply.sum_step` and :mod:`twinkle.apply.pair_step`.
+each call, by the functions of :mod:`twinkle.fuse.sum_step` and :mod:`twinkle.fuse.pair_step`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from twinkle.apply.fused_steps import Step
-from twinkle.apply.norms import Norm, norm_of
 from twinkle.apply.options import options
-from twinkle.apply.pair_step import pair_of, pair_step
-from twinkle.apply.rewriting import CannotRewrite, Draft
-from twinkle.apply.sum_step import forms_of, sum_step
+from twinkle.fuse.norms import Norm, norm_of
+from twinkle.fuse.pair_step import pair_of, pair_step
+from twinkle.fuse.rewriting import CannotRewrite, Draft
+from twinkle.fuse.steps import Step
+from twinkle.fuse.sum_step import forms_of, sum_step
 from twinkle.match.adjacent import SumThenLayer
 from twinkle.ops import launch
 from twinkle.ops.variants import covering
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from twinkle.match.adjacent import Place
 
-__all__ = ["OPS", "FusedForward", "Site", "draft_of", "forget", "layer_kernel", "site_at", "sites_of"]
+__all__ = ["OPS", "FusedForward", "Site", "forget", "layer_kernel"]
 
 OPS = ("residual_norm", "qk_norm_rotary")
 

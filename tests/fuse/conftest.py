@@ -1,0 +1,50 @@
+"""Where the fused kernels run in tests, and how often they did."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from twinkle.apply.options import options
+from twinkle.fuse import forward, pair_step, sum_step
+
+if TYPE_CHECKING:
+    from twinkle.registry import Registry
+
+
+@pytest.fixture
+def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the two ops run, and nothing but these two is wanted."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if where.type == "cpu":
+        from twinkle.ops import launch
+
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401
+        from twinkle.ops.rms_norm.triton import _reduce
+
+        if type(_reduce).__name__ != "InterpretedFunction":
+            pytest.skip("the kernels were imported for a GPU before")
+        monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
+    options.kernels = forward.OPS
+    options.verify = "auto"
+    return where
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """How often each kernel ran, proofs included."""
+    counts = {"residual_norm": 0, "qk_norm_rotary": 0}
+    for op, module in (("residual_norm", sum_step), ("qk_norm_rotary", pair_step)):
+
+        def run(*args: Any, _op: str = op, _run: Any = module.run) -> Any:
+            counts[_op] += 1
+            return _run(*args)
+
+        monkeypatch.setattr(module, "run", run)
+    return counts
