@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.apply.models import kernelize_layers
 from twinkle.apply.options import options
-from twinkle.kernel import unkernelize_model
+from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.ops import launch
 from twinkle.ops.layer_norm import layer
 
@@ -27,9 +27,7 @@ FAMILIES = {
 
 
 @pytest.fixture
-def device(
-    kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch
-) -> torch.device:
+def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where triton runs, with every embedded kernel wanted, at every size."""
     monkeypatch.setattr(layer, "_LEAST", 0)
     options.kernels = "auto"
@@ -43,9 +41,9 @@ def counted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     from twinkle.ops.layer_norm import triton
 
     ran: list[str] = []
-    for name in ("forward", "backward"):
+    for name, function in (("forward", triton.forward), ("backward", triton.backward)):
 
-        def run(*args: Any, _name: str = name, _run: Any = getattr(triton, name), **kwargs: Any) -> Any:
+        def run(*args: Any, _name: str = name, _run: Any = function, **kwargs: Any) -> Any:
             ran.append(_name)
             return _run(*args, **kwargs)
 
@@ -146,9 +144,7 @@ def test_a_subclass_counts_by_its_forward(
     assert bool(counted) is swapped
 
 
-def test_the_fast_path_of_torchs_encoder_stays(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fast_path_of_torchs_encoder_stays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(16, 2, 24, dropout=0, batch_first=True, device=device),
         1, norm=nn.LayerNorm(16, device=device),
@@ -173,6 +169,22 @@ def test_the_fast_path_of_torchs_encoder_stays(
         results.append(found)
     assert len(calls) == 4
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("by", ["name", "structure"])
+def test_the_layer_of_the_pack_is_bound(
+    device: torch.device, counted: list[str], clean_registry: Registry, by: str
+) -> None:
+    layers = {"package_name": "twinkle.ops", "layer_name": "LayerNorm"}
+    name = "torch.nn.modules.normalization:LayerNorm"
+    target = {"match": "layer_norm"} if by == "structure" else {"target": name}
+    register_kernels({"layers": {"Norm": {**target, **layers}}})
+    norm, x = nn.LayerNorm(8, device=device), torch.randn(2, 4, 8, device=device)
+    expected = norm(x)
+    model = kernelize_model(nn.Sequential(norm), device=device.type, use_fallback=False)
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert "forward" in counted
+    assert [binding.state for binding in clean_registry.bindings] == ["active"]
 
 
 def test_a_cpu_without_triton_leaves_torchs_layer_alone(

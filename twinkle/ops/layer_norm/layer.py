@@ -12,11 +12,12 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import nn
 
 from twinkle.ops.build import forward_class
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, through_definition
 from twinkle.ops.layer_norm import everywhere, reference
-from twinkle.ops.layer_norm.reference import LayerNormForm
+from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
 
 TYPE_CHECKING = False
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["covers", "declines", "layer_class", "layer_norm"]
+__all__ = ["LayerNorm", "covers", "declines", "layer_class", "layer_norm"]
 
 WIDEST = 65536
 _LEAST = 1 << 21
 """Bytes of the input below which torch's kernel runs: the host takes longer to launch ours than it runs."""
+_FUSED = next(form for form in FORMS if form.name == "fused")
 
 
 def covers(form: LayerNormForm) -> bool:
@@ -125,7 +127,7 @@ def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: floa
     """What the kernel computes, whichever the form: in float32, rounded once."""
     with torch.autocast(x.device.type, enabled=False):
         w, b = (None if p is None else p.float() for p in (weight, bias))
-        h = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], w, b, eps)
+        h = nn.functional.layer_norm(x.float(), x.shape[-1:], w, b, eps)
         return h.to(x.dtype)
 
 
@@ -231,6 +233,24 @@ _op = define(
     setup=_setup,
     backward=_derivative,
 )
+
+
+class LayerNorm(nn.Module):
+    """For ``torch.nn.LayerNorm``."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``[..., hidden]`` to the same."""
+        return layer_norm(
+            input, self.weight, self.bias, self.eps, form=_FUSED, normalized_shape=self.normalized_shape
+        )
+
+    @staticmethod
+    def for_form(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
+        """The layer for another form and other names, or None where there is no kernel for it."""
+        return layer_class(form, facts) if covers(form) and not declines(facts) else None
 
 
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
