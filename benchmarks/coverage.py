@@ -262,8 +262,9 @@ def text(data: dict) -> str:
         total = data["totals"][op]
         lines.append(f"| `{op}` | {total['families']} | {total['definitions']} | {LIGER.get(op, '–')} |")
     wired = ", ".join(
-        f"`{op}` in {data['totals'][op]['wired']} families ({data['totals'][op]['wired_definitions']} classes)"
-        for op in INSIDE
+        f"`{op}` in {total['wired']} families ({total['wired_definitions']} classes)"
+        for op, total in data["totals"].items()
+        if op in INSIDE
     )
     lines += [
         "",
