@@ -33,7 +33,7 @@ class Norm(NamedTuple):
         weight: The name of its parameter, or None.
         eps: The name of an attribute, or the number itself.
         shape: The name of the attribute with the normalised shape, or None.
-        switch: The name of a flag that says whether there is a weight, or None.
+        switch: The name of a flag that must be True for the layer to use its weight, or None.
     """
 
     form: RMSNormForm
@@ -133,12 +133,10 @@ def hooked(layer: nn.Module) -> Any:
 def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None:
     """The weight and the eps of a layer; None where one of them is not what its class promises."""
     state = layer.__dict__
-    weight, wanted = None, True
-    if norm.switch is not None:
-        wanted = state.get(norm.switch)
-        if type(wanted) is not bool:
-            return None
-    if norm.weight is not None and wanted:
+    if norm.switch is not None and state.get(norm.switch) is not True:
+        return None
+    weight = None
+    if norm.weight is not None:
         weight = state["_parameters"].get(norm.weight)
         if weight is None:
             return None

@@ -8,7 +8,7 @@ import torch
 
 from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
-from twinkle.fuse.steps import plain_tensors, stand_in, why_not
+from twinkle.fuse.steps import stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
 from twinkle.ops.qk_norm_rotary import layer as op
 from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
@@ -136,11 +136,13 @@ def pair_step(
     ) -> tuple[Any, Any]:
         if _compiling():
             return _traced(q, k, q_layer, k_layer, function, cos, sin)
-        key = (type(q_layer), type(k_layer), function)
+        if not (type(q) is type(k) is type(cos) is type(sin) is torch.Tensor):
+            return _original(q, k, q_layer, k_layer, function, cos, sin)
+        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype)
         pair = (graded if _recording() else plain).get(key)
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
-            if u is not None and v is not None and type(q) is type(k) is torch.Tensor:
+            if u is not None and v is not None:
                 way = way_for(q, k, u[0], v[0], cos, sin, pair.form)
                 if way == STRAIGHT:
                     return run(way, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
@@ -180,14 +182,12 @@ def pair_step(
     def _first(
         owner: Any, key: Any, q: Any, k: Any, q_layer: Any, k_layer: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any] | None:
-        pair = known[key]
+        pair = known[key[:3]]
         assert isinstance(pair, Pair)
         u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
         why = why_not((q_layer, k_layer))
         if why is not None or u is None or v is None:
             step.note(owner, why or "a norm lacks its weight or eps")
-            return None
-        if not plain_tensors(q, k, cos, sin):
             return None
         if way_for(q, k, u[0], v[0], cos, sin, pair.form) != STRAIGHT:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
