@@ -9,7 +9,7 @@ import torch
 
 from twinkle.apply.models import kernelize_layers
 from twinkle.apply.options import options
-from twinkle.fuse import pair_step
+from twinkle.fuse import forward, pair_step
 from twinkle.kernel import unkernelize_model
 
 if TYPE_CHECKING:
@@ -126,6 +126,18 @@ def test_a_hook_on_a_norm_is_called_and_sees_what_it_always_saw(device: torch.de
         model(tokens(device))
     assert list(seen) == ["self_attn.q_norm", "self_attn.v_proj", "post_attention_layernorm"]
     assert seen["self_attn.q_norm"] == (2, 3, 2, 8)
+
+
+def test_the_report_says_who_computes_what_is_never_called(
+    device: torch.device, clean_registry: Registry
+) -> None:
+    options.kernels = ("rms_norm", "rotary", *forward.OPS)
+    model = build("Olmo2", device)
+    kernelize_layers(model)
+    model(tokens(device))
+    told = {b.kernel: b.notes for b in clean_registry.bindings if b.state == "pending"}
+    note = "its calls in Olmo2Attention are computed by qk_norm_rotary"
+    assert told == {"rms_norm": [note], "apply_rotary_pos_emb": [note]}
 
 
 def test_unkernelize_restores_the_class(device: torch.device) -> None:

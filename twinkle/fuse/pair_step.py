@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
 from twinkle.fuse.steps import stand_in, why_not
@@ -224,6 +225,8 @@ def pair_step(
                 stand_in((q_layer, k_layer)),
             ),
         )  # fmt: skip
+        if done is not None:
+            note_absorbed(step, owner, (q_layer, k_layer), key[2])
         return done
 
     return ready, fused
