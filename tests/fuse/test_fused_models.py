@@ -28,6 +28,9 @@ FAMILIES = {
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"qk_norm_rotary"}),
+    # The rotation is under a condition; the queries are clamped under another.
+    "Exaone4": ("Exaone4Config", "Exaone4ForCausalLM", {"qk_norm_rotary"}),
+    "Olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Granite": ("GraniteConfig", "GraniteForCausalLM", {"residual_norm"}),
 }
 
@@ -42,6 +45,17 @@ def build(family: str, device: torch.device, **more: Any) -> Any:
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) / 4)
     return made
+
+
+def test_a_condition_that_is_off_leaves_the_norms_alone(
+    device: torch.device, counted: dict[str, int]
+) -> None:
+    kinds = {"sliding_window": 4, "layer_types": ["full_attention"]}
+    model = build("Exaone4", device, **kinds)
+    logits, _ = step(model, tokens(device))
+    kernelize_layers(model)
+    assert torch.equal(step(model, tokens(device))[0], logits)
+    assert counted["qk_norm_rotary"] == 0
 
 
 def tokens(device: torch.device) -> torch.Tensor:
