@@ -1,7 +1,7 @@
 """A layer kernel that was found by structure: cut to the form and the names of its target, where it can be.
 
 A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of
-its op, or None where it has none. Without one the class itself is the kernel for every form.
+its op, or where it has none None, or why in words. Without one the class itself is the kernel for every form.
 """
 
 from __future__ import annotations
@@ -73,10 +73,11 @@ class FittedSource:
                 found=self.facts,
             )
         made = maker(self.form, self.facts)
-        if made is None:
+        if made is None or isinstance(made, str):
             raise SourceError(
                 f"there is no kernel for the form {self.form.name!r} of {self.op}",
                 where=self.source.describe(),
+                found=made,
                 fix="leave the layer out with a `target` of its own; its original runs",
             )
         return made

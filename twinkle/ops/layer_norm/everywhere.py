@@ -9,20 +9,24 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from twinkle.ops.build import forward_class
 from twinkle.ops.layer_norm import reference
-from twinkle.ops.layer_norm.reference import LayerNormForm
+from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
+from twinkle.ops.variants import layer_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["covers", "layer_class", "layer_norm"]
+__all__ = ["LayerNorm", "covers", "layer_class", "layer_norm"]
+
+_COHERE = next(form for form in FORMS if form.name == "cohere")
 
 _LEAST = 1 << 15
 """Elements from which torch's elementwise ops use several threads."""
@@ -73,6 +77,22 @@ def _waits(x: Tensor) -> bool:
         and torch.get_num_threads() > 1
         and not pays(x, _LEAST)
     )
+
+
+class LayerNorm(nn.Module):
+    """For layers without bias that call their eps ``variance_epsilon``, as Cohere's."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., hidden]`` to the same."""
+        return layer_norm(hidden_states, self.weight, None, self.variance_epsilon, form=_COHERE)
+
+    @staticmethod
+    def for_form(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another form and other names, or None where torch's kernel does not compute it."""
+        return layer_for("layer_norm", form, facts)
 
 
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
