@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from twinkle.records import LayerKernel, LayerTarget
     from twinkle.sources.base import Source
 
-__all__ = ["kernelize", "kernelize_layers", "unkernelize"]
+__all__ = ["forget", "kernelize", "kernelize_layers", "unkernelize"]
 
 
 class Wanted:
@@ -348,6 +348,11 @@ def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
 
 
 _candidates: dict[tuple[int, type], Candidate] = {}
+
+
+def forget() -> None:
+    """Begin anew; what is in place keeps its candidates."""
+    _candidates.clear()
 
 
 def _candidate(kernel: LayerKernel, target: type) -> Candidate:
