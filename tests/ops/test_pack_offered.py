@@ -21,7 +21,7 @@ from twinkle.apply import reset
 from twinkle.apply.models import kernelize_layers, unkernelize
 from twinkle.apply.options import options
 from twinkle.kernel import register_kernels
-from twinkle.match.ops import LAYER_OPS
+from twinkle.match.ops import FUNCTION_OPS, LAYER_OPS
 from twinkle.ops.rms_norm.layer import RMSNorm
 from twinkle.registry import offers
 from twinkle.report.records import session
@@ -40,6 +40,11 @@ IDS = torch.arange(8)[None]
 
 def document() -> dict[str, Any]:
     return tomllib.loads((PACK / "twinkle.toml").read_text())
+
+
+def specs() -> dict[str, dict[str, str]]:
+    both = document()
+    return {**both["layers"], **both["functions"]}
 
 
 def mixtral(**given: Any) -> nn.Module:
@@ -63,7 +68,7 @@ def llama(**given: Any) -> nn.Module:
 @pytest.fixture
 def layers_wanted(clean_registry: Registry, kernels: torch.device) -> Registry:
     """The embedded kernels of the document are on, with triton's on whatever device there is."""
-    options.kernels = tuple(spec["match"] for spec in document()["layers"].values())
+    options.kernels = tuple(spec["match"] for spec in specs().values())
     return clean_registry
 
 
@@ -72,14 +77,19 @@ def bound(registry: Registry) -> set[tuple[str, str, str]]:
     return {(binding.target, binding.kernel, binding.state) for binding in met}
 
 
-def test_the_document_has_every_op_with_layers_of_its_own() -> None:
-    def makes_layers(op: str) -> bool:
+@pytest.mark.parametrize(
+    ("section", "maker", "ops"),
+    [("layers", "layer_class", LAYER_OPS), ("functions", "function_for", FUNCTION_OPS)],
+)
+def test_the_document_has_every_op_that_is_a_layer_or_a_function(
+    section: str, maker: str, ops: tuple[str, ...]
+) -> None:
+    def makes_some(op: str) -> bool:
         rooms = [f"twinkle.ops.{op}.{room}" for room in ("layer", "everywhere")]
         there = [importlib.import_module(room) for room in rooms if importlib.util.find_spec(room)]
-        return any(hasattr(room, "layer_class") for room in there)
+        return any(hasattr(room, maker) for room in there)
 
-    ops = {spec["match"] for spec in document()["layers"].values()}
-    assert ops == {op for op in LAYER_OPS if makes_layers(op)}
+    assert {spec["match"] for spec in document()[section].values()} == {op for op in ops if makes_some(op)}
 
 
 def test_auto_registers_the_document_and_nothing_among_what_the_user_registered(
@@ -87,13 +97,19 @@ def test_auto_registers_the_document_and_nothing_among_what_the_user_registered(
 ) -> None:
     options.kernels = "auto"
     kernelize_layers(llama())
-    written = {
+    targets = {target.kernel_name: str(target.target) for target in offers.layer_targets}
+    layers = {(k.name, targets[k.name], k.source.describe()) for k in offers.layer_kernels}
+    functions = {(k.name, k.target, k.source.describe()) for k in offers.function_kernels if k.op}
+    assert layers == {
         (name, f"match:{spec['match']}", f"installed {spec['package_name']}:{spec['layer_name']}")
         for name, spec in document()["layers"].items()
     }
-    targets = {target.kernel_name: target.target for target in offers.layer_targets}
-    assert written == {(k.name, targets[k.name], k.source.describe()) for k in offers.layer_kernels}
+    assert functions == {
+        (name, f"match:{spec['match']}", f"installed {spec['package_name']}")
+        for name, spec in document()["functions"].items()
+    }
     assert clean_registry.layer_kernels == clean_registry.layer_targets == ()
+    assert clean_registry.function_kernels == ()
 
 
 @pytest.mark.parametrize("build", [llama, mixtral])
@@ -107,11 +123,11 @@ def test_a_copy_of_the_pack_binds_what_auto_binds(
     assert {b.origin for b in layers_wanted.bindings} == {"embedded"}
     reset()
     (tmp_path / "my_pack").mkdir()
-    for name in ("__init__.py", "layers.py"):
+    for name in ("__init__.py", "layers.py", "functions.py"):
         shutil.copy(PACK / name, tmp_path / "my_pack" / name)
     copied = document()
-    for spec in copied["layers"].values():
-        spec.update(repo_path=str(tmp_path), package_name="my_pack")
+    for spec in (*copied["layers"].values(), *copied["functions"].values()):
+        spec.update(repo_path=str(tmp_path), package_name=f"my_pack{spec['package_name'][11:]}")
     register_kernels(copied)
     options.kernels = "off"
     model = build().to(kernels)
@@ -136,7 +152,7 @@ def test_what_auto_loads_is_what_for_form_gives(
 
     monkeypatch.setattr(RMSNorm, "for_form", staticmethod(for_form))
     options.verify = "off"
-    norm = llama().model.norm
+    norm: Any = llama().model.norm
     kernelize_layers(norm)
     assert torch.equal(norm(torch.ones(2, 32)), torch.full((2, 32), 3.0))
     assert asked == [("llama", "hidden_states")]
@@ -164,13 +180,13 @@ def test_what_a_program_binds_by_itself_goes_first(
     kernelize_layers(model)
     assert torch.equal(model.model.norm(torch.ones(2, 32)), torch.full((2, 32), 2.0))
     assert {(b.kernel, b.origin == "embedded") for b in layers_wanted.bindings} == {
-        ("rms_norm", False), ("gated_mlp", True),
+        ("rms_norm", False), ("gated_mlp", True), ("apply_rotary_pos_emb", True),
     }  # fmt: skip
 
 
 def test_an_instance_that_no_kernel_is_for_is_a_remark_and_no_failure(layers_wanted: Registry) -> None:
     kernelize_layers(llama(hidden_act="mish"))
-    assert {binding.kernel for binding in layers_wanted.bindings} == {"rms_norm"}
+    assert "gated_mlp" not in {binding.kernel for binding in layers_wanted.bindings}
     assert any("LlamaMLP is left alone: no kernel for the activation" in text for text in session.remarks)
 
 
@@ -209,7 +225,7 @@ from twinkle.config.files import parse
 with open({str(PACK / "twinkle.toml")!r}) as file:
     register(parse(file.read(), "pack")[0], where="pack", allow_objects=False)
 from twinkle.registry import registry
-assert len(registry.layer_kernels) == {len(document()["layers"])}
+assert len(registry.layer_kernels + registry.function_kernels) == {len(specs())}
 assert not {{"torch", "transformers", "twinkle.ops.layers"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

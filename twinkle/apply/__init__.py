@@ -22,7 +22,7 @@ def reset() -> None:
     functions = sys.modules.get("twinkle.apply.functions")
     if functions is not None:
         functions.unapply()
-    for name in ("embedded", "fitting", "models"):
+    for name in ("embedded", "fitting", "found", "models"):
         room = sys.modules.get(f"twinkle.apply.{name}")
         if room is not None:
             room.forget()

@@ -1,22 +1,21 @@
 """The embedded kernels for the layers and functions of a model, found by the structure of their code.
 
-Those for layers are what ``twinkle/ops/twinkle.toml`` registers, a document of bindings like any other.
+They are what ``twinkle/ops/twinkle.toml`` registers, a document of bindings like any other. The loss and the
+fused forwards alone are no layers and no functions, and have no document.
 """
 
 from __future__ import annotations
 
 import pkgutil
-import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twinkle.apply import documents, fitting
+from twinkle.apply.found import cut
 from twinkle.apply.options import options
 from twinkle.fuse import forward as fused
 from twinkle.match.names import class_path
-from twinkle.match.source import function_of
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.variants import covering, declined
-from twinkle.records import FunctionKernel
 from twinkle.registry import offers, registry
 from twinkle.report.records import session
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
@@ -24,12 +23,12 @@ from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 if TYPE_CHECKING:
     from torch import nn
 
-    from twinkle.records import Binding, LayerKernel
+    from twinkle.apply.found import Found
+    from twinkle.records import Binding, FunctionKernel, LayerKernel
     from twinkle.sources.base import Source
 
-__all__ = ["defer_logits", "forget", "layer_kernels", "offer", "register_functions"]
+__all__ = ["defer_logits", "forget", "function_kernels", "layer_kernels", "offer"]
 
-_FUNCTIONS = ("rotary",)
 _ORIGIN = "embedded"
 
 
@@ -86,10 +85,10 @@ def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel
         session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return ()
 
-    def cut(source: Source) -> EmbeddedLayer:
-        return EmbeddedLayer(str(found.op), found.form, facts, room, source)
+    def source(registered: Source) -> EmbeddedLayer:
+        return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
 
-    return fitting.fit(cls, kernels, facts, cut, device=where)
+    return fitting.fit(cls, kernels, facts, source, device=where)
 
 
 def defer_logits(model: nn.Module) -> None:
@@ -121,48 +120,24 @@ def _merge(binding: Binding) -> None:
     registry.record(binding)
 
 
-def register_functions(model: nn.Module, where: str) -> list[str]:
-    """Register embedded kernels for the functions beside the classes of a model; returns their modules."""
-    changed = []
-    for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
-        namespace = sys.modules.get(name)
-        if namespace is None or name in _looked_at or name.partition(".")[0] == "torch":
-            continue
-        _looked_at.add(name)
-        kernels = [
-            FunctionKernel(
-                attribute, name, EmbeddedFunction(found.op, found.form, found.facts, value, room),
-                device=where, origin=_ORIGIN,
-            )
-            for attribute, value, found in _functions_of(namespace, name)
-            if (room := covering(found.op, found.form, where)) is not None
-        ]  # fmt: skip
-        taken = {kernel.name for kernel in registry.functions_of(name)}
-        kernels = [kernel for kernel in kernels if kernel.name not in taken]
-        if kernels:
-            registry.add(function_kernels=tuple(kernels))
-            changed.append(name)
-    return changed
+def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
+    """The embedded kernels for a function that is an op.
 
+    Args:
+        found: The function.
+        where: The device the kernels are for.
+    """
+    op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
+    room = covering(op, form, where) if op is not None and wanted(op) else None
+    if room is None:
+        return []
 
-_looked_at: set[str] = set()
+    def source(registered: Source) -> EmbeddedFunction:
+        return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
+
+    return [cut(kernel, found, source, device=where) for kernel in offers.function_kernels if kernel.op == op]
 
 
 def forget() -> None:
-    """Look at every module anew."""
-    _looked_at.clear()
+    """Begin anew: what was proven is to be proven again."""
     fused.forget()
-
-
-def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:
-    """The functions that a module defines and that are recognised, with their recognitions."""
-    found = []
-    for attribute, value in list(vars(namespace).items()):
-        if isinstance(value, type) or not callable(value):
-            continue
-        recognition = recognise(value)
-        here = recognition.target.startswith(f"{name}:")
-        if here and recognition.op in _FUNCTIONS and wanted(recognition.op):
-            # `kernels` puts a module in the place of the functions it decorates.
-            found.append((attribute, function_of(value) or value, recognition))
-    return found

@@ -74,6 +74,7 @@ def kernelize(
         if model is not None:
             wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
             _put_layers(model, wanted, change)
+            _found_functions(model, None)
         function_device = wanted_device
         if function_device is None and model is not None:
             function_device = _device_of(model, None)
@@ -102,25 +103,37 @@ def kernelize_layers(model: nn.Module) -> Change:
     change = Change()
     try:
         _put_layers(model, wanted, change)
-        _put_embedded(model)
+        _put_functions(model)
     except BaseException:
         change.undo()
         raise
     return change
 
 
-def _put_embedded(model: nn.Module) -> None:
-    """The embedded kernels that are no layers of their own: functions, and the loss."""
+def _put_functions(model: nn.Module) -> None:
+    """What was bound to ops that are functions, and the loss, which is neither function nor layer."""
     device = _embedded_device()
-    if device is None:
-        return
-    from twinkle.apply import embedded
-
-    for module in embedded.register_functions(model, device):
+    for module, asked_for in _found_functions(model, device).items():
         functions.apply(
-            module, device=options.device, mode=options.mode, strict=False, where="embedded", must_apply=False
+            module,
+            device=options.device,
+            mode=options.mode,
+            strict=asked_for and options.raises,
+            where="activation",
+            must_apply=False,
         )
-    embedded.defer_logits(model)
+    if device is not None:
+        from twinkle.apply import embedded
+
+        embedded.defer_logits(model)
+
+
+def _found_functions(model: nn.Module, device: str | None) -> dict[str, bool]:
+    if device is None and not any(kernel.op for kernel in registry.function_kernels):
+        return {}
+    from twinkle.apply import found
+
+    return found.register(model, device)
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -302,10 +315,10 @@ def _plan_fitted(module: nn.Module, plan: _ClassPlan, plans: dict[object, _Class
     checked = check_instance(found, module)
     facts = checked if isinstance(checked, dict) else str(checked)
 
-    def cut(source: Source) -> FittedSource:
-        return FittedSource(source, str(found.op), found.form, facts)
+    def source(registered: Source) -> FittedSource:
+        return FittedSource(registered, str(found.op), found.form, facts)
 
-    return _plan_of(fitting.fit(plan.cls, plan.matched, facts, cut), plan.cls, plan.target, plans)
+    return _plan_of(fitting.fit(plan.cls, plan.matched, facts, source), plan.cls, plan.target, plans)
 
 
 def _plan_of(

@@ -14,13 +14,13 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from types import ModuleType
     from typing import Any
 
     from torch import nn
 
-__all__ = ["ROOMS", "covering", "declined", "device", "layer_for"]
+__all__ = ["ROOMS", "covering", "declined", "device", "function_for", "layer_for"]
 
 ROOMS = {"layer": "triton", "cpu": "plain torch", "everywhere": "plain torch"}
 """The modules in the folder of an op that hold an implementation, and what the report calls it."""
@@ -83,16 +83,42 @@ def layer_for(op: str, form: Any, facts: Mapping[str, Any]) -> type[nn.Module] |
     Returns:
         The layer class; None where there is no kernel for the form, or in words why none is for the instance.
     """
-    room = covering(op, form, device())
+    room = _room_for(op, form)
     if room is None:
-        if not _has(op, "layer") or not _room(op, "layer").covers(form):
-            return None
-        room = "layer"
+        return None
     why = declined(op, room, facts)
     if why is not None:
         return why
     made: type[nn.Module] = _room(op, room).layer_class(form, facts)
     return made
+
+
+def function_for(
+    op: str, form: Any, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """As :func:`layer_for`, for a function.
+
+    Args:
+        op: The folder under ``twinkle.ops``.
+        form: As recognised.
+        facts: From each argument of the definition to the argument or the number it is.
+        original: The function that is replaced.
+
+    Returns:
+        A function with the arguments of the original, or None where there is no kernel for the form.
+    """
+    room = _room_for(op, form)
+    if room is None:
+        return None
+    made: Callable[..., Any] = _room(op, room).function_for(form, facts, original)
+    return made
+
+
+def _room_for(op: str, form: Any) -> str | None:
+    room = covering(op, form, device())
+    if room is None and _has(op, "layer") and _room(op, "layer").covers(form):
+        return "layer"
+    return room
 
 
 def _room(op: str, name: str) -> ModuleType:

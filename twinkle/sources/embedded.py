@@ -27,28 +27,26 @@ class _Room:
 
     kind = "embedded"
 
-    def __init__(self, op: str, room: str) -> None:
+    def __init__(self, op: str, room: str, maker: str) -> None:
         self.op = op
         self.room = room
+        self.maker = maker
 
     def describe(self) -> str:
         """The op and what computes it."""
         return f"embedded {self.op}, {ROOMS[self.room]}"
 
-    def module(self) -> Any:
-        """The module.
+    def load(self) -> object:
+        """What makes its kernels, under the name that it has in a registered class.
 
         Raises:
-            SourceError: It cannot be imported.
+            SourceError: The module cannot be imported.
         """
         try:
-            return import_module(f"twinkle.ops.{self.op}.{self.room}")
+            module = import_module(f"twinkle.ops.{self.op}.{self.room}")
         except ImportError as error:
             raise SourceError(f"the embedded {self.op} cannot be imported", found=str(error)) from error
-
-    def load(self) -> object:
-        """What makes its layers, by the name that it has in a registered class."""
-        return SimpleNamespace(for_form=self.module().layer_class)
+        return SimpleNamespace(for_form=getattr(module, self.maker))
 
 
 class EmbeddedLayer(FittedSource):
@@ -73,7 +71,7 @@ class EmbeddedLayer(FittedSource):
         room: str = "layer",
         source: Source | None = None,
     ) -> None:
-        super().__init__(source or _Room(op, room), op, form, dict(facts))
+        super().__init__(source or _Room(op, room, "layer_class"), op, form, dict(facts))
         self.room = room
 
     def describe(self) -> str:
@@ -81,7 +79,7 @@ class EmbeddedLayer(FittedSource):
         return _described(self.op, self.form, self.room)
 
 
-class EmbeddedFunction:
+class EmbeddedFunction(FittedSource):
     """A function for a form of an op, with the arguments of the one it replaces.
 
     Args:
@@ -90,9 +88,11 @@ class EmbeddedFunction:
         facts: As for :class:`EmbeddedLayer`.
         original: The function that is replaced.
         room: As for :class:`EmbeddedLayer`.
+        source: As for :class:`EmbeddedLayer`.
     """
 
     kind = "embedded"
+    facts: dict[str, Any]
 
     def __init__(
         self,
@@ -101,26 +101,11 @@ class EmbeddedFunction:
         facts: Mapping[str, Any],
         original: Callable[..., Any],
         room: str = "layer",
+        source: Source | None = None,
     ) -> None:
-        self.op = op
-        self.form = form
-        self.facts = dict(facts)
+        super().__init__(source or _Room(op, room, "function_for"), op, form, dict(facts), original)
         self.room = room
-        self.original = original
-        self._made: Any = None
 
     def describe(self) -> str:
         """The op, its form and what computes it."""
         return _described(self.op, self.form, self.room)
-
-    def load(self) -> object:
-        """The function; the same one each time.
-
-        Raises:
-            SourceError: The op cannot be imported.
-        """
-        if self._made is None:
-            module = _Room(self.op, self.room).module()
-            self._made = module.function_for(self.form, self.facts, self.original)
-        made: object = self._made
-        return made
