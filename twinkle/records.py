@@ -77,7 +77,7 @@ class FunctionKernel:
 
     Attributes:
         name: The function's name in its module; dotted for a method (``Class.method``).
-        target_module: The module that defines it.
+        target_module: The module that defines it; ``match:op`` for whatever function is that op.
         source: Where the implementation is loaded from.
         device, mode, verify, origin: As for :class:`LayerKernel`.
     """
@@ -105,8 +105,13 @@ class FunctionKernel:
 
     @property
     def target(self) -> str:
-        """``module:name``, as the report and the configuration write it."""
-        return f"{self.target_module}:{self.name}"
+        """``module:name``, as the report and the configuration write it; ``match:op`` alone."""
+        return self.target_module if self.op else f"{self.target_module}:{self.name}"
+
+    @property
+    def op(self) -> str | None:
+        """The op whose functions it is for, where it was bound by structure."""
+        return self.target_module[6:] if self.target_module.startswith("match:") else None
 
 
 class Binding:

@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Registry", "registry"]
+__all__ = ["Registry", "offers", "registry"]
 
 
 class Registry:
@@ -114,3 +114,9 @@ class Registry:
 
 
 registry = Registry()
+
+offers = Registry()
+"""What stands in for a layer that nothing in :data:`registry` is for: the document of the embedded kernels.
+
+Registrations alone; the records of what became of them are in :data:`registry`.
+"""

@@ -62,3 +62,12 @@ def test_check_load_loads_kernels_of_plugins_and_targets_of_the_working_director
     assert done.returncode == 0, done.stderr
     assert "kernel Same: loads" in done.stdout
     assert "target tw_plugged_target:Layer: loads" in done.stdout
+
+
+def test_check_load_loads_what_is_bound_by_structure(twinkle):
+    from twinkle import ops
+
+    done = twinkle("check", "--load", os.path.join(os.path.dirname(ops.__file__), "twinkle.toml"))
+    assert done.returncode == 0, done.stderr
+    assert "kernel rotary: loads" in done.stdout
+    assert "kernel rms_norm: loads" in done.stdout

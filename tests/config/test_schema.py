@@ -554,6 +554,16 @@ def test_a_function_without_module_is_refused() -> None:
     assert error.fix == 'add target_module = "package.module"'
 
 
+def test_a_function_is_bound_by_name_or_by_structure_and_not_both() -> None:
+    text = "[functions.f]\nfunc_impl = 'k:f'\nmatch = 'rotary'\ntarget_module = 'm'\n"
+    assert mistake(text).what == "both match and target_module"
+
+
+def test_two_functions_for_one_op_are_refused_whatever_they_are_called() -> None:
+    text = "[functions.f]\nfunc_impl = 'k:f'\nmatch = 'rotary'\n"
+    assert mistake(text + text.replace("functions.f", "functions.g")).what.startswith("two kernels for")
+
+
 def test_a_function_name_that_is_none_is_refused() -> None:
     error = mistake("[functions.'m:f']\ntarget_module = 'm'\nfunc_impl = 'k:f'\n")
     assert error.what == "not a function name"

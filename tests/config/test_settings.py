@@ -227,6 +227,14 @@ def test_an_op_that_nothing_is_recognised_as_is_refused(write: Write, asked: lis
     assert caught.value.fix == "did you mean 'rms_norm'?"
 
 
+@pytest.mark.parametrize(("section", "op"), [("layers", "rotary"), ("functions", "rms_norm")])
+def test_an_op_of_the_other_section_is_refused(write: Write, section: str, op: str) -> None:
+    kernel = "layer_impl" if section == "layers" else "func_impl"
+    path = write(f'[{section}.mine]\nmatch = "{op}"\n{kernel} = "k:n"\n')
+    with pytest.raises(ConfigError, match="unknown op"):
+        config.load([path], {}).records()
+
+
 def test_all_sources_that_cannot_be_right_are_reported_at_once(
     write: Write, asked: list[dict[str, Any]]
 ) -> None:

@@ -13,7 +13,7 @@ def reset() -> None:
     import sys
 
     from twinkle.apply.options import options
-    from twinkle.registry import registry
+    from twinkle.registry import offers, registry
     from twinkle.report.records import session
 
     activation = sys.modules.get("twinkle.apply.activation")
@@ -22,9 +22,11 @@ def reset() -> None:
     functions = sys.modules.get("twinkle.apply.functions")
     if functions is not None:
         functions.unapply()
-    embedded = sys.modules.get("twinkle.apply.embedded")
-    if embedded is not None:
-        embedded.forget()
+    for name in ("embedded", "fitting", "found", "models"):
+        room = sys.modules.get(f"twinkle.apply.{name}")
+        if room is not None:
+            room.forget()
     registry.clear()
+    offers.clear()
     session.clear()
     options.reset()

@@ -132,13 +132,14 @@ def watch_new() -> None:
         else:
             _watch_class(target.target)
     for kernel in registry.function_kernels:
-        if kernel.target_module not in _state.functions_seen:
+        if kernel.op is None and kernel.target_module not in _state.functions_seen:
             _state.functions_seen.add(kernel.target_module)
             watch = imports.watch_module(
                 kernel.target_module, _on_function_module, owner=_OWNER, strict=strict
             )
             _state.watches.append(watch)
-    if (registry.layer_kernels or options.kernels != "off") and not _state.watches_models:
+    in_models = registry.layer_kernels or any(kernel.op for kernel in registry.function_kernels)
+    if (in_models or options.kernels != "off") and not _state.watches_models:
         _state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 

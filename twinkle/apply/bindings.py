@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["declare", "function_binding", "layer_binding", "settle_pattern"]
 
 BY_NAME = "kernel_layer_name"
+_NOT_MET = "no such function was met yet"
 
 
 def layer_binding(kernel: LayerKernel, target: type | str) -> Binding:
@@ -43,7 +44,8 @@ def declare(source: Registry = registry) -> None:
     for function in source.function_kernels:
         binding = function_binding(function)
         if binding.state == "pending" and not binding.reason:
-            binding.set("pending", f"{function.target_module} is not imported yet")
+            module = function.target_module
+            binding.set("pending", _NOT_MET if function.op else f"{module} is not imported yet")
 
 
 def _why_pending(target: type | str) -> str:

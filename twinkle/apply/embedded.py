@@ -1,43 +1,51 @@
-"""The embedded kernels for the layers and functions of a model, found by the structure of their code."""
+"""The embedded kernels for the layers and functions of a model, found by the structure of their code.
+
+They are what ``twinkle/ops/twinkle.toml`` registers, a document of bindings like any other. The loss and the
+fused forwards alone are no layers and no functions, and have no document.
+"""
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+import pkgutil
+from typing import TYPE_CHECKING
 
-import torch
-
+from twinkle.apply import documents, fitting
+from twinkle.apply.found import cut
 from twinkle.apply.options import options
 from twinkle.fuse import forward as fused
 from twinkle.match.names import class_path
-from twinkle.match.source import function_of
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.variants import covering, declined
-from twinkle.records import FunctionKernel, LayerKernel
-from twinkle.registry import registry
+from twinkle.registry import offers, registry
 from twinkle.report.records import session
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from twinkle.records import Binding
+    from twinkle.apply.found import Found
+    from twinkle.records import Binding, FunctionKernel, LayerKernel
+    from twinkle.sources.base import Source
 
-__all__ = ["defer_logits", "device", "layer_kernel", "register_functions"]
+__all__ = ["defer_logits", "forget", "function_kernels", "layer_kernels", "offer"]
 
-_LAYERS = ("rms_norm", "layer_norm", "gated_mlp", "experts")
-_FUNCTIONS = ("rotary",)
 _ORIGIN = "embedded"
 
 
-def device() -> str:
-    """The device that models run on here: the GPU that triton serves, else the CPU."""
-    from twinkle.ops.launch import KINDS
+def offer() -> None:
+    """Register the document of the pack, once, beneath everything that a program registers itself.
 
-    if "cuda" in KINDS and torch.cuda.is_available():
-        return "rocm" if torch.version.hip else "cuda"
-    return "cpu"
+    Raises:
+        ConfigError: The document is damaged.
+    """
+    if offers.layer_targets:
+        return
+    from twinkle.config.files import parse
+
+    where = "twinkle/ops/twinkle.toml"
+    text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
+    document, _ = parse(text.decode(), where)
+    documents.register(document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=offers)
 
 
 def wanted(op: str | None) -> bool:
@@ -47,11 +55,13 @@ def wanted(op: str | None) -> bool:
     return options.kernels == "auto" or op in options.kernels
 
 
-_kernels: WeakKeyDictionary[type, dict[Any, LayerKernel | None]] = WeakKeyDictionary()
+def _offered(op: str) -> tuple[LayerKernel, ...]:
+    names = [target.kernel_name for target in offers.layer_targets if target.target == f"match:{op}"]
+    return tuple(kernel for name in names for kernel in offers.kernels_named(name))
 
 
-def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None:
-    """The embedded kernel for a layer, if its class is recognised and the instance keeps to it.
+def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel, ...]:
+    """The embedded kernels for a layer, if its class is recognised and the instance keeps to it.
 
     Args:
         module: The layer.
@@ -60,27 +70,25 @@ def layer_kernel(module: nn.Module, cls: type, where: str) -> LayerKernel | None
     """
     found = recognise(cls)
     if found.op is None or found.op in fused.OPS:
-        return fused.layer_kernel(module, cls, where, [op for op in fused.OPS if wanted(op)])
-    if found.op not in _LAYERS or not wanted(found.op):
-        return None
-    room = covering(found.op, found.form, where)
+        kernel = fused.layer_kernel(module, cls, where, [op for op in fused.OPS if wanted(op)])
+        return () if kernel is None else (kernel,)
+    kernels = _offered(found.op) if wanted(found.op) else ()
+    room = covering(found.op, found.form, where) if kernels else None
     if room is None:
-        return None
+        return ()
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
-        return None
+        return ()
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
-        return None
+        return ()
     if (why := declined(found.op, room, facts)) is not None:
         session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
-        return None
-    known = _kernels.setdefault(cls, {})
-    key = (where, tuple(sorted((name, repr(value)) for name, value in facts.items())))
-    if key not in known:
-        known[key] = LayerKernel(
-            found.op, EmbeddedLayer(found.op, found.form, facts, room), device=where, origin=_ORIGIN
-        )
-    return known[key]
+        return ()
+
+    def source(registered: Source) -> EmbeddedLayer:
+        return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
+
+    return fitting.fit(cls, kernels, facts, source, device=where)
 
 
 def defer_logits(model: nn.Module) -> None:
@@ -112,49 +120,24 @@ def _merge(binding: Binding) -> None:
     registry.record(binding)
 
 
-def register_functions(model: nn.Module, where: str) -> list[str]:
-    """Register embedded kernels for the functions beside the classes of a model; returns their modules."""
-    changed = []
-    for name in dict.fromkeys(type(module).__module__ for module in model.modules()):
-        namespace = sys.modules.get(name)
-        if namespace is None or name in _looked_at or name.partition(".")[0] == "torch":
-            continue
-        _looked_at.add(name)
-        kernels = [
-            FunctionKernel(
-                attribute, name, EmbeddedFunction(found.op, found.form, found.facts, value, room),
-                device=where, origin=_ORIGIN,
-            )
-            for attribute, value, found in _functions_of(namespace, name)
-            if (room := covering(found.op, found.form, where)) is not None
-        ]  # fmt: skip
-        taken = {kernel.name for kernel in registry.functions_of(name)}
-        kernels = [kernel for kernel in kernels if kernel.name not in taken]
-        if kernels:
-            registry.add(function_kernels=tuple(kernels))
-            changed.append(name)
-    return changed
+def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
+    """The embedded kernels for a function that is an op.
 
+    Args:
+        found: The function.
+        where: The device the kernels are for.
+    """
+    op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
+    room = covering(op, form, where) if op is not None and wanted(op) else None
+    if room is None:
+        return []
 
-_looked_at: set[str] = set()
+    def source(registered: Source) -> EmbeddedFunction:
+        return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
+
+    return [cut(kernel, found, source, device=where) for kernel in offers.function_kernels if kernel.op == op]
 
 
 def forget() -> None:
-    """Look at every module anew."""
-    _looked_at.clear()
-    _kernels.clear()
+    """Begin anew: what was proven is to be proven again."""
     fused.forget()
-
-
-def _functions_of(namespace: Any, name: str) -> list[tuple[str, Any, Any]]:
-    """The functions that a module defines and that are recognised, with their recognitions."""
-    found = []
-    for attribute, value in list(vars(namespace).items()):
-        if isinstance(value, type) or not callable(value):
-            continue
-        recognition = recognise(value)
-        here = recognition.target.startswith(f"{name}:")
-        if here and recognition.op in _FUNCTIONS and wanted(recognition.op):
-            # `kernels` puts a module in the place of the functions it decorates.
-            found.append((attribute, function_of(value) or value, recognition))
-    return found

@@ -15,7 +15,7 @@ from twinkle.devices import absent_reason, parse_device
 from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.hooks import aliases
 from twinkle.modes import Mode, rank
-from twinkle.registry import registry
+from twinkle.registry import offers, registry
 from twinkle.swap.candidate import FunctionCandidate, explain
 from twinkle.swap.functions import Placement, dispatcher, find, put, take_out
 
@@ -53,7 +53,15 @@ _placed: dict[str, _Placed] = {}
 
 def registered_modules() -> list[str]:
     """The modules that have function kernels, in registration order."""
-    return list(dict.fromkeys(kernel.target_module for kernel in registry.function_kernels))
+    kernels = (*registry.function_kernels, *offers.function_kernels)
+    return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.op is None))
+
+
+def _registered(module: str) -> tuple[FunctionKernel, ...]:
+    """The kernels for the functions of a module: what is offered where nothing else was registered."""
+    asked_for = registry.functions_of(module)
+    taken = {kernel.name for kernel in asked_for}
+    return (*asked_for, *(kernel for kernel in offers.functions_of(module) if kernel.name not in taken))
 
 
 def apply(
@@ -83,7 +91,7 @@ def apply(
     wanted_mode = mode if isinstance(mode, Mode) else Mode.parse(mode, where=where)
     wanted_device = parse_device(device, where=where)
     change = change or Change()
-    kernels = registry.functions_of(target_module)
+    kernels = _registered(target_module)
     plans: list[_Plan] = []
     try:
         module = _import(target_module, kernels)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from twinkle.apply import functions
+from twinkle.apply import fitting, functions
 from twinkle.apply.bindings import layer_binding, settle_pattern
 from twinkle.apply.change import Change
 from twinkle.apply.options import options
@@ -15,16 +14,16 @@ from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
 from twinkle.match.names import Target, class_path, defining_match, parse_target
 from twinkle.modes import Mode, rank
-from twinkle.records import LayerKernel
 from twinkle.registry import registry
 from twinkle.sources.fitted import FittedSource
 from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
 
 if TYPE_CHECKING:
-    from twinkle.records import LayerTarget
+    from twinkle.records import LayerKernel, LayerTarget
+    from twinkle.sources.base import Source
 
-__all__ = ["kernelize", "kernelize_layers", "unkernelize"]
+__all__ = ["forget", "kernelize", "kernelize_layers", "unkernelize"]
 
 
 class Wanted:
@@ -75,6 +74,7 @@ def kernelize(
         if model is not None:
             wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
             _put_layers(model, wanted, change)
+            _found_functions(model, None)
         function_device = wanted_device
         if function_device is None and model is not None:
             function_device = _device_of(model, None)
@@ -103,25 +103,37 @@ def kernelize_layers(model: nn.Module) -> Change:
     change = Change()
     try:
         _put_layers(model, wanted, change)
-        _put_embedded(model)
+        _put_functions(model)
     except BaseException:
         change.undo()
         raise
     return change
 
 
-def _put_embedded(model: nn.Module) -> None:
-    """The embedded kernels that are no layers of their own: functions, and the loss."""
+def _put_functions(model: nn.Module) -> None:
+    """What was bound to ops that are functions, and the loss, which is neither function nor layer."""
     device = _embedded_device()
-    if device is None:
-        return
-    from twinkle.apply import embedded
-
-    for module in embedded.register_functions(model, device):
+    for module, asked_for in _found_functions(model, device).items():
         functions.apply(
-            module, device=options.device, mode=options.mode, strict=False, where="embedded", must_apply=False
+            module,
+            device=options.device,
+            mode=options.mode,
+            strict=asked_for and options.raises,
+            where="activation",
+            must_apply=False,
         )
-    embedded.defer_logits(model)
+    if device is not None:
+        from twinkle.apply import embedded
+
+        embedded.defer_logits(model)
+
+
+def _found_functions(model: nn.Module, device: str | None) -> dict[str, bool]:
+    if device is None and not any(kernel.op for kernel in registry.function_kernels):
+        return {}
+    from twinkle.apply import found
+
+    return found.register(model, device)
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -136,6 +148,10 @@ def unkernelize(model: nn.Module | None) -> None:
 def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
     absent = absent_reason(wanted.device)
     embedded_on = None if wanted.load else _embedded_device()
+    if embedded_on is not None:
+        from twinkle.apply import embedded
+
+        embedded.offer()
     plans: dict[object, _ClassPlan | None] = {}
     chosen: list[swap.Plan] = []
     model_device = None
@@ -147,7 +163,8 @@ def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
         if plan is not None and plan.matched:
             plan = _plan_fitted(module, plan, plans)
         if plan is None and embedded_on is not None:
-            plan = _plan_embedded(module, cls, embedded_on, plans)
+            kernels = embedded.layer_kernels(module, cls, embedded_on)
+            plan = _plan_of(kernels, cls, cls, plans, asked_for=False) if kernels else None
         if plan is None:
             continue
         if absent is not None or not plan.candidates:
@@ -290,60 +307,44 @@ def _plan_class(cls: type) -> _ClassPlan | None:
     return _ClassPlan(cls, target, tuple(_candidate(kernel, target) for kernel in usable))
 
 
-_fitted: WeakKeyDictionary[type, dict[object, tuple[LayerKernel, ...]]] = WeakKeyDictionary()
-
-
-def _plan_fitted(
-    module: nn.Module, plan: _ClassPlan, plans: dict[object, _ClassPlan | None]
-) -> _ClassPlan | None:
+def _plan_fitted(module: nn.Module, plan: _ClassPlan, plans: dict[object, _ClassPlan | None]) -> _ClassPlan:
     """The kernels that were bound to an op, for what this instance of it is."""
     from twinkle.match.structure import check_instance, recognise
 
     found = recognise(plan.cls)
     checked = check_instance(found, module)
     facts = checked if isinstance(checked, dict) else str(checked)
-    # By identity: the kernels stay alive in the key.
-    key = (*plan.matched, facts if isinstance(facts, str) else tuple(sorted(map(repr, facts.items()))))
-    known = _fitted.setdefault(plan.cls, {})
-    kernels = known.get(key)
-    if kernels is None:
-        kernels = known[key] = tuple(
-            LayerKernel(
-                kernel.name, FittedSource(kernel.source, str(found.op), found.form, facts),
-                device=kernel.device, mode=kernel.mode, attributes=kernel.attributes, verify=kernel.verify,
-                origin=kernel.origin,
-            )
-            for kernel in plan.matched
-        )  # fmt: skip
-    if kernels not in plans:
-        usable = [kernel for kernel in kernels if _usable(kernel, plan.target, None)]
-        candidates = tuple(_candidate(kernel, plan.target) for kernel in usable)
-        plans[kernels] = _ClassPlan(plan.cls, plan.target, candidates)
-    return plans[kernels]
+
+    def source(registered: Source) -> FittedSource:
+        return FittedSource(registered, str(found.op), found.form, facts)
+
+    return _plan_of(fitting.fit(plan.cls, plan.matched, facts, source), plan.cls, plan.target, plans)
+
+
+def _plan_of(
+    kernels: tuple[LayerKernel, ...],
+    cls: type,
+    target: type,
+    plans: dict[object, _ClassPlan | None],
+    *,
+    asked_for: bool = True,
+) -> _ClassPlan:
+    """The plan for kernels that are for one kind of instance; layers of one class may be of several."""
+    plan = plans.get(kernels)
+    if plan is None:
+        usable = [kernel for kernel in kernels if _usable(kernel, target, None)]
+        candidates = tuple(_candidate(kernel, target) for kernel in usable)
+        plan = plans[kernels] = _ClassPlan(cls, target, candidates, asked_for=asked_for)
+    return plan
 
 
 def _embedded_device() -> str | None:
     """Where the embedded kernels run, when they were asked for."""
     if options.kernels == "off" or not options.kernels:
         return None
-    from twinkle.apply import embedded
+    from twinkle.ops.variants import device
 
-    return embedded.device()
-
-
-def _plan_embedded(
-    module: nn.Module, cls: type, device: str, plans: dict[object, _ClassPlan | None]
-) -> _ClassPlan | None:
-    """The embedded kernel for one layer; layers of one class may differ in what their instances say."""
-    from twinkle.apply import embedded
-
-    kernel = embedded.layer_kernel(module, cls, device)
-    if kernel is None:
-        return None
-    plan = plans.get(kernel)
-    if plan is None:
-        plan = plans[kernel] = _ClassPlan(cls, cls, (_candidate(kernel, cls),), asked_for=False)
-    return plan
+    return device()
 
 
 def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
@@ -360,6 +361,11 @@ def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
 
 
 _candidates: dict[tuple[int, type], Candidate] = {}
+
+
+def forget() -> None:
+    """Begin anew; what is in place keeps its candidates."""
+    _candidates.clear()
 
 
 def _candidate(kernel: LayerKernel, target: type) -> Candidate:

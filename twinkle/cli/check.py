@@ -142,10 +142,11 @@ def _load(records: Records) -> int:
     ]:
         failed += not _try(f"kernel {name}", source.load)
     for target in targets:
-        if isinstance(target.target, str) and "*" not in target.target:
+        if isinstance(target.target, str) and "*" not in target.target and target.target[:6] != "match:":
             failed += not _try(f"target {target.target}", _find, target.target)
     for function in functions:
-        failed += not _try(f"target {function.target}", _find, function.target)
+        if function.op is None:
+            failed += not _try(f"target {function.target}", _find, function.target)
     return 1 if failed else 0
 
 

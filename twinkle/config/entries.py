@@ -158,7 +158,7 @@ class FunctionEntry(Entry):
     """An entry of ``functions``.
 
     Attributes:
-        target_module: The module that defines the function.
+        target_module: The module that defines the function; ``match:op`` for a match by structure.
     """
 
     __slots__ = ("target_module",)
@@ -170,7 +170,8 @@ class FunctionEntry(Entry):
     @property
     def key(self) -> Hashable:
         """Target, device and mode."""
-        return (self.target_module, self.name, self.device, self.mode)
+        name = None if self.target_module.startswith("match:") else self.name
+        return (self.target_module, name, self.device, self.mode)
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -233,7 +234,7 @@ def records_of(
         try:
             for target in layer.targets:
                 if isinstance(target, str) and target.startswith("match:"):
-                    check_op(target, layer.origin)
+                    check_op(target, layer)
                 # The registry keeps the last of two records for one target.
                 layer_targets.setdefault(
                     (target, layer.name), LayerTarget(target, layer.name, origin=layer.origin)
@@ -255,6 +256,8 @@ def records_of(
         if not function.enabled:
             continue
         try:
+            if function.target_module.startswith("match:"):
+                check_op(function.target_module, function)
             function_kernels.append(
                 FunctionKernel(
                     function.name,
@@ -272,17 +275,18 @@ def records_of(
     return tuple(layer_kernels), tuple(layer_targets.values()), tuple(function_kernels)
 
 
-def check_op(target: str, origin: str) -> None:
-    """``match = "op"`` names an op that layers are recognised as."""
-    from twinkle.match.ops import LAYER_OPS
+def check_op(target: str, entry: Entry) -> None:
+    """``match = "op"`` names an op that layers, or functions, are recognised as."""
+    from twinkle.match.ops import FUNCTION_OPS, LAYER_OPS
     from twinkle.modes import suggest
 
+    ops = LAYER_OPS if entry.kind == "layer" else FUNCTION_OPS
     op = target.partition(":")[2]
-    if op not in LAYER_OPS:
+    if op not in ops:
         raise ConfigError(
             "unknown op",
-            where=origin,
+            where=entry.origin,
             found=f'match = "{op}"',
-            expected=", ".join(LAYER_OPS),
-            fix=suggest(op, LAYER_OPS),
+            expected=", ".join(ops),
+            fix=suggest(op, ops),
         )

@@ -428,6 +428,7 @@ FUNCTION_KEYS: dict[str, Check] = {
     **_COMMON,
     "func_impl": _func_impl,
     "func_name": _function_name,
+    "match": _match,
     "repo": _repo,
     "target_module": _module,
 }

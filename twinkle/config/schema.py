@@ -397,16 +397,24 @@ class _Validation:
                 expected='a function such as "silu_and_mul", or "Class.method"',
                 fix="name the table by the function, or give func_name",
             )
-        if "target_module" not in given:
+        if "match" in given and "target_module" in given:
+            self.wrong(
+                path,
+                "both match and target_module",
+                found=keys_of(given),
+                expected="one of them",
+                fix="remove target_module: match finds the function wherever it is",
+            )
+        elif "target_module" not in given and "match" not in given:
             self.wrong(
                 path,
                 "target_module is missing",
                 found=keys_of(given),
-                expected="the module that defines the function",
+                expected="the module that defines the function, or match and an op",
                 fix='add target_module = "package.module"',
             )
         entry = FunctionEntry(name, **self.common(path, kept, given, "functions"))
-        entry.target_module = kept.get("target_module", "")
+        entry.target_module = f"match:{kept['match']}" if "match" in kept else kept.get("target_module", "")
         return entry
 
     # --- between entries ----------------------------------------------------------------------

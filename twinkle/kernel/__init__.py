@@ -44,7 +44,8 @@ def register_kernels(config: Mapping[str, object]) -> None:
     Args:
         config: ``{"layers": {kernel_name: spec}, "functions": {func_name: spec}}``, where a spec
             holds the arguments of :func:`register_layer_kernel` (and ``target``, what
-            :func:`register_external_layer` takes) or of :func:`register_function_kernel`. Either
+            :func:`register_external_layer` takes) or of :func:`register_function_kernel`; ``match``,
+            an op, stands in place of ``target`` and of ``target_module``. Either
             may be a list of specs that carry ``kernel_name`` or ``func_name``. It is not changed.
 
     Raises:

@@ -33,10 +33,7 @@ def register_document(document: Mapping[str, object], *, where: str) -> None:
         ConfigError: Something in it cannot be right; nothing was registered.
     """
     from twinkle.apply.activation import watch_new
-    from twinkle.config.schema import validate
-    from twinkle.registry import registry
+    from twinkle.apply.documents import register
 
-    checked = validate(document, where=where, allow_objects=True)
-    layers, targets, functions = checked.records()
-    registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
+    register(document, where=where)
     watch_new()

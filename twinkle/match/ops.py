@@ -5,7 +5,7 @@ Standard library only: this module is imported at interpreter start when a confi
 
 from __future__ import annotations
 
-__all__ = ["LAYER_OPS", "OPS"]
+__all__ = ["FUNCTION_OPS", "LAYER_OPS", "OPS"]
 
 # What a whole layer can be: these may stand behind `match =`.
 LAYER_OPS = (
@@ -15,4 +15,5 @@ LAYER_OPS = (
     "causal_lm_loss",
     "experts",
 )
-OPS = (*LAYER_OPS, "rotary", "residual_norm", "qk_norm_rotary")
+FUNCTION_OPS = ("rotary",)
+OPS = (*LAYER_OPS, *FUNCTION_OPS, "residual_norm", "qk_norm_rotary")

@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 from importlib import import_module
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import SourceError
 from twinkle.ops.variants import ROOMS
+from twinkle.sources.fitted import FittedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from twinkle.sources.base import Source
+
 __all__ = ["EmbeddedFunction", "EmbeddedLayer"]
 
 
-class _Embedded:
+def _described(op: str, form: Any, room: str) -> str:
+    return f"embedded {op} ({form.name}), {ROOMS[room]}"
+
+
+class _Room:
+    """The module of an op that holds an implementation, registered nowhere."""
+
     kind = "embedded"
 
-    def __init__(self, op: str, form: Any, facts: Mapping[str, Any], room: str = "layer") -> None:
+    def __init__(self, op: str, room: str, maker: str) -> None:
         self.op = op
-        self.form = form
-        self.facts = dict(facts)
         self.room = room
-        self._made: Any = None
+        self.maker = maker
 
     def describe(self) -> str:
-        """The op, its form and what computes it."""
-        return f"embedded {self.op} ({self.form.name}), {ROOMS[self.room]}"
+        """The op and what computes it."""
+        return f"embedded {self.op}, {ROOMS[self.room]}"
 
-    def _room(self) -> Any:
+    def load(self) -> object:
+        """What makes its kernels, under the name that it has in a registered class.
+
+        Raises:
+            SourceError: The module cannot be imported.
+        """
         try:
-            return import_module(f"twinkle.ops.{self.op}.{self.room}")
+            module = import_module(f"twinkle.ops.{self.op}.{self.room}")
         except ImportError as error:
             raise SourceError(f"the embedded {self.op} cannot be imported", found=str(error)) from error
+        return SimpleNamespace(for_form=getattr(module, self.maker))
 
 
-class EmbeddedLayer(_Embedded):
+class EmbeddedLayer(FittedSource):
     """A layer class for a form of an op.
 
     Args:
@@ -43,21 +57,29 @@ class EmbeddedLayer(_Embedded):
         form: The form that was recognised (``twinkle.ops.<op>.reference``).
         facts: From each argument of the definition to the attribute, the parameter or the number it is.
         room: The module of the op's folder: ``layer`` or ``cpu`` (``twinkle.ops.variants``).
+        source: As the document of the pack registers it; by default that module itself.
     """
 
-    def load(self) -> object:
-        """The layer class; the same one each time.
+    kind = "embedded"
+    facts: dict[str, Any]
 
-        Raises:
-            SourceError: The op cannot be imported.
-        """
-        if self._made is None:
-            self._made = self._room().layer_class(self.form, self.facts)
-        made: object = self._made
-        return made
+    def __init__(
+        self,
+        op: str,
+        form: Any,
+        facts: Mapping[str, Any],
+        room: str = "layer",
+        source: Source | None = None,
+    ) -> None:
+        super().__init__(source or _Room(op, room, "layer_class"), op, form, dict(facts))
+        self.room = room
+
+    def describe(self) -> str:
+        """The op, its form and what computes it."""
+        return _described(self.op, self.form, self.room)
 
 
-class EmbeddedFunction(_Embedded):
+class EmbeddedFunction(FittedSource):
     """A function for a form of an op, with the arguments of the one it replaces.
 
     Args:
@@ -66,7 +88,11 @@ class EmbeddedFunction(_Embedded):
         facts: As for :class:`EmbeddedLayer`.
         original: The function that is replaced.
         room: As for :class:`EmbeddedLayer`.
+        source: As for :class:`EmbeddedLayer`.
     """
+
+    kind = "embedded"
+    facts: dict[str, Any]
 
     def __init__(
         self,
@@ -75,17 +101,11 @@ class EmbeddedFunction(_Embedded):
         facts: Mapping[str, Any],
         original: Callable[..., Any],
         room: str = "layer",
+        source: Source | None = None,
     ) -> None:
-        super().__init__(op, form, facts, room)
-        self.original = original
+        super().__init__(source or _Room(op, room, "function_for"), op, form, dict(facts), original)
+        self.room = room
 
-    def load(self) -> object:
-        """The function; the same one each time.
-
-        Raises:
-            SourceError: The op cannot be imported.
-        """
-        if self._made is None:
-            self._made = self._room().function_for(self.form, self.facts, self.original)
-        made: object = self._made
-        return made
+    def describe(self) -> str:
+        """The op, its form and what computes it."""
+        return _described(self.op, self.form, self.room)

@@ -1,16 +1,20 @@
-"""A layer kernel that was found by structure: cut to the form and the names of its target, where it can be.
+"""A kernel whose target was found by structure: cut to the form and the names of its target, where it can be.
 
 A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of
-its op, or None where it has none. Without one the class itself is the kernel for every form.
+its op, or where it has none None, or why in words. That of a function kernel is given the function that is
+replaced as well, ``for_form(form, facts, original)``, and returns one with its arguments. What has no
+``for_form`` is itself the kernel for every form.
 """
 
 from __future__ import annotations
+
+from types import MethodType
 
 from twinkle.errors import SourceError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from twinkle.sources.base import Source
@@ -27,15 +31,24 @@ class FittedSource:
         form: The form of it (``twinkle.ops.<op>.reference``).
         facts: From each argument of the op's definition to the attribute, the parameter or the value it
             is; or in words why the instance does not keep to the form of its class.
+        original: The function that is replaced; None for a layer.
     """
 
     kind = "match"
 
-    def __init__(self, source: Source, op: str, form: Any, facts: Mapping[str, Any] | str) -> None:
+    def __init__(
+        self,
+        source: Source,
+        op: str,
+        form: Any,
+        facts: Mapping[str, Any] | str,
+        original: Callable[..., Any] | None = None,
+    ) -> None:
         self.source = source
         self.op = op
         self.form = form
         self.facts = facts
+        self.original = original
         self._made: Any = None
 
     def describe(self) -> str:
@@ -53,14 +66,16 @@ class FittedSource:
         return list(getattr(self.source, "trace", ()))
 
     def load(self) -> object:
-        """The layer class; the same one each time.
+        """The layer class or the function; the same one each time.
 
         Raises:
             SourceError: It cannot be loaded, or has no kernel for the form.
         """
         if self._made is None:
             loaded = self.source.load()
-            maker = getattr(loaded, "for_form", None)
+            # A function kernel may be the forward of a class, which has the method.
+            owner = loaded.__self__ if isinstance(loaded, MethodType) else loaded
+            maker = getattr(owner, "for_form", None)
             self._made = loaded if maker is None else self._fit(maker)
         made: object = self._made
         return made
@@ -72,11 +87,13 @@ class FittedSource:
                 where=self.source.describe(),
                 found=self.facts,
             )
-        made = maker(self.form, self.facts)
-        if made is None:
+        function = () if self.original is None else (self.original,)
+        made = maker(self.form, self.facts, *function)
+        if made is None or isinstance(made, str):
             raise SourceError(
                 f"there is no kernel for the form {self.form.name!r} of {self.op}",
                 where=self.source.describe(),
-                fix="leave the layer out with a `target` of its own; its original runs",
+                found=made,
+                fix="nothing has to be done: the original runs",
             )
         return made

@@ -6,21 +6,23 @@ import contextlib
 import functools
 
 import torch
+from torch import nn
 
 from twinkle.ops.build import forward_class
 from twinkle.ops.experts import op, reference
 from twinkle.ops.experts.gating import gating_of
 from twinkle.ops.experts.reference import FORMS, ExpertsForm
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
+from twinkle.ops.variants import layer_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
-__all__ = ["covers", "declines", "experts", "layer_class"]
+__all__ = ["Experts", "covers", "declines", "experts", "layer_class"]
 
 _FORMS = {form.name: form for form in FORMS}
 # What a caller may have asked transformers for; the others are kernels of their own, chosen on purpose.
@@ -112,6 +114,24 @@ def experts(
             gating,
         )  # fmt: skip
     return result.to(x.dtype)
+
+
+class Experts(nn.Module):
+    """For experts with ``gate_up_proj``, ``down_proj`` and a silu, as Mixtral's."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """``[tokens, hidden]`` and ``[tokens, k]`` twice to ``[tokens, hidden]``."""
+        return experts(
+            hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj, self.num_experts
+        )
+
+    @staticmethod
+    def for_form(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another form and other names, or why there is none."""
+        return layer_for("experts", form, facts)
 
 
 def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:

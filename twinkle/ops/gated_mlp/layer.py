@@ -8,9 +8,15 @@ import torch
 from torch import nn
 
 from twinkle.ops.build import forward_class
-from twinkle.ops.gated_mlp.activation import gated_activation, gated_activation_fused, gated_linear
+from twinkle.ops.gated_mlp.activation import (
+    ACTIVATIONS,
+    gated_activation,
+    gated_activation_fused,
+    gated_linear,
+)
 from twinkle.ops.gated_mlp.reference import FORMS, GatedMLPForm
 from twinkle.ops.launch import STRAIGHT, route
+from twinkle.ops.variants import layer_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,7 +27,7 @@ if TYPE_CHECKING:
 
     Layer = Callable[[Tensor], Tensor]
 
-__all__ = ["GatedMLP", "covers", "gated_mlp", "layer_class"]
+__all__ = ["GatedMLP", "covers", "declines", "gated_mlp", "layer_class"]
 
 _FORMS = {form.name: form for form in FORMS}
 _SEPARATE = _FORMS["separate"]
@@ -30,6 +36,18 @@ _SEPARATE = _FORMS["separate"]
 def covers(form: GatedMLPForm) -> bool:
     """Whether there is a kernel for a form: for every one, with an activation that the kernel knows."""
     return form.name in _FORMS
+
+
+def declines(facts: Mapping[str, Any]) -> str | None:
+    """Why an instance is left alone whose form is covered, or None.
+
+    Args:
+        facts: As for :func:`layer_class`.
+    """
+    activation = facts["activation"]
+    if activation in ACTIVATIONS:
+        return None
+    return f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
 
 
 def gated_mlp(
@@ -134,11 +152,9 @@ class GatedMLP(nn.Module):
         return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, "silu")
 
     @staticmethod
-    def for_form(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
-        """The layer for another form and other names, or None where there is no kernel for it."""
-        from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-
-        return layer_class(form, facts) if covers(form) and facts["activation"] in ACTIVATIONS else None
+    def for_form(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another form and other names, or why there is none."""
+        return layer_for("gated_mlp", form, facts)
 
 
 def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]:
@@ -156,16 +172,14 @@ def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]
         ValueError: There is no kernel for the activation.
     """
     known = ("x", "gate", "up", "down", "gate_up", "dropout", "norm", "limit", "gate_scale", "output_scale")
+    if (why := declines(facts)) is not None:
+        raise ValueError(why)
     values = {name: value for name, value in facts.items() if name in known}
     return _layer_class(form, facts["activation"], tuple(sorted(values.items())))
 
 
 @functools.cache
 def _layer_class(form: GatedMLPForm, activation: str, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}")
     values = {"gate": None, "up": None, **dict(facts)}
     return forward_class(
         f"GatedMLP_{form.name}", gated_mlp, values, inputs=("x",),

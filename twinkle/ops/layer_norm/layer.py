@@ -19,6 +19,7 @@ from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, th
 from twinkle.ops.layer_norm import everywhere, reference
 from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
+from twinkle.ops.variants import layer_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -248,9 +249,9 @@ class LayerNorm(nn.Module):
         )
 
     @staticmethod
-    def for_form(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
-        """The layer for another form and other names, or None where there is no kernel for it."""
-        return layer_class(form, facts) if covers(form) and not declines(facts) else None
+    def for_form(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another form and other names, or why there is none."""
+        return layer_for("layer_norm", form, facts)
 
 
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:

@@ -18,6 +18,7 @@ from twinkle.ops.build import forward_class
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.variants import layer_for
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -219,9 +220,9 @@ class RMSNorm(nn.Module):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon, form=_LLAMA)
 
     @staticmethod
-    def for_form(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | None:
+    def for_form(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
         """The layer for another form and other names, or None where there is no kernel for it."""
-        return layer_class(form, facts) if covers(form) else None
+        return layer_for("rms_norm", form, facts)
 
 
 class GemmaRMSNorm(nn.Module):

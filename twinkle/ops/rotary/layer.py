@@ -6,7 +6,9 @@ import dataclasses
 import functools
 
 import torch
+from torch import nn
 
+from twinkle.ops import variants
 from twinkle.ops.build import plain_function
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, through_definition
 from twinkle.ops.rotary import reference
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["apply_rotary_pos_emb", "covers", "function_for", "maker_of", "rotary"]
+__all__ = ["ApplyRotaryPosEmb", "apply_rotary_pos_emb", "covers", "function_for", "maker_of", "rotary"]
 
 _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
@@ -88,6 +90,26 @@ def apply_rotary_pos_emb(
 ) -> tuple[Tensor, ...]:
     """The function of most models: half-split pairs, full tables; see `rotary`."""
     return rotary(q, k, cos, sin, unsqueeze_dim)
+
+
+class ApplyRotaryPosEmb(nn.Module):
+    """`apply_rotary_pos_emb` as a kernel for any function that rotates: see `for_form`."""
+
+    can_torch_compile = True
+    has_backward = True
+
+    def forward(
+        self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+    ) -> tuple[Tensor, ...]:
+        """As the function."""
+        return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+    @staticmethod
+    def for_form(
+        form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+    ) -> Callable[..., Any] | None:
+        """The function for another form, with the arguments of ``original``, or None where there is none."""
+        return variants.function_for("rotary", form, facts, original)
 
 
 def _plan(

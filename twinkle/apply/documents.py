@@ -1,0 +1,43 @@
+"""A document of bindings, the user's or the pack's: checked as a whole, then registered as a whole.
+
+Standard library only, and nothing of torch: documents are registered before a program imports it.
+"""
+
+from __future__ import annotations
+
+from twinkle.registry import Registry, registry
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+__all__ = ["register"]
+
+
+def register(
+    document: Mapping[str, object],
+    *,
+    where: str,
+    locate: Callable[[tuple[str | int, ...]], str] | None = None,
+    allow_objects: bool = True,
+    into: Registry = registry,
+) -> None:
+    """Validate all of a document, then register all of it.
+
+    Args:
+        document: ``{"layers": …, "functions": …}``, as ``register_kernels`` takes it.
+        where: Where it was written, for messages.
+        locate: Where each key of it was written; what the report calls the origin of a binding.
+        allow_objects: Its values may be classes and callables: it was written in Python.
+        into: What it is registered in.
+
+    Raises:
+        ConfigError: Something in it cannot be right; nothing was registered.
+    """
+    from twinkle.config.schema import validate
+
+    checked = validate(
+        document, where=where, locate=locate, allow_objects=allow_objects, allow_settings=False
+    )
+    layers, targets, functions = checked.records()
+    into.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)

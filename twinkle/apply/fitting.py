@@ -1,0 +1,55 @@
+"""Kernels that were bound to an op, for what an instance of it is: its form, its names, its numbers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+from twinkle.records import LayerKernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from twinkle.sources.base import Source
+
+__all__ = ["fit", "forget"]
+
+_fitted: WeakKeyDictionary[type, dict[object, tuple[LayerKernel, ...]]] = WeakKeyDictionary()
+
+
+def fit(
+    cls: type,
+    kernels: tuple[LayerKernel, ...],
+    facts: Mapping[str, Any] | str,
+    source: Callable[[Source], Source],
+    *,
+    device: str | None = None,
+) -> tuple[LayerKernel, ...]:
+    """The kernels as they are for one instance: the same ones for every instance with the same facts.
+
+    Args:
+        cls: Its class.
+        kernels: As registered.
+        facts: What was read from the instance, or in words why it is not what its class promises.
+        source: From the source of a kernel to that of the same kernel for these facts.
+        device: What the kernels are for where their registration does not say.
+    """
+    said = facts if isinstance(facts, str) else tuple(sorted((name, repr(it)) for name, it in facts.items()))
+    # By identity: the kernels stay alive in the key.
+    key = (kernels, device, said)
+    known = _fitted.setdefault(cls, {})
+    made = known.get(key)
+    if made is None:
+        made = known[key] = tuple(
+            LayerKernel(
+                kernel.name, source(kernel.source), device=kernel.device or device, mode=kernel.mode,
+                attributes=kernel.attributes, verify=kernel.verify, origin=kernel.origin,
+            )
+            for kernel in kernels
+        )  # fmt: skip
+    return made
+
+
+def forget() -> None:
+    """Begin anew: what was loaded is loaded again, and proven again."""
+    _fitted.clear()
