@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import shown, stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
@@ -126,6 +127,8 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
                 stand_in((layer,)),
             ),
         )  # fmt: skip
+        if done is not None:
+            note_absorbed(step, owner, (layer,))
         return done
 
     return fused
