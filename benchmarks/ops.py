@@ -277,6 +277,7 @@ def errors(case: Case, call: Callable[..., Any]) -> list[float]:
 def measure(name: str, case: Case, bandwidth: float, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for provider, call in case.providers.items():
+        torch._dynamo.reset()  # it gives up on a function after eight shapes
         with torch.no_grad():
             forward = device_ms(lambda call=call: call(*case.inputs), rounds)
         results, wanted = _fresh(case, call)

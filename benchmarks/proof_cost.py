@@ -7,7 +7,7 @@ Each line is a process of its own with the embedded kernels: nothing is compared
 kept (``cold``), and found (``warm``). Seconds are those of the first step and of the second; ``proofs`` is
 the time spent in comparisons and their file, as a share of the first step. On a GPU the first step compiles
 triton's kernels: with ``--keep-triton`` they are those of earlier processes, which is what a second run of a
-program finds.
+program finds. ``compiled`` counts those that a process of its own compiled.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def main() -> None:
         return
     rows = []
     head = f"{'model':<12}{'verify':<8}{'first step s':>14}{'second s':>10}{'proofs s':>10}"
-    print(f"{head}{'share':>8}{'peak GB':>9}")
+    print(f"{head}{'share':>8}{'peak GB':>9}{'compiled':>9}")
     for model in options.model or ("small", "mid"):
         with tempfile.TemporaryDirectory() as cache:
             for way, variables in WAYS.items():
@@ -64,7 +65,8 @@ def main() -> None:
                 rows.append(row)
                 share = f"{100 * row['proofs'] / row['first']:.1f} %"
                 figures = f"{row['first']:>14.3f}{row['second']:>10.3f}{row['proofs']:>10.3f}{share:>8}"
-                print(f"{model:<12}{way:<8}{figures}{row['peak_gb']:>9.2f}", flush=True)
+                kernels = len(row["compiled"])
+                print(f"{model:<12}{way:<8}{figures}{row['peak_gb']:>9.2f}{kernels:>9}", flush=True)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump({"options": vars(options), "rows": rows}, file, indent=1)
@@ -85,7 +87,8 @@ def _measure(
     line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
     if line is None:
         raise SystemExit(f"{model}, {way}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
-    return {"model": model, "way": way, **json.loads(line.removeprefix(_MARK))}
+    compiled = sorted(path.stem for path in Path(environ.get("TRITON_CACHE_DIR", cache)).rglob("*.cubin"))
+    return {"model": model, "way": way, **json.loads(line.removeprefix(_MARK)), "compiled": compiled}
 
 
 def _child(options: argparse.Namespace) -> None:
