@@ -65,6 +65,7 @@ def measure(task: tuple[str, bool]) -> dict:
         "not_run": [],
         "built": [],
         "refused": [],
+        "of_torch": [],
         "error": None,
     }
     with warnings.catch_warnings():
@@ -156,6 +157,8 @@ def _build(module: object, unseen: dict, out: dict) -> None:
             unseen.pop(type(layer), None)
             if found:
                 facts = check_instance(found, layer)
+                if facts and type(layer).__module__.startswith("torch."):
+                    out["of_torch"] = sorted({*out["of_torch"], found.op})
                 if not facts:
                     out["refused"].append((cls.__name__, path, found.op, str(facts)))
 
@@ -291,13 +294,16 @@ def text(data: dict) -> str:
         lines += [f"- `{target}` ({form})" for target, form in seen]
         lines.append("")
     if built:
+        of_torch = {family(result["module"]) for result in results if "layer_norm" in result["of_torch"]}
         done = [row for row in built if row[2] is None]
         lines += [
             "## Instances",
             "",
             f"{len(done)} of {len(built)} model classes could be built from a small config on meta;",
-            "the rest need a config that its defaults do not give. Modules whose class is recognised",
-            "and that are left alone:",
+            f"the rest need a config that its defaults do not give. Models of {len(of_torch)} families hold",
+            "`torch.nn.LayerNorm`, which is recognised as well and gets the kernel of `layer_norm` on a GPU;",
+            "the tables count only classes that families define. Modules whose class is recognised and that",
+            "are left alone:",
             "",
             "| op | reason | modules |",
             "|---|---|---|",

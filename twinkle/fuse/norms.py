@@ -156,7 +156,7 @@ def _described(cls: type) -> str:
     return "|".join((norm.form.name, norm.weight or "", eps, norm.shape or "", norm.switch or ""))
 
 
-described: Callable[[type], str] = constant(_described)  # type: ignore[arg-type, assignment]
+described: Callable[[type], str] = constant(_described)
 """The norm that a class is as a text, empty for none: what a compiler can keep as a constant."""
 
 

@@ -113,7 +113,7 @@ def pair_step(
         return "" if isinstance(pair, str) else found.name
 
     # A compiler keeps the answer as a constant, and sees nothing of how it was found.
-    rotated: Callable[[str, str], str] = constant(covered)  # type: ignore[arg-type, assignment]
+    rotated: Callable[[str, str], str] = constant(covered)
 
     def ready(owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
         if _compiling():
