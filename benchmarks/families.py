@@ -7,9 +7,10 @@
     python benchmarks/families.py --classes LlamaForCausalLM Gemma3ForCausalLM
 
 Each class is built from a small configuration (`tiny_models.py`); the same weights and tokens run once
-plainly and once with ``kernels = "auto"``. In float32 loss and every gradient must agree within `TOLERANCE`;
-where they do not, and in half precision always, both are compared with the plain model in the next finer
-dtype, and the kernels may be off by twice what the original itself is.
+plainly and once with ``kernels = "auto"``, for which these small inputs are large ones on a CPU. In float32
+loss and every gradient must agree within `TOLERANCE`; where they do not, and in half precision always, both
+are compared with the plain model in the next finer dtype, and the kernels may be off by twice what the
+original itself is.
 """
 
 from __future__ import annotations
@@ -99,6 +100,7 @@ def compare(
     from twinkle.apply import reset
     from twinkle.apply.models import kernelize_layers
     from twinkle.apply.options import options
+    from twinkle.ops.plain import at_every_size
 
     reset()
     plain = tiny_models.tiny_model(name, family)
@@ -113,7 +115,8 @@ def compare(
             kernels = frozenset(b["source"] for b in report.snapshot()["bindings"])  # type: ignore[attr-defined]
             if seen.setdefault(kernels, name) != name:
                 raise NotRun(f"the same kernels as {seen[kernels]}")
-        our_loss, our_gradients = run(ours, given)
+        with at_every_size():
+            our_loss, our_gradients = run(ours, given)
         told: Any = report.snapshot()
     finally:
         reset()

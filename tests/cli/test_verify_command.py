@@ -13,6 +13,7 @@ from twinkle.cli import main
 from twinkle.ops import launch
 from twinkle.ops.cases import OPS, cases, forms
 from twinkle.proof import rerun
+from twinkle.proof.compare import compare
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,25 +79,79 @@ def test_json_has_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert not document["interrupted"]
 
 
+def interrupt_at(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in the comparison of that number."""
+    begun: list[int] = []
+
+    def until(*args: Any, **kwargs: Any) -> Any:
+        begun.append(1)
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(rerun, "compare", until)
+
+
+def kept(directory: Path) -> int:
+    return len(json.loads((directory / "proofs.json").read_text())["proofs"])
+
+
 def test_ctrl_c_prints_what_there_is(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = rerun.rerun
-
-    def interrupted(*args: Any, **kwargs: Any) -> Any:
-        rows = whole(*args, **kwargs)
-        yield next(rows)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rerun, "rerun", interrupted)
+    interrupt_at(4, monkeypatch)
     assert main(QUICK) == 130
-    assert "1 of 1 comparisons proven" in (out := capsys.readouterr().out)
-    assert out.rstrip().endswith("interrupted")
+    out = capsys.readouterr().out.splitlines()
+    assert [line.split()[2] for line in out[1:3]] == ["plain", "bias"]
+    assert out[3].startswith("3 of 3 comparisons proven")
+    assert out[3].endswith("interrupted")
+
+
+def test_ctrl_c_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at(4, monkeypatch)
+    main(QUICK)
+    assert kept(tmp_path) == 3
+
+
+def test_verdicts_are_kept_before_the_next_form_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kept(tmp_path) if (tmp_path / "proofs.json").exists() else 0)
+        return compare(*args, **kwargs)
+
+    monkeypatch.setattr(rerun, "compare", looking)
+    main(QUICK)
+    assert seen == [0, 0, 2, 2]
+
+
+def test_a_line_for_each_op_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    main(QUICK)
+    (line,) = capsys.readouterr().err.splitlines()
+    number, _seconds, _, *about = line.split()
+    assert [number, *about] == ["0/2", "cpu", "causal_lm_loss"]
+
+
+def test_a_terminal_has_one_line_that_ends_empty(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    main(QUICK)
+    err = capsys.readouterr().err
+    assert "\n" not in err
+    shown = [text.split() for text in err.split("\r")[1:]]
+    assert [words[:1] + words[-2:] for words in shown[:2]] == [
+        ["0/2", "plain", "float32"],
+        ["1/2", "bias", "float32"],
+    ]
+    assert shown[2:] == [[], []]
 
 
 def test_verdicts_are_kept_and_forgotten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(QUICK)
-    assert len(json.loads((tmp_path / "proofs.json").read_text())["proofs"]) == 4
+    assert kept(tmp_path) == 4
     assert main(["verify", "--clear"]) == 0
     assert "4 verdicts forgotten" in capsys.readouterr().out
     assert not (tmp_path / "proofs.json").exists()

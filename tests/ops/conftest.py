@@ -44,3 +44,12 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 def half(kernels: torch.device) -> torch.dtype:
     """Where to test roundings: the interpreter rounds to float16, but truncates to bfloat16."""
     return torch.bfloat16 if kernels.type == "cuda" else torch.float16
+
+
+@pytest.fixture
+def every_size() -> Iterator[None]:
+    """Small inputs go the way of large ones on a CPU: the logits of tiny models are deferred."""
+    from twinkle.ops.plain import at_every_size
+
+    with at_every_size():
+        yield

@@ -166,6 +166,16 @@ def test_ignored_rows_are_left_out_of_the_products(monkeypatch):
     assert seen[0] == (int((labels != -100).sum()), 16)
 
 
+def test_a_few_ignored_rows_are_not_worth_copies_of_the_others(monkeypatch):
+    leaves, labels = inputs(rows=(2, 100))  # 5 of 200
+    seen = []
+    monkeypatch.setattr(
+        torch, "mm", lambda left, right, mm=torch.mm, **o: seen.append(left.shape) or mm(left, right, **o)
+    )
+    linear_cross_entropy(*leaves, labels)
+    assert seen[0] == (200, 16)
+
+
 class Sizes(TorchDispatchMode):
     """The largest tensor that comes out of an operator."""
 
@@ -234,6 +244,22 @@ def test_backward_twice_over_a_kept_graph():
     first = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
     second = torch.autograd.grad(3 * loss, leaves)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_on_the_cpu_are_those_of_the_forward_not_copies():
+    leaves, labels = inputs()
+    loss = 3 * linear_cross_entropy(*leaves, labels)
+    computed = {tensor.data_ptr() for tensor in loss.grad_fn.next_functions[0][0].saved_tensors}
+    loss.backward()
+    assert {leaf.grad.data_ptr() for leaf in leaves} <= computed
+
+
+def test_several_gradients_of_the_loss_at_once():
+    leaves, labels = inputs()
+    loss = linear_cross_entropy(*leaves, labels)
+    (one,) = torch.autograd.grad(loss, leaves[:1], retain_graph=True)
+    (found,) = torch.autograd.grad(loss, leaves[:1], torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    torch.testing.assert_close(found, torch.stack([one, 2 * one]))
 
 
 def test_second_derivative_is_refused():

@@ -17,6 +17,9 @@ from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss import chunks  # noqa: E402
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
 from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
+from twinkle.ops.plain import at_every_size  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("every_size")
 
 VOCAB = 64
 
@@ -227,9 +230,10 @@ def _parallel(rank, port, results):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     try:
-        results.put(
-            {kind: [_wrapped_step(rank, kind, defer) for defer in (True, False)] for kind in WRAPPERS}
-        )
+        with at_every_size():
+            results.put(
+                {kind: [_wrapped_step(rank, kind, defer) for defer in (True, False)] for kind in WRAPPERS}
+            )
     finally:
         dist.destroy_process_group()
 

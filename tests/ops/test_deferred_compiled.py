@@ -12,6 +12,8 @@ from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
 from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("every_size")
+
 VOCAB = 501
 TOKENS = 40
 

@@ -14,6 +14,8 @@ from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
 from twinkle.ops.causal_lm_loss.layer import install, reason_against, uninstall  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("every_size")
+
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 64,

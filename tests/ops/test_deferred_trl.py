@@ -12,6 +12,8 @@ transformers = pytest.importorskip("transformers")
 from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("every_size")
+
 TEXTS = ["the cat sat on the mat", "a dog ran to the cat", "the mat is on a dog", "to sit is to ran"]
 
 

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from twinkle.proof.rerun import Row
+    from twinkle.proof.rerun import Part, Row
 
 __all__ = ["main"]
 
@@ -35,7 +35,9 @@ examples:
 
 The verdicts are kept in the file that first calls look in (TWINKLE_CACHE names its directory, `off` does
 without; default ~/.cache/twinkle). A first call that finds its kernel, shape and dtype there is not
-compared again, and the report says `proven (cached, date)`.
+compared again, and the report says `proven (cached, date)`. They are kept form by form, so that Ctrl-C
+loses none; the table then has what was compared so far. Where triton compiles, all of it takes minutes:
+how far it is goes to standard error.
 
 The exit code is 0 when all kernels are right, 1 when one was rejected, 2 when the command line is wrong,
 130 after Ctrl-C.
@@ -80,11 +82,12 @@ def main(words: Sequence[str]) -> int:
     rows: list[Row] = []
     started = time.perf_counter()
     interrupted = False
-    progress = _Progress(sys.stderr.isatty())
+    progress = _Progress()
     try:
-        for row in rerun.rerun(chosen, ops=options.op or OPS, dtypes=dtypes, seed=seed):
-            rows.append(row)
-            progress.show(row, len(rows))
+        todo = rerun.parts(chosen, ops=options.op or OPS, dtypes=dtypes)
+        for number, part in enumerate(todo):
+            progress.show(part, number, len(todo))
+            rows.extend(rerun.rerun(part, seed=seed))
     except KeyboardInterrupt:
         interrupted = True
     progress.clear()
@@ -105,6 +108,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{len(rows) - len(rejected)} of {len(rows)} comparisons proven, seed {seed}, {took}")
         if not rows and not interrupted:
             print("there is no kernel for the devices asked for: what is there stays the original")
+    sys.stdout.flush()  # what is printed is to be there also if the end of the interpreter is interrupted
     if interrupted:
         return 130
     return 1 if rejected else 0
@@ -122,18 +126,26 @@ def _clear() -> int:
 
 
 class _Progress:
-    """One line that changes, on a terminal."""
+    """On standard error: one line that changes, or where that is no terminal a line an op."""
 
-    def __init__(self, shown: bool) -> None:
-        self._shown = shown
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._started = time.perf_counter()
+        self._said: tuple[str, ...] = ()
 
-    def show(self, row: Row, number: int) -> None:
-        if self._shown:
-            text = f"{number}  {row.device}  {row.op}  {row.form}  {row.dtype}"
+    def show(self, part: Part, number: int, total: int) -> None:
+        """Say what is compared next, ``number`` of ``total`` parts being done."""
+        about = (str(part.device), part.op)
+        text = f"{number}/{total}  {time.perf_counter() - self._started:.0f} s  {'  '.join(about)}"
+        if self._terminal:
+            text += f"  {part.form.name}  {part.dtype}"
             print(f"\r{text[:78]:<78}", end="", file=sys.stderr, flush=True)
+        elif about != self._said:
+            print(text, file=sys.stderr, flush=True)
+        self._said = about
 
     def clear(self) -> None:
-        if self._shown:
+        if self._terminal:
             print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
 
 

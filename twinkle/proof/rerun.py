@@ -18,7 +18,7 @@ from twinkle.proof.question import question
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["DTYPES", "Row", "devices", "rerun"]
+__all__ = ["DTYPES", "Part", "Row", "devices", "parts", "rerun"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,6 +46,25 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Part:
+    """What is compared, and kept, together: one form in one dtype on one device, in several shapes.
+
+    Attributes:
+        device: Where.
+        op: A folder under ``twinkle.ops``.
+        form: One of its forms.
+        room: What computes it, as ``twinkle.ops.variants`` says.
+        dtype: A name out of `DTYPES`.
+    """
+
+    device: torch.device
+    op: str
+    form: Any
+    room: str
+    dtype: str
+
+
+@dataclass(frozen=True)
 class _Source:
     op: str
     form: Any
@@ -61,38 +80,45 @@ def devices() -> list[torch.device]:
     return found
 
 
-def rerun(
-    on: Iterable[torch.device],
-    *,
-    ops: Iterable[str] = OPS,
-    dtypes: Iterable[str] = tuple(DTYPES),
-    seed: int = 0,
-) -> Iterator[Row]:
-    """Compare each kernel, in each form, dtype and shape, forward and backward.
-
-    The verdicts are kept where those of first calls are, form by form.
+def parts(
+    on: Iterable[torch.device], *, ops: Iterable[str] = OPS, dtypes: Iterable[str] = tuple(DTYPES)
+) -> list[Part]:
+    """All that there is to compare, in order; nothing is compared yet.
 
     Args:
         on: Devices.
         ops: Folders under ``twinkle.ops``.
         dtypes: Names out of `DTYPES`.
-        seed: Of the inputs.
     """
     chosen, names = tuple(ops), tuple(dtypes)
-    for device in on:
-        for op in chosen:
-            for form in forms(op):
-                room = _room(op, form, device)
-                if room is None:
-                    continue
-                made = []
-                for dtype in names:
-                    if skipped(device, dtype):
-                        continue
-                    for row, asked in _form(device, op, form, room, dtype, seed):
-                        made.append((asked, row.verdict))
-                        yield row
-                proofs().keep_all([(asked, verdict) for asked, verdict in made if asked is not None])
+    return [
+        Part(device, op, form, room, dtype)
+        for device in on
+        for op in chosen
+        for form in forms(op)
+        if (room := _room(op, form, device)) is not None
+        for dtype in names
+        if not skipped(device, dtype)
+    ]
+
+
+def rerun(part: Part, *, seed: int = 0) -> Iterator[Row]:
+    """Compare a kernel in each shape, forward and backward.
+
+    The verdicts are kept where those of first calls are, also those there are when it ends before its time.
+
+    Args:
+        part: Form, dtype and device.
+        seed: Of the inputs.
+    """
+    made: list[tuple[Mapping[str, Any], Verdict]] = []
+    try:
+        for row, asked in _compared(part, seed):
+            if asked is not None:
+                made.append((asked, row.verdict))
+            yield row
+    finally:
+        proofs().keep_all(made)
 
 
 def skipped(device: torch.device, dtype: str) -> str | None:
@@ -107,15 +133,14 @@ def _room(op: str, form: Any, device: torch.device) -> str | None:
     return "layer" if op == "causal_lm_loss" else covering(op, form, device.type)
 
 
-def _form(
-    device: torch.device, op: str, form: Any, room: str, dtype: str, seed: int
-) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+def _compared(part: Part, seed: int) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+    device, op, form, room = part.device, part.op, part.form, part.room
     triton = op != "causal_lm_loss" or device.type in launch.KINDS
     how = ROOMS[room] if triton else "plain torch"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for case in cases(op, form, DTYPES[dtype], device, room):
+        for case in cases(op, form, DTYPES[part.dtype], device, room):
             verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
             source: Any = _Source(op, form, case.facts, room)
             asked = question(source, case.args, {}, module=case.module, backward=True)
-            yield Row(str(device), op, form.name, how, dtype, case.shape, verdict), asked
+            yield Row(str(device), op, form.name, how, part.dtype, case.shape, verdict), asked

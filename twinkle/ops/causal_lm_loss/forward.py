@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits
 from twinkle.ops.causal_lm_loss.head import Head, LabelCount
 from twinkle.ops.causal_lm_loss.traced import TracedLogits
 from twinkle.ops.causal_lm_loss.trust import is_trusted
+from twinkle.ops.plain import pays
 from twinkle.swap.tensors import constant
 
 TYPE_CHECKING = False
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["DeferringLinear", "at", "defer", "deferring_model", "leave_to_python", "reason_against"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LEAST, _LEAST_HALF = 1 << 20, 1 << 16
+"""Logits from which on deferring them is not slower on a CPU: that many in float32 take 4 MiB, and a chunk
+may have four times as many. In half precision what is computed with them costs more."""
 
 
 class _Calls(threading.local):
@@ -156,7 +161,7 @@ def deferring_model(
 
     def begin(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         head, given = head_of(self, args, kwargs)
-        if head is None or not proven(self, head, given):
+        if head is None or _are_few(head, given) or not proven(self, head, given):
             # One may be left over from a call that failed in a graph.
             _calls.heads.clear()
             return False
@@ -189,6 +194,15 @@ def deferring_model(
     leave_to_python(deferring, within=(begin, _end, _finish))
     flags = {"can_torch_compile": True, "has_backward": True}
     return type("DeferringCausalLM", (nn.Module,), {"forward": deferring, **flags})
+
+
+def _are_few(head: Any, labels: Any) -> bool:
+    """Whether logits are few enough to be computed as ever: the steps of a deferred loss cost 1.4 ms."""
+    if not (head.weight.is_cpu and isinstance(labels, torch.Tensor)) or uses_triton(head.weight):
+        return False
+    half = head.weight.element_size() == 2 or torch.is_autocast_enabled("cpu")
+    least = _LEAST_HALF if half else _LEAST
+    return not pays(labels, least // max(1, head.weight.shape[0]))
 
 
 def _end() -> None:

@@ -50,8 +50,8 @@ def linear_cross_entropy(
         num_items_in_batch: Divide the sum by this, whatever ``reduction`` says.
         label_smoothing: Between 0 and 1.
         shift: The loss at a position is about the label of the next one.
-        most_rows: At most so many labels count. On a GPU the other rows are then left out of the
-            products (on a CPU they always are); a loss where more count is NaN.
+        most_rows: At most so many labels count. Where that is less than 95 % of them the other rows are
+            left out of the products, on a CPU without being told; a loss where more count is NaN.
 
     Returns:
         The loss in float32 (float64 for float64): ``[]``, or ``[...]`` for ``"none"``.

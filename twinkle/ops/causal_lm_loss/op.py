@@ -59,14 +59,15 @@ def loss_of_all_rows(
         inverse = (number if divisor is None else divisor).to(precise).reciprocal()
         # The logits' gradient would vanish in float16 (a loss scaler comes after it): scaled last there.
         late = hidden.dtype == torch.float16
-        # Whether a row counts is known on a CPU; on a GPU asking would wait for all work before it.
-        if not labels.is_cuda:
-            kept = counts.nonzero().squeeze(1)
-            rows = None if kept.numel() == labels.numel() else kept
-        elif most_rows is not None and most_rows < 0.95 * labels.numel():
-            rows = torch.argsort(counts, descending=True, stable=True)[:most_rows]
-        else:
+        # Leaving rows out costs copies of the others. How many count is known on a CPU; on a GPU asking
+        # would wait for all work before it.
+        most = most_rows if labels.is_cuda else int(number)
+        if most is None or most >= 0.95 * labels.numel():
             rows = None
+        elif labels.is_cuda:
+            rows = torch.argsort(counts, descending=True, stable=True)[:most]
+        else:
+            rows = counts.nonzero().squeeze(1)
         few = hidden.contiguous() if rows is None else hidden.index_select(0, rows)
         losses, grad_hidden, grad_weight, grad_bias = in_chunks(
             few,
@@ -150,15 +151,23 @@ def _once(gradients: list[Tensor | None]) -> list[Tensor | None]:
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    once = not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
-    if once and gradient.is_cuda and uses_triton(gradient) and type(gradient) is torch.Tensor:
-        # Nobody else has these tensors, and this backward is their last use.
-        from twinkle.ops.causal_lm_loss.triton import scale_
+    if _is_last_use(gradient, factor):
+        if gradient.is_cuda and uses_triton(gradient):
+            from twinkle.ops.causal_lm_loss.triton import scale_
 
-        return scale_(gradient, factor)
+            return scale_(gradient, factor)
+        if gradient.is_cpu and gradient.dtype != torch.float16:
+            return gradient if factor == 1 else gradient.mul_(factor)
     if gradient.dtype == torch.float16:
         return (gradient * factor.to(torch.float32)).to(gradient.dtype)
     return gradient * factor.to(gradient.dtype)
+
+
+def _is_last_use(gradient: Tensor, factor: Tensor) -> bool:
+    """Whether a gradient may be changed: nobody else has it, and no other backward will want it."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(factor):
+        return False
+    return type(gradient) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 loss_of_all_rows.register_autograd(_scale_gradients, setup_context=_keep_gradients)
