@@ -134,6 +134,51 @@ def test_a_users_own_module(device: torch.device, clean_registry: Registry, coun
     )  # fmt: skip
 
 
+class Switched(nn.Module):
+    """As Gemma 4 writes its norm."""
+
+    def __init__(self, weighs: bool) -> None:
+        super().__init__()
+        self.weighs = weighs
+        if weighs:
+            self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide * torch.pow(wide.pow(2).mean(-1, keepdim=True) + 1e-6, -0.5)
+        if self.weighs:
+            wide = wide * self.weight.float()
+        return wide.type_as(x)
+
+
+class Listed(nn.Module):
+    """Norms in a list, one of them called with the sum itself."""
+
+    def __init__(self, weighs: bool) -> None:
+        super().__init__()
+        self.mix = nn.Linear(8, 8)
+        self.norms = nn.ModuleList([Switched(weighs), Switched(weighs)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = x + self.mix(x)
+        return self.norms[1](x + self.norms[0](total))
+
+
+@pytest.mark.parametrize(("weighs", "runs"), [(True, 2), (False, 0)])
+def test_norms_of_a_list_that_may_have_a_weight(
+    device: torch.device, counted: dict[str, int], weighs: bool, runs: int
+) -> None:
+    block = Listed(weighs).to(device)
+    x = torch.randn(1, 2, 8, device=device)
+    expected = block(x)
+    kernelize_layers(block)
+    for _ in range(2):
+        block(x)
+    before = counted["residual_norm"]
+    close(block(x), expected)
+    assert counted["residual_norm"] == before + runs
+
+
 class Hybrid(nn.Module):
     """One class for two kinds of layers, each with what it needs alone."""
 
