@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["LayerNorm", "covers", "declines", "layer_class", "layer_norm"]
 
 WIDEST = 65536
-_LEAST = 1 << 20
+_LEAST = 1 << 23
 """Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
 _FUSED = next(form for form in FORMS if form.name == "fused")
 
