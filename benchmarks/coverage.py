@@ -36,6 +36,8 @@ OPS = (
     "qk_norm_rotary",
     "layer_norm",
 )
+# Places inside a forward: recognised, and taken by a kernel where there is one for their form.
+INSIDE = ("residual_norm", "qk_norm_rotary")
 # Of the 53 model types in the table of liger-kernel 0.8.5, those that have the op on by default.
 LIGER = {"rms_norm": 51, "gated_mlp": 45, "rotary": 36, "causal_lm_loss": 51, "layer_norm": 11}
 BUILDS, SECONDS = 4, 30
@@ -63,6 +65,7 @@ def measure(task: tuple[str, bool]) -> dict:
         "not_run": [],
         "built": [],
         "refused": [],
+        "of_torch": [],
         "error": None,
     }
     with warnings.catch_warnings():
@@ -77,19 +80,20 @@ def measure(task: tuple[str, bool]) -> dict:
 
 
 def _measure(name: str, build: bool, out: dict) -> None:
-    from twinkle.match.structure import recognise
+    from twinkle.fuse.survey import recognise_all
     from twinkle.match.survey import candidates
 
     module = importlib.import_module(name)
     unseen = {}
     for _, value in candidates(module):
-        found = recognise(value)
-        if not found:
-            continue
-        out["rows"].append((found.target, found.op, found.form.name))
-        if isinstance(value, type):
-            unseen[value] = found
-        _try(value, found, out)
+        for found in filter(None, recognise_all(value)):
+            wired = found.facts.get("wired", True)
+            out["rows"].append((found.target, found.op, found.form.name, wired))
+            if "wired" in found.facts:
+                continue  # made of a sum, norms and a rotation that are tried where they are defined
+            if isinstance(value, type):
+                unseen[value] = found
+            _try(value, found, out)
     if build:
         _build(module, unseen, out)
 
@@ -102,8 +106,6 @@ def _try(value: object, found: object, out: dict) -> None:
 
     if found.op == "causal_lm_loss":
         outcomes = {str(dtype): trial_loss(value, found, dtype) for dtype in (torch.float32, torch.bfloat16)}
-    elif found.op in ("residual_norm", "qk_norm_rotary"):
-        return  # made of a sum, norms and rotations that are tried where they are defined
     else:
         cases = ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True))
         outcomes = {
@@ -155,6 +157,8 @@ def _build(module: object, unseen: dict, out: dict) -> None:
             unseen.pop(type(layer), None)
             if found:
                 facts = check_instance(found, layer)
+                if facts and type(layer).__module__.startswith("torch."):
+                    out["of_torch"] = sorted({*out["of_torch"], found.op})
                 if not facts:
                     out["refused"].append((cls.__name__, path, found.op, str(facts)))
 
@@ -226,12 +230,19 @@ def run(jobs: int, build: bool) -> dict:
 
 def totals(results: list) -> dict:
     families = {op: set() for op in OPS}
-    counts = collections.Counter()
+    wired = {op: set() for op in INSIDE}
+    counts, wired_counts = collections.Counter(), collections.Counter()
     for result in results:
-        for _, op, _ in result["rows"]:
+        for _, op, _, kernel in result["rows"]:
             families[op].add(family(result["module"]))
             counts[op] += 1
-    return {op: {"families": len(families[op]), "definitions": counts[op]} for op in OPS}
+            if op in INSIDE and kernel:
+                wired[op].add(family(result["module"]))
+                wired_counts[op] += 1
+    found = {op: {"families": len(families[op]), "definitions": counts[op]} for op in OPS}
+    for op in INSIDE:
+        found[op] |= {"wired": len(wired[op]), "wired_definitions": wired_counts[op]}
+    return found
 
 
 def text(data: dict) -> str:
@@ -240,7 +251,7 @@ def text(data: dict) -> str:
     not_run = [row for result in results for row in result["not_run"]]
     built = [(result["module"], *row) for result in results for row in result["built"]]
     refused = collections.Counter((row[2], _kind(row[3])) for result in results for row in result["refused"])
-    rows = sum(len(result["rows"]) for result in results)
+    tried = sum(op not in INSIDE for result in results for _, op, _, _ in result["rows"])
     lines = [
         "# Coverage",
         "",
@@ -253,11 +264,20 @@ def text(data: dict) -> str:
     for op in OPS:
         total = data["totals"][op]
         lines.append(f"| `{op}` | {total['families']} | {total['definitions']} | {LIGER.get(op, '–')} |")
+    wired = ", ".join(
+        f"`{op}` in {total['wired']} families ({total['wired_definitions']} classes)"
+        for op, total in data["totals"].items()
+        if op in INSIDE
+    )
     lines += [
+        "",
+        "`residual_norm` and `qk_norm_rotary` are places inside a forward, found in its statements. A kernel",
+        f"takes the place of {wired};",
+        "for the norms (mostly LayerNorm) and rotations of the others there is none.",
         "",
         "## Is it right?",
         "",
-        f"Of {rows} recognitions, code and reference of the form ran on the same random inputs on the CPU:",
+        f"Of {tried} recognitions, code and reference of the form ran on the same random inputs on the CPU:",
         "in float32, in bfloat16, and in bfloat16 with float32 weights or tables.",
         f"**{len(wrong)}** differ in a bit or in dtype.",
         "",
@@ -274,13 +294,16 @@ def text(data: dict) -> str:
         lines += [f"- `{target}` ({form})" for target, form in seen]
         lines.append("")
     if built:
+        of_torch = {family(result["module"]) for result in results if "layer_norm" in result["of_torch"]}
         done = [row for row in built if row[2] is None]
         lines += [
             "## Instances",
             "",
             f"{len(done)} of {len(built)} model classes could be built from a small config on meta;",
-            "the rest need a config that its defaults do not give. Modules whose class is recognised",
-            "and that are left alone:",
+            f"the rest need a config that its defaults do not give. Models of {len(of_torch)} families hold",
+            "`torch.nn.LayerNorm`, which is recognised as well and gets the kernel of `layer_norm` on a GPU;",
+            "the tables count only classes that families define. Modules whose class is recognised and that",
+            "are left alone:",
             "",
             "| op | reason | modules |",
             "|---|---|---|",
@@ -301,13 +324,16 @@ def text(data: dict) -> str:
     lines += [
         "## By family",
         "",
+        "Forms in parentheses are recognised inside a forward, and no kernel takes their place.",
+        "",
         "| family | " + " | ".join(f"`{op}`" for op in OPS) + " |",
         "|---" * (len(OPS) + 1) + "|",
     ]
     table: dict = {}
     for result in results:
-        for _, op, form in result["rows"]:
-            table.setdefault(family(result["module"]), {}).setdefault(op, {})[form] = None
+        for _, op, form, kernel in result["rows"]:
+            shown = form if kernel else f"({form})"
+            table.setdefault(family(result["module"]), {}).setdefault(op, {})[shown] = None
     for name in sorted(table):
         cells = ["<br>".join(table[name].get(op, ())) for op in OPS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")

@@ -5,7 +5,8 @@
 
 ``products`` are the six grouped matrix products of a step alone, on rows that are sorted already: nothing
 that computes the gradients is faster. ``loop`` and ``grouped_mm`` are the model's own: its forward as
-written, and what transformers takes by default. ``twinkle (triton)`` has its products in triton as well.
+written, and what transformers takes by default. ``twinkle (triton)`` has its products in triton as well,
+``twinkle (torch)`` in torch wherever it has them; ``twinkle`` chooses.
 Times are medians, on a GPU those of the device; memory is the peak beyond what was there before the step;
 errors are relative to the loop in float32.
 """
@@ -45,6 +46,8 @@ CUDA = {
     "mixtral": Shape(8192, 4096, 14336, 8, 2),
     "qwen3_30b_short": Shape(512, 2048, 768, 128, 8),
     "qwen3_30b_decode": Shape(4, 2048, 768, 128, 8),
+    "mixtral_short": Shape(128, 4096, 14336, 8, 2),
+    "mixtral_decode": Shape(4, 4096, 14336, 8, 2),
     "olmoe_float32": Shape(4096, 2048, 1024, 64, 8, torch.float32),
 }
 CPU = {
@@ -109,12 +112,13 @@ class Layer:
         return lambda name: partial(call, name)
 
 
-def ways(layer: Layer, device: str) -> Iterator[tuple[str, Callable[[], Any], Any]]:
-    """Name, forward, and torch's product to use in it (None: as it is chosen)."""
+def ways(layer: Layer, device: str) -> Iterator[tuple[str, Callable[[], Any], bool | None]]:
+    """Name, forward, and whether its products are triton's (None: as it is chosen)."""
     own = layer.own()
     yield "twinkle", layer.twinkle, None
     if device == "cuda":
-        yield "twinkle (triton)", layer.twinkle, lambda *_: None
+        yield "twinkle (triton)", layer.twinkle, True
+        yield "twinkle (torch)", layer.twinkle, False
     if own is not None:
         yield "grouped_mm", own("grouped_mm"), None
         if layer.shape.tokens <= 16:
@@ -203,6 +207,10 @@ def errors(layer: Layer, call: Callable[[], Any]) -> list[float]:
     return [float((a.detach().float() - b.detach()).norm() / b.detach().norm()) for a, b in pairs]
 
 
+def _answer(ours: bool, *_: Any) -> bool:
+    return ours
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,20 +228,20 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else "one CPU core"
     print(f"{machine}, torch {torch.__version__}")
     found: dict[str, dict[str, Any]] = {}
-    chosen = products._of_device
+    chosen = products._few
     for name, shape in (CUDA if device == "cuda" else CPU).items():
         if options.only and name not in options.only.split(","):
             continue
         layer = Layer(shape, device)
         here = found[name] = {"products": alone(layer, device, options.rounds)}
-        for way, call, product in ways(layer, device):
-            products._of_device = product or chosen
+        for way, call, ours in ways(layer, device):
+            products._few = chosen if ours is None else partial(_answer, ours)
             # The loop waits for the host at every expert, and its backward writes all experts for each.
             rounds = 2 if way == "loop" else options.rounds
             here[way] = measure(layer, call, device, rounds)
             if shape.experts <= 64 or shape.tokens <= 16:
                 here[way]["errors"] = errors(layer, call)
-            products._of_device = chosen
+            products._few = chosen
         print(name, *(f"{field}={value}" for field, value in shape._asdict().items()))
         for way, taken in here.items():
             peak = f"   peak {taken['peak_gb']:.2f} GB" if "peak_gb" in taken else ""

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from twinkle.ops.gated_mlp.activation import gated_activation
+from twinkle.ops.layer_norm import layer as layer_norm_layer
+from twinkle.ops.layer_norm import reference as layer_norm_reference
 from twinkle.ops.qk_norm_rotary import reference as qk_reference
 from twinkle.ops.qk_norm_rotary.layer import qk_norm_rotary
 from twinkle.ops.residual_norm import reference as residual_reference
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 LLAMA = next(form for form in norm_reference.FORMS if form.name == "llama")
+FUSED = next(form for form in layer_norm_reference.FORMS if form.name == "fused")
 HALF = next(form for form in rotary_reference.FORMS if form.name == "half")
 RESIDUAL = residual_reference.ResidualNormForm("rms_norm_llama", LLAMA)
 QK = qk_reference.QKNormRotaryForm("llama_half_head", LLAMA, HALF)
@@ -89,6 +92,26 @@ def norm_case(rows: int, width: int) -> Case:
     size = rows * width * 2
     inputs = (_random(rows, width).requires_grad_(), (_random(width) + 1).requires_grad_())
     return Case(inputs, (0, 1), 2 * size, 3 * size, providers)
+
+
+def layer_norm_case(rows: int, width: int) -> Case:
+    def eager(x, w, b):
+        return F.layer_norm(x, (width,), w, b, EPS)
+
+    def ours(x, w, b):
+        return layer_norm_layer.layer_norm(x, w, b, EPS, form=FUSED, normalized_shape=(width,))
+
+    providers = {"eager": eager, "torch.compile": _compiled(eager), "twinkle": ours}
+    try:
+        from liger_kernel.ops.layer_norm import LigerLayerNormFunction
+
+        providers["liger"] = lambda x, w, b: LigerLayerNormFunction.apply(x, w, b, EPS)
+    except ImportError:
+        pass
+    size = rows * width * 2
+    inputs = (_random(rows, width), _random(width) + 1, _random(width))
+    inputs = tuple(x.requires_grad_() for x in inputs)
+    return Case(inputs, (0, 1, 2), 2 * size, 3 * size, providers)
 
 
 def residual_case(rows: int, width: int) -> Case:
@@ -191,6 +214,11 @@ def qk_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Cas
 def cases() -> dict[str, Callable[[], Case]]:
     return {
         "rms_norm": lambda: norm_case(16384, 4096),
+        "layer_norm": lambda: layer_norm_case(16384, 4096),
+        "layer_norm 768": lambda: layer_norm_case(16384, 768),
+        "layer_norm 1024": lambda: layer_norm_case(16384, 1024),
+        "layer_norm 2048": lambda: layer_norm_case(16384, 2048),
+        "layer_norm 8192": lambda: layer_norm_case(8192, 8192),
         "residual_norm": lambda: residual_case(16384, 4096),
         "gated_activation": lambda: gated_case(16384, 14336),
         "rotary": lambda: rotary_case(4, 4096, 32, 8, 128),
@@ -281,6 +309,7 @@ def host_us(name: str) -> dict[str, float]:
     """Microseconds of host time of an eager forward and backward, on inputs that take no time."""
     small = {
         "rms_norm": lambda: norm_case(8, 128),
+        "layer_norm": lambda: layer_norm_case(8, 128),
         "residual_norm": lambda: residual_case(8, 128),
         "gated_activation": lambda: gated_case(8, 128),
         "rotary": lambda: rotary_case(1, 8, 4, 2, 64),
@@ -321,7 +350,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     accuracy, host = {}, {}
     for name, make in cases().items():
-        if options.only and name not in options.only.split(","):
+        op = name.partition(" ")[0]
+        if options.only and not {name, op} & set(options.only.split(",")):
             continue
         torch.manual_seed(0)
         case = make()
@@ -329,7 +359,6 @@ def main() -> None:
         accuracy[name] = {p: errors(case, case.providers[p]) for p in ("eager", "twinkle")}
         del case
         torch.cuda.empty_cache()
-        host[name] = host_us(name)
         for row in rows:
             if row["op"] == name:
                 print(
@@ -339,7 +368,9 @@ def main() -> None:
                     flush=True,
                 )
         print("   errors", {p: [f"{e:.1e}" for e in v] for p, v in accuracy[name].items()})
-        print("   host us", {p: round(v) for p, v in host[name].items()}, flush=True)
+        if name == op:
+            host[op] = host_us(op)
+            print("   host us", {p: round(v) for p, v in host[op].items()}, flush=True)
     if options.json:
         versions = {"python": platform.python_version()}
         for package in ("torch", "triton", "liger-kernel"):

@@ -9,7 +9,7 @@ import torch
 
 from twinkle.apply.models import kernelize_layers
 from twinkle.apply.options import options
-from twinkle.fuse import pair_step
+from twinkle.fuse import forward, pair_step
 from twinkle.kernel import unkernelize_model
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ FAMILIES = {
     "Qwen3": ("Qwen3Config", "Qwen3ForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Olmo2": ("Olmo2Config", "Olmo2ForCausalLM", {"qk_norm_rotary"}),
+    # The rotation is under a condition; the queries are clamped under another.
+    "Exaone4": ("Exaone4Config", "Exaone4ForCausalLM", {"qk_norm_rotary"}),
+    "Olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {"residual_norm", "qk_norm_rotary"}),
     "Granite": ("GraniteConfig", "GraniteForCausalLM", {"residual_norm"}),
 }
 
@@ -42,6 +45,17 @@ def build(family: str, device: torch.device, **more: Any) -> Any:
             if "norm" in name:
                 parameter.add_(torch.randn_like(parameter) / 4)
     return made
+
+
+def test_a_condition_that_is_off_leaves_the_norms_alone(
+    device: torch.device, counted: dict[str, int]
+) -> None:
+    kinds = {"sliding_window": 4, "layer_types": ["full_attention"]}
+    model = build("Exaone4", device, **kinds)
+    logits, _ = step(model, tokens(device))
+    kernelize_layers(model)
+    assert torch.equal(step(model, tokens(device))[0], logits)
+    assert counted["qk_norm_rotary"] == 0
 
 
 def tokens(device: torch.device) -> torch.Tensor:
@@ -126,6 +140,18 @@ def test_a_hook_on_a_norm_is_called_and_sees_what_it_always_saw(device: torch.de
         model(tokens(device))
     assert list(seen) == ["self_attn.q_norm", "self_attn.v_proj", "post_attention_layernorm"]
     assert seen["self_attn.q_norm"] == (2, 3, 2, 8)
+
+
+def test_the_report_says_who_computes_what_is_never_called(
+    device: torch.device, clean_registry: Registry
+) -> None:
+    options.kernels = ("rms_norm", "rotary", *forward.OPS)
+    model = build("Olmo2", device)
+    kernelize_layers(model)
+    model(tokens(device))
+    told = {b.kernel: b.notes for b in clean_registry.bindings if b.state == "pending"}
+    note = "its calls in Olmo2Attention are computed by qk_norm_rotary"
+    assert told == {"rms_norm": [note], "apply_rotary_pos_emb": [note]}
 
 
 def test_unkernelize_restores_the_class(device: torch.device) -> None:

@@ -105,6 +105,19 @@ class Block(nn.Module):
         return x
 
 
+def test_another_dtype_is_compared_again(device: torch.device, counted: dict[str, int]) -> None:
+    torch.manual_seed(0)
+    block = Block().to(device)
+    kernelize_layers(block)
+    x = torch.randn(1, 2, 8, device=device)
+    runs = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float32, torch.bfloat16):
+        before = counted["residual_norm"]
+        block.to(dtype)(x.to(dtype))
+        runs.append(counted["residual_norm"] - before)
+    assert runs == [3, 3, 1, 1]  # a comparison calls the kernel twice
+
+
 def test_a_users_own_module(device: torch.device, clean_registry: Registry, counted: dict[str, int]) -> None:
     block = Block().to(device)
     x = torch.randn(1, 2, 8, device=device, requires_grad=True)

@@ -43,7 +43,12 @@ def test_a_sum_and_the_layer_behind_it(body):
         "h = r - x\nreturn self.norm(h)",
         "h += x\nreturn self.norm(h)",  # in place
         "h[0] = r + x\nreturn self.norm(h)",
-        "h = r + x\nif self.flag:\n    h = self.norm(h)\nreturn h",  # not always
+        "h = r + x\nif x.any():\n    h = self.norm(h)\nreturn h",  # not always, and asking takes time
+        "h = r + x\nif h is not None:\n    h = self.norm(h)\nreturn h",  # not to be asked before
+        "h = r + x\nif self.flag:\n    x = self.mlp(x)\n    h = self.norm(h)\nreturn h",
+        "return lambda: self.norm(r + x)",  # at another time
+        "return self.norm(r + x, 1)",
+        "h = r + x\nh = self.norms[r](h)\nreturn h",  # which one, only a run tells
         "h = r + x\nreturn [self.norm(h) for _ in x]",
         "h = r + x\nreturn self.flag and self.norm(h)",
         "self = x\nh = r + x\nreturn self.norm(h)",
@@ -51,6 +56,26 @@ def test_a_sum_and_the_layer_behind_it(body):
 )
 def test_what_is_no_sum_before_a_layer(body):
     assert places(body) == []
+
+
+@pytest.mark.parametrize(
+    ("body", "path", "when"),
+    [
+        ("return self.norm(r + x)", "norm", None),
+        ("y = self.mlp(self.norm(r + self.attn(x)))\nreturn y", "norm", None),
+        ("h = r + x\nreturn self.norms[1](h)", "norms[1]", None),
+        ("h = r + x\nif not self.last:\n    h = self.norm(h)\nreturn h", "norm", "not self.last"),
+        ("h = r + x\nr = h\nif cos is None:\n    y = self.norm(h)\nreturn y", "norm", "cos is None"),
+    ],
+)
+def test_other_ways_to_write_a_sum_before_a_layer(body, path, when):
+    [place] = places(body)
+    assert place.path == path
+    assert (place.when and ast.unparse(place.when)) == when
+
+
+def test_two_sums_in_one_expression():
+    assert [place.path for place in places("return self.outer(r + self.inner(r + x))")] == ["outer", "inner"]
 
 
 def test_a_factor_of_the_addend_is_told_apart():
@@ -89,6 +114,55 @@ def test_queries_and_keys(body, between):
     [place] = places(body)
     assert isinstance(place, RotatedPair)
     assert (place.paths, place.function, place.between) == (("q_norm", "k_norm"), "rotate", between)
+
+
+@pytest.mark.parametrize(
+    ("body", "conditions"),
+    [
+        (
+            "{0}if self.window is None or self.slides:\n    q, k = rotate(q, k, cos, sin)\nreturn q, k",
+            [("self.window is None or self.slides", True)],
+        ),
+        (
+            "{0}if x is not None:\n    cos, sin = x\n    q, k = rotate(q, k, cos, sin)\nreturn q, k",
+            [("x is not None", True)],
+        ),
+        (
+            "{0}if self.clip is not None:\n    q.clamp_(self.clip)\n    k.clamp_(self.clip)\n"
+            "if self.kind == 'a':\n    q, k = rotate(q, k, cos, sin)\nreturn q, k",
+            [("self.clip is not None", False), ("self.kind == 'a'", True)],
+        ),
+        (
+            "{0}if self.a is not None:\n    if self.a.b:\n        q, k = rotate(q, k, cos, sin)\nreturn q, k",
+            [("self.a is not None", True), ("self.a.b", True)],
+        ),
+    ],
+)
+def test_conditions_between_the_layers_and_the_rotation(body, conditions):
+    [place] = places(body.format("q = self.q_norm(x)\nk = self.k_norm(r)\n"))
+    assert [(ast.unparse(branch.test), wanted) for branch, wanted in place.conditions] == conditions
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "if q.any():",  # sees the queries
+        "if self.asks():",
+        "self.flag = r\nif self.flag:",  # has another answer by then
+        "x = r\nif x is not None:",
+        "if r:",  # may be a tensor: the host would wait for it
+        "if self.clip:\n    q.clamp_(1)\nelse:\n    q.clamp_(2)\nif self.flag:",
+        "for _ in r:",
+    ],
+)
+def test_what_cannot_be_asked_ahead_of_the_layers(between):
+    body = "q = self.q_norm(x)\nk = self.k_norm(r)\n{}\n    q, k = rotate(q, k, cos, sin)\nreturn q, k"
+    assert places(body.format(between)) == []
+
+
+def test_a_call_is_one_place_only():
+    found = places("q = self.q_norm(x + r)\nk = self.k_norm(r)\nq, k = rotate(q, k, cos, sin)\nreturn q, k")
+    assert [type(place) for place in found] == [SumThenLayer]
 
 
 @pytest.mark.parametrize(

@@ -347,24 +347,3 @@ def test_a_missing_weight_is_a_reason():
 def test_layers_of_torch_are_recognised():
     assert recognise(nn.LayerNorm).form.name == "fused"
     assert recognise(nn.RMSNorm).form.compute == "fused"
-
-
-class Block(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.mix = nn.Linear(8, 8)
-        self.before = Odd()
-        self.after = Odd()
-        self.gate = Gate()
-
-    def forward(self, h):
-        rest = h
-        h = self.mix(self.before(h))
-        h = rest + h
-        rest = h
-        return rest + self.gate(self.after(h))
-
-
-def test_a_sum_before_a_norm_is_found_in_a_layer():
-    found = recognise(Block)
-    assert (found.op, found.form.norm.name, found.facts["norm"]) == ("residual_norm", "llama", "after")

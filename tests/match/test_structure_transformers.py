@@ -24,10 +24,12 @@ FLOOR = {
     "rotary": 192,
     "causal_lm_loss": 233,
     "experts": 62,
-    "residual_norm": 381,
-    "qk_norm_rotary": 43,
+    "residual_norm": 371,
+    "qk_norm_rotary": 45,
     "layer_norm": 8,
 }
+# Families in whose forwards a kernel takes the place.
+WIRED = {"residual_norm": 144, "qk_norm_rotary": 29}
 
 
 newer = pytest.mark.skipif(
@@ -54,6 +56,7 @@ def coverage(tmp_path_factory):
 @pytest.mark.parametrize("op", FLOOR)
 def test_totals_do_not_fall(coverage, op):
     assert coverage["totals"][op]["families"] >= FLOOR[op]
+    assert coverage["totals"][op].get("wired", 0) >= WIRED.get(op, 0)
 
 
 @pytest.mark.slow
@@ -83,8 +86,6 @@ def test_no_recognition_is_wrong(coverage):
         pytest.param("gpt_oss:GptOssExperts", "experts", "gpt_oss", marks=newer),
         ("gemma2:Gemma2ForCausalLM", "causal_lm_loss", "optional_softcap"),
         ("granite:GraniteForCausalLM", "causal_lm_loss", "divide"),
-        ("llama:LlamaDecoderLayer", "residual_norm", "rms_norm_llama"),
-        ("qwen3:Qwen3Attention", "qk_norm_rotary", "llama_half_head"),
     ],
 )
 def test_known_families(target, op, form):

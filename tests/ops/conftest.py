@@ -25,6 +25,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     # Read when a kernel is defined, so the modules below must not have been imported without it.
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     import twinkle.ops.gated_mlp.triton
+    import twinkle.ops.layer_norm.triton
     import twinkle.ops.qk_norm_rotary.triton
     import twinkle.ops.residual_norm.triton  # noqa: F401
     from twinkle.ops.rms_norm.triton import _reduce

@@ -1,4 +1,4 @@
-"""Layers that write a LayerNorm out get torch's own kernel: the same results, gradients as near."""
+"""Layers that write a LayerNorm out get torch's own kernel without triton: as near to the exact result."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ COHERE = FORMS["cohere"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_as_near_to_the_exact_result_as_its_definition(name, dtype):
-    for case in cases(FORMS[name], dtype, torch.device("cpu")):
+    for case in cases(FORMS[name], dtype, torch.device("cpu"), "everywhere"):
         verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
         assert verdict.ok, (case.shape, verdict)
 
 
-def test_forms_that_round_in_between_or_call_torch_already_are_left_alone():
-    left = {form.name for form in reference.FORMS if covering("layer_norm", form, "cuda") is None}
+def test_forms_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
+    monkeypatch.setattr("twinkle.ops.launch.KINDS", frozenset())
+    left = {form.name for form in reference.FORMS if covering("layer_norm", form, "cpu") is None}
     assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
     assert all(covering("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda"))
 

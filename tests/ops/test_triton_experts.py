@@ -24,6 +24,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         return torch.device("cpu")
     if request.param == "triton":
         monkeypatch.setattr(products, "_of_device", lambda *_: None)
+    else:
+        monkeypatch.setattr(products, "_few", lambda *_: False)
     found: torch.device = request.getfixturevalue("kernels")
     return found
 
@@ -357,3 +359,17 @@ def test_more_than_2_to_the_31_weights(device):
     y = experts(x, indices, weights, gate_up, down, number)
     y2 = reference.experts(x, indices, weights, gate_up, down, number, form=PLAIN)
     assert ((y.float() - y2.float()).norm() / y2.float().norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "torchs"),
+    [(64, torch.bfloat16, False), (65, torch.bfloat16, True), (64, torch.float32, True)],
+    ids=["few", "many", "few in float32"],
+)
+def test_a_few_rows_for_an_expert_go_to_tritons_product(rows, dtype, torchs, monkeypatch):
+    asked = []
+    monkeypatch.setattr(products, "_grouped_mm", lambda *given: asked.append(given))
+    a, w = torch.randn(rows, 8).to(dtype), torch.randn(2, 8, 16).to(dtype)
+    offsets = torch.tensor([0, rows // 2, rows], dtype=torch.int32)
+    products.rows(a, w, offsets, rows)
+    assert bool(asked) is torchs

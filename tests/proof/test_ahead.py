@@ -170,3 +170,25 @@ def test_arguments_are_made_up_for_what_takes_anything() -> None:
         return sample.original(*args, **kwargs)
 
     assert inputs_for(source, anything, None, dtype=torch.float32, device="cpu") is None
+
+
+def test_another_dtype_is_proven_before_it_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    from twinkle.proof import first_use
+
+    (module,), _ = norm(1.0)
+    module(torch.randn(2, 5, 48))
+    made: list[torch.dtype] = []
+    real = first_use.compare
+
+    def compare(*given: Any, **options: Any) -> Any:
+        made.append(given[2][0].dtype)
+        return real(*given, **options)
+
+    monkeypatch.setattr(first_use, "compare", compare)
+    run, seen = compiled(module)
+    run(torch.randn(2, 5, 48))
+    assert made == []
+    module.to(torch.bfloat16)
+    run(torch.randn(2, 5, 48, dtype=torch.bfloat16))
+    assert made == [torch.bfloat16]
+    assert sum("cos" in name for name in seen) == 2

@@ -129,7 +129,7 @@ WRONG = (
     scaled, wrong_gradient_of_the_input, nan, wrong_dtype, wrong_shape, in_place, first_rows_alone,
     shared_buffer, stale,
 )  # fmt: skip
-LAYERS = {"rms_norm": "llama", "gated_mlp": "separate", "experts": "plain"}
+LAYERS = {"rms_norm": "llama", "layer_norm": "fused", "gated_mlp": "separate", "experts": "plain"}
 FUNCTIONS = {
     "rotary": "half",
     "residual_norm": "rms_norm_llama",
@@ -220,7 +220,7 @@ def test_a_loss_of_the_first_rows_alone_never_runs() -> None:
 @pytest.mark.parametrize("op", LAYERS)
 def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
     form, sample = case(op, LAYERS[op])
-    name = "weight" if op == "rms_norm" else "down"  # a layer, or the tensor of all experts
+    name = "weight" if op.endswith("norm") else "down"  # a layer, or the tensor of all experts
     source = EmbeddedLayer(op, form, sample.facts)
 
     class Bent:

@@ -255,7 +255,7 @@ class _Plan:
             self.chosen = [candidate]
             # A kernel that is still to be proven needs the dispatcher's first call.
             self.implementation = (
-                dispatcher(original, self.chosen) if candidate.owes(grad=True) else implementation
+                dispatcher(original, self.chosen) if candidate.proofs.number else implementation
             )
             for other in order[at + 1 :]:
                 other.binding.set("skipped", f"{candidate.binding.source} goes first here")

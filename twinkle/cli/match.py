@@ -98,15 +98,15 @@ def main(words: Sequence[str] | argparse.Namespace) -> int:
 
 
 def _recognitions(text: str) -> Iterator[Recognition]:
-    from twinkle.match.structure import recognise
-    from twinkle.match.survey import reachable, survey_module
+    from twinkle.fuse.survey import recognise_all, survey_module
+    from twinkle.match.survey import reachable
 
     sys.path.insert(0, os.getcwd())
     try:
         module, _, name = text.partition(":")
         if name:
             for found in reachable(_named(module, name, text)):
-                yield recognise(found)
+                yield from recognise_all(found)
             return
         for found_module in _modules(text):
             _import(found_module, text)
@@ -196,7 +196,7 @@ def _survey(task: tuple[str, bool]) -> tuple[str, list[dict[str, Any]], str | No
 
     import torch
 
-    from twinkle.match.survey import survey_module
+    from twinkle.fuse.survey import survey_module
 
     torch.set_num_threads(1)
     # Millions of live objects of transformers: a full collection every few modules doubles the time.
@@ -246,12 +246,11 @@ def _text(rows: list[dict[str, Any]]) -> str:
             lines += ["", where] if lines else [where]
             module = where
         if row["op"] is not None:
-            facts = ", ".join(
-                f"{role}={'self.' if role in row['instance'] else ''}{fact}"
-                for role, fact in row["facts"].items()
-                if isinstance(fact, str | int | float)
-            )
-            lines.append(f"  {name:<34} {row['op']:<16} {row['form']:<28} {facts}")
+            for place in row["facts"].get("sites") or [row["facts"]]:
+                form = place.get("form", row["form"])
+                lines.append(f"  {name:<34} {row['op']:<16} {form:<28} {_shown(row, place)}")
+                if place.get("wired") is False:
+                    lines.append(f"  {'':<34} left as it is: {place['reason']}")
             if row["facts"].get("requires"):
                 lines.append(f"  {'':<34} only with {', '.join(row['facts']['requires'])}")
         elif not row["near"]:
@@ -262,4 +261,15 @@ def _text(rows: list[dict[str, Any]]) -> str:
                 lines.append(f"  {'':<34} and it {row['reason']}")
     recognised = sum(row["op"] is not None for row in rows)
     lines += ["", f"{recognised} of {len(rows)} layers and functions recognised"]
+    inside = [row["facts"]["wired"] for row in rows if "wired" in row["facts"]]
+    if inside:
+        lines.append(f"{len(inside)} of these are places inside a forward, {sum(inside)} with a kernel")
     return "\n".join(lines)
+
+
+def _shown(row: dict[str, Any], facts: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{role}={'self.' if role in row['instance'] else ''}{fact}"
+        for role, fact in facts.items()
+        if role not in ("form", "wired", "reason") and isinstance(fact, str | int | float)
+    )

@@ -10,48 +10,31 @@ each call, by the functions of :mod:`twinkle.fuse.sum_step` and :mod:`twinkle.fu
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from twinkle.apply.options import options
 from twinkle.fuse.norms import Norm, norm_of
-from twinkle.fuse.pair_step import pair_of, pair_step
+from twinkle.fuse.pair_step import pair_step
 from twinkle.fuse.rewriting import CannotRewrite, Draft
+from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.fuse.steps import Step
-from twinkle.fuse.sum_step import forms_of, sum_step
+from twinkle.fuse.sum_step import sum_step
 from twinkle.match.adjacent import SumThenLayer
+from twinkle.match.instance import read_path
 from twinkle.ops import launch
 from twinkle.ops.variants import covering
 from twinkle.records import LayerKernel
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from twinkle.fuse.sites import Site
     from twinkle.match.adjacent import Place
 
-__all__ = ["OPS", "FusedForward", "Site", "forget", "layer_kernel"]
-
-OPS = ("residual_norm", "qk_norm_rotary")
-
-
-class Site(NamedTuple):
-    """A place in a forward, as an op.
-
-    Attributes:
-        number: Which place of the draft.
-        op: The op.
-        form: The form of it, or None.
-        facts: The layers as paths from ``self``, and the function.
-        reason: Why there is no kernel for it, or None.
-    """
-
-    number: int
-    op: str
-    form: Any
-    facts: dict[str, Any]
-    reason: str | None = None
+__all__ = ["OPS", "FusedForward", "draft_of", "forget", "layer_kernel"]
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -61,42 +44,28 @@ def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
         draft: The forward.
         owner: The instance.
     """
-    found = []
-    for index, place in enumerate(draft.places):
-        paths = (place.path,) if isinstance(place, SumThenLayer) else place.paths
-        classes = [_class_at(owner, path) for path in paths]
-        found.append(site_at(draft, index, classes))
-    return found
-
-
-def site_at(draft: Draft, index: int, classes: Sequence[type | None]) -> Site:
-    """One place of a forward as an op, with layers of the given classes."""
-    place = draft.places[index]
-    if isinstance(place, SumThenLayer):
-        return _sum_site(index, place, classes[0])
-    facts = {"q_norm": place.paths[0], "k_norm": place.paths[1], "rotary": place.function}
-    if classes[0] is None or classes[1] is None:
-        return Site(index, OPS[1], None, facts, "its norms are not there")
-    function = draft.function.__globals__.get(place.function)
-    pair = pair_of(classes[0], classes[1], function, place.between)
-    if isinstance(pair, str):
-        return Site(index, OPS[1], None, facts, pair)
-    return Site(index, OPS[1], pair.form, facts)
-
-
-def _sum_site(index: int, place: SumThenLayer, cls: type | None) -> Site:
-    facts = {"norm": place.path}
-    norm = "its norm is not there" if cls is None else norm_of(cls)
-    if isinstance(norm, Norm):
-        return Site(index, OPS[0], forms_of(norm)[place.scale is not None], facts)
-    return Site(index, OPS[0], None, facts, norm)
+    names = draft.function.__globals__.get
+    return [
+        site_of(number, place, [_class_at(owner, path) for path in layers_of(place)], names)
+        for number, place in enumerate(draft.places)
+    ]
 
 
 def _class_at(owner: nn.Module, path: str) -> type | None:
-    layer: Any = owner
-    for name in path.split("."):
-        layer = getattr(layer, name, None)
+    try:
+        layer = read_path(owner, path)
+    except (AttributeError, LookupError, TypeError):
+        return None
     return type(layer) if isinstance(layer, nn.Module) else None
+
+
+def _layers(owner: nn.Module) -> Iterator[nn.Module]:
+    """The layers that a forward calls by their names, and those in its lists."""
+    for child in owner.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield child
 
 
 _drafts: WeakKeyDictionary[type, Draft | str] = WeakKeyDictionary()
@@ -129,7 +98,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     if not ops or ("cuda" if where == "rocm" else where) not in launch.KINDS:
         return None
     # Most layers hold no norm, and parsing their code is not for nothing.
-    if not any(isinstance(norm_of(type(child)), Norm) for child in owner.children()):
+    if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):
         return None
     draft = draft_of(cls)
     if isinstance(draft, str):
@@ -137,7 +106,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     sites = [
         site
         for site in sites_of(draft, owner)
-        if site.op in ops and site.form is not None and covering(site.op, site.form, where) is not None
+        if site.op in ops and site.reason is None and covering(site.op, site.form, where) is not None
     ]
     if not sites:
         return None

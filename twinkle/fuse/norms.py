@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Norm", "described", "hooked", "norm_from", "norm_of", "numbers_of", "unswapped"]
+    from twinkle.ops.layer_norm.reference import LayerNormForm
+
+__all__ = ["Norm", "described", "hooked", "norm_form", "norm_from", "norm_of", "numbers_of", "unswapped"]
 
 _FORMS = {form.name: form for form in FORMS}
 
@@ -31,12 +33,14 @@ class Norm(NamedTuple):
         weight: The name of its parameter, or None.
         eps: The name of an attribute, or the number itself.
         shape: The name of the attribute with the normalised shape, or None.
+        switch: The name of a flag that must be True for the layer to use its weight, or None.
     """
 
     form: RMSNormForm
     weight: str | None
     eps: str | float
     shape: str | None
+    switch: str | None = None
 
 
 def norm_of(cls: type) -> Norm | str:
@@ -53,19 +57,33 @@ def norm_of(cls: type) -> Norm | str:
     if {"__getattr__", "__getattribute__"} & _defined(plain):
         return f"{name} looks its attributes up in a way of its own"
     found = recognise(plain)
+    if found.op == "layer_norm":
+        return f"there is no kernel for a {name} behind other steps"
     if found.op != "rms_norm":
         return f"{name} is not recognised as an RMSNorm"
     form, facts = found.form, found.facts
-    if not covers(form) or form.optional_weight or form.groups != "none" or found.guards:
+    if not covers(form) or form.groups != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({form.name})"
-    if set(facts) - {"x", "weight", "eps", "normalized_shape"}:
+    if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight and eps"
-    weight, eps, shape = facts.get("weight"), facts.get("eps"), facts.get("normalized_shape")
+    weight, eps, shape, switch = map(facts.get, ("weight", "eps", "normalized_shape", "with_weight"))
     if isinstance(eps, bool) or not isinstance(eps, str | int | float):
         return f"the eps of {name} is not a number"
-    if any(isinstance(value, str) and not value.isidentifier() for value in (weight, eps, shape)):
+    if any(isinstance(value, str) and not value.isidentifier() for value in (weight, eps, shape, switch)):
         return f"the numbers of {name} are not its own attributes"
-    return Norm(form, weight, eps if isinstance(eps, str) else float(eps), shape)
+    if switch is not None and not isinstance(switch, str):
+        return f"{name} has no attribute that says whether it has a weight"
+    return Norm(form, weight, eps if isinstance(eps, str) else float(eps), shape, switch)
+
+
+def norm_form(cls: type) -> RMSNormForm | LayerNormForm | None:
+    """The norm that a class is, whether or not there is a kernel for it behind other steps."""
+    plain = unswapped(cls)
+    found = recognise(plain) if isinstance(plain, type) else None
+    if found is None or found.op not in ("rms_norm", "layer_norm"):
+        return None
+    form: RMSNormForm | LayerNormForm = found.form
+    return None if getattr(form, "gate", "none") != "none" else form
 
 
 def unswapped(cls: type) -> type | str:
@@ -115,6 +133,8 @@ def hooked(layer: nn.Module) -> Any:
 def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None:
     """The weight and the eps of a layer; None where one of them is not what its class promises."""
     state = layer.__dict__
+    if norm.switch is not None and state.get(norm.switch) is not True:
+        return None
     weight = None
     if norm.weight is not None:
         weight = state["_parameters"].get(norm.weight)
@@ -133,14 +153,15 @@ def _described(cls: type) -> str:
     if isinstance(norm, str):
         return ""
     eps = norm.eps if isinstance(norm.eps, str) else repr(norm.eps)
-    return "|".join((norm.form.name, norm.weight or "", eps, norm.shape or ""))
+    return "|".join((norm.form.name, norm.weight or "", eps, norm.shape or "", norm.switch or ""))
 
 
-described: Callable[[type], str] = constant(_described)  # type: ignore[arg-type, assignment]
+described: Callable[[type], str] = constant(_described)
 """The norm that a class is as a text, empty for none: what a compiler can keep as a constant."""
 
 
 def norm_from(text: str) -> Norm:
     """The norm of which :func:`described` gave the text."""
-    form, weight, eps, shape = text.split("|")
-    return Norm(_FORMS[form], weight or None, eps if eps.isidentifier() else float(eps), shape or None)
+    form, weight, eps, shape, switch = text.split("|")
+    number = eps if eps.isidentifier() else float(eps)
+    return Norm(_FORMS[form], weight or None, number, shape or None, switch or None)

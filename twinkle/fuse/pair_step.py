@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.fuse.rotations import plain_rotation, rotation_of
-from twinkle.fuse.steps import plain_tensors, stand_in, why_not
+from twinkle.fuse.absorbed import note_absorbed
+from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
+from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
+from twinkle.fuse.steps import stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
 from twinkle.ops.qk_norm_rotary import layer as op
 from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
+from twinkle.ops.rms_norm.reference import RMSNormForm
 from twinkle.ops.rotary.reference import FORMS
 from twinkle.proof.first_use import PROOF_TOKENS
 from twinkle.sources.embedded import EmbeddedLayer
@@ -26,10 +28,11 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.norms import Norm
     from twinkle.fuse.steps import Step
+    from twinkle.ops.rotary.reference import RotaryForm
 
     Between = Literal["nothing", "transpose", "split"]
 
-__all__ = ["pair_of", "pair_step"]
+__all__ = ["form_of_pair", "pair_of", "pair_step"]
 
 _ROTATIONS = {form.name: form for form in FORMS}
 _compiling = torch.compiler.is_compiling
@@ -67,13 +70,21 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
         return "the norms of queries and keys differ"
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
-    form = _form(q, rotation, between)
+    form = _form(q.form, _ROTATIONS[rotation], between)
     return Pair(q, k, form) if op.covers(form) else f"there is no kernel for {form.name}"
 
 
-def _form(norm: Norm, rotation: str, between: Between) -> QKNormRotaryForm:
+def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:
+    """What the steps are, whether or not there is a kernel; None where they are something else."""
+    q, k, rotation = norm_form(q_class), norm_form(k_class), rotation_form(function)
+    if not isinstance(q, RMSNormForm) or q is not k or rotation is None:
+        return None
+    return _form(q, rotation, between)
+
+
+def _form(norm: RMSNormForm, rotation: RotaryForm, between: Between) -> QKNormRotaryForm:
     over: Literal["head", "all"] = "all" if between == "split" else "head"
-    return QKNormRotaryForm(f"{norm.form.name}_{rotation}_{over}", norm.form, _ROTATIONS[rotation], over)
+    return QKNormRotaryForm(f"{norm.name}_{rotation.name}_{over}", norm, rotation, over)
 
 
 def pair_step(
@@ -102,7 +113,7 @@ def pair_step(
         return "" if isinstance(pair, str) else found.name
 
     # A compiler keeps the answer as a constant, and sees nothing of how it was found.
-    rotated: Callable[[str, str], str] = constant(covered)  # type: ignore[arg-type, assignment]
+    rotated: Callable[[str, str], str] = constant(covered)
 
     def ready(owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
         if _compiling():
@@ -126,11 +137,13 @@ def pair_step(
     ) -> tuple[Any, Any]:
         if _compiling():
             return _traced(q, k, q_layer, k_layer, function, cos, sin)
-        key = (type(q_layer), type(k_layer), function)
+        if not (type(q) is type(k) is type(cos) is type(sin) is torch.Tensor):
+            return _original(q, k, q_layer, k_layer, function, cos, sin)
+        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype)
         pair = (graded if _recording() else plain).get(key)
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
-            if u is not None and v is not None and type(q) is type(k) is torch.Tensor:
+            if u is not None and v is not None:
                 way = way_for(q, k, u[0], v[0], cos, sin, pair.form)
                 if way == STRAIGHT:
                     return run(way, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
@@ -160,7 +173,8 @@ def pair_step(
         rotation = rotated(q_text, k_text)
         if rotation:
             u, v = norm_from(q_text), norm_from(k_text)
-            a, b, form = numbers_of(u, q_layer), numbers_of(v, k_layer), _form(u, rotation, between)
+            a, b = numbers_of(u, q_layer), numbers_of(v, k_layer)
+            form = _form(u.form, _ROTATIONS[rotation], between)
             fits = a is not None and b is not None
             if fits and way_for(q, k, a[0], b[0], cos, sin, form) == OP:  # type: ignore[index]
                 return run(OP, q, k, a[0], b[0], a[1], b[1], cos, sin, form)  # type: ignore[index]
@@ -169,14 +183,12 @@ def pair_step(
     def _first(
         owner: Any, key: Any, q: Any, k: Any, q_layer: Any, k_layer: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any] | None:
-        pair = known[key]
+        pair = known[key[:3]]
         assert isinstance(pair, Pair)
         u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
         why = why_not((q_layer, k_layer))
         if why is not None or u is None or v is None:
             step.note(owner, why or "a norm lacks its weight or eps")
-            return None
-        if not plain_tensors(q, k, cos, sin):
             return None
         if way_for(q, k, u[0], v[0], cos, sin, pair.form) != STRAIGHT:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
@@ -213,6 +225,8 @@ def pair_step(
                 stand_in((q_layer, k_layer)),
             ),
         )  # fmt: skip
+        if done is not None:
+            note_absorbed(step, owner, (q_layer, k_layer), key[2])
         return done
 
     return ready, fused

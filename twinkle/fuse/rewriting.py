@@ -125,6 +125,7 @@ class _Edit(ast.NodeTransformer):
         self.instead: dict[int, Any] = {}
         self.before: dict[int, list[ast.stmt]] = {}
         self.after: dict[int, list[ast.stmt]] = {}
+        self.tests: dict[int, ast.expr] = {}
 
     def visit(self, node: ast.AST) -> Any:
         """The node as it is to be."""
@@ -138,19 +139,30 @@ class _Edit(ast.NodeTransformer):
 
     def sum(self, place: SumThenLayer, helper: str, normed: str) -> None:
         """``total, normed = helper(self, left, right, layer)``."""
-        statement, then = place.block[place.at], place.block[place.then]
-        targets: list[Any] = (
-            list(statement.targets) if isinstance(statement, ast.Assign) else [statement.target]  # type: ignore[attr-defined]
-        )
-        first = targets[0]
         arguments = [place.left, place.right, copy.deepcopy(place.call.func)]
         if place.scale is not None:
             arguments.append(place.scale)
+        statement, then = place.total, place.then
+        if statement is None or then is None:
+            both = self._call(helper, arguments)
+            self.instead[id(place.call)] = _at(ast.Subscript(both, ast.Constant(1), ast.Load()), place.call)
+            return
+        given: Any = statement
+        targets: list[Any] = given.targets if isinstance(given, ast.Assign) else [given.target]
+        value: ast.expr = self._call(helper, arguments)
+        result: ast.expr = _name(normed)
+        if place.when is not None:
+            bare = ast.Tuple([copy.deepcopy(given.value), ast.Constant(None)], ast.Load())
+            value = ast.IfExp(copy.deepcopy(place.when), value, bare)
+            # Whatever happens to what the condition asks for: never a layer's result that is not there.
+            there = ast.Compare(_name(normed), [ast.IsNot()], [ast.Constant(None)])
+            result = ast.IfExp(there, result, place.call)
+        first = targets[0]
         pair = ast.Tuple([_name(first.id, store=True), _name(normed, store=True)], ast.Store())
-        made: list[ast.stmt] = [ast.Assign([pair], self._call(helper, arguments))]
+        made: list[ast.stmt] = [ast.Assign([pair], value)]
         made += [ast.Assign([target], _name(first.id)) for target in targets[1:]]
         self.instead[id(statement)] = [_at(part, statement) for part in made]
-        self.instead[id(place.call)] = _at(_name(normed), place.call)
+        self.instead[id(place.call)] = _at(result, place.call)
         if not isinstance(then, ast.Return):
             # As before, nobody holds it when the statement is done.
             gone = ast.Delete([ast.Name(normed, ast.Del())])
@@ -159,13 +171,21 @@ class _Edit(ast.NodeTransformer):
     def pair(self, place: RotatedPair, helpers: tuple[str, ...], flag: str) -> None:
         """``flag = ready(…)`` ahead of the layers; where it is true, ``fused(…)`` does their work."""
         layers = [copy.deepcopy(call.func) for call in place.calls]
-        ask = ast.Assign([_name(flag, store=True)], self._call(helpers[0], [*layers, _name(place.function)]))
-        first = place.layer_block[place.first]
-        self.before.setdefault(id(first), []).append(_at(ask, first))
+        ready: ast.expr = self._call(helpers[0], [*layers, _name(place.function)])
+        if place.conditions:
+            # Without the answers to other places that may stand in them by now.
+            tests = [(self.tests.setdefault(id(b), b.test), wanted) for b, wanted in place.conditions]
+            asked = [copy.deepcopy(test) if wanted else _not(test) for test, wanted in tests]
+            ready = ast.BoolOp(ast.And(), [*asked, ready])
+        ask = ast.Assign([_name(flag, store=True)], ready)
+        self.before.setdefault(id(place.first), []).append(_at(ask, place.first))
         if place.outside is not None:
-            branch = place.block[place.outside]
             off = ast.Assign([_name(flag, store=True)], ast.Constant(False))
-            self.before.setdefault(id(branch), []).append(_at(off, branch))
+            self.before.setdefault(id(place.outside), []).append(_at(off, place.outside))
+        for branch, wanted in place.conditions:
+            # The answer that was acted on holds, whatever happened in between.
+            kept = [_name(flag), branch.test] if wanted else [_not(_name(flag)), branch.test]
+            branch.test = _at(ast.BoolOp(ast.Or() if wanted else ast.And(), kept), branch.test)
         for call in place.calls:
             bare = ast.IfExp(_name(flag), copy.deepcopy(call.args[0]), call)
             self.instead[id(call)] = _at(bare, call)
@@ -182,6 +202,10 @@ class _Edit(ast.NodeTransformer):
 
 def _name(name: str, *, store: bool = False) -> ast.Name:
     return ast.Name(name, ast.Store() if store else ast.Load())
+
+
+def _not(test: ast.expr) -> ast.expr:
+    return ast.UnaryOp(ast.Not(), copy.deepcopy(test))
 
 
 def _at(new: Any, old: ast.AST) -> Any:

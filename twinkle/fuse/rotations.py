@@ -15,7 +15,7 @@ from twinkle.match.structure import recognise
 if TYPE_CHECKING:
     from twinkle.ops.rotary.reference import RotaryForm
 
-__all__ = ["plain_rotation", "rotation_of"]
+__all__ = ["plain_rotation", "rotation_form", "rotation_of"]
 
 
 def rotation_of(function: Any) -> RotaryForm | str:
@@ -26,7 +26,7 @@ def rotation_of(function: Any) -> RotaryForm | str:
     placed = functions.placed_as(function)
     if placed is not None and any(kind != "embedded" for kind in placed.kinds):
         return "the rotation has a kernel of its own"
-    function = function if placed is None else placed.original
+    function = plain_rotation(function)
     if isinstance(function, nn.Module) and hooked(function):
         return "the rotation has hooks or a forward of its own"
     name = getattr(function, "__name__", type(function).__name__)
@@ -48,6 +48,13 @@ def rotation_of(function: Any) -> RotaryForm | str:
         return f"{name} depends on more than q, k, cos and sin"
     form: RotaryForm = found.form
     return form
+
+
+def rotation_form(function: Any) -> RotaryForm | None:
+    """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
+    plain = function_of(plain_rotation(function))
+    found = recognise(plain) if plain is not None else None
+    return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
 
 
 def plain_rotation(function: Any) -> Any:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["Step", "plain_tensors", "shown", "stand_in", "why_not"]
+__all__ = ["Step", "shown", "stand_in", "why_not"]
 
 _recording = torch.is_grad_enabled
 
@@ -124,11 +124,6 @@ def stand_in(layers: Iterable[nn.Module]) -> nn.Module:
         bare.__dict__.update(layer.__dict__)
         holder.add_module(str(at), bare)
     return holder
-
-
-def plain_tensors(*values: Any) -> bool:
-    """Tensors as such: no subclass, nothing that a tracer put there."""
-    return all(type(value) is torch.Tensor for value in values)
 
 
 def why_not(layers: Sequence[nn.Module]) -> str | None:

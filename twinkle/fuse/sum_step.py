@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.fuse.steps import plain_tensors, shown, stand_in, why_not
+from twinkle.fuse.steps import shown, stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
 from twinkle.ops.residual_norm.layer import run, way_for
 from twinkle.ops.residual_norm.reference import ResidualNormForm
@@ -57,10 +58,12 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             return _traced(left, right, layer, factor)
         if factor is not None and type(factor) is not float:
             right, factor = right * factor, None
-        kind = (graded if _recording() else plain).get(type(layer))
+        if type(left) is not torch.Tensor or type(right) is not torch.Tensor:
+            return _original(left, right, layer, factor)
+        kind = (graded if _recording() else plain).get((type(layer), left.dtype, right.dtype))
         if kind is not None and not hooked(layer):
             found = numbers_of(kind.norm, layer)
-            if found is not None and type(left) is type(right) is torch.Tensor:
+            if found is not None:
                 form = kind.form if factor is None else kind.scaled
                 way = way_for(right, left, found[0], form)
                 if way == STRAIGHT:
@@ -69,6 +72,9 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             done = _first(owner, left, right, layer, factor)
             if done is not None:
                 return done
+        return _original(left, right, layer, factor)
+
+    def _original(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
         total = left + (right if factor is None else right * factor)
         return total, layer(total)
 
@@ -83,8 +89,7 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
                 form = forms_of(norm)[0 if factor is None else 1]
                 if way_for(right, left, found[0], form) == OP:
                     return run(OP, right, left, found[0], found[1], form, factor)
-        total = left + (right if factor is None else right * factor)
-        return total, layer(total)
+        return _original(left, right, layer, factor)
 
     def _first(owner: Any, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any] | None:
         why = why_not((layer,))
@@ -93,7 +98,7 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             return None
         kind = _kind_of(type(layer))
         found = kind and numbers_of(kind.norm, layer)
-        if kind is None or found is None or not plain_tensors(left, right):
+        if kind is None or found is None:
             return None
         form = kind.form if factor is None else kind.scaled
         weight, eps = found
@@ -102,8 +107,7 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             return None
 
         def original(holder: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            total = left + (right if factor is None else right * factor)
-            return total, holder.get_submodule("0")(total)
+            return _original(left, right, holder.get_submodule("0"), factor)
 
         def kernel(holder: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
             there = numbers_of(kind.norm, holder.get_submodule("0"))
@@ -115,7 +119,7 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
 
         done: tuple[Any, Any] | None = step.first(
             owner,
-            type(layer),
+            (type(layer), left.dtype, right.dtype),
             kind,
             lambda: run(STRAIGHT, right, left, weight, eps, form, factor),
             lambda: (
@@ -123,6 +127,8 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
                 stand_in((layer,)),
             ),
         )  # fmt: skip
+        if done is not None:
+            note_absorbed(step, owner, (layer,))
         return done
 
     return fused

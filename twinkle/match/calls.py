@@ -169,8 +169,6 @@ class Calls(Names):
             run.effects = effects
             del run.calls[calls:]
             return None
-        if run.depth == 0:
-            run.inlined.append((function, [*args, *kwargs.values()]))
         return result
 
 

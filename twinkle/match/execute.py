@@ -52,7 +52,6 @@ class Run:
         self.effects: list[str] = []
         self.calls: list[tuple[str, Term]] = []
         self.guards: list[Term] = []
-        self.inlined: list[tuple[FunctionType, list[Term]]] = []
         self.none = self.idioms.none
         self.cls: type | None = None
         self.depth = 0

@@ -61,8 +61,6 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
     try:
         if recognition.op == "causal_lm_loss":
             _check_loss(recognition, facts, module)
-        elif recognition.op in ("residual_norm", "qk_norm_rotary"):
-            _check_norms(recognition, facts, module)
         else:
             for role in recognition.instance_facts:
                 facts[role] = _read(recognition, role, facts[role], module)
@@ -133,14 +131,13 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
     if role in _LINEARS or role in ("norm", "dropout"):
         _check_hooks(path, value)
     if role == "norm" and recognition.op == "gated_mlp":
-        _norm_of(path, value)
+        _check_norm(path, value)
     if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
         raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
     return bool(value) if role == "with_weight" else path
 
 
-def _norm_of(path: str, layer: Any) -> Any:
-    """The form of the norm that a layer is."""
+def _check_norm(path: str, layer: Any) -> None:
     from twinkle.match.structure import recognise
 
     _check_hooks(path, layer)
@@ -150,41 +147,6 @@ def _norm_of(path: str, layer: Any) -> Any:
     facts = check_instance(found, layer)
     if isinstance(facts, Reason):
         raise _Refused(f"{path}: {facts}")
-    return found.form
-
-
-def _check_norms(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
-    if recognition.op == "qk_norm_rotary":
-        if facts["when"] is not None and not _get(module, facts["when"]):
-            raise _Refused(f"{facts['when']} is off")
-        paths = [facts["q_norm"], facts["k_norm"]]
-        expected = [recognition.form.norm] * 2
-    else:
-        # A layer may hold a norm at one place and nothing at another: what is there is kept.
-        sites = [site for site in facts["sites"] if _has_norm(module, site["norm"])]
-        if not sites:
-            raise _Refused("none of its norms is recognised in this instance")
-        scales = [
-            site["scale"] if site["scale"] is None else _factor(module, site["scale"]) for site in sites
-        ]
-        forms = [_norm_of(site["norm"], _get(module, site["norm"])) for site in sites]
-        facts["sites"] = tuple(
-            {**site, "scale": scale, "form": form}
-            for site, scale, form in zip(sites, scales, forms, strict=True)
-        )
-        facts["norm"], facts["scale"] = sites[0]["norm"], scales[0]
-        return
-    for path, form in zip(paths, expected, strict=True):
-        if (found := _norm_of(path, _get(module, path))) != form:
-            raise _Refused(f"{path} is a norm of the form {found.name}, not {form.name}")
-
-
-def _has_norm(module: Any, path: str) -> bool:
-    try:
-        _norm_of(path, _get(module, path))
-    except _Refused:
-        return False
-    return True
 
 
 def _is_off(module: Any, path: str) -> bool:

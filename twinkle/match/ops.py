@@ -7,13 +7,12 @@ from __future__ import annotations
 
 __all__ = ["LAYER_OPS", "OPS"]
 
+# What a whole layer can be: these may stand behind `match =`.
 LAYER_OPS = (
     "rms_norm",
     "layer_norm",
     "gated_mlp",
-    "residual_norm",
-    "qk_norm_rotary",
     "causal_lm_loss",
     "experts",
 )
-OPS = (*LAYER_OPS, "rotary")
+OPS = (*LAYER_OPS, "rotary", "residual_norm", "qk_norm_rotary")

@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from twinkle.match import source, templates
+from twinkle.match.attributes import attribute_classes
 from twinkle.match.execute import Run, Unsupported, execute
+from twinkle.match.heads import recognise_head
 from twinkle.match.instance import Reason, check_instance
 from twinkle.match.nearness import NearMiss, hearts, near_misses
-from twinkle.match.sites import attribute_classes, recognise_sites
 from twinkle.match.terms import Arena, Term, show, walk
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 
@@ -119,11 +120,11 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
     if found is not None:
         return found
     if owner is not None:
-        site = recognise_sites(term, run, owner)
-        if site is not None:
+        head = recognise_head(run, owner)
+        if head is not None:
             run.cls = None
-            made = Recognition(target, site.op, site.form, site.facts, site.instance_facts)
-            return replace(made, _nearest=lambda: site.near) if site.near else made
+            made = Recognition(target, head.op, head.form, head.facts, head.instance_facts)
+            return replace(made, _nearest=lambda: head.near) if head.near else made
     run.cls = None
     if not hearts(term):
         return Recognition(target)  # and the terms need not be kept

@@ -1,21 +1,19 @@
-"""Every class and function of a module, recognised."""
+"""The classes and functions that are looked at in a module, in a model and in transformers."""
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.match import source
-from twinkle.match.sites import attribute_classes
-from twinkle.match.structure import Recognition, recognise
+from twinkle.match.attributes import attribute_classes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["candidates", "is_modeling", "modeling_modules", "reachable", "survey_module"]
+__all__ = ["candidates", "is_modeling", "modeling_modules", "reachable"]
 
 
 def is_modeling(name: str) -> bool:
@@ -58,16 +56,6 @@ def candidates(module: ModuleType) -> Iterator[tuple[str, Any]]:
             function = source.function_of(value)
             if function is not None and function.__module__ == module.__name__:
                 yield name, value
-
-
-def survey_module(name: str) -> list[Recognition]:
-    """The recognition of each layer and function that the module of that name defines.
-
-    Raises:
-        ImportError: The module cannot be imported.
-    """
-    module = importlib.import_module(name)
-    return [recognise(value) for _, value in candidates(module)]
 
 
 def reachable(obj: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 An op has a folder. Its ``layer.py`` runs triton's kernels, on a GPU or in triton's interpreter. Its
 ``cpu.py``, where there is one, computes the same with torch's own functions and covers the forms for which
 that was measured to be faster than the code it replaces (``benchmarks/cpu_ops.py``). An ``everywhere.py`` is
-for all devices: torch's own kernel in the place of code that writes it out.
+for devices that have neither: torch's own kernel in the place of code that writes it out.
 """
 
 from __future__ import annotations
@@ -35,13 +35,14 @@ def covering(op: str, form: Any, device: str) -> str | None:
     from twinkle.ops import launch
 
     kind = "cuda" if device == "rocm" else device
-    if _has(op, "everywhere"):
-        return "everywhere" if _room(op, "everywhere").covers(form) else None
     if kind in launch.KINDS:
-        return "layer" if _room(op, "layer").covers(form) else None
-    if kind != "cpu" or not _has(op, "cpu"):
-        return None
-    return "cpu" if _room(op, "cpu").covers(form) else None
+        rooms = ["layer", "everywhere"]
+    else:
+        rooms = ["cpu", "everywhere"] if kind == "cpu" else ["everywhere"]
+    for room in rooms:
+        if _has(op, room) and _room(op, room).covers(form):
+            return room
+    return None
 
 
 def declined(op: str, room: str, facts: Mapping[str, Any]) -> str | None:

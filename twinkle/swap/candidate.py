@@ -15,12 +15,14 @@ from torch import nn
 
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
+from twinkle.swap.kinds import ANY, Proofs
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
     from twinkle.swap.dispatch import Dispatch
+    from twinkle.swap.kinds import Kind
 
 __all__ = ["Candidate", "FunctionCandidate", "explain"]
 
@@ -38,7 +40,7 @@ class _Candidate:
         binding: Its record in the report.
         strict: Raise what goes wrong instead of going on with the original.
         dead: Why it is out of the running, or ``None``.
-        proofs_left: How many calls are to be compared with the original before it is trusted.
+        proofs: How many calls of each kind are to be compared with the original before it is trusted there.
         recall: A comparison from before will do, where one was kept.
     """
 
@@ -51,9 +53,8 @@ class _Candidate:
         proofs: int = 0,
         recall: bool = False,
     ) -> None:
-        self.proofs_left = proofs
+        self.proofs = Proofs(proofs)
         self.recall = recall
-        self._owes_gradients = proofs > 0
         self.kernel = kernel
         self.binding = binding
         self.strict = strict
@@ -63,7 +64,6 @@ class _Candidate:
         self._loaded: Any = _UNLOADED
         self._lock = threading.RLock()
         self._loading = False
-        self._proven_before = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
@@ -149,24 +149,19 @@ class _Candidate:
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
-    def owes(self, *, grad: bool) -> bool:
-        """Whether it has to be compared once more before it takes a call with or without gradients."""
-        return self.proofs_left > 0 or (grad and self._owes_gradients)
-
-    def judged(self, verdict: Verdict, *, grad: bool) -> None:
+    def judged(self, verdict: Verdict, *, grad: bool, kind: Kind = ANY) -> None:
         """It was compared with the original: one proof less to go, or out of the running.
 
         Args:
             verdict: What came out.
             grad: The call was one with gradients.
+            kind: Of the call.
         """
         self.binding.proof = str(verdict)
         if verdict.ok:
-            self._proven_before = True
-            self._owes_gradients = self._owes_gradients and not grad
-            self.proofs_left = max(0, self.proofs_left - 1)
+            self.proofs.passed(kind, grad=grad)
             return
-        trusted = self.binding.state == "active" and self._proven_before
+        trusted = self.binding.state == "active" and self.proofs.any_passed
         since = f" (cached, {verdict.date})" if verdict.date else ""
         self.retire(
             "quarantined" if trusted else "failed", f"does not compute the same{since}: {verdict.text}"

@@ -103,6 +103,13 @@ class CallForm:
                 return changed
         return False
 
+    def probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a call gives for the argument that holds the first tensor; None for none."""
+        if self.probe in kwargs or self.probe is None:
+            return kwargs.get(self.probe) if self.probe else None
+        at = self._names.index(self.probe)
+        return args[at] if at < len(args) else None
+
     def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
         """Make a generated function look like the original; no ``__wrapped__``, or others strip it."""
         if isinstance(original, FunctionType):

@@ -18,6 +18,7 @@ from torch import nn
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
+from twinkle.swap.kinds import autocasting, kind_of, kind_with
 from twinkle.swap.proving import prove_ahead, prove_call
 from twinkle.swap.tensors import (
     call_there,
@@ -32,6 +33,7 @@ from twinkle.swap.tensors import (
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import _Candidate
+    from twinkle.swap.kinds import Kind
 
 __all__ = ["Dispatch"]
 
@@ -83,12 +85,15 @@ class Dispatch:
             "_tw_compiling": torch.compiler.is_compiling,
             "_tw_grad": torch.is_grad_enabled,
             "_tw_load": _constant(self._load_for_trace),
+            "_tw_autocast": autocasting,
+            "_tw_kind": kind_of,
             "_tw_current": current_gpu,
             "_tw_there": call_there,
             "_tw_astray": on_another_gpu,
         }
         self._text = ""
         self._traced_texts: dict[str, str] = {}
+        self._kinds: list[frozenset[Kind]] = []
         self.function = self._new_function()
         for candidate in candidates:
             candidate.used_by(self)
@@ -140,6 +145,7 @@ class Dispatch:
             training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
             compiling=self.fixed_compiling or torch.compiler.is_compiling(),
             grad=torch.is_grad_enabled(),
+            kind=kind_of(self._call.probed(args, kwargs)),
         )
         if moment.device == "meta":
             # Shapes are being worked out: no reason to load anything.
@@ -148,9 +154,10 @@ class Dispatch:
         if entry is None or entry.function is None:
             self.rebuild()
             return self.original(*args, **kwargs)
-        if entry.candidate.owes(grad=moment.grad) and not prove_call(self, entry, args, kwargs, moment):
+        owed = entry.candidate.proofs.owed(moment.kind, grad=moment.grad)
+        if owed and not prove_call(self, entry, args, kwargs, moment):
             return self.original(*args, **kwargs)
-        if entry.is_live(grad=moment.grad):
+        if entry.is_live(moment):
             self.rebuild()
             return (
                 call_there(entry.function, args, kwargs)
@@ -194,9 +201,10 @@ class Dispatch:
 
         One that never ran is proven first, on made-up inputs: those at hand are none but shapes.
         """
-        moment = Moment(device, training=training, compiling=True, grad=grad)
+        kind = kind_with(dtype, device)
+        moment = Moment(device, training=training, compiling=True, grad=grad, kind=kind)
         entry = self.load(moment, self.trace_arguments())
-        while entry is not None and entry.candidate.owes(grad=grad):
+        while entry is not None and entry.candidate.proofs.owed(kind, grad=grad):
             if prove_ahead(self, entry, moment, dtype):
                 break
             entry = self.load(moment, self.trace_arguments())
@@ -306,11 +314,10 @@ class Dispatch:
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
             yield f"{pad}return _tw_original({self._call.arguments})"
-        elif tree.live:
-            if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
-                yield f"{pad}if _tw_away:"
-                yield f"{pad}    return _tw_there(_tw_k{tree.entry.index}, {self._call.packed})"
-            yield f"{pad}return _tw_k{tree.entry.index}({self._call.arguments})"
+        elif tree.live or (tree.kinds and self._call.probe is None):
+            yield from self._kernel_lines(tree.entry, pad, known)
+        elif tree.kinds and (self.fixed_compiling or known.get("compiling") is not True):
+            yield from self._lines_for_kinds(tree.entry, tree.kinds, pad, known)
         elif known.get("compiling") is True and not self.fixed_compiling:
             yield from self._traced_lines(pad, known)
         elif known.get("compiling") is False:
@@ -319,6 +326,42 @@ class Dispatch:
             yield f"{pad}if _tw_compiling():"
             yield from self._traced_lines(pad + "    ", known)
             yield f"{pad}return _tw_pending({self._call.packed})"
+
+    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
+            yield f"{pad}if _tw_away:"
+            yield f"{pad}    return _tw_there(_tw_k{entry.index}, {self._call.packed})"
+        yield f"{pad}return _tw_k{entry.index}({self._call.arguments})"
+
+    def _lines_for_kinds(
+        self, entry: Entry, kinds: frozenset[Kind], pad: str, known: dict[str, Any]
+    ) -> Iterator[str]:
+        """The kernel for the kinds of calls that it was proven for, a comparison for others."""
+        yield f"{pad}if {self._known_kind(kinds)}:"
+        yield from self._kernel_lines(entry, pad + "    ", known)
+        if known.get("compiling") is not False:
+            yield f"{pad}if _tw_compiling():"
+            yield from self._traced_lines(pad + "    ", known)
+        if kinds not in self._kinds:
+            self._kinds.append(kinds)
+        name = f"_tw_kinds{self._kinds.index(kinds)}"
+        self.names[name] = kinds
+        yield f"{pad}if _tw_kind({self._call.probe}) in {name}:"
+        yield from self._kernel_lines(entry, pad + "    ", known)
+        yield f"{pad}return _tw_pending({self._call.packed})"
+
+    def _known_kind(self, kinds: frozenset[Kind]) -> str:
+        """Whether the first tensor has a dtype that the kernel was proven for, without autocast.
+
+        Quick, and a compiler can tell: it goes on with constants.
+        """
+        dtypes = sorted((dtype for dtype, autocast in kinds if dtype and autocast is None), key=str)
+        tests = []
+        for dtype in dtypes:
+            name = f"_tw_{str(dtype).removeprefix('torch.')}"
+            self.names[name] = dtype
+            tests.append(f"getattr({self._call.probe}, 'dtype', None) is {name}")
+        return f"({' or '.join(tests)}) and not _tw_autocast()" if tests else "False"
 
     def _question(self, name: str, value: Any) -> str:
         if name == "device":
@@ -344,7 +387,7 @@ class Dispatch:
         training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
         # The kernel is loaded between the two lines: the trace meets it in the second.
         words = [repr(name), repr(known.get("device")), training, "_tw_grad()"]
-        if self._call.probe is not None and any(e.candidate.owes(grad=True) for e in self.entries):
+        if self._call.probe is not None and any(e.candidate.proofs.number for e in self.entries):
             words.append(f"getattr({self._call.probe}, 'dtype', None)")
         yield f"{pad}_tw_load({', '.join(words)})"
         yield f"{pad}return {variable}({self._call.arguments})"

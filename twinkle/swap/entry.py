@@ -7,23 +7,32 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.devices import torch_type
 from twinkle.modes import rank
+from twinkle.swap.kinds import ANY
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import _Candidate
+    from twinkle.swap.kinds import Kind
 
 __all__ = ["Entry", "Leaf", "Moment", "Split", "grow"]
 
 
 class Moment:
-    """When a call happens: on which device, in training, under a compiler, with gradients recorded."""
+    """When a call happens: on which device, in training, under a compiler, with gradients recorded.
 
-    __slots__ = ("compiling", "device", "grad", "training")
+    Attributes:
+        kind: What it computes with (``twinkle.swap.kinds``).
+    """
 
-    def __init__(self, device: str | None, *, training: bool, compiling: bool, grad: bool) -> None:
+    __slots__ = ("compiling", "device", "grad", "kind", "training")
+
+    def __init__(
+        self, device: str | None, *, training: bool, compiling: bool, grad: bool, kind: Kind = ANY
+    ) -> None:
         self.device = device
         self.training = training
         self.compiling = compiling
         self.grad = grad
+        self.kind = kind
 
 
 class Entry:
@@ -71,24 +80,37 @@ class Entry:
         )
         return None if place is None else (self.device is None, place, self.index)
 
-    def is_live(self, *, grad: bool) -> bool:
-        """It ran, and nothing is left to prove for calls with or without gradients."""
-        return self.state == "live" and not self.candidate.owes(grad=grad)
+    def is_live(self, moment: Moment) -> bool:
+        """It ran, and nothing is left to prove for calls like that one."""
+        return self.state == "live" and not self.candidate.proofs.owed(moment.kind, grad=moment.grad)
+
+    def kinds(self, *, grad: bool) -> frozenset[Kind] | None:
+        """The kinds of calls, with or without gradients, that it takes without further ado; None for all."""
+        return self.candidate.proofs.trusted(grad=grad) if self.state == "live" else frozenset()
 
     @property
     def minds_gradients(self) -> bool:
         """Whether it may take calls without gradients and not those with."""
-        return self.has_backward is False or self.is_live(grad=False) != self.is_live(grad=True)
+        return self.has_backward is False or self.kinds(grad=False) != self.kinds(grad=True)
 
 
 class Leaf:
-    """The end of the questions: an entry takes the call, as one that is live or not."""
+    """The end of the questions: an entry takes the call.
 
-    __slots__ = ("entry", "live")
+    Attributes:
+        kinds: The kinds of calls that go straight to the kernel; None for all.
+    """
 
-    def __init__(self, entry: Entry, live: bool) -> None:
+    __slots__ = ("entry", "kinds")
+
+    def __init__(self, entry: Entry, kinds: frozenset[Kind] | None) -> None:
         self.entry = entry
-        self.live = live
+        self.kinds = kinds
+
+    @property
+    def live(self) -> bool:
+        """It takes every call."""
+        return self.kinds is None
 
 
 class Split:
@@ -117,7 +139,7 @@ def _grow(
     if not questions:
         moment = Moment(**answers)
         entry = choose(moment)
-        return None if entry is None else Leaf(entry, entry.is_live(grad=moment.grad))
+        return None if entry is None else Leaf(entry, entry.kinds(grad=moment.grad))
     (name, values), rest = questions[0], questions[1:]
     branches = [(value, _grow(choose, rest, {**answers, name: value})) for value in values]
     if all(_same(branch, branches[0][1]) for _, branch in branches):
@@ -131,5 +153,5 @@ def _same(a: Split | Leaf | None, b: Split | Leaf | None) -> bool:
             x[0] == y[0] and _same(x[1], y[1]) for x, y in zip(a.branches, b.branches, strict=True)
         )
     if isinstance(a, Leaf) and isinstance(b, Leaf):
-        return a.entry is b.entry and a.live == b.live
+        return a.entry is b.entry and a.kinds == b.kinds
     return a is b

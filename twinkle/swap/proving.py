@@ -43,7 +43,7 @@ def prove_call(
             if there is not None and not there.ok:
                 verdict = there
                 break
-    entry.candidate.judged(verdict, grad=moment.grad)
+    entry.candidate.judged(verdict, grad=moment.grad, kind=moment.kind)
     return entry.candidate.dead is None
 
 
@@ -71,7 +71,7 @@ def prove_ahead(dispatch: Dispatch, entry: Entry, moment: Moment, dtype: torch.d
     made = [verdict for verdict in verdicts if verdict is not None]
     if made:
         worst = next((verdict for verdict in made if not verdict.ok), made[0])
-        entry.candidate.judged(worst, grad=moment.grad)
+        entry.candidate.judged(worst, grad=moment.grad, kind=moment.kind)
     return entry.candidate.dead is None
 
 

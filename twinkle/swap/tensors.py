@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,8 @@ __all__ = [
     "on_another_gpu",
     "several_gpus",
 ]
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def first_tensor(values: Any, depth: int = 2) -> torch.Tensor | None:
@@ -83,7 +85,7 @@ def _current_gpu() -> int:
     return int(torch._C._cuda_getDevice())
 
 
-def constant(function: Callable[..., int]) -> Callable[..., int]:
+def constant(function: _Function) -> _Function:
     """Have ``torch.compile`` run the function while it traces, and take the result for a constant.
 
     That is ``torch.compiler.assume_constant_result``, which imports all of dynamo (over a second) to

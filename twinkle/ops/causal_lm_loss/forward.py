@@ -14,6 +14,7 @@ from twinkle.ops.causal_lm_loss.head import Head, LabelCount
 from twinkle.ops.causal_lm_loss.traced import TracedLogits
 from twinkle.ops.causal_lm_loss.trust import is_trusted
 from twinkle.ops.plain import pays
+from twinkle.swap.tensors import constant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,7 +115,13 @@ class DeferringLinear(nn.Module):
 
 
 def deferring_model(
-    forward: Callable[..., Any], path: str, labels: dict[str, int | None], *, recognised: bool
+    forward: Callable[..., Any],
+    path: str,
+    labels: dict[str, int | None],
+    *,
+    recognised: bool,
+    bends: bool,
+    owner: Callable[[], nn.Module | None],
 ) -> type[nn.Module]:
     """The kernel of a model: ``forward`` with its head deferring where labels are given.
 
@@ -128,6 +135,8 @@ def deferring_model(
         labels: The parameters that labels come in by, and where they stand among those after ``self``.
         recognised: Whether it is known what ``forward`` does between head and loss; without that nothing
             is deferred under a compiler.
+        bends: Whether it bounds its logits, as far as is known.
+        owner: Gives the model, while there is one: a larger graph is traced without it at hand.
     """
 
     def head_of(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -135,9 +144,24 @@ def deferring_model(
         head = at(self, path) if given is not None else None
         return (head, given) if head is not None and reason_against(head) is None else (None, None)
 
+    def proven(self: Any, head: Any, given: Any) -> bool:
+        tokens = given.numel() if isinstance(given, torch.Tensor) else 0
+        return is_trusted(self, head, tokens, bends=bends)
+
+    @constant
+    def proven_ahead() -> bool:
+        from torch.utils._python_dispatch import _disable_current_modes
+
+        model = owner()
+        head = at(model, path) if model is not None else None
+        if model is None or reason_against(head) is not None:
+            return False
+        with torch.inference_mode(False), _disable_current_modes():
+            return proven(model, head, None)
+
     def begin(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         head, given = head_of(self, args, kwargs)
-        if head is None or _are_few(head, given) or not is_trusted(self, head, given):
+        if head is None or _are_few(head, given) or not proven(self, head, given):
             # One may be left over from a call that failed in a graph.
             _calls.heads.clear()
             return False
@@ -147,7 +171,7 @@ def deferring_model(
 
     def inside_graph(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         head, _ = head_of(self, args, kwargs) if recognised else (None, None)
-        if head is None:
+        if head is None or not proven_ahead():
             return _with_logits(forward(self, *args, **kwargs), TracedLogits.materialize)
         _calls.heads.append((head, None))
         # Not in a `try`: dynamo cannot go on after a graph break within one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 
 from torch import nn
 
@@ -67,7 +68,10 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     labels = _labels(target.forward, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
-    kernel = deferring_model(target.forward, path, labels, recognised=bool(facts))
+    kernel = deferring_model(
+        target.forward, path, labels, recognised=bool(facts), bends=_bends(model, recognition),
+        owner=weakref.ref(model),
+    )  # fmt: skip
     ours = _candidate(kernel, target), _candidate(DeferringLinear, nn.Linear)
     plans = []
     for module, candidate in zip((model, head), ours, strict=True):
@@ -123,6 +127,15 @@ def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int
     if found and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         found.setdefault("shift_labels", None)
     return found
+
+
+def _bends(model: nn.Module, recognition: Any) -> bool:
+    """Whether the model bounds its logits; a softcap may be there in its code and off in its config."""
+    form = getattr(recognition, "form", None)
+    steps = [step for step in getattr(form, "steps", ()) if "softcap" in step]
+    factors = recognition.facts.get("factors", ()) if steps else ()
+    values = [at(model, factor) if isinstance(factor, str) else factor for factor in factors]
+    return bool(steps) and any(value is not None for value in values)
 
 
 def _path_of_output(model: nn.Module) -> str:

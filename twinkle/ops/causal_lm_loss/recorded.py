@@ -16,6 +16,7 @@ from twinkle.ops.causal_lm_loss.chunks import chunk_rows
 from twinkle.ops.causal_lm_loss.deferred import DeferredLogits
 from twinkle.ops.causal_lm_loss.head import apply_steps
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
+from twinkle.ops.causal_lm_loss.trust import may_bend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -364,6 +365,8 @@ def cross_entropy(
         return NotImplemented
     folded = fold(steps)
     if folded is None or reduction not in ("mean", "sum", "none"):
+        return NotImplemented
+    if folded[2] and not may_bend(head_weight, bias, hidden.shape[0]):
         return NotImplemented
     loss = of_rows(
         hidden,

@@ -1,54 +1,113 @@
-"""The loss is proven before the first labels it is used for, on the head at hand."""
+"""The loss is proven before it is first used for a head: plainly at the labels, bent where logits were bent.
+
+Logits may be bounded (``softcap * tanh(logits / softcap)``) between head and loss, by the model or by the
+program around it. That is another branch of the kernel, so it is proven by itself, when the first such loss
+is asked for. Where it is not right the logits are computed after all.
+"""
 
 from __future__ import annotations
 
+import weakref
+
 import torch
+
+from twinkle.swap.tensors import constant
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from torch import nn
+    from torch import Tensor, nn
 
-__all__ = ["is_trusted"]
+    from twinkle.swap.candidate import Candidate
 
-# What was proven in this process: dtype, device, shape and whether there is a bias, with gradients or not.
-_proven: set[Any] = set()
+__all__ = ["is_trusted", "may_bend"]
+
+# What was found in this process: for a kind of head, with a softcap or not, with gradients or not.
+_found: dict[Any, bool] = {}
+# Who tells the report of a kind of head.
+_tellers: dict[Any, weakref.ref[Candidate]] = {}
 
 
-def is_trusted(model: nn.Module, head: Any, labels: Any) -> bool:
+def is_trusted(model: nn.Module, head: Any, tokens: int, *, bends: bool = False) -> bool:
     """Whether the loss of a model may be computed from its hidden states; proven once a kind of head.
 
     Args:
         model: With the forward that defers; its record gets the verdict.
         head: An ``nn.Linear``.
-        labels: Of the call at hand.
+        tokens: Of the call at hand, as far as is known.
+        bends: The model bounds its logits, so that is to be proven as well.
 
     Raises:
         KernelError: It is not right, and the settings are strict.
     """
-    weight, bias = head.weight, head.bias
-    kind = (weight.dtype, weight.device, weight.shape, bias is None)
-    grad = torch.is_grad_enabled()
-    if (kind, True) in _proven or (kind, grad) in _proven:
-        return True
-    from twinkle.apply.options import options
+    kind = _kind(head.weight, head.bias)
+    asked = [False, True] if bends else [False]
+    found = [_known(kind, bent=bent) for bent in asked]
+    if None not in found:
+        return all(found)
     from twinkle.swap.layers import candidates_of
 
     candidate = next((c for c in candidates_of(model) if c.kernel.name == "causal_lm_loss"), None)
     if candidate is None:
         return True
-    if not options.proofs(candidate.kernel.verify, kind="embedded"):
-        _proven.add((kind, grad))
-        return True
-    from twinkle.proof.loss import prove_loss
+    _tellers[kind] = weakref.ref(candidate)
+    return all(_prove(kind, candidate, head.weight, head.bias, tokens, bent=bent) for bent in asked)
 
-    tokens = labels.numel() if isinstance(labels, torch.Tensor) else 0
-    verdict = prove_loss(
-        weight, bias, tokens=tokens, backward=grad, recall=options.recalls(candidate.kernel.verify)
-    )
-    candidate.judged(verdict, grad=grad)
-    if candidate.dead is not None:
-        return False
-    _proven.add((kind, grad))
-    return True
+
+def may_bend(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:
+    """Whether a loss of bounded logits may be computed without them.
+
+    Args:
+        weight: ``[vocab, hidden]`` of a head that is trusted otherwise.
+        bias: ``[vocab]`` or None.
+        tokens: Of the call at hand.
+
+    Inside a graph nothing can be compared: what was found before is all there is.
+    """
+    if torch.compiler.is_compiling():
+        return _bends_so_far()
+    kind = _kind(weight, bias)
+    candidate = _tellers[kind]() if kind in _tellers else None
+    return candidate is None or _prove(kind, candidate, weight, bias, tokens, bent=True)
+
+
+@constant
+def _bends_so_far() -> bool:
+    found = [ok for (_, bent, _), ok in _found.items() if bent]
+    return bool(found) and all(found)
+
+
+def _kind(weight: Tensor, bias: Tensor | None) -> Any:
+    device = weight.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+    return dtype, device, weight.shape, bias is None
+
+
+def _known(kind: Any, *, bent: bool) -> bool | None:
+    graded = _found.get((kind, bent, True))
+    return graded if graded or torch.is_grad_enabled() else _found.get((kind, bent, False))
+
+
+def _prove(
+    kind: Any, candidate: Candidate, weight: Tensor, bias: Tensor | None, tokens: int, *, bent: bool
+) -> bool:
+    from twinkle.apply.options import options
+
+    known = _known(kind, bent=bent)
+    if known is not None:
+        return known
+    grad = torch.is_grad_enabled()
+    ok = True
+    if options.proofs(candidate.kernel.verify, kind="embedded"):
+        from twinkle.proof.loss import prove_loss
+
+        verdict = prove_loss(
+            weight.to(kind[0]), None if bias is None else bias.to(kind[0]), tokens=tokens, backward=grad,
+            bent=bent, recall=options.recalls(candidate.kernel.verify),
+        )  # fmt: skip
+        candidate.judged(verdict, grad=grad)
+        ok = verdict.ok
+    _found[kind, bent, grad] = ok
+    return ok

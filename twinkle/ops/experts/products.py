@@ -3,7 +3,9 @@
 ``torch.nn.functional.grouped_mm`` runs CUTLASS on the tensor cores for bfloat16 (any GPU from Ampere on with
 torch 2.9, Hopper alone before); it wants rows that begin at multiples of 16 bytes. Other dtypes it computes
 product after product, and waits for the host to know how many: taken for exact float32 alone, where triton
-has no tensor cores either. Whatever is left goes to triton, on the CPU to slices.
+has no tensor cores either. Where an expert gets a few rows alone, what a product costs is the reading of its
+matrix, and triton's kernel, which gathers the rows as it goes, is faster. Whatever is left goes to triton, on
+the CPU to slices.
 """
 
 from __future__ import annotations
@@ -23,6 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["outer", "rows", "steps"]
 
+_FEW_ROWS, _FEW_OUTER_ROWS = 32, 1
+"""Rows for an expert, on average, up to which triton's products in half precision were faster on an H200
+(``benchmarks/experts.py``): those with a matrix, and those of rows with rows."""
+
 
 def steps(device: torch.device) -> ModuleType:
     """The module with what lies between the products: triton's kernels, or plain torch."""
@@ -37,7 +43,9 @@ def steps(device: torch.device) -> ModuleType:
 
 def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
     """As ``grouped.triton.rows``."""
-    grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2]) if _aligned(w) else None
+    grouped = None
+    if _aligned(w) and not _few(a, count, w.shape[0], _FEW_ROWS):
+        grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2])
     if grouped is None:
         return _own(a.device).rows(a, w, offsets, count, index)
     a = a.contiguous() if index is None else a.index_select(0, index)
@@ -52,12 +60,18 @@ def outer(
     b_index: Tensor | None = None,
 ) -> Tensor:
     """As ``grouped.triton.outer``."""
-    grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
+    grouped = None
+    if not _few(a, max(a.shape[0], b.shape[0]), offsets.shape[0] - 1, _FEW_OUTER_ROWS):
+        grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
     if grouped is None:
         return _own(a.device).outer(a, b, offsets, a_index, b_index)
     a = a.contiguous() if a_index is None else a.index_select(0, a_index)
     b = b.contiguous() if b_index is None else b.index_select(0, b_index)
     return grouped(a.t(), b, offs=offsets[1:])
+
+
+def _few(a: Tensor, count: int, groups: int, least: int) -> bool:
+    return a.dtype != torch.float32 and count <= least * groups
 
 
 def _own(device: torch.device) -> ModuleType:

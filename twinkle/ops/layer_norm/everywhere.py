@@ -1,6 +1,6 @@
-"""LayerNorm for layers that write it out: torch's own kernel, which is one pass each way on every device.
+"""LayerNorm for layers that write it out, where triton has no kernel: torch's own function.
 
-Layers that call it already are left alone, and so is ``nn.LayerNorm``.
+Layers that call it already are left alone there, and so is ``nn.LayerNorm``.
 """
 
 from __future__ import annotations

@@ -29,11 +29,12 @@ def forms() -> tuple[LayerNormForm, ...]:
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
-    """``x`` for a norm: as wide as its weight; None for a weight of each head."""
-    weight = instance.part("weight")
+    """``x`` for a norm: as wide as its weight, or as it says; None for a weight of each head."""
+    weight, shape = instance.part("weight"), instance.facts.get("normalized_shape")
     if isinstance(weight, torch.Tensor) and weight.dim() != 1:
         return None
-    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else _UNKNOWN_WIDTH
+    width = shape[-1] if isinstance(shape, tuple) else _UNKNOWN_WIDTH
+    width = weight.shape[-1] if isinstance(weight, torch.Tensor) else width
     return {"x": instance.tokens(width, scale=3)}
 
 
@@ -43,6 +44,7 @@ class Norm(nn.Module):
     def __init__(self, form: LayerNormForm, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.form = form
+        self.normalized_shape = (width,)
         if form.affine != "none":
             self.weight = nn.Parameter(torch.rand(width, device=device).add_(0.5).to(dtype))
         if form.affine == "both":
@@ -51,11 +53,13 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
-        return reference.layer_norm(x, weight, bias, 1e-6, form=self.form)
+        return reference.layer_norm(
+            x, weight, bias, 1e-6, form=self.form, normalized_shape=self.normalized_shape
+        )
 
 
 def cases(
-    form: LayerNormForm, dtype: torch.dtype, device: torch.device, room: str = "everywhere"
+    form: LayerNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
 ) -> Iterator[Case]:
     """Each shape."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
@@ -63,9 +67,13 @@ def cases(
         facts["weight"] = "weight"
     if form.affine == "both":
         facts["bias"] = "bias"
+    if form.written == "fused":
+        facts["normalized_shape"] = "normalized_shape"
+    # Torch's function wants the weight in the dtype that it computes in.
+    kept = torch.float32 if form.written == "fused" and form.compute == "float32" else dtype
     kernel: Any = implementation("layer_norm", room).layer_class(form, facts).forward
     generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x = random((*lead, width), dtype, generator, scale=3)
         args = (strided(x) if shape == "strided" else x,)
-        yield Case(shape, Norm.forward, kernel, args, Norm(form, width, dtype, device), facts)
+        yield Case(shape, Norm.forward, kernel, args, Norm(form, width, kept, device), facts)

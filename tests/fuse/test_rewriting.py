@@ -1,0 +1,156 @@
+"""A rewritten forward computes what the original does, whichever way its conditions go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.fuse.rewriting import Draft
+from twinkle.match.adjacent import SumThenLayer
+
+
+def rotate(q: Any, k: Any, cos: Any, sin: Any) -> Any:
+    return q * cos - k * sin, k * cos + q * sin
+
+
+class Base(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.mix, self.grow = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.norm, self.other = nn.RMSNorm(4), nn.RMSNorm(4)
+        self.norms = nn.ModuleList([nn.RMSNorm(4), nn.RMSNorm(4)])
+        for name, value in settings.items():
+            setattr(self, name, value)
+
+
+class Inside(Base):
+    def forward(self, x: Any, r: Any) -> Any:
+        return self.norm(x + self.mix(self.other(r + x * 0.5)))
+
+
+class Listed(Base):
+    def forward(self, x: Any, r: Any) -> Any:
+        total = r + self.mix(x)
+        return total, self.norms[1](total)
+
+
+class Sometimes(Base):
+    def forward(self, x: Any, r: Any) -> Any:
+        x = r = r + self.mix(x)
+        if not self.last:
+            x = self.norm(x)
+        else:
+            r = self.other(r)
+        return self.grow(x) + r
+
+
+class Clipped(Base):
+    def forward(self, x: Any, r: Any) -> Any:
+        q = self.norm(self.mix(x))
+        k = self.other(self.grow(r))
+        if self.clip is not None:
+            q.clamp_(-self.clip, self.clip)
+            k.clamp_(-self.clip, self.clip)
+        if self.window is None or self.slides:
+            q, k = rotate(q, k, x.cos(), r.sin())
+        return q, k
+
+
+class Twice(Base):
+    """Two pairs under one condition."""
+
+    def forward(self, x: Any, r: Any) -> Any:
+        q = self.norm(x)
+        k = self.other(r)
+        a = self.norms[0](x)
+        b = self.norms[1](r)
+        if self.turn:
+            q, k = rotate(q, k, x, r)
+            a, b = rotate(a, b, r, x)
+        return q, k, a, b
+
+
+def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
+    """What stands for the kernels: the definitions."""
+    if isinstance(place, SumThenLayer):
+
+        def both(owner: Any, left: Any, right: Any, layer: Any, factor: float = 1.0) -> Any:
+            done.append("sum")
+            total = left + right * factor
+            return total, layer(total)
+
+        return (both,)
+
+    def ready(owner: Any, q_layer: Any, k_layer: Any, function: Any) -> bool:
+        done.append("ready")
+        return True
+
+    def fused(owner: Any, q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, c: Any, s: Any) -> Any:
+        done.append("pair")
+        return function(q_layer(q), k_layer(k), c, s)
+
+    return ready, fused
+
+
+CASES = [
+    (Inside, {}, ["sum", "sum"]),
+    (Listed, {}, ["sum"]),
+    (Sometimes, {"last": False}, ["sum"]),
+    (Sometimes, {"last": True}, []),
+    (Clipped, {"clip": None, "window": None, "slides": False}, ["ready", "pair"]),
+    (Clipped, {"clip": 0.1, "window": None, "slides": False}, []),
+    (Clipped, {"clip": None, "window": 3, "slides": True}, ["ready", "pair"]),
+    (Clipped, {"clip": None, "window": 3, "slides": False}, []),
+    (Twice, {"turn": True}, ["ready", "ready", "pair", "pair"]),
+    (Twice, {"turn": False}, []),
+]
+
+
+@pytest.mark.parametrize(("cls", "settings", "expected"), CASES)
+def test_the_same_results_from_other_steps(cls: type, settings: Any, expected: list[str]) -> None:
+    draft, done = Draft(cls.forward), []  # type: ignore[attr-defined]
+    made = draft.build({at: steps(place, done) for at, place in enumerate(draft.places)})
+    module = cls(**settings)
+    x, r = torch.randn(2, 4), torch.randn(2, 4)
+    for ours, theirs in zip(made(module, x, r), module(x, r), strict=True):
+        assert torch.equal(ours, theirs)
+    assert done == expected
+
+
+def test_what_was_asked_ahead_holds_if_the_answer_changes() -> None:
+    """A layer between that turns the condition around must not make queries that no norm was applied to."""
+    draft, done = Draft(Clipped.forward), []
+    made = draft.build({0: steps(draft.places[0], done)})
+    module = Clipped(clip=None, window=None, slides=False)
+    module.grow.register_forward_hook(lambda *_: setattr(module, "clip", 0.01))
+    x, r = torch.randn(2, 4), torch.randn(2, 4)
+    found = made(module, x, r)
+    module.grow._forward_hooks.clear()
+    module.clip = None
+    assert torch.equal(found[0], module(x, r)[0])
+    assert done == ["ready", "pair"]
+
+
+def test_a_norm_that_was_not_applied_is_applied_where_it_is_asked_for_after_all() -> None:
+    class Turned(Base):
+        def forward(self, x: Any, r: Any) -> Any:
+            h = x + r
+            if self.on:
+                h = self.norm(h)
+            return h
+
+    class Answers:
+        given = iter([False, True])
+
+        def __bool__(self) -> bool:
+            return next(self.given)
+
+    draft, done = Draft(Turned.forward), []
+    made = draft.build({0: steps(draft.places[0], done)})
+    x, r = torch.randn(2, 4), torch.randn(2, 4)
+    assert torch.equal(made(Turned(on=Answers()), x, r), Turned(on=True)(x, r))
+    assert done == []

@@ -1,0 +1,85 @@
+"""What a place in a forward is as an op, and whether there is a kernel for it.
+
+One decision for both who asks: a model whose layers are there (:mod:`twinkle.fuse.forward`), and a class
+of which there is the text alone (:mod:`twinkle.fuse.survey`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twinkle.fuse.norms import Norm, norm_form, norm_of
+from twinkle.fuse.pair_step import form_of_pair, pair_of
+from twinkle.fuse.sum_step import forms_of
+from twinkle.match.adjacent import SumThenLayer
+from twinkle.ops.layer_norm.reference import LayerNormForm
+from twinkle.ops.residual_norm.reference import ResidualNormForm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twinkle.match.adjacent import Place, RotatedPair
+
+__all__ = ["OPS", "Site", "layers_of", "site_of"]
+
+OPS = ("residual_norm", "qk_norm_rotary")
+
+
+class Site(NamedTuple):
+    """A place in a forward, as an op.
+
+    Attributes:
+        number: Which place of the forward.
+        op: The op.
+        form: The form of it; None where the layers or the function are something else.
+        reason: Why there is no kernel for it, or None.
+    """
+
+    number: int
+    op: str
+    form: Any
+    reason: str | None = None
+
+
+def layers_of(place: Place) -> tuple[str, ...]:
+    """The layers of a place, as paths from ``self``."""
+    return (place.path,) if isinstance(place, SumThenLayer) else place.paths
+
+
+def site_of(
+    number: int, place: Place, classes: Sequence[type | None], function: Callable[[str], Any]
+) -> Site:
+    """One place of a forward as an op.
+
+    Args:
+        number: Which place it is.
+        place: The place.
+        classes: Those of its layers, None for a layer that is not there.
+        function: Gives the function of that name.
+    """
+    if isinstance(place, SumThenLayer):
+        return _sum_site(number, place, classes[0])
+    return _pair_site(number, place, classes[0], classes[1], function(place.function))
+
+
+def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
+    norm = "its norm is not there" if cls is None else norm_of(cls)
+    scaled = place.scale is not None
+    if isinstance(norm, Norm):
+        return Site(number, OPS[0], forms_of(norm)[scaled])
+    other = None if cls is None else norm_form(cls)
+    if other is None:
+        return Site(number, OPS[0], None, norm)
+    kind = "layer_norm" if isinstance(other, LayerNormForm) else "rms_norm"
+    return Site(
+        number, OPS[0], ResidualNormForm(f"{kind}_{other.name}{'_scaled' * scaled}", other, scaled), norm
+    )
+
+
+def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:
+    if q is None or k is None:
+        return Site(number, OPS[1], None, "its norms are not there")
+    pair = pair_of(q, k, function, place.between)
+    if isinstance(pair, str):
+        return Site(number, OPS[1], form_of_pair(q, k, function, place.between), pair)
+    return Site(number, OPS[1], pair.form)

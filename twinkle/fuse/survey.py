@@ -1,0 +1,118 @@
+"""The places in the forward of a class that a fused kernel is for, from the text of the class alone.
+
+    >>> from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+    >>> [found] = recognise_places(LlamaDecoderLayer)
+    >>> found.op, found.form.name, found.facts["norm"], found.facts["wired"]
+    ('residual_norm', 'rms_norm_llama', 'post_attention_layernorm', True)
+
+The decision is the one that a model meets when it is built (:mod:`twinkle.fuse.sites`); what only an
+instance can tell, such as a layer that is chosen by a config, is taken as its class writes it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.fuse.forward import draft_of
+from twinkle.fuse.norms import norm_form
+from twinkle.fuse.sites import OPS, layers_of, site_of
+from twinkle.match import source
+from twinkle.match.adjacent import SumThenLayer, find_places
+from twinkle.match.attributes import attribute_classes
+from twinkle.match.structure import Recognition, recognise
+from twinkle.match.survey import candidates
+
+if TYPE_CHECKING:
+    from twinkle.match.adjacent import Place
+
+__all__ = ["recognise_all", "recognise_places", "survey_module"]
+
+
+def survey_module(name: str) -> list[Recognition]:
+    """The recognitions of each layer and function that the module of that name defines.
+
+    Raises:
+        ImportError: The module cannot be imported.
+    """
+    module = importlib.import_module(name)
+    return [found for _, value in candidates(module) for found in recognise_all(value)]
+
+
+def recognise_all(obj: Any) -> list[Recognition]:
+    """What a class or a function is recognised as: an op itself, or else the ops in its forward.
+
+    Args:
+        obj: As for :func:`twinkle.match.structure.recognise`.
+
+    Returns:
+        At least one; a single one that is false when nothing was recognised.
+    """
+    found = recognise(obj)
+    return (recognise_places(obj) if not found and isinstance(obj, type) else []) or [found]
+
+
+def recognise_places(cls: type) -> list[Recognition]:
+    """The fused ops in the forward of a class, at most one recognition for each.
+
+    Args:
+        cls: A class of layers.
+
+    Returns:
+        Recognitions whose facts are those of the op's first place, and of one with a kernel where there
+        is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``; ``wired``, whether a
+        kernel takes the place on a device that runs Triton's, with the ``reason`` where none does. If
+        there are several, all of them are under ``sites``.
+    """
+    function, _ = source.unwrap(getattr(cls, "forward", None))
+    if not isinstance(function, FunctionType):
+        return []
+    try:
+        places = find_places(source.parse(function))
+    except source.NoSource:
+        return []
+    attributes = attribute_classes(cls) if places else {}
+    found: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    for number, place in enumerate(places):
+        classes = [_norm_at(path, attributes) for path in layers_of(place)]
+        site = site_of(number, place, classes, function.__globals__.get)
+        if site.form is not None:
+            reason = site.reason or _not_rewritten(cls)
+            found.setdefault(site.op, []).append((site.form, _facts(place, reason, function)))
+    return [_recognition(cls, op, found[op]) for op in OPS if op in found]
+
+
+def _not_rewritten(cls: type) -> str | None:
+    draft = draft_of(cls)
+    return f"its forward stays as it is: {draft}" if isinstance(draft, str) else None
+
+
+def _recognition(cls: type, op: str, sites: list[tuple[Any, dict[str, Any]]]) -> Recognition:
+    form, facts = next((site for site in sites if site[1]["wired"]), sites[0])
+    if len(sites) > 1:
+        facts = {**facts, "sites": tuple({"form": one.name, **more} for one, more in sites)}
+    layers = tuple(role for role in facts if role in ("norm", "q_norm", "k_norm"))
+    return Recognition(f"{cls.__module__}:{cls.__qualname__}", op, form, facts, layers)
+
+
+def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str, Any]:
+    facts: dict[str, Any]
+    if isinstance(place, SumThenLayer):
+        facts = {"norm": place.path, "scale": None if place.scale is None else ast.unparse(place.scale)}
+    else:
+        rotation = function.__globals__.get(place.function)
+        module = getattr(source.function_of(rotation), "__module__", function.__module__)
+        facts = {"q_norm": place.paths[0], "k_norm": place.paths[1], "rotary": f"{module}:{place.function}"}
+    facts["wired"] = reason is None
+    if reason is not None:
+        facts["reason"] = reason
+    return facts
+
+
+def _norm_at(path: str, attributes: dict[str, set[type]]) -> type | None:
+    """The norm that ``__init__`` gives an attribute, if it is one form of norm at most."""
+    norms = {norm_form(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
+    norms.pop(None, None)
+    return next(iter(norms.values())) if len(norms) == 1 else None
