@@ -11,13 +11,14 @@ from twinkle.apply.models import kernelize_layers
 from twinkle.apply.options import options
 from twinkle.errors import TwinkleWarning
 from twinkle.ops.causal_lm_loss import linear_cross_entropy, trust
+from twinkle.ops.plain import at_every_size
 from twinkle.proof import loss
 from twinkle.proof.loss import prove_loss
 
 transformers = pytest.importorskip("transformers")
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import nn
 
@@ -31,11 +32,13 @@ SIZES = {
 
 
 @pytest.fixture(autouse=True)
-def only_the_loss(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+def only_the_loss(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(trust, "_found", {})
     monkeypatch.setattr(trust, "_tellers", {})
     monkeypatch.setenv("TWINKLE_CACHE", "off")
     options.kernels = ("causal_lm_loss",)
+    with at_every_size():
+        yield
 
 
 @pytest.fixture

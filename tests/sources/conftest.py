@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from twinkle.sources.local import LocalSource
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
@@ -61,3 +63,23 @@ def site_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(str(site) + os.sep):
             del sys.modules[name]
+
+
+@pytest.fixture
+def layer() -> Callable[..., LocalSource]:
+    """``layer(repo, "Doubled")`` is the source of a layer in a local repository."""
+
+    def source(repo: Path, name: str = "Doubled", package: str = "my_kernels", **more: object) -> LocalSource:
+        return LocalSource(str(repo), package, name, kind="layer", **more)
+
+    return source
+
+
+@pytest.fixture
+def function() -> Callable[..., LocalSource]:
+    """``function(repo, "silu")`` is the source of a function in a local repository."""
+
+    def source(repo: Path, name: str, package: str = "my_kernels") -> LocalSource:
+        return LocalSource(str(repo), package, name, kind="function")
+
+    return source

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import inspect
 import os
 import pickle
 import subprocess
 import sys
-import threading
 import traceback
 
 import pytest
 import torch
 
-from twinkle.errors import SourceError
 from twinkle.sources import packages
-from twinkle.sources.local import LocalSource
 
 CLASS = """
 import torch
@@ -27,59 +22,46 @@ class f(torch.nn.Module):
 """
 
 
-def layer(repo, name="Doubled", package="my_kernels", **more):
-    return LocalSource(str(repo), package, name, kind="layer", **more)
-
-
-def function(repo, name, package="my_kernels"):
-    return LocalSource(str(repo), package, name, kind="function")
-
-
-def loaded_from(repo) -> list[str]:
-    marker = packages.name_of(str(repo), "x").rpartition(".")[0]
-    return [name for name in sys.modules if name.startswith(marker + ".")]
-
-
-def test_the_seed_package_loads(seed_repo):
+def test_the_seed_package_loads(seed_repo, layer):
     assert layer(seed_repo).load()().forward(torch.ones(1)).item() == 2
 
 
-def test_the_same_class_every_time_and_for_every_source(seed_repo):
+def test_the_same_class_every_time_and_for_every_source(seed_repo, layer):
     source = layer(seed_repo)
     assert source.load() is source.load() is layer(seed_repo).load()
 
 
-def test_nothing_is_read_before_the_first_load(tmp_path):
+def test_nothing_is_read_before_the_first_load(tmp_path, layer):
     source = layer(tmp_path / "nowhere")
     assert "my_kernels:Doubled" in source.describe()
 
 
-def test_sys_path_is_as_it_was(seed_repo):
+def test_sys_path_is_as_it_was(seed_repo, layer):
     before = list(sys.path)
     layer(seed_repo).load()
     assert sys.path == before
 
 
-def test_the_path_of_the_package_itself_is_as_good(seed_repo):
+def test_the_path_of_the_package_itself_is_as_good(seed_repo, layer):
     assert layer(seed_repo / "my_kernels").load() is layer(seed_repo).load()
 
 
-def test_a_linked_repository_is_the_same_repository(seed_repo, tmp_path):
+def test_a_linked_repository_is_the_same_repository(seed_repo, tmp_path, layer):
     (tmp_path / "link").symlink_to(seed_repo)
     assert layer(tmp_path / "link").load() is layer(seed_repo).load()
 
 
-def test_a_layers_file_is_enough(write_repo):
+def test_a_layers_file_is_enough(write_repo, layer):
     repo = write_repo({"my_kernels/layers.py": "import torch\nclass A(torch.nn.Module): pass\n"})
     assert layer(repo, "A").load().__name__ == "A"
 
 
-def test_a_single_file_is_a_package_too(write_repo):
+def test_a_single_file_is_a_package_too(write_repo, layer):
     repo = write_repo({"my_kernels.py": "import torch\nclass A(torch.nn.Module): pass\n"})
     assert layer(repo, "A").load().__name__ == "A"
 
 
-def test_the_layers_module_goes_before_the_package(write_repo):
+def test_the_layers_module_goes_before_the_package(write_repo, layer):
     text = "import torch\nclass A(torch.nn.Module):\n    home = {!r}\n"
     repo = write_repo(
         {
@@ -91,7 +73,7 @@ def test_the_layers_module_goes_before_the_package(write_repo):
     assert layer(repo, "B").load().home == "package"
 
 
-def test_a_dotted_name_goes_through_submodules(write_repo):
+def test_a_dotted_name_goes_through_submodules(write_repo, layer):
     repo = write_repo(
         {
             "my_kernels/__init__.py": "",
@@ -102,7 +84,7 @@ def test_a_dotted_name_goes_through_submodules(write_repo):
     assert layer(repo, "norms.rms.RMS").load().__name__ == "RMS"
 
 
-def test_functions_are_found_in_the_package_and_in_its_functions_and_layers(write_repo):
+def test_functions_are_found_in_the_package_and_in_its_functions_and_layers(write_repo, function):
     repo = write_repo(
         {
             "my_kernels/__init__.py": "def a(): return 'package'\n",
@@ -114,7 +96,7 @@ def test_functions_are_found_in_the_package_and_in_its_functions_and_layers(writ
     assert found == ["package", "functions", "layers"]
 
 
-def test_a_function_in_a_file_of_its_name_is_the_function_and_not_the_file(write_repo):
+def test_a_function_in_a_file_of_its_name_is_the_function_and_not_the_file(write_repo, function):
     repo = write_repo(
         {
             "my_kernels/__init__.py": "",
@@ -124,7 +106,7 @@ def test_a_function_in_a_file_of_its_name_is_the_function_and_not_the_file(write
     assert inspect.isfunction(function(repo, "silu").load())
 
 
-def test_two_repositories_with_one_package_name_live_side_by_side(write_repo):
+def test_two_repositories_with_one_package_name_live_side_by_side(write_repo, function):
     for number in (1, 2):
         write_repo(
             {
@@ -138,42 +120,7 @@ def test_two_repositories_with_one_package_name_live_side_by_side(write_repo):
     assert function(root / "repo2", "value").load()() == 2
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "from . import helper\ndef f(): return helper.value()",
-        "from .helper import value\ndef f(): return value()",
-        "from my_kernels.helper import value\ndef f(): return value()",
-        "from my_kernels import helper\ndef f(): return helper.value()",
-        "import my_kernels.helper\ndef f(): return my_kernels.helper.value()",
-        "import os, my_kernels.helper as h, sys\ndef f(): return h.value()",
-        "def f():\n    import my_kernels.helper\n    return my_kernels.helper.value()",
-        "from __future__ import annotations\nimport my_kernels.helper as h\ndef f(): return h.value()",
-    ],
-)
-def test_a_package_imports_its_own_modules_in_every_way(write_repo, text):
-    repo = write_repo(
-        {
-            "my_kernels/__init__.py": "",
-            "my_kernels/functions.py": text + "\n",
-            "my_kernels/helper.py": "def value(): return 42\n",
-        }
-    )
-    assert function(repo, "f").load()() == 42
-    assert "my_kernels" not in sys.modules
-
-
-def test_an_own_import_never_reaches_an_installed_package_of_that_name(write_repo, site_dir):
-    (site_dir / "my_kernels").mkdir()
-    (site_dir / "my_kernels" / "__init__.py").write_text("value = 'installed'\n")
-    repo = write_repo(
-        {"my_kernels/__init__.py": "value = 'own'\nimport my_kernels\ndef f(): return my_kernels.value\n"}
-    )
-    assert function(repo, "f").load()() == "own"
-    assert importlib.import_module("my_kernels").value == "installed"
-
-
-def test_data_files_are_found(write_repo):
+def test_data_files_are_found(write_repo, function):
     repo = write_repo(
         {
             "my_kernels/__init__.py": """
@@ -189,7 +136,7 @@ def test_data_files_are_found(write_repo):
     assert function(repo, "f").load()() == ("7", "7")
 
 
-def test_tracebacks_show_the_real_file_and_its_line(write_repo):
+def test_tracebacks_show_the_real_file_and_its_line(write_repo, function):
     repo = write_repo({"my_kernels/__init__.py": "import my_kernels\ndef f():\n    return 1 / 0  # here\n"})
     with pytest.raises(ZeroDivisionError) as caught:
         function(repo, "f").load()()
@@ -198,16 +145,16 @@ def test_tracebacks_show_the_real_file_and_its_line(write_repo):
     assert frame.line == "return 1 / 0  # here"
 
 
-def test_inspect_finds_the_source(seed_repo):
+def test_inspect_finds_the_source(seed_repo, layer):
     assert inspect.getsource(layer(seed_repo).load()).startswith("class Doubled")
 
 
-def test_nothing_is_written_into_the_repository(seed_repo):
+def test_nothing_is_written_into_the_repository(seed_repo, layer):
     layer(seed_repo).load()
     assert not list(seed_repo.rglob("__pycache__"))
 
 
-def test_planted_bytecode_does_not_run(seed_repo, tmp_path):
+def test_planted_bytecode_does_not_run(seed_repo, tmp_path, layer):
     import py_compile
 
     source = seed_repo / "my_kernels" / "layers.py"
@@ -221,13 +168,13 @@ def test_planted_bytecode_does_not_run(seed_repo, tmp_path):
     assert layer(seed_repo).load()().forward(torch.ones(1)).item() == 2
 
 
-def test_pickles_of_a_kernel_load_again(write_repo):
+def test_pickles_of_a_kernel_load_again(write_repo, function):
     repo = write_repo({"my_kernels/__init__.py": "class A:\n    pass\ndef f(): return 5\n"})
     f = function(repo, "f").load()
     assert pickle.loads(pickle.dumps(f)) is f
 
 
-def test_a_process_that_registered_nothing_loads_the_pickle_of_a_kernel(write_repo):
+def test_a_process_that_registered_nothing_loads_the_pickle_of_a_kernel(write_repo, function):
     repo = write_repo({"my_ker-nels é/my_kernels/__init__.py": "def f(): return 5\n"}) / "my_ker-nels é"
     data = pickle.dumps(function(repo, "f").load())
     program = f"import pickle; print(pickle.loads({data!r})())"
@@ -235,7 +182,7 @@ def test_a_process_that_registered_nothing_loads_the_pickle_of_a_kernel(write_re
     assert run.stdout == "5\n"
 
 
-def test_a_pickle_of_a_kernel_that_others_can_write_is_refused_too(write_repo):
+def test_a_pickle_of_a_kernel_that_others_can_write_is_refused_too(write_repo, function):
     repo = write_repo({"my_kernels/__init__.py": "def f(): return 5\n"})
     data = pickle.dumps(function(repo, "f").load())
     (repo / "my_kernels").chmod(0o777)
@@ -251,178 +198,8 @@ def test_a_name_holds_its_path(path):
     assert all(part.isidentifier() for part in name.split("."))
 
 
-def test_reload_runs_what_the_file_says_now(write_repo):
-    repo = write_repo({"my_kernels/__init__.py": "def f(): return 1\n"})
-    source, other = function(repo, "f"), function(repo, "f")
-    assert source.load()() == other.load()() == 1
-    (repo / "my_kernels" / "__init__.py").write_text("def f(): return 2\n")
-    assert source.load()() == 1
-    assert source.reload()() == 2
-    assert source.load()() == other.load()() == 2
-
-
-def test_a_reload_that_raises_keeps_the_old_code(write_repo):
-    repo = write_repo({"my_kernels/__init__.py": "def f(): return 1\n"})
-    source = function(repo, "f")
-    old = source.load()
-    (repo / "my_kernels" / "__init__.py").write_text("raise ValueError\n")
-    with pytest.raises(SourceError):
-        source.reload()
-    assert source.load() is old
-    assert pickle.loads(pickle.dumps(old)) is old
-
-
-def test_a_package_that_raised_can_be_corrected(write_repo):
-    repo = write_repo(
-        {"my_kernels/__init__.py": "from . import b\ndef f(): return b.value\n", "my_kernels/b.py": "1 / 0\n"}
-    )
-    source = function(repo, "f")
-    with pytest.raises(SourceError, match="raised on import"):
-        source.load()
-    (repo / "my_kernels" / "b.py").write_text("value = 3\n")
-    assert source.load()() == 3
-
-
-@pytest.mark.parametrize("broken", ["__init__.py", "layers.py"])
-def test_a_package_that_raises_leaves_nothing_in_sys_modules(write_repo, broken):
-    repo = write_repo(
-        {
-            "my_kernels/__init__.py": "from . import helper\n",
-            "my_kernels/helper.py": "",
-            "my_kernels/layers.py": "",
-        }
-    )
-    with (repo / "my_kernels" / broken).open("a") as file:
-        file.write("raise ValueError('boom')\n")
-    with pytest.raises(SourceError, match="boom"):
-        layer(repo).load()
-    assert loaded_from(repo) == []
-
-
-def test_a_broken_submodule_does_not_take_away_what_others_use(write_repo):
-    repo = write_repo({"my_kernels/__init__.py": "def f(): pass\n", "my_kernels/layers.py": "1 / 0\n"})
-    f = function(repo, "f").load()
-    with pytest.raises(SourceError):
-        layer(repo).load()
-    assert pickle.loads(pickle.dumps(f)) is f
-
-
-def test_threads_import_once(write_repo):
-    repo = write_repo(
-        {
-            "my_kernels/__init__.py": """
-                import sys, time
-                sys.twinkle_test_imports = getattr(sys, "twinkle_test_imports", 0) + 1
-                time.sleep(0.1)
-                def f(): pass
-            """
-        }
-    )
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(function(repo, "f").load())) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    imports = sys.__dict__.pop("twinkle_test_imports")
-    assert imports == 1
-    assert len(set(results)) == 1
-
-
-def test_a_kernel_that_needs_itself_while_it_is_imported_is_told_so(write_repo):
-    repo = write_repo(
-        {
-            "my_kernels/__init__.py": """
-                import sys
-                sys.twinkle_test_hook()
-                def f(): pass
-            """
-        }
-    )
-    source = function(repo, "f")
-    reasons = []
-
-    def hook():
-        with pytest.raises(SourceError) as caught:
-            source.load()
-        reasons.append(caught.value.what)
-
-    sys.twinkle_test_hook = hook
-    try:
-        source.load()
-    finally:
-        del sys.twinkle_test_hook
-    assert "needed while it is being imported itself" in reasons[0]
-
-
-def test_an_import_hook_sees_the_modules_of_a_kernel(seed_repo):
-    seen = []
-
-    class Watcher:
-        @staticmethod
-        def find_spec(name, path=None, target=None):
-            seen.append(name)
-
-    sys.meta_path.insert(0, Watcher)
-    try:
-        layer(seed_repo).load()
-    finally:
-        sys.meta_path.remove(Watcher)
-    assert packages.name_of(str(seed_repo), "my_kernels.layers") in seen
-    assert packages.__name__ not in getattr(sys.meta_path[0], "__module__", "")
-
-
-def test_threads_that_need_each_other_s_imports_do_not_wait_for_ever(write_repo, site_dir):
-    (site_dir / "hooked_target.py").write_text(
-        "import sys\nsys.twinkle_test_started.wait(5)\nsys.twinkle_test_load()\n"
-    )
-    repo = write_repo(
-        {
-            "my_kernels/__init__.py": """
-                import sys
-                sys.twinkle_test_started.set()
-                import hooked_target
-                def f(): pass
-            """
-        }
-    )
-    source = function(repo, "f")
-
-    def load():
-        with contextlib.suppress(SourceError):
-            source.load()
-
-    sys.twinkle_test_started = threading.Event()
-    sys.twinkle_test_load = load
-    threads = [
-        threading.Thread(target=importlib.import_module, args=("hooked_target",), daemon=True),
-        threading.Thread(target=load, daemon=True),
-    ]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(timeout=30)
-        assert not any(thread.is_alive() for thread in threads)
-    finally:
-        del sys.twinkle_test_started, sys.twinkle_test_load
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
-def test_a_child_forked_in_the_middle_of_an_import_can_import(write_repo):
-    repo = write_repo({"my_kernels/__init__.py": "def f(): return 5\n"})
-    with packages._lock:
-        child = os.fork()
-        if child == 0:
-            try:
-                os._exit(function(repo, "f").load()())
-            finally:
-                os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
-
-
 @pytest.mark.parametrize("text", ["def f(x): return x.sin() + 1", CLASS])
-def test_a_function_kernel_compiles_without_a_graph_break(write_repo, text):
+def test_a_function_kernel_compiles_without_a_graph_break(write_repo, text, function):
     f = function(write_repo({"my_kernels/__init__.py": text}), "f").load()
     compiled = torch.compile(lambda x: f(x) * 2, backend="eager", fullgraph=True)
     x = torch.ones(3)

@@ -117,3 +117,8 @@ class Kit:
 @pytest.fixture
 def kit() -> Kit:
     return Kit()
+
+
+@pytest.fixture
+def gate(kit: Kit) -> Gate:
+    return kit.Gate()

@@ -4,7 +4,7 @@ Every op with a kernel has a ``samples.py`` with two functions::
 
     forms()                                                  the forms of the op
     cases(form, dtype, device, room)                         calls of it, of several shapes
-    inputs(form, facts, module, lead, dtype, generator)      random inputs for an instance at hand
+    inputs(instance)                                         random inputs for an instance at hand
 
 ``inputs`` returns values by argument of the definition, or None where it cannot know them.
 """
@@ -24,7 +24,18 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["OPS", "SHAPES", "Case", "cases", "forms", "implementation", "random", "seeded", "strided"]
+__all__ = [
+    "OPS",
+    "SHAPES",
+    "Case",
+    "Instance",
+    "cases",
+    "forms",
+    "implementation",
+    "random",
+    "seeded",
+    "strided",
+]
 
 OPS = (
     "rms_norm",
@@ -67,6 +78,37 @@ class Case:
     args: tuple[Any, ...]
     module: nn.Module | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What a kernel that was never called is for, to make up inputs from.
+
+    Attributes:
+        form, facts: As recognised and read from it.
+        module: The layer, or None for a function.
+        lead: Leading dimensions of the inputs, ``[batch, tokens]``.
+        dtype: Of the inputs.
+        generator: Of the random numbers, on the device of the inputs.
+    """
+
+    form: Any
+    facts: Mapping[str, Any]
+    module: nn.Module | None
+    lead: tuple[int, int]
+    dtype: torch.dtype
+    generator: torch.Generator
+
+    def part(self, role: str) -> Any:
+        """What the facts name as the ``role`` in the module, at the end of a dotted path; None without it."""
+        found: Any = self.module
+        for name in str(self.facts.get(role)).split("."):
+            found = getattr(found, name, None)
+        return found
+
+    def tokens(self, width: int, *, scale: float = 1.0) -> Tensor:
+        """``[batch, tokens, width]``."""
+        return random((*self.lead, width), self.dtype, self.generator, scale=scale)
 
 
 def forms(op: str) -> tuple[Any, ...]:

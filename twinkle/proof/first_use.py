@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from twinkle.match.source import function_of
+from twinkle.ops.cases import Instance
 from twinkle.proof.cache import proofs
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
@@ -118,7 +119,8 @@ def inputs_for(
     make = getattr(import_module(name), "inputs", None)
     if make is None:
         return None
-    values = make(source.form, source.facts, module, _AHEAD, dtype or dtype_of((), module), generator)
+    dtype = dtype or dtype_of((), module)
+    values = make(Instance(source.form, source.facts, module, _AHEAD, dtype, generator))
     if values is None:
         return None
     named = {source.facts[role]: value for role, value in values.items() if role in source.facts}

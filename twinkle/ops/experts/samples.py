@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from twinkle.ops.cases import Case, implementation, random, seeded, strided
+from twinkle.ops.cases import Case, Instance, implementation, random, seeded, strided
 from twinkle.ops.experts import reference
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -39,22 +40,13 @@ def forms() -> tuple[ExpertsForm, ...]:
     return reference.FORMS
 
 
-def inputs(
-    form: ExpertsForm,
-    facts: Mapping[str, Any],
-    module: nn.Module | None,
-    lead: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> dict[str, Any] | None:
+def inputs(instance: Instance) -> dict[str, Any] | None:
     """Tokens, their experts and weights: two experts a token, or the only one."""
-    down = getattr(module, str(facts.get("down")), None)
+    down = instance.part("down")
     if not isinstance(down, torch.Tensor) or down.dim() != 3:
         return None
-    tokens = 1
-    for size in lead:
-        tokens *= size
-    return _inputs(tokens, down.shape[0], min(2, down.shape[0]), _width(down, form), dtype, generator)
+    experts, tokens, width = down.shape[0], math.prod(instance.lead), _width(down, instance.form)
+    return _inputs(tokens, experts, min(2, experts), width, instance.dtype, instance.generator)
 
 
 def _width(down: Tensor, form: ExpertsForm) -> int:

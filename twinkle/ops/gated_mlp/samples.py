@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import Case, implementation, random, seeded, strided
+from twinkle.ops.cases import Case, Instance, implementation, random, seeded, strided
 from twinkle.ops.gated_mlp import reference
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -27,20 +27,10 @@ def forms() -> tuple[GatedMLPForm, ...]:
     return reference.FORMS
 
 
-def inputs(
-    form: GatedMLPForm,
-    facts: Mapping[str, Any],
-    module: nn.Module | None,
-    lead: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> dict[str, Any] | None:
+def inputs(instance: Instance) -> dict[str, Any] | None:
     """``x`` for an MLP: as wide as its down projection's output."""
-    down: Any = module
-    for name in str(facts.get("down")).split("."):
-        down = getattr(down, name, None)
-    width = getattr(down, "out_features", None)
-    return {"x": random((*lead, width), dtype, generator)} if isinstance(width, int) else None
+    width = getattr(instance.part("down"), "out_features", None)
+    return {"x": instance.tokens(width)} if isinstance(width, int) else None
 
 
 # Leading dimensions, width and width within.

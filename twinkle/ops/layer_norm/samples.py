@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
+from twinkle.ops.cases import SHAPES, Case, Instance, implementation, random, seeded, strided
 from twinkle.ops.layer_norm import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -28,22 +28,14 @@ def forms() -> tuple[LayerNormForm, ...]:
     return reference.FORMS
 
 
-def inputs(
-    form: LayerNormForm,
-    facts: Mapping[str, Any],
-    module: nn.Module | None,
-    lead: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> dict[str, Any] | None:
+def inputs(instance: Instance) -> dict[str, Any] | None:
     """``x`` for a norm: as wide as its weight, or as it says; None for a weight of each head."""
-    weight = getattr(module, str(facts.get("weight")), None)
+    weight, shape = instance.part("weight"), instance.facts.get("normalized_shape")
     if isinstance(weight, torch.Tensor) and weight.dim() != 1:
         return None
-    shape = facts.get("normalized_shape")
     width = shape[-1] if isinstance(shape, tuple) else _UNKNOWN_WIDTH
     width = weight.shape[-1] if isinstance(weight, torch.Tensor) else width
-    return {"x": random((*lead, width), dtype, generator, scale=3)}
+    return {"x": instance.tokens(width, scale=3)}
 
 
 class Norm(nn.Module):

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
+from twinkle.ops.cases import SHAPES, Case, Instance, implementation, random, seeded, strided
 from twinkle.ops.rms_norm import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
@@ -28,19 +28,11 @@ def forms() -> tuple[RMSNormForm, ...]:
     return reference.FORMS
 
 
-def inputs(
-    form: RMSNormForm,
-    facts: Mapping[str, Any],
-    module: nn.Module | None,
-    lead: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> dict[str, Any] | None:
+def inputs(instance: Instance) -> dict[str, Any] | None:
     """``x`` for a norm: as wide as its weight, or as it says."""
-    weight = getattr(module, str(facts.get("weight")), None)
-    shape = getattr(module, str(facts.get("normalized_shape")), None) or (_UNKNOWN_WIDTH,)
+    weight, shape = instance.part("weight"), instance.part("normalized_shape") or (_UNKNOWN_WIDTH,)
     width = weight.shape[-1] if isinstance(weight, torch.Tensor) else shape[-1]
-    return {"x": random((*lead, width), dtype, generator, scale=3)}
+    return {"x": instance.tokens(width, scale=3)}
 
 
 class Norm(nn.Module):

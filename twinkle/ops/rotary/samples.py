@@ -6,14 +6,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.cases import Case, implementation, random, seeded
+from twinkle.ops.cases import Case, Instance, implementation, random, seeded
 from twinkle.ops.rotary import reference
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Iterator
     from typing import Any
-
-    from torch import nn
 
     from twinkle.ops.rotary.reference import RotaryForm
 
@@ -35,17 +33,10 @@ def forms() -> tuple[RotaryForm, ...]:
     return reference.FORMS
 
 
-def inputs(
-    form: RotaryForm,
-    facts: Mapping[str, Any],
-    module: nn.Module | None,
-    lead: tuple[int, ...],
-    dtype: torch.dtype,
-    generator: torch.Generator,
-) -> dict[str, Any] | None:
+def inputs(instance: Instance) -> dict[str, Any] | None:
     """Queries, keys and tables of a model with heads of 64 channels."""
-    batch, tokens = lead
-    return _values(form, (batch, 4, 2, tokens, 64), dtype, dtype, generator)
+    (batch, tokens), dtype = instance.lead, instance.dtype
+    return _values(instance.form, (batch, 4, 2, tokens, 64), dtype, dtype, instance.generator)
 
 
 def _values(
