@@ -3,7 +3,7 @@
 A whole step of it cannot be compared: its logits are what there is no memory for. So a few made-up rows
 meet a part of the vocabulary for the loss and all gradients. On a GPU, where a kernel of our own goes
 through the vocabulary block by block, they meet the whole weight as well, for the loss and the gradient of
-the hidden states. The largest tensors are the logits of 64 rows and 8 MiB of weight, on a CPU 1 MiB.
+the hidden states. The largest tensors are the logits of 64 rows and a part of the weight: 2^25 elements, on a CPU 2^18.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 __all__ = ["prove_loss"]
 
 _MOST_ROWS = 64
-# Elements of the weight whose gradient is compared.
-_PART, _PART_ON_CPU = 1 << 21, 1 << 18
+# Elements of the weight whose gradient is compared: on a GPU as many columns as the kernel takes at a time, so
+# that it is compiled once for this and for the whole weight, unless they are too large for that.
+_PART, _LARGEST_PART, _PART_ON_CPU = 1 << 21, 1 << 25, 1 << 18
+_BLOCK = 16384
 _COLUMNS = 8192
 _SOFTCAP, _SCALE = 30.0, 0.5
 
@@ -76,6 +78,8 @@ def prove_loss(
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     with torch.autocast(weight.device.type, enabled=False):
         columns = max(2, (_PART_ON_CPU if on_cpu else _PART) // weight.shape[1])
+        if not on_cpu and _BLOCK * weight.shape[1] <= _LARGEST_PART:
+            columns = max(columns, _BLOCK)
         verdict = _part(hidden, weight, bias, labels, columns, backward, bent)
         if verdict.ok and not bent and not on_cpu and columns < weight.shape[0]:
             verdict = _both(verdict, _whole(hidden, weight, bias, labels, backward))
