@@ -3,7 +3,8 @@
 A whole step of it cannot be compared: its logits are what there is no memory for. So a few made-up rows
 meet a part of the vocabulary for the loss and all gradients. On a GPU, where a kernel of our own goes
 through the vocabulary block by block, they meet the whole weight as well, for the loss and the gradient of
-the hidden states. The largest tensors are the logits of 64 rows and a part of the weight: 2^25 elements, on a CPU 2^18.
+the hidden states. The largest tensors are the logits of 64 rows and a part of the weight: at most 2^25
+elements, on a CPU 2^18.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["prove_loss"]
 
 _MOST_ROWS = 64
-# Elements of the weight whose gradient is compared: on a GPU as many columns as the kernel takes at a time, so
-# that it is compiled once for this and for the whole weight, unless they are too large for that.
+# Elements of the weight whose gradient is compared. On a GPU as many columns as the kernel takes at a time,
+# so that it is compiled once for this and for the whole weight, unless they are too large for that.
 _PART, _LARGEST_PART, _PART_ON_CPU = 1 << 21, 1 << 25, 1 << 18
 _BLOCK = 16384
 _COLUMNS = 8192
