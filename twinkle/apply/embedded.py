@@ -88,7 +88,8 @@ def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel
     def source(registered: Source) -> EmbeddedLayer:
         return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
 
-    return fitting.fit(cls, kernels, facts, source, device=where)
+    sizes = tuple(parameter.shape for parameter in module.parameters())
+    return fitting.fit(cls, kernels, facts, source, device=where, sizes=sizes)
 
 
 def defer_logits(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ def fit(
     source: Callable[[Source], Source],
     *,
     device: str | None = None,
+    sizes: tuple[Any, ...] = (),
 ) -> tuple[LayerKernel, ...]:
     """The kernels as they are for one instance: the same ones for every instance with the same facts.
 
@@ -33,10 +34,12 @@ def fit(
         facts: What was read from the instance, or in words why it is not what its class promises.
         source: From the source of a kernel to that of the same kernel for these facts.
         device: What the kernels are for where their registration does not say.
+        sizes: Of the instance, where those of another size are to be told apart from it: each is proven at
+            its own first call, or never where it has none.
     """
     said = facts if isinstance(facts, str) else tuple(sorted((name, repr(it)) for name, it in facts.items()))
     # By identity: the kernels stay alive in the key.
-    key = (kernels, device, said)
+    key = (kernels, device, said, sizes)
     known = _fitted.setdefault(cls, {})
     made = known.get(key)
     if made is None:
