@@ -92,6 +92,18 @@ def test_outputs_and_gradients_are_those_of_the_original(
     assert {op for op, count in counted.items() if count} == FAMILIES[family][2]
 
 
+@pytest.mark.parametrize("length", [48, 49])
+def test_a_pair_is_proven_on_the_first_tokens_of_a_long_call(
+    device: torch.device, clean_registry: Registry, length: int
+) -> None:
+    model = build("Qwen3", device, max_position_embeddings=512)
+    kernelize_layers(model)
+    given = torch.arange(2 * length, device=device).view(2, length) % 29 + 1
+    model(given)
+    states = {b.kernel: (b.state, b.proof.partition(":")[0]) for b in clean_registry.bindings}
+    assert states["qk_norm_rotary"] == ("active", "proven")
+
+
 def test_the_cache_of_keys_and_values_is_written_once(device: torch.device) -> None:
     model = build("Qwen3", device).eval()
     prompt = tokens(device)[:1]

@@ -16,7 +16,8 @@ from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import RMSNormForm
 from twinkle.ops.rotary.reference import FORMS
-from twinkle.proof.first_use import PROOF_TOKENS
+from twinkle.proof.first_use import proof_tokens
+from twinkle.proof.inputs import fewer_of
 from twinkle.sources.embedded import EmbeddedLayer
 from twinkle.swap.tensors import constant
 
@@ -198,7 +199,7 @@ def pair_step(
             return None
         # Not a call of its own: a table that wants a gradient is none of the kernel's, and in a
         # comparison every input wants one.
-        rotate, few = plain_rotation(key[2]), slice(PROOF_TOKENS)
+        rotate, few = plain_rotation(key[2]), slice(fewer_of(q.shape[2], proof_tokens((q,))))
         some = slice(2)
         cos_, sin_ = (table.detach()[some, few] for table in (cos, sin))
 

@@ -18,9 +18,9 @@ from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
 from twinkle.proof.question import question
 
-__all__ = ["PROOF_TOKENS", "inputs_for", "others_like", "prove"]
+__all__ = ["inputs_for", "others_like", "proof_tokens", "prove"]
 
-PROOF_TOKENS = 256
+_TOKENS = 256
 """Tokens of each of at most two sequences: enough for every branch of a kernel but those on the width, and
 next to nothing in a first step."""
 _TOKENS_ON_CPU = 32
@@ -83,9 +83,12 @@ def prove(
 
 
 def _tokens(inputs: Any, module: nn.Module | None) -> int:
+    return proof_tokens(tensors_of(inputs) or (list(module.parameters()) if module is not None else []))
+
+
+def proof_tokens(tensors: Iterable[torch.Tensor]) -> int:
     """How many tokens are compared: fewer on a CPU, where each one costs as much as one of the step."""
-    tensors = tensors_of(inputs) or (list(module.parameters()) if module is not None else [])
-    return PROOF_TOKENS if any(tensor.device.type != "cpu" for tensor in tensors) else _TOKENS_ON_CPU
+    return _TOKENS if any(tensor.device.type != "cpu" for tensor in tensors) else _TOKENS_ON_CPU
 
 
 def inputs_for(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["duplicate", "fewer", "tensors_of"]
+__all__ = ["duplicate", "fewer", "fewer_of", "tensors_of"]
 
 # Two, so that a kernel which takes all sequences for the first one is seen.
 _SEQUENCES = 2
@@ -43,6 +43,11 @@ def duplicate(value: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
     return leaf, leaf.expand(value.shape) if any(spread) else leaf
 
 
+def fewer_of(length: int, tokens: int) -> int:
+    """How many of ``length`` tokens are compared; what 16 divides and what it does not stays so."""
+    return min(length, tokens - ((tokens - length) % 16 if tokens > 16 else 0))
+
+
 def fewer(inputs: Any, tokens: int) -> Any:
     """The same inputs with at most ``tokens`` of the tokens they share, and at most two sequences.
 
@@ -66,7 +71,7 @@ def fewer(inputs: Any, tokens: int) -> Any:
         length = wide[0].shape[axes[0]]
         if length > tokens:
             for tensor, axis in zip(wide, axes, strict=True):
-                cuts[id(tensor)][axis] = tokens - ((tokens - length) % 16 if tokens > 16 else 0)
+                cuts[id(tensor)][axis] = fewer_of(length, tokens)
     batch = wide[0].shape[0]
     leads = [tensor for tensor in wide if 0 not in cuts[id(tensor)] and tensor.ndim > 2]
     # Three may as well be the sections of a multimodal table: time, height and width.
