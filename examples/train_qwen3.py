@@ -37,7 +37,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     run = parser.add_argument_group("how long")
-    run.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    run.add_argument("--steps", type=int, default=40, help="optimizer steps")
     run.add_argument("--batch", type=int, default=8, help="sequences in a step")
     run.add_argument("--seq-len", type=int, default=256, help="tokens in a sequence")
     run.add_argument(
@@ -179,6 +179,8 @@ def train(
                 seconds.append((time.perf_counter() - started[0], time.process_time() - started[1]))
                 bar.update()
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", tok_s=f"{tokens.numel() / seconds[-1][0]:,.0f}")
+                if bar.disable and (step + 1) % max(1, options.steps // 10) == 0:  # no terminal: lines
+                    print(f"step {step + 1} of {options.steps}, loss {losses[-1]:.3f}", file=sys.stderr)
         except KeyboardInterrupt:
             return losses, seconds[: len(losses)], True
     return losses, seconds, False
