@@ -55,19 +55,25 @@ def norm_case(name: str, rows: int, width: int, dtype: torch.dtype) -> Case:
     form = NORMS[name]
     x, w = torch.randn(rows, width).to(dtype), (torch.randn(width) + 1).to(dtype)
     return Case(
-        f"rms_norm ({name})", f"{rows}x{width}", (x, w), 2,
+        f"rms_norm ({name})",
+        f"{rows}x{width}",
+        (x, w),
+        2,
         lambda x, w: norm_reference.rms_norm(x, w, EPS, form=form),
         lambda x, w: norm_cpu.rms_norm(x, w, EPS, form=form),
-    )  # fmt: skip
+    )
 
 
 def layer_norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
     x, w = torch.randn(rows, width).to(dtype), (torch.randn(width) + 1).to(dtype)
     return Case(
-        "layer_norm (cohere)", f"{rows}x{width}", (x, w), 2,
+        "layer_norm (cohere)",
+        f"{rows}x{width}",
+        (x, w),
+        2,
         lambda x, w: layer_norm_reference.layer_norm(x, w, None, EPS, form=COHERE),
         lambda x, w: layer_norm_everywhere.layer_norm(x, w, None, EPS, form=COHERE),
-    )  # fmt: skip
+    )
 
 
 def rotary_case(name: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
@@ -78,10 +84,13 @@ def rotary_case(name: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
     k = torch.randn(batch, tokens, kv_heads, dim).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(batch, tokens, width).to(dtype) for _ in range(2))
     return Case(
-        f"rotary ({name})", f"{batch}x{tokens}x{heads}+{kv_heads}x{dim}", (q, k, cos, sin), 2,
+        f"rotary ({name})",
+        f"{batch}x{tokens}x{heads}+{kv_heads}x{dim}",
+        (q, k, cos, sin),
+        2,
         lambda *x: rotary_reference.rotary(*x, form=form),
         lambda *x: rotary_cpu.rotary(*x, form=form),
-    )  # fmt: skip
+    )
 
 
 class _Gated(torch.autograd.Function):
@@ -129,12 +138,15 @@ def cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
         *(
             lambda a=arguments: rotary_case(*a, dtype)
             for arguments in (
-                ("half", 1, 2048), ("half", 1, 1), ("half_float32", 1, 2048), ("partial", 1, 2048),
+                ("half", 1, 2048),
+                ("half", 1, 1),
+                ("half_float32", 1, 2048),
+                ("partial", 1, 2048),
                 ("interleaved", 1, 2048),
             )
         ),
         *([lambda: gated_case(2048, 3072, dtype)] if torch.get_num_threads() == 1 else []),
-    ]  # fmt: skip
+    ]
 
 
 def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, tuple[float, float, float]]:
@@ -188,12 +200,16 @@ def main() -> None:
                     continue
                 found = measure(case, options.rounds, clock)
                 ratios = [a / b for a, b in zip(found["original"], found["twinkle"], strict=True)]
-                rows.append({
-                    "op": case.op, "shape": case.shape, "dtype": str(dtype).removeprefix("torch."),
-                    "threads": threads,
-                    **{f"{name}_ms": [round(ms, 3) for ms in times] for name, times in found.items()},
-                    "times_faster": [round(ratio, 2) for ratio in ratios],
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "op": case.op,
+                        "shape": case.shape,
+                        "dtype": str(dtype).removeprefix("torch."),
+                        "threads": threads,
+                        **{f"{name}_ms": [round(ms, 3) for ms in times] for name, times in found.items()},
+                        "times_faster": [round(ratio, 2) for ratio in ratios],
+                    }
+                )
                 shown = "  ".join(
                     f"{what} {a:8.3f} -> {b:8.3f} ({r:.2f}x)"
                     for what, a, b, r in zip(

@@ -80,9 +80,14 @@ class Layer:
     def loop(self) -> Any:
         """The definition, which is the forward of the model as written."""
         return reference.experts(
-            self.x, self.indices, self.weights, self.gate_up, self.down, self.shape.experts,
+            self.x,
+            self.indices,
+            self.weights,
+            self.gate_up,
+            self.down,
+            self.shape.experts,
             form=reference.FORMS[0],
-        )  # fmt: skip
+        )
 
     def twinkle(self) -> Any:
         """The embedded kernel."""
@@ -96,9 +101,11 @@ class Layer:
         except ImportError:
             return None
         config = Qwen3MoeConfig(
-            hidden_size=16, moe_intermediate_size=16, num_experts=self.shape.experts,
+            hidden_size=16,
+            moe_intermediate_size=16,
+            num_experts=self.shape.experts,
             num_experts_per_tok=self.shape.k,
-        )  # fmt: skip
+        )
         layer = Qwen3MoeExperts(config)
         layer.gate_up_proj = torch.nn.Parameter(self.gate_up)
         layer.down_proj = torch.nn.Parameter(self.down)

@@ -97,18 +97,17 @@ def compare(
         NotRun: It gives no finite loss, or a class in ``seen`` has the same kernels.
     """
     from twinkle import report
-    from twinkle.apply import reset
-    from twinkle.apply.models import kernelize_layers
-    from twinkle.apply.options import options
+    from twinkle.apply.layers import kernelize_layers
     from twinkle.ops.plain import at_every_size
+    from twinkle.runtime import runtime
 
-    reset()
+    runtime.reset()
     plain = tiny_models.tiny_model(name, family)
     given = {key: value.to(device) for key, value in tiny_models.inputs(plain, length=length).items()}
     plain.to(device, dtype)
     ours = copy.deepcopy(plain)
     exact = copy.deepcopy(plain)
-    options.kernels = "auto"
+    runtime.options.kernels = "auto"
     try:
         kernelize_layers(ours)
         if seen is not None:
@@ -119,7 +118,7 @@ def compare(
             our_loss, our_gradients = run(ours, given)
         told: Any = report.snapshot()
     finally:
-        reset()
+        runtime.reset()
     loss, gradients = run(plain, given)
     if loss != loss or not all(g.isfinite().all() for g in gradients.values()):
         raise NotRun("loss or gradients are not finite without any kernel")

@@ -18,8 +18,9 @@ import time
 from importlib import _bootstrap  # what the import statement calls; the only way to time a miss alone
 from pathlib import Path
 
-from twinkle.hooks import aliases, imports
+from twinkle.hooks import imports
 from twinkle.hooks.construction import watch_class, watch_pretrained
+from twinkle.swap import aliases
 
 TARGETS = [f"transformers.models.family{number}.modeling_family{number}" for number in range(100)]
 PATTERNS = [f"package{number}.models.*.modeling_*" for number in range(19)]

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from twinkle.ops.causal_lm_loss import chunks
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
+from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 MAIN = [(16384, 1024, 151936), (16384, 4096, 128256), (8192, 1152, 262144)]
 GRID = list(itertools.product((1024, 8192, 32768), (1024, 4096, 8192), (32000, 128256, 262144)))
@@ -186,7 +187,7 @@ def tune():
         losses = torch.empty(2048, device="cuda")
         line = []
         for kernel.WARPS, kernel.BLOCK in itertools.product((8, 16, 32), (8192, 16384)):
-            arguments = (logits, None, labels, losses, None, chunks.RowLoss(), True)
+            arguments = (logits, None, labels, losses, None, RowLoss(), True)
             ms = milliseconds(functools.partial(kernel.row_losses, *arguments), 3)
             line.append(f"{kernel.WARPS}/{kernel.BLOCK}: {4 * logits.numel() / ms / 1e9:.2f}")
         print(f"row kernel, vocab {vocab}, TB/s: " + "; ".join(line), flush=True)

@@ -50,10 +50,16 @@ def train(run: str, steps: int, small: bool) -> dict[str, object]:
     batch, length = (4, 64) if small else (BATCH, LENGTH)
     size = 64 if small else 512
     config = tf.Qwen3Config(
-        hidden_size=size, intermediate_size=3 * size, num_hidden_layers=2 if small else 8,
-        num_attention_heads=4 if small else 16, num_key_value_heads=2 if small else 8,
-        head_dim=32 if small else 64, vocab_size=65536, tie_word_embeddings=True, use_cache=False,
-    )  # fmt: skip
+        hidden_size=size,
+        intermediate_size=3 * size,
+        num_hidden_layers=2 if small else 8,
+        num_attention_heads=4 if small else 16,
+        num_key_value_heads=2 if small else 8,
+        head_dim=32 if small else 64,
+        vocab_size=65536,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
     torch.manual_seed(0)
     model = tf.Qwen3ForCausalLM(config).to(device=device, dtype=dtype).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, fused=device == "cuda")
@@ -78,11 +84,15 @@ def train(run: str, steps: int, small: bool) -> dict[str, object]:
         if sys.stderr.isatty():
             print(f"\r{run} {step + 1}/{steps}", end="", file=sys.stderr)
     result: dict[str, object] = {
-        "run": run, "losses": [value.item() for value in losses], "dtype": str(dtype),
+        "run": run,
+        "losses": [value.item() for value in losses],
+        "dtype": str(dtype),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
-        "parameters": sum(p.numel() for p in model.parameters()), "torch": torch.__version__,
-        "transformers": tf.__version__, "tokens_per_step": batch * length,
-    }  # fmt: skip
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "torch": torch.__version__,
+        "transformers": tf.__version__,
+        "tokens_per_step": batch * length,
+    }
     if run.startswith("twinkle"):
         from twinkle import report
 

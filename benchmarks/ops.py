@@ -288,11 +288,16 @@ def measure(name: str, case: Case, bandwidth: float, rounds: int) -> list[dict[s
             ),
             rounds,
         )
-        rows.append({
-            "op": name, "provider": provider, "forward_ms": forward, "backward_ms": backward,
-            "forward_share": case.bytes_forward / forward * 1e3 / bandwidth,
-            "backward_share": case.bytes_backward / backward * 1e3 / bandwidth,
-        })  # fmt: skip
+        rows.append(
+            {
+                "op": name,
+                "provider": provider,
+                "forward_ms": forward,
+                "backward_ms": backward,
+                "forward_share": case.bytes_forward / forward * 1e3 / bandwidth,
+                "backward_share": case.bytes_backward / backward * 1e3 / bandwidth,
+            }
+        )
         del results, wanted, gradients
     return rows
 

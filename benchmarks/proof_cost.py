@@ -25,14 +25,35 @@ if TYPE_CHECKING:
     from typing import Any
 
 MODELS = {
-    "small": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 1000},
-    "mid": {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000},
-    "qwen3-0.6b": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
-                   "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
-                   "tie_word_embeddings": True},
-}  # fmt: skip
+    "small": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1000,
+    },
+    "mid": {
+        "hidden_size": 512,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "vocab_size": 32000,
+    },
+    "qwen3-0.6b": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+}
 WAYS = {"off": {"TWINKLE_VERIFY": "off"}, "cold": {}, "warm": {}}
 _MARK = "proof_cost "
 
@@ -82,8 +103,11 @@ def _measure(
     words = ["--batch", str(options.batch), "--tokens", str(options.tokens), "--dtype", options.dtype]
     done = subprocess.run(
         [sys.executable, "-m", "twinkle", "run", __file__, "--child", model, *words],
-        env=environ, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     line = next((line for line in done.stdout.splitlines() if line.startswith(_MARK)), None)
     if line is None:
         raise SystemExit(f"{model}, {way}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
@@ -97,7 +121,8 @@ def _child(options: argparse.Namespace) -> None:
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from twinkle.proof import first_use, loss
+    from twinkle.deferred import proof as loss
+    from twinkle.proof import first_use
 
     spent = [0.0]
 

@@ -42,27 +42,49 @@ def build(name: str):
 
     if name == "qwen3-0.6b":
         config = tf.Qwen3Config(
-            hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-            num_key_value_heads=8, head_dim=128, vocab_size=151936, tie_word_embeddings=True,
-        )  # fmt: skip
+            hidden_size=1024,
+            intermediate_size=3072,
+            num_hidden_layers=28,
+            num_attention_heads=16,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            tie_word_embeddings=True,
+        )
         cls = tf.Qwen3ForCausalLM
     elif name == "llama-8b-8l":
         config = tf.LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=8, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=128256, max_position_embeddings=8192,
-        )  # fmt: skip
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=8,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+        )
         cls = tf.LlamaForCausalLM
     elif name == "gemma3-1b":
         config = tf.Gemma3TextConfig(
-            hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
-            num_key_value_heads=1, head_dim=256, vocab_size=262144, query_pre_attn_scalar=256,
-        )  # fmt: skip
+            hidden_size=1152,
+            intermediate_size=6912,
+            num_hidden_layers=26,
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            head_dim=256,
+            vocab_size=262144,
+            query_pre_attn_scalar=256,
+        )
         cls = tf.Gemma3ForCausalLM
     else:
         config = tf.Qwen3Config(
-            hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=16, vocab_size=256,
-        )  # fmt: skip
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            vocab_size=256,
+        )
         cls = tf.Qwen3ForCausalLM
     config.use_cache = False
     config._attn_implementation = "sdpa"

@@ -40,9 +40,8 @@ os.environ["TWINKLE_CACHE"] = "off"
 @pytest.fixture
 def clean_registry() -> Iterator[Registry]:
     """An empty registry; afterwards every function is restored and everything is forgotten."""
-    from twinkle.apply import reset
-    from twinkle.registry import registry
+    from twinkle.runtime import runtime
 
-    reset()
-    yield registry
-    reset()
+    runtime.reset()
+    yield runtime.registry
+    runtime.reset()

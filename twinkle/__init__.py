@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-__version__ = "0.1.0"
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from twinkle import kernel as kernel
     from twinkle import report as report
     from twinkle._bootstrap import activate as activate
+    from twinkle._version import __version__ as __version__
 
 __all__ = ["__version__", "activate", "kernel", "report"]
 
@@ -21,6 +20,10 @@ def __getattr__(name: str) -> object:
         from twinkle._bootstrap import activate
 
         return activate
+    if name == "__version__":
+        from twinkle._version import __version__
+
+        return __version__
     if name in ("kernel", "report"):
         from importlib import import_module
 

@@ -9,12 +9,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from twinkle.config import Settings
 
-__all__ = ["activate", "forget", "is_switched_off"]
+__all__ = ["activate", "is_switched_off"]
 
 # Doors that a user did not type: a bad configuration there must not stop the program.
 _INJECTED = ("pth", "sitecustomize")
-
-_active: dict[str, Settings] = {}
 
 
 def is_switched_off() -> bool:
@@ -42,29 +40,25 @@ def activate(config: str | None = None, *, door: str = "api") -> Settings | None
     if is_switched_off():
         return None
     wanted = config if config is not None else os.environ.get("TWINKLE_CONFIG") or "auto"
-    if door in _INJECTED and _active:
-        return next(iter(_active.values()))  # a second injected door found the same environment
-    if wanted in _active:
-        return _active[wanted]
+    from twinkle.apply.activation import Activation, start
     from twinkle.errors import TwinkleError
+    from twinkle.runtime import runtime
 
+    active = runtime.of(Activation).settings
+    if door in _INJECTED and active:
+        return next(iter(active.values()))  # a second injected door found the same environment
+    if wanted in active:
+        return active[wanted]
     try:
         settings = _load(wanted)
-        from twinkle.apply.activation import start
-
         start(settings, door=door)
     except TwinkleError as error:
         if door not in _INJECTED:
             raise
         print(f"twinkle is not active, the program runs as it is: {error}", file=sys.stderr)
         return None
-    _active[wanted] = settings
+    active[wanted] = settings
     return settings
-
-
-def forget() -> None:
-    """The next ``activate`` starts anew."""
-    _active.clear()
 
 
 def _load(wanted: str) -> Settings:

@@ -9,20 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
-__all__ = ["VARIABLES", "absolute", "main"]
+from twinkle._environment import VARIABLES, absolute
 
-VARIABLES = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS")
-"""The variables of which one must be set, and not empty, for the door to open."""
-
-
-def absolute(path: str) -> str:
-    """A path for a variable: child processes, which read it again, may start in another directory.
-
-    ``auto`` stays, and nothing is normalised: ``link/../twinkle.toml`` is another file than
-    ``twinkle.toml``.
-    """
-    path = os.path.expanduser(path)
-    return path if path == "auto" or os.path.isabs(path) else os.path.join(os.getcwd(), path)
+__all__ = ["main"]
 
 
 def _is_our_command() -> bool:

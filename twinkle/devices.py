@@ -5,8 +5,7 @@ Standard library only at import; torch is imported by the functions that need it
 
 from __future__ import annotations
 
-from twinkle.errors import ConfigError
-from twinkle.modes import suggest
+from twinkle.errors import ConfigError, suggest
 
 __all__ = ["DEVICES", "absent_reason", "parse_device", "torch_type"]
 

@@ -17,6 +17,7 @@ __all__ = [
     "SourceError",
     "TwinkleError",
     "TwinkleWarning",
+    "suggest",
     "warn",
 ]
 
@@ -110,6 +111,14 @@ class ApplyError(TwinkleError, RuntimeError):
 
 class TwinkleWarning(UserWarning):
     """Something Twinkle left as it was; the message says what and why."""
+
+
+def suggest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
+    """``did you mean …`` for a misspelt word, or ``None``."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else None
 
 
 def warn(text: str) -> None:

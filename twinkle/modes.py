@@ -5,7 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-from twinkle.errors import ConfigError
+from twinkle.errors import ConfigError, suggest
 
 __all__ = ["Mode", "rank"]
 
@@ -105,11 +105,3 @@ def rank(
     if compiling:
         return order if mode.compile else order + 5
     return order + (1 if mode.compile else 0)
-
-
-def suggest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
-    """``did you mean …`` for a misspelt word, or ``None``."""
-    import difflib
-
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else None

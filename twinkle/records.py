@@ -11,11 +11,33 @@ from _thread import allocate_lock
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Protocol
 
     from twinkle.modes import Mode
-    from twinkle.sources.base import Source
 
-__all__ = ["STATES", "Binding", "FunctionKernel", "LayerKernel", "LayerTarget"]
+    class Source(Protocol):
+        """Where an implementation comes from.
+
+        ``load`` is called at first use, from any thread, any number of times; it returns the same
+        object each time and imports it once.
+        """
+
+        kind: str  # "code" | "local" | "installed" | "hub" | "embedded"
+
+        def describe(self) -> str:
+            """One line for the report: what it is and where it comes from."""
+            ...
+
+        def load(self) -> object:
+            """The layer class or the callable.
+
+            Raises:
+                SourceError: It cannot be loaded; the message says what, where and what to do.
+            """
+            ...
+
+
+__all__ = ["STATES", "Binding", "FunctionKernel", "LayerKernel", "LayerTarget", "Source"]
 
 STATES = ("pending", "active", "skipped", "failed", "quarantined", "displaced", "reverted")
 

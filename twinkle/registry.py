@@ -1,4 +1,4 @@
-"""The one registry that the Python API, ``twinkle.toml`` and the environment all fill.
+"""The registry that the Python API, ``twinkle.toml`` and the environment all fill.
 
 Standard library only: this module is imported at interpreter start.
 """
@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Registry", "offers", "registry"]
+__all__ = ["Registry"]
 
 
 class Registry:
@@ -102,21 +102,3 @@ class Registry:
             for known, target in list(self._bound):
                 if known is kernel and not self._bound[known, target].instances:
                     self.unbind(known, target)
-
-    def clear(self) -> None:
-        """Forget everything; what is in place stays in place."""
-        with self._lock:
-            self.layer_kernels = ()
-            self.layer_targets = ()
-            self.function_kernels = ()
-            self.bindings = ()
-            self._bound = {}
-
-
-registry = Registry()
-
-offers = Registry()
-"""What stands in for a layer that nothing in :data:`registry` is for: the document of the embedded kernels.
-
-Registrations alone; the records of what became of them are in :data:`registry`.
-"""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from twinkle._start import absolute
+from twinkle._environment import absolute
 from twinkle.errors import ConfigError, TwinkleError
 
 TYPE_CHECKING = False

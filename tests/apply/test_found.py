@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.apply.options import options
+from twinkle.apply.layers import kernelize_layers
 from twinkle.kernel import kernelize_model, register_kernels
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -114,7 +114,7 @@ def test_a_kernel_bound_by_name_goes_first(program: Any) -> None:
 
 @pytest.mark.parametrize("first", ["theirs", "ours"])
 def test_a_programs_own_kernel_goes_before_the_embedded_one(program: Any, first: str) -> None:
-    options.kernels = ("rotary",)
+    runtime.options.kernels = ("rotary",)
     if first == "ours":
         kernelize_layers(program.Attention())
     bind({"func_impl": zeros})
@@ -124,7 +124,7 @@ def test_a_programs_own_kernel_goes_before_the_embedded_one(program: Any, first:
 
 def test_one_that_is_switched_off_is_left_alone(program: Any, clean_registry: Registry) -> None:
     bind({"func_impl": zeros})
-    options.disabled = ("mine",)
+    runtime.options.disabled = ("mine",)
     kernelize_layers(program.Attention())
     assert not is_zero(program)
     assert [(b.target, b.state) for b in clean_registry.bindings] == [("match:rotary", "skipped")]

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.apply.options import options
+from twinkle.apply.layers import kernelize_layers
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -39,7 +39,7 @@ def test_each_size_is_proven_by_itself(clean_registry: Registry, monkeypatch: py
 
     monkeypatch.setattr(first_use, "compare", compare)
     monkeypatch.setenv("TWINKLE_CACHE", "off")
-    options.kernels = "auto"
+    runtime.options.kernels = "auto"
     model = nn.ModuleList([Norm(48), Norm(16), Norm(48)])
     kernelize_layers(model)
     for _ in range(2):

@@ -18,7 +18,7 @@ from twinkle.kernel import (
     register_function_kernel,
     register_layer_kernel,
 )
-from twinkle.swap.kinds import ANY, Proofs, kind_of
+from twinkle.swap.call_kind import ANY, Proofs, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -128,9 +128,11 @@ def test_a_function_is_compared_in_each_dtype(
     exec("def double(x):\n    return x * 2", module.__dict__)
     monkeypatch.setitem(sys.modules, "kinds_target", module)
     register_function_kernel(
-        "double", "kinds_target",
-        func_impl=lambda x: x * 2 if x.dtype == torch.float32 else x * 2.1, verify="first-use",
-    )  # fmt: skip
+        "double",
+        "kinds_target",
+        func_impl=lambda x: x * 2 if x.dtype == torch.float32 else x * 2.1,
+        verify="first-use",
+    )
     apply_function_kernel("kinds_target", **decided)
     assert torch.equal(module.double(X), X * 2)
     with pytest.warns(TwinkleWarning, match="does not compute the same"):

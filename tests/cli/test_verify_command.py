@@ -12,7 +12,7 @@ import twinkle.ops.causal_lm_loss.samples as loss_samples
 from twinkle.cli import main
 from twinkle.ops import launch
 from twinkle.ops.cases import OPS, cases, forms
-from twinkle.proof import rerun
+from twinkle.proof import verify as rerun
 from twinkle.proof.compare import compare
 
 if TYPE_CHECKING:
@@ -72,8 +72,11 @@ def test_json_has_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(document["comparisons"]) == 4
     first = document["comparisons"][0]
     assert (first["op"], first["form"], first["dtype"], first["ok"]) == (
-        "causal_lm_loss", "plain", "float32", True,
-    )  # fmt: skip
+        "causal_lm_loss",
+        "plain",
+        "float32",
+        True,
+    )
     assert 0 <= first["error"] < 1e-5
     assert document["seed"] == 1
     assert not document["interrupted"]

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.apply.options import options
-from twinkle.fuse import forward, pair_step, sum_step
+from twinkle.fuse import forward
+from twinkle.fuse import qk_norm_rotary as pair_step
+from twinkle.fuse import residual_norm as sum_step
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -31,8 +33,8 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
         if type(_reduce).__name__ != "InterpretedFunction":
             pytest.skip("the kernels were imported for a GPU before")
         monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
-    options.kernels = forward.OPS
-    options.verify = "auto"
+    runtime.options.kernels = forward.OPS
+    runtime.options.verify = "auto"
     return where
 
 

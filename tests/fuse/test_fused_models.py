@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.apply.options import options
-from twinkle.fuse import forward, pair_step
+from twinkle.apply.layers import kernelize_layers
+from twinkle.fuse import forward
+from twinkle.fuse import qk_norm_rotary as pair_step
 from twinkle.kernel import unkernelize_model
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -18,9 +19,16 @@ if TYPE_CHECKING:
 transformers = pytest.importorskip("transformers")
 
 SMALL = dict(  # noqa: C408
-    hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-    intermediate_size=24, vocab_size=32, pad_token_id=0, max_position_embeddings=64,
-)  # fmt: skip
+    hidden_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    intermediate_size=24,
+    vocab_size=32,
+    pad_token_id=0,
+    max_position_embeddings=64,
+)
 
 
 FAMILIES = {
@@ -157,7 +165,7 @@ def test_a_hook_on_a_norm_is_called_and_sees_what_it_always_saw(device: torch.de
 def test_the_report_says_who_computes_what_is_never_called(
     device: torch.device, clean_registry: Registry
 ) -> None:
-    options.kernels = ("rms_norm", "rotary", *forward.OPS)
+    runtime.options.kernels = ("rms_norm", "rotary", *forward.OPS)
     model = build("Olmo2", device)
     kernelize_layers(model)
     model(tokens(device))
@@ -180,7 +188,7 @@ def test_a_wrong_pair_kernel_never_runs(
 ) -> None:
     right = pair_step.run
     monkeypatch.setattr(pair_step, "run", lambda *args: tuple(x * 1.01 for x in right(*args)))
-    options.kernels = ("qk_norm_rotary",)
+    runtime.options.kernels = ("qk_norm_rotary",)
     model = build("Qwen3", device).eval()
     expected = model(tokens(device)).logits
     kernelize_layers(model)
@@ -214,8 +222,9 @@ def test_a_compiler_sees_the_kernels_and_no_break(device: torch.device, backend:
     torch._dynamo.reset()
     found = torch.compile(layer, fullgraph=True, backend=spy)(x, **given)
     assert {name for name in names if name.startswith("twinkle")} == {
-        "twinkle.residual_norm.default", "twinkle.qk_norm_rotary.default",
-    }  # fmt: skip
+        "twinkle.residual_norm.default",
+        "twinkle.qk_norm_rotary.default",
+    }
     unkernelize_model(model)
     close(found, layer(x, **given))
 
@@ -224,7 +233,7 @@ def test_a_compiler_sees_the_kernels_and_no_break(device: torch.device, backend:
 def test_lora_beside_the_norms(device: torch.device) -> None:
     peft = pytest.importorskip("peft")
     model = build("Qwen3", device)
-    options.kernels = ("qk_norm_rotary",)
+    runtime.options.kernels = ("qk_norm_rotary",)
     kernelize_layers(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
     given = tokens(device)

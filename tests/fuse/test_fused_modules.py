@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.fuse import sum_step
-from twinkle.fuse.rewriting import CannotRewrite, Draft
+from twinkle.apply.layers import kernelize_layers
+from twinkle.fuse import residual_norm as sum_step
+from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.swap.layers import original_class
 
@@ -130,8 +130,10 @@ def test_a_users_own_module(device: torch.device, clean_registry: Registry, coun
     assert counted["residual_norm"] == 4  # the proof twice, for what a second call does, and two calls
     [binding] = clean_registry.bindings
     assert (binding.target.rpartition(":")[2], binding.kernel, binding.state) == (
-        "Block", "residual_norm", "active",
-    )  # fmt: skip
+        "Block",
+        "residual_norm",
+        "active",
+    )
 
 
 class Switched(nn.Module):

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.fuse.rewriting import Draft
-from twinkle.match.adjacent import SumThenLayer
+from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.rewrite import Draft
 
 
 def rotate(q: Any, k: Any, cos: Any, sin: Any) -> Any:

@@ -53,11 +53,14 @@ def test_places_with_a_kernel_and_without() -> None:
         "sites": (
             {"form": "rms_norm_llama_scaled", "norm": "after", "scale": "0.5", "wired": True},
             {
-                "form": "layer_norm_fused", "norm": "first", "scale": None, "wired": False,
+                "form": "layer_norm_fused",
+                "norm": "first",
+                "scale": None,
+                "wired": False,
                 "reason": "there is no kernel for a LayerNorm behind other steps",
             },
         ),
-    }  # fmt: skip
+    }
 
 
 def test_a_forward_that_cannot_be_rewritten_says_why() -> None:

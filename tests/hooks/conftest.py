@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from twinkle.hooks import guard, imports
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -25,8 +25,7 @@ def clean_hooks() -> Iterator[None]:
     modules = set(sys.modules)
     meta_path = list(sys.meta_path)
     yield
-    imports.uninstall()
-    guard.forget()
+    runtime.reset()
     sys.meta_path[:] = meta_path
     for name in set(sys.modules) - modules:
         if name.startswith("tw_"):

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from twinkle.hooks import aliases
 from twinkle.hooks.imports import watch_module
+from twinkle.swap import aliases
 
 
 @pytest.fixture

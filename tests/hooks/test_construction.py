@@ -65,7 +65,7 @@ def seen():
     yield Seen()
     for watch in watches:
         watch.cancel()
-    assert construction._watches == {}
+    assert construction.watched_classes() == ()
 
 
 def test_an_instance_is_reported_when_it_is_finished(seen):
@@ -294,10 +294,10 @@ def test_cancel_puts_everything_back():
             super().__init__(2)
 
     late = vars(Late)["__init__"]
-    assert type(late) is construction._Init
+    assert construction.is_observed(late)
     first.cancel()
     assert type(vars(Late)["__init__"]) is type(lambda: None)
-    assert type(vars(Sub)["__init__"]) is construction._Init
+    assert construction.is_observed(vars(Sub)["__init__"])
     second.cancel()
     third.cancel()
     third.cancel()
@@ -402,7 +402,7 @@ def test_what_is_no_class_is_refused():
         watch_class("Layer", print)
     with pytest.raises(TypeError):
         watch_class(int, print)
-    assert construction._watches == {}
+    assert construction.watched_classes() == ()
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")

@@ -17,8 +17,12 @@ LIGHT = {
     "twinkle.hooks.guard",
     "twinkle.hooks.imports",
     "twinkle.hooks.patterns",
-    "twinkle.match",
-    "twinkle.match.names",
+    "twinkle.options",
+    "twinkle.records",
+    "twinkle.registry",
+    "twinkle.runtime",
+    "twinkle.session",
+    "twinkle.targets",
 }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from twinkle.hooks import patterns
 from twinkle.hooks.patterns import Patterns
-from twinkle.match.names import pattern_regex
+from twinkle.targets import pattern_regex
 
 PATTERNS = ["models.*.modeling_*", "any.**.layers", "v?_ops", "**", "*", "a.***", "*.b", "a?", "??", "x.y.*"]
 NAMES = [

@@ -35,7 +35,7 @@ def seen():
     watch = watch_pretrained(models.append)
     yield models
     watch.cancel()
-    assert construction._watches == {}
+    assert construction.watched_classes() == ()
 
 
 def test_model_of_config(seen, config):

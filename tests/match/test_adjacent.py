@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from twinkle.match.adjacent import RotatedPair, SumThenLayer, find_places
+from twinkle.fuse.places import RotatedPair, SumThenLayer, find_places
 
 
 def places(body, signature="self, x, r, cos, sin"):

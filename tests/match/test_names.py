@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from twinkle.errors import ConfigError
-from twinkle.match.names import class_path, defining_match, parse_target
+from twinkle.targets import class_path, defining_match, parse_target
 
 
 class Base(nn.Module):

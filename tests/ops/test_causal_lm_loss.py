@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from twinkle.ops.causal_lm_loss import chunks
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
+from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 VARIANTS: list[dict[str, Any]] = [
     {},
@@ -32,8 +33,20 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def reference(hidden, weight, labels, *, bias=None, scale=None, softcap=None, num_items_in_batch=None,
-              reduction="mean", shift=False, ignore_index=-100, label_smoothing=0.0):  # fmt: skip
+def reference(
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    scale=None,
+    softcap=None,
+    num_items_in_batch=None,
+    reduction="mean",
+    shift=False,
+    ignore_index=-100,
+    label_smoothing=0.0,
+):
     logits = F.linear(hidden, weight, bias)
     if scale is not None:
         logits = logits * scale
@@ -195,7 +208,7 @@ def test_memory_is_bounded_by_the_chunk():
     labels = torch.randint(0, vocab, (rows,))
     # Below the operator, which shows such a mode only what comes out of it.
     with Sizes() as sizes:
-        chunks.in_chunks(hidden, weight, None, labels, None, chunks.RowLoss(), chunks.Wanted(True, True))
+        chunks.in_chunks(hidden, weight, None, labels, None, RowLoss(), chunks.Wanted(True, True))
     assert sizes.largest <= 17 * 2**20
     assert sizes.largest < rows * vocab * 4 / 3
 
@@ -370,7 +383,7 @@ def test_compiles_without_a_break(reduction):
 def test_import_needs_no_triton():
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "import torch, twinkle.ops.causal_lm_loss.layer\n"
+        "import torch, twinkle.deferred.install\n"
         "from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy as f\n"
         "print(f(torch.ones(2, 4), torch.ones(3, 4), torch.tensor([0, 1])).item())"
     )

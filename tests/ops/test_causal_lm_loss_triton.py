@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from twinkle.ops.causal_lm_loss import chunks
-from twinkle.ops.causal_lm_loss.chunks import RowLoss
+from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 FORMS = [
     RowLoss(),

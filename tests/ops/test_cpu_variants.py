@@ -180,9 +180,16 @@ def test_a_rotation_and_its_gradients_are_as_near_as_the_definition(name, dtype,
     assert all(ours(y) for y in results)
     assert [(y.dtype, y.stride()) for y in results] == [(y.dtype, y.stride()) for y in expected]
     exact_form = rotary_reference.RotaryForm(
-        "", form.pairs, form.inverse, form.tables, part=form.part, broadcast=form.broadcast,
-        indexed=form.indexed, sections=form.sections, tensors=form.tensors,
-    )  # fmt: skip
+        "",
+        form.pairs,
+        form.inverse,
+        form.tables,
+        part=form.part,
+        broadcast=form.broadcast,
+        indexed=form.indexed,
+        sections=form.sections,
+        tensors=form.tensors,
+    )
     wide, more, leaves = rotated(form, dtype, tables, memory == "tokens first")
     leaves = [x.detach().double().requires_grad_() for x in leaves]
     wide = (leaves[0], leaves[1] if form.tensors > 1 else wide[1], *(x.double() for x in wide[2:]))
@@ -223,9 +230,11 @@ def test_transforms_of_torch_func_follow_the_definition(function):
     rooms, at, call = {
         "norm": ((norm_cpu, norm_reference), x, lambda room, t: room.rms_norm(t, w, 1e-6, form=LLAMA)),
         "rotation": (
-            (rotary_cpu, rotary_reference), q, lambda room, t: room.rotary(t, k, cos, sin, form=HALF)[0]
+            (rotary_cpu, rotary_reference),
+            q,
+            lambda room, t: room.rotary(t, k, cos, sin, form=HALF)[0],
         ),
-    }[function]  # fmt: skip
+    }[function]
     mine, theirs = (
         torch.func.grad(lambda t, room=room: call(room, t).pow(3).sum())(at.detach()) for room in rooms
     )

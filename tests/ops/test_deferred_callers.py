@@ -13,10 +13,10 @@ from torch.profiler import ProfilerActivity, profile
 
 transformers = pytest.importorskip("transformers")
 
+from twinkle.deferred.install import install  # noqa: E402
+from twinkle.deferred.logits import DeferredLogits  # noqa: E402
 from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss import chunks  # noqa: E402
-from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
-from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
 from twinkle.ops.plain import at_every_size  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("every_size")
@@ -27,12 +27,22 @@ VOCAB = 64
 def build(family="llama", **more):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-        family, **{
-            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "head_dim": 8, "vocab_size": VOCAB, "max_position_embeddings": 128,
-            "pad_token_id": 0, "eos_token_id": 2, "query_pre_attn_scalar": 8, **more,
+        family,
+        **{
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "vocab_size": VOCAB,
+            "max_position_embeddings": 128,
+            "pad_token_id": 0,
+            "eos_token_id": 2,
+            "query_pre_attn_scalar": 8,
+            **more,
         },
-    )  # fmt: skip
+    )
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 
@@ -73,9 +83,16 @@ def trained(model, directory, **options):
     }
     shrink = arguments.pop("metrics_input", None)
     given = transformers.TrainingArguments(
-        str(directory), max_steps=2, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True,
-        report_to=[], save_strategy="no", disable_tqdm=True, **options,
-    )  # fmt: skip
+        str(directory),
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **options,
+    )
     rows = [{k: v[0] for k, v in batch(rows=1).items()} for _ in range(4)]
     trainer = transformers.Trainer(
         model, given, train_dataset=rows, eval_dataset=rows, preprocess_logits_for_metrics=shrink, **arguments

@@ -8,9 +8,9 @@ from torch._dynamo.backends.common import aot_autograd
 
 transformers = pytest.importorskip("transformers")
 
+from twinkle.deferred.install import install  # noqa: E402
+from twinkle.deferred.logits import DeferredLogits  # noqa: E402
 from twinkle.match.structure import recognise  # noqa: E402
-from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
-from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -21,10 +21,19 @@ TOKENS = 40
 def build(family="llama", **more):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(
-        family, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, vocab_size=VOCAB, max_position_embeddings=64, pad_token_id=0,
-        query_pre_attn_scalar=8, **more,
-    )  # fmt: skip
+        family,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=VOCAB,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        query_pre_attn_scalar=8,
+        **more,
+    )
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
 
 

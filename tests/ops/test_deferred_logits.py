@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from twinkle.deferred.head import Head
+from twinkle.deferred.logits import DeferredLogits
 from twinkle.errors import TwinkleWarning
-from twinkle.ops.causal_lm_loss.deferred import DeferredLogits
-from twinkle.ops.causal_lm_loss.head import Head
 
 VOCAB = 37
 
@@ -319,7 +319,7 @@ def test_weight_is_not_copied_once_the_logits_are_gone(case):
     head = logits._head
     logits.sum()
     del logits
-    from twinkle.ops.causal_lm_loss import head as module
+    from twinkle.deferred import head as module
 
     assert head in module._live
     del head

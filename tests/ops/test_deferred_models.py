@@ -10,17 +10,25 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from twinkle.deferred.install import install, reason_against, uninstall  # noqa: E402
+from twinkle.deferred.logits import DeferredLogits  # noqa: E402
 from twinkle.match.structure import recognise  # noqa: E402
-from twinkle.ops.causal_lm_loss.deferred import DeferredLogits  # noqa: E402
-from twinkle.ops.causal_lm_loss.layer import install, reason_against, uninstall  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 PLAIN = (
     "llama mistral qwen2 qwen3 gemma gemma3_text phi phi3 gpt2 gpt_neox opt olmo olmo2 stablelm starcoder2 "
     "smollm3 nemotron glm helium exaone4 persimmon"
@@ -36,7 +44,7 @@ FAMILIES: dict[str, dict[str, object]] = {
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "gpt_bigcode": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
-}  # fmt: skip
+}
 
 
 def build(family="llama", **more):

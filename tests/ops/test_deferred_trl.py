@@ -9,8 +9,8 @@ trl = pytest.importorskip("trl")
 datasets = pytest.importorskip("datasets")
 transformers = pytest.importorskip("transformers")
 
+from twinkle.deferred.install import install  # noqa: E402
 from twinkle.match.structure import recognise  # noqa: E402
-from twinkle.ops.causal_lm_loss.layer import install  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -33,18 +33,32 @@ def tokenizer():
 def build():
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=32,
-        max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=32,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 def trained(model, directory, **options):
     options = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 2, **options}
     given = trl.SFTConfig(
-        str(directory), use_cpu=True, bf16=False, report_to=[], save_strategy="no", logging_steps=1,
-        disable_tqdm=True, max_length=16, **options,
-    )  # fmt: skip
+        str(directory),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        max_length=16,
+        **options,
+    )
     rows = datasets.Dataset.from_dict({"text": TEXTS})
     trainer = trl.SFTTrainer(
         model, given, train_dataset=rows, eval_dataset=rows, processing_class=tokenizer()

@@ -14,17 +14,28 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from twinkle.fit.layer import check_layer  # noqa: E402
 from twinkle.match.structure import check_instance, recognise  # noqa: E402
 from twinkle.ops.experts.layer import covers, layer_class  # noqa: E402
 from twinkle.proof.compare import compare  # noqa: E402
-from twinkle.proof.fit import check_layer  # noqa: E402
 
 SMALL = {
-    "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 99,
-    "max_position_embeddings": 64, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "moe_intermediate_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 99,
+    "max_position_embeddings": 64,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe")
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 
@@ -169,9 +180,13 @@ def test_on_the_cpu_a_loop_is_replaced_and_proven_and_grouped_mm_is_left_alone(t
     environ |= {"TWINKLE_CONFIG": "auto", "TWINKLE_CACHE": "off", "TRITON_INTERPRET": "0"}
     environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=tmp_path, env=environ, capture_output=True, text=True,
+        [sys.executable, "-c", PROGRAM],
+        cwd=tmp_path,
+        env=environ,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(line) for line in done.stdout.splitlines()[-2:])
     assert [remark for remark in first["remarks"] if "Qwen3MoeExperts is left alone: its own" in remark]

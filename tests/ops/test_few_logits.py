@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twinkle.ops.causal_lm_loss.deferred import DeferredLogits
-from twinkle.ops.causal_lm_loss.layer import install
+from twinkle.deferred.install import install
+from twinkle.deferred.logits import DeferredLogits
 from twinkle.ops.plain import at_every_size
 
 VOCAB = 1024

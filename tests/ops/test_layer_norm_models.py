@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.apply.options import options
+from twinkle.apply.layers import kernelize_layers
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.ops import launch
 from twinkle.ops.layer_norm import layer
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -30,8 +30,8 @@ FAMILIES = {
 def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where triton runs, with every embedded kernel wanted, at every size."""
     monkeypatch.setattr(layer, "_LEAST", 0)
-    options.kernels = "auto"
-    options.verify = "auto"
+    runtime.options.kernels = "auto"
+    runtime.options.verify = "auto"
     return kernels
 
 
@@ -107,10 +107,12 @@ def test_loss_and_gradients_are_those_of_the_original(
 @pytest.mark.parametrize(
     ("given", "swapped"),
     [
-        ({}, True), ({"bias": False}, True), ({"elementwise_affine": False}, True),
+        ({}, True),
+        ({"bias": False}, True),
+        ({"elementwise_affine": False}, True),
         ({"normalized_shape": (4, 8)}, False),
     ],
-)  # fmt: skip
+)
 def test_layers_of_torch_in_a_model_of_ones_own(
     device: torch.device, counted: list[str], given: dict[str, Any], swapped: bool
 ) -> None:
@@ -147,8 +149,9 @@ def test_a_subclass_counts_by_its_forward(
 def test_the_fast_path_of_torchs_encoder_stays(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(16, 2, 24, dropout=0, batch_first=True, device=device),
-        1, norm=nn.LayerNorm(16, device=device),
-    )  # fmt: skip
+        1,
+        norm=nn.LayerNorm(16, device=device),
+    )
     x = torch.randn(2, 4, 16, device=device)
     lost = torch.tensor([[False] * 4, [False, False, True, True]], device=device)
     calls = []

@@ -25,9 +25,15 @@ if TYPE_CHECKING:
 
 PACK = Path(twinkle.ops.__file__).parent
 TINY = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "pad_token_id": None,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "vocab_size": 64,
+    "pad_token_id": None,
+}
 
 
 def llama() -> nn.Module:
@@ -78,9 +84,11 @@ def test_a_function_is_bound_by_name(clean_registry: Registry) -> None:
 @pytest.mark.parametrize("family", ["Llama", "Gemma3", "Phi3", "Olmo2"])
 def test_its_document_fits_the_kernels_to_any_family(clean_registry: Registry, family: str) -> None:
     config = {
-        "Llama": transformers.LlamaConfig, "Gemma3": transformers.Gemma3TextConfig,
-        "Phi3": transformers.Phi3Config, "Olmo2": transformers.Olmo2Config,
-    }[family](**TINY)  # fmt: skip
+        "Llama": transformers.LlamaConfig,
+        "Gemma3": transformers.Gemma3TextConfig,
+        "Phi3": transformers.Phi3Config,
+        "Olmo2": transformers.Olmo2Config,
+    }[family](**TINY)
 
     def build() -> nn.Module:
         torch.manual_seed(0)
@@ -98,8 +106,9 @@ def test_its_document_fits_the_kernels_to_any_family(clean_registry: Registry, f
     for (name, one), other in zip(model.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, msg=name)
     assert {(target.endswith("MLP"), state) for target, state, _ in states(clean_registry)} == {
-        (True, "active"), (False, "active"),
-    }  # fmt: skip
+        (True, "active"),
+        (False, "active"),
+    }
     assert all(proof.startswith("proven") for *_, proof in states(clean_registry))
 
 

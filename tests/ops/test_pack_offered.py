@@ -17,14 +17,11 @@ import transformers
 from torch import nn
 
 import twinkle.ops
-from twinkle.apply import reset
-from twinkle.apply.models import kernelize_layers, unkernelize
-from twinkle.apply.options import options
+from twinkle.apply.layers import kernelize_layers, unkernelize
 from twinkle.kernel import register_kernels
-from twinkle.match.ops import FUNCTION_OPS, LAYER_OPS
+from twinkle.op_names import FUNCTION_OPS, LAYER_OPS
 from twinkle.ops.rms_norm.layer import RMSNorm
-from twinkle.registry import offers
-from twinkle.report.records import session
+from twinkle.runtime import runtime
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -50,25 +47,38 @@ def specs() -> dict[str, dict[str, str]]:
 def mixtral(**given: Any) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, vocab_size=64, num_local_experts=4, **given,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+        num_local_experts=4,
+        **given,
+    )
     return transformers.MixtralForCausalLM(config)
 
 
 def llama(**given: Any) -> nn.Module:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, vocab_size=64, **given,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        vocab_size=64,
+        **given,
+    )
     return transformers.LlamaForCausalLM(config)
 
 
 @pytest.fixture
 def layers_wanted(clean_registry: Registry, kernels: torch.device) -> Registry:
     """The embedded kernels of the document are on, with triton's on whatever device there is."""
-    options.kernels = tuple(spec["match"] for spec in specs().values())
+    runtime.options.kernels = tuple(spec["match"] for spec in specs().values())
     return clean_registry
 
 
@@ -95,11 +105,11 @@ def test_the_document_has_every_op_that_is_a_layer_or_a_function(
 def test_auto_registers_the_document_and_nothing_among_what_the_user_registered(
     clean_registry: Registry,
 ) -> None:
-    options.kernels = "auto"
+    runtime.options.kernels = "auto"
     kernelize_layers(llama())
-    targets = {target.kernel_name: str(target.target) for target in offers.layer_targets}
-    layers = {(k.name, targets[k.name], k.source.describe()) for k in offers.layer_kernels}
-    functions = {(k.name, k.target, k.source.describe()) for k in offers.function_kernels if k.op}
+    targets = {target.kernel_name: str(target.target) for target in runtime.embedded.layer_targets}
+    layers = {(k.name, targets[k.name], k.source.describe()) for k in runtime.embedded.layer_kernels}
+    functions = {(k.name, k.target, k.source.describe()) for k in runtime.embedded.function_kernels if k.op}
     assert layers == {
         (name, f"match:{spec['match']}", f"installed {spec['package_name']}:{spec['layer_name']}")
         for name, spec in document()["layers"].items()
@@ -121,7 +131,7 @@ def test_a_copy_of_the_pack_binds_what_auto_binds(
     expected = model(IDS.to(kernels)).logits
     by_auto = bound(layers_wanted)
     assert {b.origin for b in layers_wanted.bindings} == {"embedded"}
-    reset()
+    runtime.reset()
     (tmp_path / "my_pack").mkdir()
     for name in ("__init__.py", "layers.py", "functions.py"):
         shutil.copy(PACK / name, tmp_path / "my_pack" / name)
@@ -129,7 +139,7 @@ def test_a_copy_of_the_pack_binds_what_auto_binds(
     for spec in (*copied["layers"].values(), *copied["functions"].values()):
         spec.update(repo_path=str(tmp_path), package_name=f"my_pack{spec['package_name'][11:]}")
     register_kernels(copied)
-    options.kernels = "off"
+    runtime.options.kernels = "off"
     model = build().to(kernels)
     kernelize_layers(model)
     assert torch.equal(model(IDS.to(kernels)).logits, expected)
@@ -151,7 +161,7 @@ def test_what_auto_loads_is_what_for_form_gives(
         return Mine
 
     monkeypatch.setattr(RMSNorm, "for_form", staticmethod(for_form))
-    options.verify = "off"
+    runtime.options.verify = "off"
     norm: Any = llama().model.norm.to(kernels)
     kernelize_layers(norm)
     assert norm(torch.ones(2, 32, device=kernels)).eq(3).all()
@@ -180,14 +190,18 @@ def test_what_a_program_binds_by_itself_goes_first(
     kernelize_layers(model)
     assert torch.equal(model.model.norm(torch.ones(2, 32)), torch.full((2, 32), 2.0))
     assert {(b.kernel, b.origin == "embedded") for b in layers_wanted.bindings} == {
-        ("rms_norm", False), ("gated_mlp", True), ("apply_rotary_pos_emb", True),
-    }  # fmt: skip
+        ("rms_norm", False),
+        ("gated_mlp", True),
+        ("apply_rotary_pos_emb", True),
+    }
 
 
 def test_an_instance_that_no_kernel_is_for_is_a_remark_and_no_failure(layers_wanted: Registry) -> None:
     kernelize_layers(llama(hidden_act="mish"))
     assert "gated_mlp" not in {binding.kernel for binding in layers_wanted.bindings}
-    assert any("LlamaMLP is left alone: no kernel for the activation" in text for text in session.remarks)
+    assert any(
+        "LlamaMLP is left alone: no kernel for the activation" in text for text in runtime.session.remarks
+    )
 
 
 def test_one_who_binds_the_pack_by_hand_reads_why_there_is_no_kernel(clean_registry: Registry) -> None:
@@ -206,12 +220,15 @@ def test_reset_forgets_the_document_and_the_kernels_made_from_it(layers_wanted: 
     register_kernels({"layers": {"mine": {"match": "rms_norm", "layer_impl": Mine, "verify": "off"}}})
     model = llama()
     kernelize_layers(model)
-    assert offers.layer_kernels
-    sources = [weakref.ref(kernel.source) for kernel in (*layers_wanted.layer_kernels, *offers.layer_kernels)]
+    assert runtime.embedded.layer_kernels
+    sources = [
+        weakref.ref(kernel.source)
+        for kernel in (*layers_wanted.layer_kernels, *runtime.embedded.layer_kernels)
+    ]
     unkernelize(model)
-    reset()
-    assert not offers.layer_kernels
-    assert not offers.layer_targets
+    runtime.reset()
+    assert not runtime.embedded.layer_kernels
+    assert not runtime.embedded.layer_targets
     del model
     gc.collect()
     assert [source() for source in sources if source() is not None] == []
@@ -224,7 +241,8 @@ from twinkle.apply.documents import register
 from twinkle.config.files import parse
 with open({str(PACK / "twinkle.toml")!r}) as file:
     register(parse(file.read(), "pack")[0], where="pack", allow_objects=False)
-from twinkle.registry import registry
+from twinkle.runtime import runtime
+registry = runtime.registry
 assert len(registry.layer_kernels + registry.function_kernels) == {len(specs())}
 assert not {{"torch", "transformers", "twinkle.ops.layers"}} & set(sys.modules)
 """

@@ -280,9 +280,16 @@ def test_under_autocast_grouped_mm_alone_keeps_the_dtype_of_the_weights(device, 
 def test_a_layer_for_the_names_of_any_class(device):
     call = Call(FORMS["clamped"], device=device)
     facts = {
-        "x": "h", "indices": "where", "weights": "how_much", "gate_up": "both", "down": "last",
-        "num_experts": EXPERTS, "activation": "gelu", "limit": 0.4, "implementation": "eager",
-    }  # fmt: skip
+        "x": "h",
+        "indices": "where",
+        "weights": "how_much",
+        "gate_up": "both",
+        "down": "last",
+        "num_experts": EXPERTS,
+        "activation": "gelu",
+        "limit": 0.4,
+        "implementation": "eager",
+    }
     made = layer_class(call.form, facts)
     layer = torch.nn.Module()
     layer.both, layer.last = torch.nn.Parameter(call.gate_up), torch.nn.Parameter(call.down)

@@ -156,11 +156,16 @@ class MLP(nn.Module):
     def parts(self, form):
         fused = form.projections == "fused"
         return {
-            "gate": None if fused else self.gate_proj, "up": None if fused else self.up_proj,
-            "gate_up": self.gate_up_proj if fused else None, "down": self.down_proj,
-            "norm": self.norm if form.norm else None, "dropout": self.dropout if form.dropout else None,
-            "limit": 0.3 if form.clamp != "none" else None, "gate_scale": 1.5, "output_scale": 0.5,
-        }  # fmt: skip
+            "gate": None if fused else self.gate_proj,
+            "up": None if fused else self.up_proj,
+            "gate_up": self.gate_up_proj if fused else None,
+            "down": self.down_proj,
+            "norm": self.norm if form.norm else None,
+            "dropout": self.dropout if form.dropout else None,
+            "limit": 0.3 if form.clamp != "none" else None,
+            "gate_scale": 1.5,
+            "output_scale": 0.5,
+        }
 
 
 @pytest.mark.parametrize("form", reference.FORMS, ids=lambda form: form.name)

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from twinkle.apply.options import options
 from twinkle.ops.cases import cases, forms
 from twinkle.proof.cache import ProofCache, cache_file, proofs
+from twinkle.proof.cache_key import kernel_version, question
 from twinkle.proof.compare import Verdict
 from twinkle.proof.first_use import prove
-from twinkle.proof.question import kernel_version, question
+from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedLayer
 
 QUESTION = {"op": "rms_norm", "form": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
@@ -243,11 +243,14 @@ def test_a_users_own_kernel_is_compared_each_time(kept: Path) -> None:
 
 
 def test_who_asks_for_a_comparison_by_name_gets_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert {v: options.recalls(v) for v in (None, "auto", "first-use", "always")} == {
-        None: True, "auto": True, "first-use": False, "always": False,
-    }  # fmt: skip
-    monkeypatch.setattr(options, "verify", "first-use")
-    assert not options.recalls(None)
+    assert {v: runtime.options.recalls(v) for v in (None, "auto", "first-use", "always")} == {
+        None: True,
+        "auto": True,
+        "first-use": False,
+        "always": False,
+    }
+    monkeypatch.setattr(runtime.options, "verify", "first-use")
+    assert not runtime.options.recalls(None)
 
 
 def test_the_version_of_a_kernel_is_that_of_its_files(
@@ -255,7 +258,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
 ) -> None:
     import shutil
 
-    import twinkle.proof.question as module
+    import twinkle.proof.cache_key as module
 
     package = Path(module.__file__).parent.parent
     for room in ("ops", "proof"):
@@ -277,7 +280,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
 
 
 def test_no_source_no_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import twinkle.proof.question as module
+    import twinkle.proof.cache_key as module
 
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     kernel_version.cache_clear()

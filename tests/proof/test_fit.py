@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError
-from twinkle.proof.fit import check_function, check_layer
+from twinkle.fit.layer import check_function, check_layer
 
 
 class Norm(nn.Module):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.apply.models import kernelize_layers
-from twinkle.apply.options import options
+from twinkle.apply.layers import kernelize_layers
+from twinkle.deferred import proof as loss
+from twinkle.deferred import verification as trust
+from twinkle.deferred.proof import prove_loss
 from twinkle.errors import TwinkleWarning
-from twinkle.ops.causal_lm_loss import linear_cross_entropy, trust
+from twinkle.ops.causal_lm_loss import linear_cross_entropy
 from twinkle.ops.plain import at_every_size
-from twinkle.proof import loss
-from twinkle.proof.loss import prove_loss
+from twinkle.runtime import runtime
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,9 +27,15 @@ if TYPE_CHECKING:
 
 VOCAB, WIDTH = 4096, 16
 SIZES = {
-    "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1,
-    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": VOCAB,
+    "hidden_size": WIDTH,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "pad_token_id": 0,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +43,7 @@ def only_the_loss(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(trust, "_found", {})
     monkeypatch.setattr(trust, "_tellers", {})
     monkeypatch.setenv("TWINKLE_CACHE", "off")
-    options.kernels = ("causal_lm_loss",)
+    runtime.options.kernels = ("causal_lm_loss",)
     with at_every_size():
         yield
 
@@ -161,9 +168,11 @@ def test_each_dtype_and_autocast_is_proven(proofs: list[tuple[torch.dtype, bool,
     step(model.to(torch.float16))
     step(model)
     assert proofs == [
-        (torch.float32, False, False), (torch.float32, True, False), (torch.bfloat16, True, False),
+        (torch.float32, False, False),
+        (torch.float32, True, False),
+        (torch.bfloat16, True, False),
         (torch.float16, True, False),
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.parametrize("make", [llama, gemma2])

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from twinkle.apply.options import options
 from twinkle.ops.cases import cases, forms
 from twinkle.records import Binding, FunctionKernel, LayerKernel
+from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.swap.candidate import Candidate, FunctionCandidate
 from twinkle.swap.functions import dispatcher
@@ -126,9 +126,16 @@ def stale(kernel: Any, *args: Any) -> Any:
 
 
 WRONG = (
-    scaled, wrong_gradient_of_the_input, nan, wrong_dtype, wrong_shape, in_place, first_rows_alone,
-    shared_buffer, stale,
-)  # fmt: skip
+    scaled,
+    wrong_gradient_of_the_input,
+    nan,
+    wrong_dtype,
+    wrong_shape,
+    in_place,
+    first_rows_alone,
+    shared_buffer,
+    stale,
+)
 LAYERS = {"rms_norm": "llama", "layer_norm": "fused", "gated_mlp": "separate", "experts": "plain"}
 FUNCTIONS = {
     "rotary": "half",
@@ -159,7 +166,7 @@ def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple
     source._made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
     kernel = LayerKernel(op, source)
     binding = Binding("layer", "program:Layer", op, source)
-    proofs = options.proofs(None, kind=source.kind)
+    proofs = runtime.options.proofs(None, kind=source.kind)
     swap_in(sample.module, [Candidate(kernel, binding, proofs=proofs)])
     return sample.module, binding, sample.args
 
@@ -174,7 +181,7 @@ def function(
     source._made = scope["planted"]
     kernel = FunctionKernel("f", "program", source)
     binding = Binding("function", "program:f", op, source)
-    proofs = options.proofs(None, kind=source.kind)
+    proofs = runtime.options.proofs(None, kind=source.kind)
     return dispatcher(sample.original, [FunctionCandidate(kernel, binding, proofs=proofs)]), binding
 
 
@@ -306,7 +313,7 @@ def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_c
 def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way once: a model is built, its layers are recognised, and their kernel is wrong."""
     import twinkle.apply.embedded as embedded
-    from twinkle.apply.models import kernelize_layers
+    from twinkle.apply.layers import kernelize_layers
 
     module = types.ModuleType("planted_program")
     monkeypatch.setitem(sys.modules, "planted_program", module)
@@ -334,7 +341,7 @@ def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(EmbeddedLayer, "load", load)
     monkeypatch.setattr(embedded, "covering", lambda op, form, device: "layer")
-    monkeypatch.setattr(options, "kernels", "auto")
+    monkeypatch.setattr(runtime.options, "kernels", "auto")
     model = nn.Sequential(Norm())
     plain = Norm()
     plain.load_state_dict(model[0].state_dict())

@@ -203,7 +203,7 @@ liger = pytest.mark.skipif(
 def test_liger_rms_norm_loads_and_fits_the_norm_of_a_llama():
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    from twinkle.proof.fit import check_layer
+    from twinkle.fit.layer import check_layer
 
     source = from_spec(
         {
@@ -231,7 +231,7 @@ def test_liger_says_what_it_needs_when_attributes_are_left_out():
 def test_liger_swiglu_fits_an_mlp_without_attributes():
     from transformers.models.llama.modeling_llama import LlamaConfig, LlamaMLP
 
-    from twinkle.proof.fit import check_layer
+    from twinkle.fit.layer import check_layer
 
     source = layer("liger_kernel.transformers:LigerSwiGLUMLP")
     config = LlamaConfig(hidden_size=32, intermediate_size=64)

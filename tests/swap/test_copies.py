@@ -94,8 +94,12 @@ def read_elsewhere(kind: str, path: Path) -> list[str]:
     program.write_text(READER)
     done = subprocess.run(
         [sys.executable, str(program), kind, str(path)],
-        env=environment, cwd=path.parent, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        env=environment,
+        cwd=path.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 

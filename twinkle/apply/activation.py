@@ -9,11 +9,9 @@ from __future__ import annotations
 import sys
 
 from twinkle.apply.bindings import declare, layer_binding
-from twinkle.apply.options import options
 from twinkle.errors import ApplyError, warn
-from twinkle.match.names import is_pattern, parse_target
-from twinkle.registry import registry
-from twinkle.report.records import session
+from twinkle.runtime import runtime
+from twinkle.targets import is_pattern, parse_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,15 +25,21 @@ if TYPE_CHECKING:
     from twinkle.hooks.imports import Watch
     from twinkle.records import FunctionKernel, LayerKernel, LayerTarget
 
-__all__ = ["deactivate", "start", "watch_new"]
+__all__ = ["Activation", "start", "watch_new"]
 
 _OWNER = "twinkle"
 
 
-class _State:
-    """What this process watches."""
+class Activation:
+    """What this process was activated with, and what it watches.
+
+    Attributes:
+        settings: The settings in force, by the configuration that was asked for.
+        active: Whether what is registered is put in place by hooks.
+    """
 
     def __init__(self) -> None:
+        self.settings: dict[str, Settings] = {}
         self.active = False
         self.watches: list[Watch | ConstructionWatch] = []
         self.layers_seen: set[LayerTarget] = set()
@@ -43,8 +47,10 @@ class _State:
         self.classes_seen: set[type] = set()
         self.watches_models = False
 
-
-_state = _State()
+    def close(self) -> None:
+        """Cancel every watch; what is in place stays in place."""
+        for watch in self.watches:
+            watch.cancel()
 
 
 def start(settings: Settings, *, door: str) -> None:
@@ -54,23 +60,23 @@ def start(settings: Settings, *, door: str) -> None:
         ConfigError: A registration cannot be right; nothing was registered.
     """
     for layers, targets, functions in (*_plugin_records(settings), settings.records()):
-        registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
-    options.mode = settings.mode
-    options.device = settings.device
-    options.use_fallback = settings.use_fallback
-    options.strict = settings.strict
-    options.verify = settings.verify
-    options.disabled = settings.disable
-    options.kernels = settings.kernels
-    session.door = door
-    session.configs = tuple(settings.paths)
+        runtime.registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
+    runtime.options.mode = settings.mode
+    runtime.options.device = settings.device
+    runtime.options.use_fallback = settings.use_fallback
+    runtime.options.strict = settings.strict
+    runtime.options.verify = settings.verify
+    runtime.options.disabled = settings.disable
+    runtime.options.kernels = settings.kernels
+    runtime.session.door = door
+    runtime.session.configs = tuple(settings.paths)
     for warning in settings.warnings:
-        session.remark(warning)
+        runtime.session.remark(warning)
         if settings.log != "off":
             print(f"twinkle: {warning}", file=sys.stderr)
     for entry, reason in settings.left_out():
-        session.remark(f"{entry.name}: {reason}")
-    _state.active = True
+        runtime.session.remark(f"{entry.name}: {reason}")
+    runtime.of(Activation).active = True
     from twinkle.hooks import guard, imports
 
     guard.on_failure(_on_failure)
@@ -98,7 +104,7 @@ def _plugin_records(settings: Settings) -> list[Records]:
         except SourceError as error:
             if settings.strict:
                 raise
-            session.remark(f"plugin {name}: {error.reason}")
+            runtime.session.remark(f"plugin {name}: {error.reason}")
             warn(f"plugin {name} is left out: {error.reason}")
             continue
         checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
@@ -114,51 +120,39 @@ def _plugin_records(settings: Settings) -> list[Records]:
 def watch_new() -> None:
     """Give every registration its record and, once activated, watch for its target."""
     declare()
-    if not _state.active:
+    state = runtime.of(Activation)
+    if not state.active:
         return
     from twinkle.hooks import imports
 
-    strict = options.raises
-    for target in registry.layer_targets:
-        if target in _state.layers_seen:
+    strict = runtime.options.raises
+    for target in runtime.registry.layer_targets:
+        if target in state.layers_seen:
             continue
-        _state.layers_seen.add(target)
+        state.layers_seen.add(target)
         if isinstance(target.target, str) and target.target.startswith("match:"):
             continue  # found in models, when they are constructed
         if isinstance(target.target, str):
             module = parse_target(target.target).module
             watch = imports.watch_module(module, _on_layer_module, owner=_OWNER, strict=strict)
-            _state.watches.append(watch)
+            state.watches.append(watch)
         else:
             _watch_class(target.target)
-    for kernel in registry.function_kernels:
-        if kernel.op is None and kernel.target_module not in _state.functions_seen:
-            _state.functions_seen.add(kernel.target_module)
+    for kernel in runtime.registry.function_kernels:
+        if kernel.op is None and kernel.target_module not in state.functions_seen:
+            state.functions_seen.add(kernel.target_module)
             watch = imports.watch_module(
                 kernel.target_module, _on_function_module, owner=_OWNER, strict=strict
             )
-            _state.watches.append(watch)
-    in_models = registry.layer_kernels or any(kernel.op for kernel in registry.function_kernels)
-    if (in_models or options.kernels != "off") and not _state.watches_models:
-        _state.watches_models = True
+            state.watches.append(watch)
+    in_models = runtime.registry.layer_kernels or any(
+        kernel.op for kernel in runtime.registry.function_kernels
+    )
+    if (in_models or runtime.options.kernels != "off") and not state.watches_models:
+        state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
-        _state.watches.append(watch_pretrained(_on_model, owner=_OWNER, strict=strict))
-
-
-def deactivate() -> None:
-    """Cancel every watch; what is in place stays in place."""
-    global _state
-    for watch in _state.watches:
-        watch.cancel()
-    if _state.active:
-        from twinkle import _bootstrap
-        from twinkle.hooks import guard, imports
-
-        imports.uninstall()
-        guard.forget()
-        _bootstrap.forget()
-    _state = _State()
+        state.watches.append(watch_pretrained(_on_model, owner=_OWNER, strict=strict))
 
 
 def _on_function_module(module: ModuleType, name: str) -> None:
@@ -166,9 +160,9 @@ def _on_function_module(module: ModuleType, name: str) -> None:
 
     functions.apply(
         name,
-        device=options.device,
-        mode=options.mode,
-        strict=options.raises,
+        device=runtime.options.device,
+        mode=runtime.options.mode,
+        strict=runtime.options.raises,
         where="activation",
         must_apply=False,
     )
@@ -176,7 +170,7 @@ def _on_function_module(module: ModuleType, name: str) -> None:
 
 def _on_layer_module(module: ModuleType, name: str) -> None:
     """Watch the construction of every class in that module which a target means."""
-    for entry in registry.layer_targets:
+    for entry in runtime.registry.layer_targets:
         if not isinstance(entry.target, str) or entry.target.startswith("match:"):
             continue
         target = parse_target(entry.target)
@@ -212,37 +206,38 @@ def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | No
         return found
     if not is_pattern(str(entry.target)):
         if found is None:
-            from twinkle.modes import suggest
+            from twinkle.errors import suggest
 
             known = [cls.__qualname__ for cls in _classes_of(module)]
             hint = suggest(name, known)
             reason = f"{module.__name__} has no class {name}" + (f"; {hint}" if hint else "")
         else:
             reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
-        for kernel in registry.kernels_named(entry.kernel_name):
+        for kernel in runtime.registry.kernels_named(entry.kernel_name):
             layer_binding(kernel, str(entry.target)).set("failed", reason)
-        if options.raises:
+        if runtime.options.raises:
             raise ApplyError(reason, where=entry.origin, fix="correct the target, or leave it out")
         warn(f"{reason} ({entry.origin})")
     return None
 
 
 def _watch_class(cls: type) -> None:
-    if cls in _state.classes_seen:
+    state = runtime.of(Activation)
+    if cls in state.classes_seen:
         return
-    _state.classes_seen.add(cls)
+    state.classes_seen.add(cls)
     from twinkle.hooks.construction import watch_class
 
-    strict = options.raises
-    _state.watches.append(watch_class(cls, _on_model, owner=_OWNER, strict=strict))
+    strict = runtime.options.raises
+    state.watches.append(watch_class(cls, _on_model, owner=_OWNER, strict=strict))
 
 
 def _on_model(model: Any) -> None:
     """A model, or a layer that is a target itself, was constructed."""
-    from twinkle.apply.models import kernelize_layers
+    from twinkle.apply.layers import kernelize_layers
 
     kernelize_layers(model)
 
 
 def _on_failure(failure: Failure) -> None:
-    session.remark(str(failure))
+    runtime.session.remark(str(failure))

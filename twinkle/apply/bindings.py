@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from twinkle.match.names import class_path, is_pattern
-from twinkle.registry import Registry, registry
+from twinkle.runtime import runtime
+from twinkle.targets import class_path, is_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,16 +17,17 @@ _NOT_MET = "no such function was met yet"
 
 def layer_binding(kernel: LayerKernel, target: type | str) -> Binding:
     """The record of a layer kernel with a class (or with a target that no class answers to yet)."""
-    return registry.bind(kernel, target if isinstance(target, str) else class_path(target))
+    return runtime.registry.bind(kernel, target if isinstance(target, str) else class_path(target))
 
 
 def function_binding(kernel: FunctionKernel) -> Binding:
     """The record of a function kernel."""
-    return registry.bind(kernel, kernel.target)
+    return runtime.registry.bind(kernel, kernel.target)
 
 
-def declare(source: Registry = registry) -> None:
+def declare() -> None:
     """Give every registration its record, so that the report shows what was never met as well."""
+    source = runtime.registry
     targets: dict[str, list[LayerTarget]] = {}
     for target in source.layer_targets:
         targets.setdefault(target.kernel_name, []).append(target)
@@ -60,6 +61,6 @@ def _why_pending(target: type | str) -> str:
 def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
     """Drop the record of a pattern or a bare name now that a class answers to it."""
     if target is None:
-        registry.unbind(kernel, f"{BY_NAME}={kernel.name}")
+        runtime.registry.unbind(kernel, f"{BY_NAME}={kernel.name}")
     elif isinstance(target.target, str) and (is_pattern(target.target) or target.target[:6] == "match:"):
-        registry.unbind(kernel, target.target)
+        runtime.registry.unbind(kernel, target.target)

@@ -5,11 +5,13 @@ Standard library only, and nothing of torch: documents are registered before a p
 
 from __future__ import annotations
 
-from twinkle.registry import Registry, registry
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
+    from twinkle.registry import Registry
 
 __all__ = ["register"]
 
@@ -20,7 +22,7 @@ def register(
     where: str,
     locate: Callable[[tuple[str | int, ...]], str] | None = None,
     allow_objects: bool = True,
-    into: Registry = registry,
+    into: Registry | None = None,
 ) -> None:
     """Validate all of a document, then register all of it.
 
@@ -29,7 +31,7 @@ def register(
         where: Where it was written, for messages.
         locate: Where each key of it was written; what the report calls the origin of a binding.
         allow_objects: Its values may be classes and callables: it was written in Python.
-        into: What it is registered in.
+        into: What it is registered in; by default the registry of this process.
 
     Raises:
         ConfigError: Something in it cannot be right; nothing was registered.
@@ -40,4 +42,4 @@ def register(
         document, where=where, locate=locate, allow_objects=allow_objects, allow_settings=False
     )
     layers, targets, functions = checked.records()
-    into.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
+    (into or runtime.registry).add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)

@@ -9,25 +9,23 @@ from __future__ import annotations
 import pkgutil
 from typing import TYPE_CHECKING
 
-from twinkle.apply import documents, fitting
-from twinkle.apply.found import cut
-from twinkle.apply.options import options
+from twinkle.apply import documents
+from twinkle.apply.recognised_functions import cut
+from twinkle.apply.specialise import specialise
 from twinkle.fuse import forward as fused
-from twinkle.match.names import class_path
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.variants import covering, declined
-from twinkle.registry import offers, registry
-from twinkle.report.records import session
+from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
+from twinkle.targets import class_path
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from twinkle.apply.found import Found
-    from twinkle.records import Binding, FunctionKernel, LayerKernel
-    from twinkle.sources.base import Source
+    from twinkle.apply.recognised_functions import Found
+    from twinkle.records import Binding, FunctionKernel, LayerKernel, Source
 
-__all__ = ["defer_logits", "forget", "function_kernels", "layer_kernels", "offer"]
+__all__ = ["defer_logits", "function_kernels", "layer_kernels", "offer"]
 
 _ORIGIN = "embedded"
 
@@ -38,26 +36,30 @@ def offer() -> None:
     Raises:
         ConfigError: The document is damaged.
     """
-    if offers.layer_targets:
+    if runtime.embedded.layer_targets:
         return
     from twinkle.config.files import parse
 
     where = "twinkle/ops/twinkle.toml"
     text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
     document, _ = parse(text.decode(), where)
-    documents.register(document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=offers)
+    documents.register(
+        document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=runtime.embedded
+    )
 
 
 def wanted(op: str | None) -> bool:
     """The settings ask for that op's kernels."""
-    if op is None or op in options.disabled:
+    if op is None or op in runtime.options.disabled:
         return False
-    return options.kernels == "auto" or op in options.kernels
+    return runtime.options.kernels == "auto" or op in runtime.options.kernels
 
 
 def _offered(op: str) -> tuple[LayerKernel, ...]:
-    names = [target.kernel_name for target in offers.layer_targets if target.target == f"match:{op}"]
-    return tuple(kernel for name in names for kernel in offers.kernels_named(name))
+    names = [
+        target.kernel_name for target in runtime.embedded.layer_targets if target.target == f"match:{op}"
+    ]
+    return tuple(kernel for name in names for kernel in runtime.embedded.kernels_named(name))
 
 
 def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel, ...]:
@@ -82,14 +84,14 @@ def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel
     if not isinstance(facts, dict):
         return ()
     if (why := declined(found.op, room, facts)) is not None:
-        session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
+        runtime.session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return ()
 
     def source(registered: Source) -> EmbeddedLayer:
         return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
 
     sizes = tuple(parameter.shape for parameter in module.parameters())
-    return fitting.fit(cls, kernels, facts, source, device=where, sizes=sizes)
+    return specialise(cls, kernels, facts, source, device=where, sizes=sizes)
 
 
 def defer_logits(model: nn.Module) -> None:
@@ -102,23 +104,23 @@ def defer_logits(model: nn.Module) -> None:
     found = recognise(cls)
     if found.op != "causal_lm_loss":
         return
-    from twinkle.ops.causal_lm_loss.layer import Installed, install
+    from twinkle.deferred.install import Installed, install
 
     installed = install(model, found)
     if isinstance(installed, Installed):
         for binding in installed.bindings:
             _merge(binding)
     else:
-        session.remark(f"the logits of {class_path(cls)} are computed as ever: {installed}")
+        runtime.session.remark(f"the logits of {class_path(cls)} are computed as ever: {installed}")
 
 
 def _merge(binding: Binding) -> None:
     """One record for the heads of all models of a class."""
-    for known in registry.bindings:
+    for known in runtime.registry.bindings:
         if (known.target, known.kernel, known.source) == (binding.target, binding.kernel, binding.source):
             known.count(binding.instances)
             return
-    registry.record(binding)
+    runtime.registry.record(binding)
 
 
 def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
@@ -136,9 +138,8 @@ def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
     def source(registered: Source) -> EmbeddedFunction:
         return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
 
-    return [cut(kernel, found, source, device=where) for kernel in offers.function_kernels if kernel.op == op]
-
-
-def forget() -> None:
-    """Begin anew: what was proven is to be proven again."""
-    fused.forget()
+    return [
+        cut(kernel, found, source, device=where)
+        for kernel in runtime.embedded.function_kernels
+        if kernel.op == op
+    ]

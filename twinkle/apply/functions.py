@@ -5,63 +5,48 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import partial
-from types import FunctionType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from twinkle.apply.bindings import function_binding
 from twinkle.apply.change import Change
-from twinkle.apply.options import options
 from twinkle.devices import absent_reason, parse_device
 from twinkle.errors import ApplyError, TwinkleError, warn
-from twinkle.hooks import aliases
 from twinkle.modes import Mode, rank
-from twinkle.registry import offers, registry
+from twinkle.runtime import runtime
+from twinkle.swap import aliases
 from twinkle.swap.candidate import FunctionCandidate, explain
-from twinkle.swap.functions import Placement, dispatcher, find, put, take_out
+from twinkle.swap.functions import dispatcher, find, put
+from twinkle.swap.placed import Placed, Placements
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twinkle.records import FunctionKernel
 
-__all__ = ["PlacedAs", "apply", "placed_as", "registered_modules", "unapply"]
+__all__ = ["apply", "registered_modules", "unapply"]
 
 
-class _Placed:
-    """A function that runs a kernel now."""
+class _Candidates:
+    """The candidates of this process, by function, device and mode."""
 
-    def __init__(
-        self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
-    ) -> None:
-        self.placement = placement
-        self.rebound = rebound
-        self.chosen = chosen
-
-    def same(self, implementation: object, chosen: list[FunctionCandidate]) -> bool:
-        """Whether that is what is in place already."""
-        if self.placement.displaced:
-            return False
-        return self.placement.implementation is implementation or (
-            isinstance(self.placement.implementation, FunctionType)
-            and "_tw_dispatch" in self.placement.implementation.__globals__
-            and self.chosen == chosen
-        )
-
-
-_placed: dict[str, _Placed] = {}
+    def __init__(self) -> None:
+        self.by_target: dict[str, tuple[FunctionKernel, Any, FunctionCandidate]] = {}
 
 
 def registered_modules() -> list[str]:
     """The modules that have function kernels, in registration order."""
-    kernels = (*registry.function_kernels, *offers.function_kernels)
+    kernels = (*runtime.registry.function_kernels, *runtime.embedded.function_kernels)
     return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.op is None))
 
 
 def _registered(module: str) -> tuple[FunctionKernel, ...]:
     """The kernels for the functions of a module: what is offered where nothing else was registered."""
-    asked_for = registry.functions_of(module)
+    asked_for = runtime.registry.functions_of(module)
     taken = {kernel.name for kernel in asked_for}
-    return (*asked_for, *(kernel for kernel in offers.functions_of(module) if kernel.name not in taken))
+    return (
+        *asked_for,
+        *(kernel for kernel in runtime.embedded.functions_of(module) if kernel.name not in taken),
+    )
 
 
 def apply(
@@ -122,10 +107,11 @@ def apply(
 def unapply(target_module: str | None = None) -> list[str]:
     """Restore the original functions of a module, or of all; returns ``"module.function"`` of each."""
     restored = []
-    for target in list(_placed):
+    placements = runtime.of(Placements)
+    for target in list(placements.by_target):
         module, _, name = target.partition(":")
         if target_module in (None, module):
-            _restore(target, "unapplied")
+            placements.restore(target, "unapplied")
             restored.append(f"{module}.{name}")
     return restored
 
@@ -168,10 +154,10 @@ class _Plan:
         Raises:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
-        placed = _placed.get(self.target)
+        placed = runtime.of(Placements).by_target.get(self.target)
         if placed is not None and placed.placement.displaced:
             # The module was reloaded, or someone replaced ours: what stands there is the original now.
-            self.former = _let_go(self.target)
+            self.former = runtime.of(Placements).let_go(self.target)
             placed = None
         try:
             original = placed.placement.original if placed else find(self.module, self.name)
@@ -199,11 +185,12 @@ class _Plan:
     def commit(self, change: Change) -> str | None:
         """Put it in place; returns ``"module.function"`` when a kernel runs there afterwards."""
         shown = self.target.replace(":", ".", 1)
-        placed = _placed.get(self.target)
+        placements = runtime.of(Placements)
+        placed = placements.by_target.get(self.target)
         if placed is not None:
             if placed.same(self.implementation, self.chosen):
                 return shown
-            _restore(self.target, "another mode or device was applied")
+            placements.restore(self.target, "another mode or device was applied")
         if self.implementation is None:
             return None
         placement = put(self.module, self.name, self.implementation, check=False)
@@ -216,7 +203,7 @@ class _Plan:
         # Asked of every function in the process: too much for what nobody named.
         by_name = any(candidate.kernel.source.kind != "embedded" for candidate in self.chosen)
         stale = aliases.stale(placement.original, target=target) if by_name else []
-        _placed[self.target] = _Placed(placement, rebound, self.chosen)
+        placements.by_target[self.target] = Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
             for alias in stale:
@@ -225,11 +212,13 @@ class _Plan:
                 candidate.succeeded()
             else:
                 candidate.waits()
-        change.did(partial(_restore, self.target, "taken back"))
+        change.did(partial(placements.restore, self.target, "taken back"))
         return shown
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
-        if not {kernel.name, kernel.target, kernel.target.replace(":", ".", 1)}.isdisjoint(options.disabled):
+        if not {kernel.name, kernel.target, kernel.target.replace(":", ".", 1)}.isdisjoint(
+            runtime.options.disabled
+        ):
             return "switched off by TWINKLE_DISABLE"
         if self.device is not None and kernel.device not in (None, self.device):
             return f"registered for {kernel.device}, applied for {self.device}"
@@ -294,66 +283,18 @@ def _resolve(candidate: FunctionCandidate, original: Any, *, strict: bool) -> Ca
     return function
 
 
-_candidates: dict[str, tuple[FunctionKernel, Any, FunctionCandidate]] = {}
-
-
 def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     key = f"{kernel.target}|{kernel.device}|{kernel.mode}"
-    known = _candidates.get(key)
+    candidates = runtime.of(_Candidates).by_target
+    known = candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
-        proofs = options.proofs(kernel.verify, kind=kernel.source.kind)
+        proofs = runtime.options.proofs(kernel.verify, kind=kernel.source.kind)
         candidate = FunctionCandidate(
             kernel,
             function_binding(kernel),
-            strict=options.raises,
+            strict=runtime.options.raises,
             proofs=proofs,
-            recall=options.recalls(kernel.verify),
+            recall=runtime.options.recalls(kernel.verify),
         )
-        known = _candidates[key] = (kernel, original, candidate)
+        known = candidates[key] = (kernel, original, candidate)
     return known[2]
-
-
-class PlacedAs(NamedTuple):
-    """What stands behind a function that Twinkle put somewhere.
-
-    Attributes:
-        original: The function that stood there.
-        kinds: The kinds of the sources of its kernels.
-    """
-
-    original: Any
-    kinds: tuple[str, ...]
-
-
-def placed_as(function: Any) -> PlacedAs | None:
-    """What a function stands for that Twinkle put in the place of another; None for any other."""
-    for placed in _placed.values():
-        if placed.placement.implementation is function or placed.placement.placed is function:
-            kinds = tuple(candidate.kernel.source.kind for candidate in placed.chosen)
-            return PlacedAs(placed.placement.original, kinds)
-    return None
-
-
-def _let_go(target: str) -> Any:
-    """Give up a placement that someone else has replaced; returns the original it had."""
-    placed = _placed.pop(target)
-    aliases.restore(placed.rebound)
-    for candidate in placed.chosen:
-        candidate.binding.count(-1 - len(placed.rebound))
-    return placed.placement.original
-
-
-def _restore(target: str, reason: str) -> None:
-    placed = _placed.pop(target, None)
-    if placed is None:
-        return
-    aliases.restore(placed.rebound)
-    ours = take_out(placed.placement)
-    for candidate in placed.chosen:
-        candidate.binding.count(-1 - len(placed.rebound))
-        if not ours:
-            candidate.binding.set(
-                "displaced", "someone else replaced the function after Twinkle; theirs stays"
-            )
-        elif candidate.dead is None:
-            candidate.binding.set("reverted", reason)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from twinkle import __version__
+from twinkle._version import __version__
 from twinkle.errors import TwinkleError
 
 TYPE_CHECKING = False
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"twinkle {__version__}")
         return 0
     if command not in _COMMANDS:
-        from twinkle.modes import suggest
+        from twinkle.errors import suggest
 
         hint = suggest(command, list(_COMMANDS)) or "twinkle --help lists the commands"
         print(f"twinkle: unknown command {command!r}; {hint}", file=sys.stderr)

@@ -41,9 +41,9 @@ def main(words: Sequence[str]) -> int:
         TwinkleError: The configuration is wrong, or a kernel cannot be had.
     """
     from twinkle.cli.lock import hub_sources
-    from twinkle.sources.hub_load import resolve_tree
-    from twinkle.sources.hub_lock import by_lock, fetch_locked
-    from twinkle.sources.lock import Lock
+    from twinkle.sources.hub.load import resolve_tree
+    from twinkle.sources.hub.lockfile import Lock
+    from twinkle.sources.hub.make_lock import by_lock, fetch_locked
 
     options = parser().parse_args(words)
     sources = hub_sources(options.config)

@@ -7,8 +7,9 @@ import os
 import platform
 import sys
 
-from twinkle import __version__, runner
-from twinkle._start import VARIABLES
+from twinkle import runner
+from twinkle._environment import VARIABLES
+from twinkle._version import __version__
 from twinkle.cli.clash import clash
 
 TYPE_CHECKING = False

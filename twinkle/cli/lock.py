@@ -10,8 +10,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from twinkle.sources.hub import HubSource
-    from twinkle.sources.lock import Lock
+    from twinkle.sources.hub.lockfile import Lock
+    from twinkle.sources.hub.source import HubSource
 
 __all__ = ["hub_sources", "main", "parser"]
 
@@ -52,7 +52,7 @@ def hub_sources(paths: Sequence[str]) -> list[HubSource]:
         ConfigError: The configuration cannot be right.
     """
     from twinkle import config
-    from twinkle.sources.hub import HubSource
+    from twinkle.sources.hub.source import HubSource
 
     settings = config.load(paths, os.environ, cwd=os.getcwd())
     layers, _, functions = settings.records()
@@ -66,8 +66,8 @@ def main(words: Sequence[str]) -> int:
     Raises:
         TwinkleError: The configuration is wrong, or a kernel cannot be locked.
     """
-    from twinkle.sources.hub_lock import by_lock, make_lock
-    from twinkle.sources.lock import Lock
+    from twinkle.sources.hub.lockfile import Lock
+    from twinkle.sources.hub.make_lock import by_lock, make_lock
 
     options = parser().parse_args(words)
     sources = hub_sources(options.config)

@@ -16,7 +16,7 @@ from twinkle.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from twinkle.match.structure import Recognition
+    from twinkle.match.recognition import Recognition
 
 __all__ = ["add_parser", "main"]
 

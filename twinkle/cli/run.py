@@ -7,7 +7,7 @@ import os
 import sys
 
 from twinkle import runner
-from twinkle._start import absolute
+from twinkle._environment import absolute
 from twinkle.cli.clash import clash
 
 TYPE_CHECKING = False

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-    from twinkle.proof.rerun import Part, Row
+    from twinkle.proof.verify import Part, Row
 
 __all__ = ["main"]
 
@@ -67,7 +67,7 @@ def main(words: Sequence[str]) -> int:
 
     # Torch is imported only now: `--help` should not wait for it.
     from twinkle.ops.cases import OPS
-    from twinkle.proof import rerun
+    from twinkle.proof import verify as rerun
 
     unknown = [op for op in options.op or () if op not in OPS]
     if unknown:
@@ -171,12 +171,18 @@ def _print_table(rows: list[Row]) -> None:
     headers = ("device", "op", "form", "by", "dtype", "shape", "error", "gradients", "")
     cells = [
         (
-            row.device, row.op, row.form, row.how, row.dtype, row.shape,
-            _pair(*row.verdict.errors[:2]), _pair(*row.verdict.errors[2:]),
+            row.device,
+            row.op,
+            row.form,
+            row.how,
+            row.dtype,
+            row.shape,
+            _pair(*row.verdict.errors[:2]),
+            _pair(*row.verdict.errors[2:]),
             "proven" if row.verdict.ok else f"REJECTED: {row.verdict.text}",
         )
         for row in rows
-    ]  # fmt: skip
+    ]
     if not cells:
         return
     widths = [max(len(line[i]) for line in (headers, *cells)) for i in range(len(headers) - 1)]
@@ -193,8 +199,8 @@ def _print_json(rows: list[Row], seed: int, left_out: list[str], interrupted: bo
 
     import torch
 
-    from twinkle import __version__
-    from twinkle.proof.question import device_name
+    from twinkle._version import __version__
+    from twinkle.proof.cache_key import device_name
 
     document: dict[str, Any] = {
         "twinkle": __version__,

@@ -9,8 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable, Iterable, Mapping
 
     from twinkle.modes import Mode
-    from twinkle.records import FunctionKernel, LayerKernel, LayerTarget
-    from twinkle.sources.base import Source
+    from twinkle.records import FunctionKernel, LayerKernel, LayerTarget, Source
 
     Records = tuple[tuple[LayerKernel, ...], tuple[LayerTarget, ...], tuple[FunctionKernel, ...]]
 
@@ -277,8 +276,8 @@ def records_of(
 
 def check_op(target: str, entry: Entry) -> None:
     """``match = "op"`` names an op that layers, or functions, are recognised as."""
-    from twinkle.match.ops import FUNCTION_OPS, LAYER_OPS
-    from twinkle.modes import suggest
+    from twinkle.errors import suggest
+    from twinkle.op_names import FUNCTION_OPS, LAYER_OPS
 
     ops = LAYER_OPS if entry.kind == "layer" else FUNCTION_OPS
     op = target.partition(":")[2]

@@ -8,10 +8,9 @@ from twinkle.config.entries import Checked
 from twinkle.config.fields import SETTING_KEYS, WrongError, shown
 from twinkle.config.files import parse
 from twinkle.config.locations import Locations, printable
-from twinkle.config.op_names import OPS, slip
 from twinkle.config.schema import validate
-from twinkle.errors import ConfigError
-from twinkle.modes import suggest
+from twinkle.errors import ConfigError, suggest
+from twinkle.op_names import OPS, slip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -7,11 +7,11 @@ a file), and returns the value to keep or raises :class:`WrongError`.
 from __future__ import annotations
 
 from twinkle.config.locations import printable
-from twinkle.config.op_names import OPS, hint
 from twinkle.devices import parse_device
-from twinkle.errors import ConfigError
-from twinkle.match.names import parse_target
-from twinkle.modes import Mode, suggest
+from twinkle.errors import ConfigError, suggest
+from twinkle.modes import Mode
+from twinkle.op_names import OPS, hint
+from twinkle.targets import parse_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -234,7 +234,7 @@ def _too_large(name: str, size: int) -> ConfigError:
 
 def _similar(path: str) -> str | None:
     """A file of nearly that name in the same directory."""
-    from twinkle.modes import suggest
+    from twinkle.errors import suggest
 
     folder, base = os.path.split(path)
     try:

@@ -18,8 +18,7 @@ from twinkle.config.fields import (
 )
 from twinkle.config.locations import Locations, dotted, printable
 from twinkle.config.one_source import SOURCE_KEYS, check_source, keys_of
-from twinkle.errors import ConfigError
-from twinkle.modes import suggest
+from twinkle.errors import ConfigError, suggest
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.rotations import plain_rotation
-from twinkle.match.source import function_of
-from twinkle.registry import registry
+from twinkle.match.symbolic.source import function_of
+from twinkle.runtime import runtime
 from twinkle.swap.layers import candidates_of, original_class
 
 if TYPE_CHECKING:
@@ -33,7 +33,9 @@ def note_absorbed(step: Step, owner: nn.Module, layers: Sequence[nn.Module], fun
     plain = function_of(plain_rotation(function))
     name = f"{getattr(plain, '__module__', None)}:{getattr(plain, '__qualname__', None)}"
     bindings += [
-        binding for binding in registry.bindings if (binding.kind, binding.target) == ("function", name)
+        binding
+        for binding in runtime.registry.bindings
+        if (binding.kind, binding.target) == ("function", name)
     ]
     for binding in bindings:
         if binding.state == "pending":

@@ -2,9 +2,9 @@
 
     >>> kernel = layer_kernel(module, type(module), "cuda", ("residual_norm", "qk_norm_rotary"))
 
-The forward of the class is rewritten at the places found by :mod:`twinkle.match.adjacent`, and put in place
+The forward of the class is rewritten at the places found by :mod:`twinkle.fuse.places`, and put in place
 as any layer kernel is. It computes what the original does where a kernel does not fit; that is decided at
-each call, by the functions of :mod:`twinkle.fuse.sum_step` and :mod:`twinkle.fuse.pair_step`.
+each call, by the functions of :mod:`twinkle.fuse.residual_norm` and :mod:`twinkle.fuse.qk_norm_rotary`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from twinkle.apply.options import options
 from twinkle.fuse.norms import Norm, norm_of
-from twinkle.fuse.pair_step import pair_step
-from twinkle.fuse.rewriting import CannotRewrite, Draft
+from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.qk_norm_rotary import pair_step
+from twinkle.fuse.residual_norm import sum_step
+from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.fuse.steps import Step
-from twinkle.fuse.sum_step import sum_step
-from twinkle.match.adjacent import SumThenLayer
 from twinkle.match.instance import read_path
 from twinkle.ops import launch
 from twinkle.ops.variants import covering
 from twinkle.records import LayerKernel
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from twinkle.fuse.places import Place
     from twinkle.fuse.sites import Site
-    from twinkle.match.adjacent import Place
 
-__all__ = ["OPS", "FusedForward", "draft_of", "forget", "layer_kernel"]
+__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel"]
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -68,22 +68,25 @@ def _layers(owner: nn.Module) -> Iterator[nn.Module]:
             yield child
 
 
-_drafts: WeakKeyDictionary[type, Draft | str] = WeakKeyDictionary()
+class _Forwards:
+    """What was worked out before, by class: forwards to be rewritten, and the kernels made of them."""
+
+    def __init__(self) -> None:
+        self.drafts: WeakKeyDictionary[type, Draft | str] = WeakKeyDictionary()
+        self.kernels: WeakKeyDictionary[type, dict[Any, LayerKernel]] = WeakKeyDictionary()
 
 
 def draft_of(cls: type) -> Draft | str:
     """The forward of a class to be rewritten, or in words why it cannot be; worked out once."""
-    found = _drafts.get(cls)
+    drafts = runtime.of(_Forwards).drafts
+    found = drafts.get(cls)
     if found is None:
         try:
             found = Draft(getattr(cls, "forward", None))
         except CannotRewrite as error:
             found = str(error)
-        _drafts[cls] = found
+        drafts[cls] = found
     return found
-
-
-_kernels: WeakKeyDictionary[type, dict[Any, LayerKernel]] = WeakKeyDictionary()
 
 
 def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
@@ -110,7 +113,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     ]
     if not sites:
         return None
-    known = _kernels.setdefault(cls, {})
+    known = runtime.of(_Forwards).kernels.setdefault(cls, {})
     key = (where, tuple((site.number, site.form.name) for site in sites))
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
@@ -119,11 +122,6 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
             name, FusedForward(draft, sites), device=where, verify="off", origin="embedded"
         )
     return known[key]
-
-
-def forget() -> None:
-    """Begin anew: what was proven is to be proven again."""
-    _kernels.clear()
 
 
 class FusedForward:
@@ -153,11 +151,11 @@ class FusedForward:
     def load(self) -> object:
         """The layer class; the same one each time."""
         if self._made is None:
-            proofs = options.proofs(None, kind="embedded")
+            proofs = runtime.options.proofs(None, kind="embedded")
             steps = {
                 site.number: self._functions(
                     self.draft.places[site.number],
-                    Step(self, site.op, proofs=proofs, recall=options.recalls(None)),
+                    Step(self, site.op, proofs=proofs, recall=runtime.options.recalls(None)),
                 )
                 for site in self.sites
             }

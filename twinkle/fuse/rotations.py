@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from twinkle.apply import functions
 from twinkle.fuse.norms import hooked
-from twinkle.match.source import function_of
 from twinkle.match.structure import recognise
+from twinkle.match.symbolic.source import function_of
+from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
     from twinkle.ops.rotary.reference import RotaryForm
@@ -23,7 +23,7 @@ def rotation_of(function: Any) -> RotaryForm | str:
 
     A function that an embedded kernel was put in the place of is what it was before.
     """
-    placed = functions.placed_as(function)
+    placed = placed_as(function)
     if placed is not None and any(kind != "embedded" for kind in placed.kinds):
         return "the rotation has a kernel of its own"
     function = plain_rotation(function)
@@ -59,5 +59,5 @@ def rotation_form(function: Any) -> RotaryForm | None:
 
 def plain_rotation(function: Any) -> Any:
     """The function without the kernel that Twinkle put in its place."""
-    placed = functions.placed_as(function)
+    placed = placed_as(function)
     return function if placed is None else placed.original

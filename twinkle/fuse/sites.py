@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.fuse.norms import Norm, norm_form, norm_of
-from twinkle.fuse.pair_step import form_of_pair, pair_of
-from twinkle.fuse.sum_step import forms_of
-from twinkle.match.adjacent import SumThenLayer
+from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.qk_norm_rotary import form_of_pair, pair_of
+from twinkle.fuse.residual_norm import forms_of
 from twinkle.ops.layer_norm.reference import LayerNormForm
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twinkle.match.adjacent import Place, RotatedPair
+    from twinkle.fuse.places import Place, RotatedPair
 
 __all__ = ["OPS", "Site", "layers_of", "site_of"]
 

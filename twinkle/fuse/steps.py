@@ -104,9 +104,16 @@ class Step:
 
         subject, original, kernel, tensors, module = proof()
         return prove(
-            subject, original, kernel, tensors, {}, module=module, plain_class=nn.Module,
-            backward=graded, recall=self.recall,
-        )  # fmt: skip
+            subject,
+            original,
+            kernel,
+            tensors,
+            {},
+            module=module,
+            plain_class=nn.Module,
+            backward=graded,
+            recall=self.recall,
+        )
 
     def note(self, layer: nn.Module, reason: str) -> None:
         """Say in the report why the original steps ran."""

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.forward import draft_of
 from twinkle.fuse.norms import norm_form
+from twinkle.fuse.places import SumThenLayer, find_places
 from twinkle.fuse.sites import OPS, layers_of, site_of
-from twinkle.match import source
-from twinkle.match.adjacent import SumThenLayer, find_places
 from twinkle.match.attributes import attribute_classes
-from twinkle.match.structure import Recognition, recognise
+from twinkle.match.recognition import Recognition
+from twinkle.match.structure import recognise
 from twinkle.match.survey import candidates
+from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
-    from twinkle.match.adjacent import Place
+    from twinkle.fuse.places import Place
 
 __all__ = ["recognise_all", "recognise_places", "survey_module"]
 

@@ -16,6 +16,7 @@ from types import FunctionType, MethodType
 from twinkle.hooks import guard
 from twinkle.hooks.finder import own_dict
 from twinkle.hooks.imports import watch_module
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
-__all__ = ["ConstructionWatch", "watch_class", "watch_pretrained"]
+__all__ = ["ConstructionWatch", "is_observed", "watch_class", "watch_pretrained", "watched_classes"]
 
 # The stacklevel of warnings skips frames whose file name holds "importlib" and "_bootstrap": a
 # constructor that warns its caller still points at its caller.
@@ -140,8 +141,34 @@ class _Thread(_local):
 
 
 _thread = _Thread()
-_lock = RLock()
-_watches: dict[type, tuple[ConstructionWatch, ...]] = {}
+
+
+class _Families:
+    """Who watches which family of classes."""
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.watches: dict[type, tuple[ConstructionWatch, ...]] = {}
+
+    def close(self) -> None:
+        """Cancel every watch: all classes get their own constructors back."""
+        for watches in list(self.watches.values()):
+            for watch in watches:
+                watch.cancel()
+
+
+def _families() -> _Families:
+    return runtime.of(_Families)
+
+
+def watched_classes() -> tuple[type, ...]:
+    """The classes whose families are watched now."""
+    return tuple(_families().watches)
+
+
+def is_observed(function: object) -> bool:
+    """Whether that is an ``__init__`` that was put around a class's own to observe it."""
+    return type(function) is _Init
 
 
 class _Init:
@@ -249,15 +276,16 @@ class _InitSubclass:
 
 def _constructed(instance: object, building: dict[int, object]) -> None:
     kind = type(instance)
+    watches = _families().watches
     if type(kind.__init__) is not _Init:
         # An __init__ that was put there after the class statement ran around the observed one.
         for cls in kind.__mro__:
-            if any(root in cls.__mro__ for root in _watches):
+            if any(root in cls.__mro__ for root in watches):
                 _instrument(cls)
     ready = [
         watch
         for root in kind.__mro__
-        for watch in _watches.get(root, ())
+        for watch in watches.get(root, ())
         if not (watch.outermost and any(isinstance(other, root) for other in building.values()))
     ]
     if not ready or _thread.reporting:
@@ -271,30 +299,32 @@ def _constructed(instance: object, building: dict[int, object]) -> None:
 
 
 def _observe(root: type, watch: ConstructionWatch) -> None:
-    with _lock:
-        if root not in _watches:
+    families = _families()
+    with families.lock:
+        if root not in families.watches:
             if "__init__" not in root.__dict__:
                 type.__setattr__(root, "__init__", _observed(root.__init__, root))  # type: ignore[misc]
             own = root.__dict__.get("__init_subclass__")
             type.__setattr__(root, "__init_subclass__", _InitSubclass(root, own))
             for cls in _family(root):
                 _instrument(cls)
-        _watches[root] = (*_watches.get(root, ()), watch)
+        families.watches[root] = (*families.watches.get(root, ()), watch)
 
 
 def _release(root: type, watch: ConstructionWatch) -> None:
-    with _lock:
-        left = tuple(one for one in _watches.get(root, ()) if one is not watch)
+    families = _families()
+    with families.lock:
+        left = tuple(one for one in families.watches.get(root, ()) if one is not watch)
         if left:
-            _watches[root] = left
+            families.watches[root] = left
             return
-        _watches.pop(root, None)
+        families.watches.pop(root, None)
         hook = root.__dict__.get("__init_subclass__")
         if type(hook) is _InitSubclass:
             _put_back(root, "__init_subclass__", hook.original)
         for cls in _family(root):
             init = cls.__dict__.get("__init__")
-            if type(init) is _Init and not any(other in _watches for other in cls.__mro__):
+            if type(init) is _Init and not any(other in families.watches for other in cls.__mro__):
                 _put_back(cls, "__init__", None if _owner(init) is not None else _function(init))
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 import sys
 
 from twinkle.errors import TwinkleWarning
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Failure", "failed", "failures", "forget", "on_failure"]
+__all__ = ["Failure", "failed", "failures", "on_failure"]
 
 
 class Failure:
@@ -37,25 +38,24 @@ class Failure:
         return f"a hook of {self.owner or 'unknown owner'} on {self.subject} raised {kind}: {self.error}"
 
 
-_failures: list[Failure] = []
-_handlers: list[Callable[[Failure], object]] = []
+class _Failures:
+    """The callbacks that raised, and who is told of them."""
+
+    def __init__(self) -> None:
+        self.seen: list[Failure] = []
+        self.handlers: list[Callable[[Failure], object]] = []
 
 
 def failures() -> tuple[Failure, ...]:
     """Every callback that raised so far, oldest first."""
-    return tuple(_failures)
+    return tuple(runtime.of(_Failures).seen)
 
 
 def on_failure(handler: Callable[[Failure], object]) -> None:
     """Call ``handler`` with every failure from now on; what it raises itself is dropped."""
-    if handler not in _handlers:
-        _handlers.append(handler)
-
-
-def forget() -> None:
-    """Drop the recorded failures and the handlers."""
-    _failures.clear()
-    _handlers.clear()
+    handlers = runtime.of(_Failures).handlers
+    if handler not in handlers:
+        handlers.append(handler)
 
 
 def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
@@ -68,8 +68,9 @@ def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
         strict: Raise it again instead of warning.
     """
     failure = Failure(owner, subject, error)
-    _failures.append(failure)
-    for handler in tuple(_handlers):
+    state = runtime.of(_Failures)
+    state.seen.append(failure)
+    for handler in tuple(state.handlers):
         try:
             handler(failure)
         except Exception as second:

@@ -15,7 +15,8 @@ from _thread import RLock
 from twinkle.hooks import guard
 from twinkle.hooks.finder import Finder, is_lazy, spec_of, when_initialized
 from twinkle.hooks.patterns import Patterns
-from twinkle.match.names import is_pattern
+from twinkle.runtime import runtime
+from twinkle.targets import is_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ class Watch:
     def cancel(self) -> None:
         """Do not call back any more; what the callback did stays done."""
         self.active = False
-        with _table.lock:
-            _table.watches = tuple(watch for watch in _table.watches if watch is not self)
-            _table.tell()
+        with _table().lock:
+            _table().watches = tuple(watch for watch in _table().watches if watch is not self)
+            _table().tell()
 
     def has_run(self, name: str, module: object) -> bool:
         """The callback ran for that very module object."""
@@ -71,7 +72,7 @@ class Watch:
 
     def claim(self, name: str, module: object, *, again: bool) -> bool:
         """Whether the caller is to run the callback; of several callers only one is."""
-        with _table.lock:
+        with _table().lock:
             if not self.active or (self.has_run(name, module) and not again):
                 return False
             self._seen[name] = _reference(module)
@@ -111,6 +112,19 @@ class _Table:
         self.finder = Finder(_loaded)
         self.bypassed: dict[str, str] = {}
 
+    def close(self) -> None:
+        """Take our finder out and cancel every watch."""
+        with self.lock:
+            for at, finder in enumerate(sys.meta_path):
+                if finder is self.finder:
+                    del sys.meta_path[at]
+                    break
+            for watch in self.watches:
+                watch.active = False
+            self.watches = ()
+            self.bypassed.clear()
+            self.tell()
+
     def tell(self) -> None:
         """Let the finder know what is watched."""
         exact = [watch.name for watch in self.watches if not is_pattern(watch.name)]
@@ -122,26 +136,22 @@ class _Table:
         self.finder.forget_threads()
 
 
+def _table() -> _Table:
+    return runtime.of(_Table)
+
+
 def install() -> Installed:
     """Put our finder at the front of ``sys.meta_path``, if it is not in there."""
-    with _table.lock:
-        if not any(finder is _table.finder for finder in sys.meta_path):
-            sys.meta_path.insert(0, _table.finder)
+    with _table().lock:
+        if not any(finder is _table().finder for finder in sys.meta_path):
+            sys.meta_path.insert(0, _table().finder)
+    runtime.session.remarks_at_report["imports"] = remarks
     return Installed()
 
 
 def uninstall() -> None:
     """Take our finder out and cancel every watch; what callbacks did stays done."""
-    with _table.lock:
-        for at, finder in enumerate(sys.meta_path):
-            if finder is _table.finder:
-                del sys.meta_path[at]
-                break
-        for watch in _table.watches:
-            watch.active = False
-        _table.watches = ()
-        _table.bypassed.clear()
-        _table.tell()
+    _table().close()
 
 
 def watch_module(
@@ -169,9 +179,9 @@ def watch_module(
         strict: Let what the callback raises fail the import instead.
     """
     watch = Watch(name_or_pattern, callback, owner, strict)
-    with _table.lock:
-        _table.watches = (*_table.watches, watch)
-        _table.tell()
+    with _table().lock:
+        _table().watches = (*_table().watches, watch)
+        _table().tell()
     install()
     for name in watch.names_in(list(sys.modules)):
         _arrived(watch, name)
@@ -191,25 +201,32 @@ def catch_up() -> list[str]:
 
     Those of modules that are still being imported run at the end of that.
     """
-    _table.finder.suspicious = False
+    _table().finder.suspicious = False
     names = missed()
     for watch, name, _ in _unseen():
         if name in names:
-            _table.bypassed.setdefault(name, _who_bypassed(name))
+            _table().bypassed.setdefault(name, _who_bypassed(name))
         _arrived(watch, name)
     return names
 
 
 def bypassed() -> dict[str, str]:
     """The modules that were found to have come in without us, and past whom, in words."""
-    return dict(_table.bypassed)
+    return dict(_table().bypassed)
+
+
+def remarks() -> list[str]:
+    """What the report says of modules that came in without our finder being asked."""
+    past = "was imported past Twinkle's finder"
+    found = [f"{module} {past}: {whom}" for module, whom in bypassed().items()]
+    return found + [f"{module} {past}, and is as it was" for module in missed()]
 
 
 def _unseen() -> list[tuple[Watch, str, object]]:
     modules = list(sys.modules)
     return [
         (watch, name, module)
-        for watch in _table.watches
+        for watch in _table().watches
         for name in watch.names_in(modules)
         if (module := sys.modules.get(name)) is not None and not watch.has_run(name, module)
     ]
@@ -229,7 +246,7 @@ def _arrived(watch: Watch, name: str) -> None:
     if module is None:
         return
     if is_lazy(module):
-        _table.finder.observe_lazy(module, name)
+        _table().finder.observe_lazy(module, name)
     elif _is_initializing(module) and when_initialized(spec_of(module), lambda: _settled(name)):
         if not _is_initializing(module):  # it finished while we looked
             _settled(name)
@@ -241,19 +258,19 @@ def _settled(name: str) -> None:
     """An import that began before we could observe it has ended, well or not."""
     module = sys.modules.get(name)
     if module is not None:
-        _fire([watch for watch in _table.watches if watch.matches(name)], name, module, again=False)
+        _fire([watch for watch in _table().watches if watch.matches(name)], name, module, again=False)
 
 
 def _loaded(name: str, executed: ModuleType) -> None:
     """The finder saw the module being executed."""
     module = sys.modules.get(name)
     if module is not None:
-        watches = [watch for watch in _table.watches if watch.matches(name)]
+        watches = [watch for watch in _table().watches if watch.matches(name)]
         if watches:
             _fire(watches, name, module, again=True)
         if watches or "wrapt" in sys.modules:  # whose finder we may have walked past
             _notify(module if getattr(module, "__name__", None) == name else executed)
-    if _table.finder.suspicious:
+    if _table().finder.suspicious:
         catch_up()
 
 
@@ -294,7 +311,7 @@ def _wrapt() -> Any:
 def _who_bypassed(name: str) -> str:
     before = []
     for finder in sys.meta_path:
-        if finder is _table.finder:
+        if finder is _table().finder:
             break
         before.append(_kind(finder))
     loader = getattr(spec_of(sys.modules.get(name)), "loader", None)
@@ -316,6 +333,9 @@ def _reference(module: object) -> Callable[[], object]:
         return lambda: module
 
 
-_table = _Table()
+def _after_fork() -> None:
+    _table().after_fork()
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_table.after_fork)
+    os.register_at_fork(after_in_child=_after_fork)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from twinkle.match.names import pattern_source
+from twinkle.targets import pattern_source
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -96,9 +96,9 @@ def register_external_layer(layer: type | str, kernel_name: str) -> None:
     """
     from twinkle.apply.activation import watch_new
     from twinkle.errors import ConfigError
-    from twinkle.match.names import parse_target
     from twinkle.records import LayerTarget
-    from twinkle.registry import registry
+    from twinkle.runtime import runtime
+    from twinkle.targets import parse_target
 
     where = caller()
     if isinstance(layer, str):
@@ -116,7 +116,7 @@ def register_external_layer(layer: type | str, kernel_name: str) -> None:
             )
     if not isinstance(kernel_name, str) or not kernel_name:
         raise ConfigError("not a kernel name", where=where, found=repr(kernel_name), expected="a string")
-    registry.add(layer_targets=(LayerTarget(layer, kernel_name, origin=where),))
+    runtime.registry.add(layer_targets=(LayerTarget(layer, kernel_name, origin=where),))
     watch_new()
 
 
@@ -145,7 +145,7 @@ def kernelize_model(
         ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
         ApplyError: ``use_fallback=False`` and a layer or function has no kernel that can be used.
     """
-    from twinkle.apply.models import kernelize
+    from twinkle.apply.layers import kernelize
 
     kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
     return model
@@ -157,7 +157,7 @@ def unkernelize_model(model: Model) -> Model:
     Returns:
         The same model.
     """
-    from twinkle.apply.models import unkernelize
+    from twinkle.apply.layers import unkernelize
 
     unkernelize(model)
     return model
@@ -174,7 +174,7 @@ def kernelized(
 
     What was in place before the block is in place after it, whatever happens inside.
     """
-    from twinkle.apply.models import kernelize
+    from twinkle.apply.layers import kernelize
 
     change = kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
     try:

@@ -6,7 +6,7 @@ import ast
 from types import FunctionType
 from typing import Any
 
-from twinkle.match import source
+from twinkle.match.symbolic import source
 
 __all__ = ["attribute_classes"]
 

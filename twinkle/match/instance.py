@@ -4,33 +4,22 @@ from __future__ import annotations
 
 import functools
 import re
-from dataclasses import dataclass
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
-from twinkle.match import source
-from twinkle.match.execute import Run, Unsupported, execute
-from twinkle.match.idioms import ACTIVATIONS
-from twinkle.match.terms import Arena, Term
+from twinkle.match.recognition import Reason
+from twinkle.match.symbolic import source
+from twinkle.match.symbolic.execute import Run, Unsupported, execute
+from twinkle.match.symbolic.idioms import ACTIVATIONS
+from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.unify import attribute_path
 
 if TYPE_CHECKING:
-    from twinkle.match.structure import Recognition
+    from collections.abc import Callable
 
-__all__ = ["Reason", "activation_name", "causal_loss_names", "check_instance", "read_path"]
+    from twinkle.match.recognition import Recognition
 
-
-@dataclass(frozen=True)
-class Reason:
-    """Why an instance is not what its class promises."""
-
-    text: str
-
-    def __bool__(self) -> bool:
-        return False
-
-    def __str__(self) -> str:
-        return self.text
+__all__ = ["activation_name", "read_instance", "read_path"]
 
 
 class _Refused(Exception):
@@ -42,12 +31,15 @@ _TENSORS = frozenset({"weight", "bias", "gate_up_bias", "down_bias"})
 _LINEARS = frozenset({"gate", "up", "down", "gate_up"})
 
 
-def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
+def read_instance(
+    recognition: Recognition, module: Any, recognise: Callable[[Any], Recognition]
+) -> dict[str, Any] | Reason:
     """Read from ``module`` what its class left open.
 
     Args:
         recognition: The recognition of ``type(module)``.
         module: An instance.
+        recognise: Recognises the classes of the layers in it.
 
     Returns:
         The facts: names of attributes for tensors and layers, values for numbers and flags, a
@@ -63,7 +55,7 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
             _check_loss(recognition, facts, module)
         else:
             for role in recognition.instance_facts:
-                facts[role] = _read(recognition, role, facts[role], module)
+                facts[role] = _read(recognition, role, facts[role], module, recognise)
         _check_form(recognition, facts, module)
     except _Refused as error:
         return Reason(str(error))
@@ -91,7 +83,9 @@ def _get(module: Any, path: str) -> Any:
         raise _Refused(f"{path} cannot be read: {error}") from None
 
 
-def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
+def _read(
+    recognition: Recognition, role: str, path: str, module: Any, recognise: Callable[[Any], Recognition]
+) -> Any:
     import torch
 
     optional = role == "weight" and (
@@ -131,20 +125,18 @@ def _read(recognition: Recognition, role: str, path: str, module: Any) -> Any:
     if role in _LINEARS or role in ("norm", "dropout"):
         _check_hooks(path, value)
     if role == "norm" and recognition.op == "gated_mlp":
-        _check_norm(path, value)
+        _check_norm(path, value, recognise)
     if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
         raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
     return bool(value) if role == "with_weight" else path
 
 
-def _check_norm(path: str, layer: Any) -> None:
-    from twinkle.match.structure import recognise
-
+def _check_norm(path: str, layer: Any, recognise: Callable[[Any], Recognition]) -> None:
     _check_hooks(path, layer)
     found = recognise(type(layer))
     if found.op not in ("rms_norm", "layer_norm"):
         raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
-    facts = check_instance(found, layer)
+    facts = read_instance(found, layer, recognise)
     if isinstance(facts, Reason):
         raise _Refused(f"{path}: {facts}")
 
@@ -222,18 +214,6 @@ def _check_loss(recognition: Recognition, facts: dict[str, Any], module: Any) ->
     facts["loss_function"] = loss.__qualname__
     facts["vocab_size"], facts["hidden_size"] = layer.weight.shape
     facts["bias"] = layer.bias is not None
-
-
-@functools.cache
-def causal_loss_names() -> tuple[tuple[str, ...], frozenset[str]] | None:
-    """The names of transformers' losses, and those that are the loss of causal models."""
-    try:
-        from transformers.loss import loss_utils
-    except ImportError:
-        return None
-    table = loss_utils.LOSS_MAPPING
-    causal = {name for name, function in table.items() if function is loss_utils.ForCausalLMLoss}
-    return tuple(table), frozenset(causal)
 
 
 def _last_layer(layer: Any) -> str | None:

@@ -12,59 +12,27 @@ No name of a class, function or attribute takes part in the decision.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from twinkle.match import source, templates
+from twinkle.match import templates
 from twinkle.match.attributes import attribute_classes
-from twinkle.match.execute import Run, Unsupported, execute
-from twinkle.match.heads import recognise_head
-from twinkle.match.instance import Reason, check_instance
-from twinkle.match.nearness import NearMiss, hearts, near_misses
-from twinkle.match.terms import Arena, Term, show, walk
+from twinkle.match.causal_lm import recognise_head
+from twinkle.match.instance import read_instance
+from twinkle.match.near_misses import hearts, near_misses
+from twinkle.match.recognition import NearMiss, Reason, Recognition
+from twinkle.match.symbolic import source
+from twinkle.match.symbolic.execute import Run, Unsupported, execute
+from twinkle.match.symbolic.terms import Arena, Term, show, walk
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
-
-
-@dataclass(frozen=True)
-class Recognition:
-    """What a class or function was recognised as.
-
-    Attributes:
-        target: ``module:Name``.
-        op: The op, or None.
-        form: The frozen form of that op (``twinkle.ops.<op>.reference``), or None.
-        facts: Each argument of the form's reference: the name of the attribute or of the parameter it
-            is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
-        instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
-        guards: Attributes that the code only reads to raise an error.
-        reason: Why nothing was recognised, where there is more to say than that it is something else.
-    """
-
-    target: str
-    op: str | None = None
-    form: Any = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    instance_facts: tuple[str, ...] = ()
-    guards: tuple[str, ...] = ()
-    reason: str | None = None
-    # Comparing with every form takes longer than recognising one, and only a reader asks for it.
-    _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
-
-    @cached_property
-    def near(self) -> tuple[NearMiss, ...]:
-        """The forms that it almost is, with the first difference."""
-        return () if self._nearest is None else self._nearest()
-
-    def __bool__(self) -> bool:
-        return self.op is not None
 
 
 # By the object, not by its code: two modules may hold the same code over different helpers.
@@ -89,6 +57,19 @@ def recognise(obj: Any) -> Recognition:
     if found is None:
         found = _cache[key] = _recognise(target, function, owner, reason)
     return found
+
+
+def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
+    """Read from an instance what its class left open (:func:`twinkle.match.instance.read_instance`).
+
+    Args:
+        recognition: The recognition of ``type(module)``.
+        module: An instance.
+
+    Returns:
+        The facts, or the reason why this instance is not to be replaced.
+    """
+    return read_instance(recognition, module, recognise)
 
 
 def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:

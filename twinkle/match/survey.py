@@ -7,8 +7,8 @@ import os
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from twinkle.match import source
 from twinkle.match.attributes import attribute_classes
+from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,8 +9,8 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinkle.match.execute import Run
-from twinkle.match.terms import Arena, Term
+from twinkle.match.symbolic.execute import Run
+from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.unify import shape_key
 
 if TYPE_CHECKING:

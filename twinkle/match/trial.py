@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from twinkle.match import source
+from twinkle.match.symbolic import source
 from twinkle.ops.experts.reference import experts
 from twinkle.ops.gated_mlp.reference import gated_mlp
 from twinkle.ops.layer_norm.reference import layer_norm
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.match.structure import Recognition
+    from twinkle.match.recognition import Recognition
 
 __all__ = ["Outcome", "trial"]
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.match import source
+from twinkle.match.symbolic import source
 from twinkle.match.trial import Outcome
 from twinkle.ops.causal_lm_loss.reference import causal_lm_loss
 
 if TYPE_CHECKING:
-    from twinkle.match.structure import Recognition
+    from twinkle.match.recognition import Recognition
 
 __all__ = ["trial_loss"]
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from twinkle.match.idioms import ACTIVATIONS
-from twinkle.match.terms import COMMUTATIVE, Ref, Term, show
+from twinkle.match.symbolic.idioms import ACTIVATIONS
+from twinkle.match.symbolic.terms import COMMUTATIVE, Ref, Term, show
 
 __all__ = ["Difference", "attribute_path", "difference", "shape_key", "unify"]
 

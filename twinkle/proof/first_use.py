@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from twinkle.match.source import function_of
+from twinkle.match.symbolic.source import function_of
 from twinkle.ops.cases import Instance
 from twinkle.proof.cache import proofs
+from twinkle.proof.cache_key import question
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
-from twinkle.proof.question import question
 
 __all__ = ["inputs_for", "others_like", "proof_tokens", "prove"]
 

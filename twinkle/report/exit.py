@@ -8,10 +8,20 @@ from __future__ import annotations
 import os
 import sys
 
+from twinkle.runtime import runtime
+
 __all__ = ["register_at_exit", "write_json", "write_report"]
 
 _OWNER = "_TWINKLE_REPORT_OWNER"
-_registered: dict[str, object] = {}
+
+
+class _AtExit:
+    """What is written when this process ends."""
+
+    def __init__(self) -> None:
+        self.registered = False
+        self.text = False
+        self.path: str | None = None
 
 
 def register_at_exit(*, text: bool, path: str | None) -> None:
@@ -24,19 +34,20 @@ def register_at_exit(*, text: bool, path: str | None) -> None:
         text: Print the table on stderr.
         path: Write JSON there.
     """
-    first = not _registered
-    _registered.update(text=text or bool(_registered.get("text")), path=path or _registered.get("path"))
-    if not first:
+    wanted = runtime.of(_AtExit)
+    wanted.text = text or wanted.text
+    wanted.path = path or wanted.path
+    if wanted.registered:
         return
+    wanted.registered = True
     import atexit
 
     pid = os.getpid()
     os.environ.setdefault(_OWNER, str(pid))
 
     def at_exit() -> None:
-        if os.getpid() == pid:
-            path = _registered["path"]
-            write_report(text=bool(_registered["text"]), path=path if isinstance(path, str) else None)
+        if os.getpid() == pid and runtime.of(_AtExit) is wanted:
+            write_report(text=wanted.text, path=wanted.path)
 
     atexit.register(at_exit)
 

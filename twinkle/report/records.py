@@ -5,49 +5,28 @@ from __future__ import annotations
 import os
 import sys
 
-from twinkle import __version__
-from twinkle.registry import Registry, registry
+from twinkle._version import __version__
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["SCHEMA_VERSION", "Session", "session", "snapshot"]
+    from twinkle.registry import Registry
+
+__all__ = ["SCHEMA_VERSION", "snapshot"]
 
 SCHEMA_VERSION = 1
 
 
-class Session:
-    """How Twinkle came into this process.
+def snapshot(source: Registry | None = None) -> dict[str, object]:
+    """The report as JSON-ready data; ``docs/report.md`` describes the schema.
 
-    Attributes:
-        door: ``api``, ``run``, ``pth``, ``sitecustomize``, or empty when nothing activated it.
-        configs: The configuration files that were read.
-        remarks: What a reader should know that belongs to no binding.
+    Args:
+        source: Whose bindings; by default the registry of this process.
     """
-
-    def __init__(self) -> None:
-        self.door = ""
-        self.configs: tuple[str, ...] = ()
-        self.remarks: list[str] = []
-
-    def remark(self, text: str) -> None:
-        """Add a remark once."""
-        if text not in self.remarks:
-            self.remarks.append(text)
-
-    def clear(self) -> None:
-        """Forget it all."""
-        self.door = ""
-        self.configs = ()
-        self.remarks = []
-
-
-session = Session()
-
-
-def snapshot(source: Registry = registry) -> dict[str, object]:
-    """The report as JSON-ready data; ``docs/report.md`` describes the schema."""
+    source = source or runtime.registry
+    session = runtime.session
     return {
         "schema": SCHEMA_VERSION,
         "twinkle": __version__,
@@ -77,18 +56,8 @@ def snapshot(source: Registry = registry) -> dict[str, object]:
             }
             for binding in source.bindings
         ],
-        "remarks": [*session.remarks, *_bypassed()],
+        "remarks": session.all_remarks(),
     }
-
-
-def _bypassed() -> list[str]:
-    """Modules that came in without our finder being asked, and past whom."""
-    imports = sys.modules.get("twinkle.hooks.imports")
-    if imports is None:
-        return []
-    past = "was imported past Twinkle's finder"
-    found = [f"{module} {past}: {whom}" for module, whom in imports.bypassed().items()]
-    return found + [f"{module} {past}, and is as it was" for module in imports.missed()]
 
 
 def _versions() -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 One class a kind of source, each loaded at first use: code in hand (:mod:`~twinkle.sources.code`),
 a local package (:mod:`~twinkle.sources.local`), an installed package
-(:mod:`~twinkle.sources.installed`) and the Kernel Hub (:mod:`~twinkle.sources.hub`).
+(:mod:`~twinkle.sources.installed`) and the Kernel Hub (:mod:`~twinkle.sources.hub.source`).
 
 Standard library only: this package is imported at interpreter start.
 """

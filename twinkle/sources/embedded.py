@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import SourceError
 from twinkle.ops.variants import ROOMS
-from twinkle.sources.fitted import FittedSource
+from twinkle.sources.specialised import FittedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from twinkle.sources.base import Source
+    from twinkle.records import Source
 
 __all__ = ["EmbeddedFunction", "EmbeddedLayer"]
 

@@ -13,8 +13,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from twinkle.errors import MissingDependencyError, SourceError
-from twinkle.modes import suggest
+from twinkle.errors import MissingDependencyError, SourceError, suggest
 from twinkle.sources import packages, variants
 
 __all__ = ["Layout", "locate"]

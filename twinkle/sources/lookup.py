@@ -10,8 +10,7 @@ import traceback
 from types import ModuleType
 from typing import Any
 
-from twinkle.errors import MissingDependencyError, SourceError
-from twinkle.modes import suggest
+from twinkle.errors import MissingDependencyError, SourceError, suggest
 
 __all__ = ["HOMES", "MISSING", "failure", "find", "names_in", "not_found", "raised", "submodule"]
 

@@ -18,8 +18,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from twinkle.errors import ConfigError, SourceError
-from twinkle.modes import suggest
+from twinkle.errors import ConfigError, SourceError, suggest
 from twinkle.sources import lookup
 
 __all__ = ["GROUP", "Plugin", "PluginInfo", "available", "find", "load"]

@@ -16,7 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from twinkle.sources.base import Source
+    from twinkle.records import Source
 
 __all__ = ["from_spec"]
 
@@ -168,7 +168,7 @@ def _hub(
             fix="for a directory use repo_path and package_name",
         )
 
-    from twinkle.sources.hub import HubSource
+    from twinkle.sources.hub.source import HubSource
 
     written: dict[str, Any] = {key: given.get(key) for key in ("revision", "version")}
     source: Source = HubSource(

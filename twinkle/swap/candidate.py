@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError, TwinkleError, warn
-from twinkle.proof.fit import LayerFit, check_function, read_layer, settle_on
-from twinkle.swap.kinds import ANY, Proofs
+from twinkle.fit.layer import LayerFit, check_function, read_layer, settle_on
+from twinkle.swap.call_kind import ANY, Proofs
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
+    from twinkle.swap.call_kind import Kind
     from twinkle.swap.dispatch import Dispatch
-    from twinkle.swap.kinds import Kind
 
 __all__ = ["Candidate", "FunctionCandidate", "explain"]
 

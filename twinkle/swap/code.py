@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from twinkle.proof.signatures import signature_of
+from twinkle.fit.signatures import signature_of
 
 __all__ = ["CallForm", "execute", "set_code"]
 

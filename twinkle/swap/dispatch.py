@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from twinkle.swap.call_kind import autocasting, kind_of, kind_with
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
-from twinkle.swap.kinds import autocasting, kind_of, kind_with
 from twinkle.swap.proving import prove_ahead, prove_call
 from twinkle.swap.tensors import (
     call_there,
@@ -32,8 +32,8 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
+    from twinkle.swap.call_kind import Kind
     from twinkle.swap.candidate import _Candidate
-    from twinkle.swap.kinds import Kind
 
 __all__ = ["Dispatch"]
 

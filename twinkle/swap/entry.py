@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.devices import torch_type
 from twinkle.modes import rank
-from twinkle.swap.kinds import ANY
+from twinkle.swap.call_kind import ANY
 
 if TYPE_CHECKING:
+    from twinkle.swap.call_kind import Kind
     from twinkle.swap.candidate import _Candidate
-    from twinkle.swap.kinds import Kind
 
 __all__ = ["Entry", "Leaf", "Moment", "Split", "grow"]
 
@@ -20,7 +20,7 @@ class Moment:
     """When a call happens: on which device, in training, under a compiler, with gradients recorded.
 
     Attributes:
-        kind: What it computes with (``twinkle.swap.kinds``).
+        kind: What it computes with (``twinkle.swap.call_kind``).
     """
 
     __slots__ = ("compiling", "device", "grad", "kind", "training")

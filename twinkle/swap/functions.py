@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError
-from twinkle.proof.fit import check_function
+from twinkle.fit.layer import check_function
 from twinkle.swap.candidate import FunctionCandidate
 from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.entry import Entry
@@ -236,6 +236,6 @@ def _self_arguments(function: Callable[..., Any]) -> int:
 
 
 def _near(owner: Any, name: str) -> str | None:
-    from twinkle.modes import suggest
+    from twinkle.errors import suggest
 
     return suggest(name, [known for known in dir(owner) if not known.startswith("_")])

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from twinkle.proof.fit import LayerFit
+from twinkle.fit.layer import LayerFit
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.entry import Entry

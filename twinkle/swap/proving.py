@@ -29,10 +29,15 @@ def prove_call(
     values = (*args, *kwargs.values())
     ours = entry.candidate.kernel.source.kind == "embedded"
     verdict = _prove(
-        dispatch, entry, args if module is None else args[1:], kwargs, module, plain_class,
+        dispatch,
+        entry,
+        args if module is None else args[1:],
+        kwargs,
+        module,
+        plain_class,
         # A frozen layer gets no gradient today, and one of the same kind behind it may.
         moment.grad and (ours or _flows(module, values)),
-    )  # fmt: skip
+    )
     if verdict.ok and ours and module is not None:
         from twinkle.proof.first_use import others_like
 
@@ -94,16 +99,28 @@ def _prove_made_up(
 
 
 def _prove(
-    dispatch: Dispatch, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any],
-    module: nn.Module | None, plain_class: type | None, backward: bool,
-) -> Verdict:  # fmt: skip
+    dispatch: Dispatch,
+    entry: Entry,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    module: nn.Module | None,
+    plain_class: type | None,
+    backward: bool,
+) -> Verdict:
     from twinkle.proof.first_use import prove
 
     assert entry.function is not None
     return prove(
-        entry.candidate.kernel.source, dispatch.original, entry.function, args, kwargs,
-        module=module, plain_class=plain_class, backward=backward, recall=entry.candidate.recall,
-    )  # fmt: skip
+        entry.candidate.kernel.source,
+        dispatch.original,
+        entry.function,
+        args,
+        kwargs,
+        module=module,
+        plain_class=plain_class,
+        backward=backward,
+        recall=entry.candidate.recall,
+    )
 
 
 def _flows(module: nn.Module | None, values: tuple[Any, ...]) -> bool:

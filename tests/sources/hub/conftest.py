@@ -29,7 +29,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     import huggingface_hub.utils._http as http
     from huggingface_hub import constants, file_download
 
-    from twinkle.sources import hub_client, hub_import, hub_load, trust
+    from twinkle.sources.hub import client as hub_client
+    from twinkle.sources.hub import importer as hub_import
+    from twinkle.sources.hub import load as hub_load
+    from twinkle.sources.hub import trust
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -90,7 +93,10 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def go() -> None:
         from huggingface_hub import constants
 
-        from twinkle.sources import hub_client, hub_import, hub_load, trust
+        from twinkle.sources.hub import client as hub_client
+        from twinkle.sources.hub import importer as hub_import
+        from twinkle.sources.hub import load as hub_load
+        from twinkle.sources.hub import trust
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -105,7 +111,7 @@ def source(cache: Path) -> Callable[..., Any]:
     """``source("RMSNorm", version=1)``: a layer of ``acme/my-kernel``."""
 
     def make(attr: str = "RMSNorm", repo_id: str = "acme/my-kernel", **options: Any) -> Any:
-        from twinkle.sources.hub import HubSource
+        from twinkle.sources.hub.source import HubSource
 
         options.setdefault("kind", "layer")
         options.setdefault("where", "twinkle.toml:3 (layers.norm)")

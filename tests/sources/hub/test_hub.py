@@ -9,7 +9,10 @@ from twinkle.errors import SourceError
 
 
 def forget():
-    from twinkle.sources import hub_client, hub_import, hub_load, trust
+    from twinkle.sources.hub import client as hub_client
+    from twinkle.sources.hub import importer as hub_import
+    from twinkle.sources.hub import load as hub_load
+    from twinkle.sources.hub import trust
 
     for module in (trust, hub_client, hub_load, hub_import):
         module.forget()
@@ -64,7 +67,7 @@ def test_layer_loads_online(hub, source):
 
 
 def test_repository_of_models_loads_online(hub, source):
-    from twinkle.sources.hub_kernels import kernels_package
+    from twinkle.sources.hub.kernels_package import kernels_package
 
     if "model" not in kernels_package().repo_types:
         pytest.skip("this version of kernels knows repositories of kernels only")
@@ -101,7 +104,7 @@ def test_what_is_in_the_cache_needs_two_small_questions(hub, source):
 
 
 def test_what_is_in_the_cache_and_pinned_and_trusted_needs_no_question(hub, source):
-    from twinkle.sources.hub_kernels import kernels_package
+    from twinkle.sources.hub.kernels_package import kernels_package
 
     if "model" in kernels_package().repo_types:
         pytest.skip("which type the repository has is asked for")

@@ -51,7 +51,10 @@ def complete(error: SourceError) -> bool:
 
 
 def forget() -> None:
-    from twinkle.sources import hub_client, hub_import, hub_load, trust
+    from twinkle.sources.hub import client as hub_client
+    from twinkle.sources.hub import importer as hub_import
+    from twinkle.sources.hub import load as hub_load
+    from twinkle.sources.hub import trust
 
     for module in (trust, hub_client, hub_load, hub_import):
         module.forget()
@@ -155,7 +158,7 @@ def test_disk_full(hub, source, monkeypatch, code):
 
 
 def test_disk_full_while_the_listing_is_written(hub, source, monkeypatch):
-    from twinkle.sources import hub_cache
+    from twinkle.sources.hub import cache as hub_cache
 
     def full(*args, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -218,7 +221,7 @@ def test_cache_that_vanished_offline(hub, source, cache, go_offline):
 
 
 def test_cache_that_vanishes_between_download_and_import(hub, source, cache, monkeypatch):
-    from twinkle.sources import hub_resolve
+    from twinkle.sources.hub import resolve as hub_resolve
 
     fetch = hub_resolve.fetch
 

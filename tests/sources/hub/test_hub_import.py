@@ -95,7 +95,8 @@ def test_bytecode_in_the_cache_is_not_read(hub, source, cache):
     os.utime(evil, (stat.st_atime, stat.st_mtime))
     py_compile.compile(str(evil), cfile=importlib.util.cache_from_source(str(layers)))
     evil.unlink()
-    from twinkle.sources import hub_import, hub_load
+    from twinkle.sources.hub import importer as hub_import
+    from twinkle.sources.hub import load as hub_load
 
     hub_load.forget()
     hub_import.forget()
@@ -264,7 +265,7 @@ def test_programs_own_variables_are_enough(hub, cache, tmp_path, source, offline
     if offline:
         source(version=1).load()
     code = (
-        "from twinkle.sources.hub import HubSource\n"
+        "from twinkle.sources.hub.source import HubSource\n"
         "print(HubSource('acme/my-kernel', 'RMSNorm', kind='layer', version=1).load().label)\n"
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "01"[offline]}

@@ -91,9 +91,9 @@ def register_function():
 
 
 def bindings():
-    from twinkle.registry import registry
+    from twinkle.runtime import runtime
 
-    return registry.bindings
+    return runtime.registry.bindings
 
 
 def test_kernel_of_the_hub_is_put_in_place(faulty):

@@ -13,7 +13,8 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import MissingDependencyError, SourceError
-from twinkle.sources import hub_kernels, hub_signature
+from twinkle.sources.hub import kernels_package as hub_kernels
+from twinkle.sources.hub import signature as hub_signature
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_package_that_a_variable_breaks_says_which(cache, source, monkeypatch, f
         pytest.skip("this version of kernels reads the variable differently")
     code = (
         "from twinkle.errors import MissingDependencyError\n"
-        "from twinkle.sources.hub_kernels import kernels_package\n"
+        "from twinkle.sources.hub.kernels_package import kernels_package\n"
         "try:\n    kernels_package()\nexcept MissingDependencyError as error:\n    print(error.fix)\n"
     )
     environ = {**os.environ, "DISABLE_KERNEL_MAPPING": "true", "PYTHONPATH": str(Path(__file__).parents[3])}

@@ -14,7 +14,7 @@ from loopback_hub import Repo, kernel_files
 
 ROOT = Path(__file__).parents[3]
 LOAD = """
-from twinkle.sources.hub import HubSource
+from twinkle.sources.hub.source import HubSource
 layer = HubSource("acme/my-kernel", "RMSNorm", kind="layer", version=1, where="here").load()
 print(layer.label, flush=True)
 """
@@ -22,8 +22,8 @@ print(layer.label, flush=True)
 # Forked when the slow imports are done, and let go together: they meet at the lock.
 EIGHT = """
 import os, sys, torch
-from twinkle.sources.hub import HubSource
-from twinkle.sources.hub_kernels import kernels_package
+from twinkle.sources.hub.source import HubSource
+from twinkle.sources.hub.kernels_package import kernels_package
 kernels_package()
 gate, go = os.pipe()
 children = []

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from twinkle.errors import SourceError
-from twinkle.sources import hub_faults
-from twinkle.sources.hub_faults import Retry
-from twinkle.sources.hub_kernels import kernels_package
+from twinkle.sources.hub import faults as hub_faults
+from twinkle.sources.hub.faults import Retry
+from twinkle.sources.hub.kernels_package import kernels_package
 
 
 class Response:
@@ -126,7 +126,7 @@ def test_refusals_are_not_repeated(hub, source, status):
 
 
 def test_silence_ends(hub, source, monkeypatch):
-    from twinkle.sources import hub_client
+    from twinkle.sources.hub import client as hub_client
 
     hub.fault(".", "drop", times=4)
     with pytest.raises(SourceError):

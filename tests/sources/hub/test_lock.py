@@ -12,8 +12,8 @@ from twinkle import config
 from twinkle.cli import download as download_command
 from twinkle.cli import lock as lock_command
 from twinkle.errors import SourceError
-from twinkle.sources import lock as locks
-from twinkle.sources.lock import Lock, LockedKernel
+from twinkle.sources.hub import lockfile as locks
+from twinkle.sources.hub.lockfile import Lock, LockedKernel
 
 CONFIG = """
 [layers.norm]
@@ -57,7 +57,10 @@ def sources(folder):
 
 
 def forget():
-    from twinkle.sources import hub_client, hub_import, hub_load, trust
+    from twinkle.sources.hub import client as hub_client
+    from twinkle.sources.hub import importer as hub_import
+    from twinkle.sources.hub import load as hub_load
+    from twinkle.sources.hub import trust
 
     for module in (trust, hub_client, hub_load, hub_import):
         module.forget()

@@ -9,7 +9,7 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import ConfigError, SourceError
-from twinkle.sources.trust import Trust
+from twinkle.sources.hub.trust import Trust
 
 TRIPWIRE = {"__init__.py": "import sys\nsys.twinkle_tripwire = True\n"}
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from twinkle.ops.causal_lm_loss.row_loss import RowLoss
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,28 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["RowLoss", "Wanted", "chunk_rows", "in_chunks", "uses_triton"]
+__all__ = ["Wanted", "chunk_rows", "in_chunks", "uses_triton"]
 
 _MIB = 1 << 20
-
-
-@dataclass(frozen=True)
-class RowLoss:
-    """The loss of one row: ``z = post * tanh(pre * x)`` or ``z = pre * x``, then cross entropy.
-
-    Attributes:
-        pre: Factor on the logits.
-        post: Factor on the tanh; not used without one.
-        tanh: Whether there is a tanh.
-        ignore_index: Rows with this label have no loss and no gradient.
-        label_smoothing: Share of the target that is spread over the whole vocabulary.
-    """
-
-    pre: float = 1.0
-    post: float = 1.0
-    tanh: bool = False
-    ignore_index: int = -100
-    label_smoothing: float = 0.0
 
 
 @dataclass(frozen=True)

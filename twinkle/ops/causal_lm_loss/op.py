@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import torch
 
-from twinkle.ops.causal_lm_loss.chunks import RowLoss, Wanted, in_chunks, uses_triton
+from twinkle.ops.causal_lm_loss.chunks import Wanted, in_chunks, uses_triton
+from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

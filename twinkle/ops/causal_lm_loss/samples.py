@@ -73,9 +73,7 @@ def _definition(form: LossForm) -> Callable[..., Any]:
             logits = logits * form.scale
         if form.softcap is not None:
             logits = form.softcap * torch.tanh(logits / form.softcap)
-        return F.cross_entropy(
-            logits, labels, reduction=form.reduction, label_smoothing=form.label_smoothing
-        )  # fmt: skip
+        return F.cross_entropy(logits, labels, reduction=form.reduction, label_smoothing=form.label_smoothing)
 
     return call
 
@@ -83,9 +81,15 @@ def _definition(form: LossForm) -> Callable[..., Any]:
 def _kernel(form: LossForm) -> Callable[..., Any]:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, scale=form.scale, softcap=form.softcap,
-            reduction=form.reduction, label_smoothing=form.label_smoothing,  # type: ignore[arg-type]
-        )  # fmt: skip
+            hidden,
+            weight,
+            labels,
+            bias=bias,
+            scale=form.scale,
+            softcap=form.softcap,
+            reduction=form.reduction,  # type: ignore[arg-type]
+            label_smoothing=form.label_smoothing,
+        )
 
     return call
 

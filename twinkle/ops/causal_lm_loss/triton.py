@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinkle.ops.causal_lm_loss.chunks import RowLoss
+    from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 __all__ = ["row_losses", "scale_"]
 
@@ -52,9 +52,21 @@ def _tanh(x):
 
 @triton.jit
 def _more(
-    line, bias, at, vocab, high, total, plain, pre, post, slope,
-    TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    line,
+    bias,
+    at,
+    vocab,
+    high,
+    total,
+    plain,
+    pre,
+    post,
+    slope,
+    TANH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """Add columns to the running maximum and sum that each thread has of its own."""
     x = _read(line, bias, at, vocab, BIAS, MASK, True)
     if TANH:
@@ -78,9 +90,21 @@ def _more(
 
 @triton.jit
 def _overwrite(
-    line, bias, at, vocab, lse, pre, post, slope, smoothing, factor,
-    TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
+    line,
+    bias,
+    at,
+    vocab,
+    lse,
+    pre,
+    post,
+    slope,
+    smoothing,
+    factor,
+    TANH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    MASK: tl.constexpr,
+):
     """The gradient in the place of the logits, but for the column of the label."""
     x = _read(line, bias, at, vocab, BIAS, MASK, False)
     if TANH:
@@ -101,10 +125,25 @@ def _overwrite(
 
 @triton.jit
 def _row_losses(
-    logits, row_stride, bias, labels, losses, scale, pre, post, smoothing, ignore_index, vocab,
-    TANH: tl.constexpr, SMOOTH: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, LANE: tl.constexpr,
-):  # fmt: skip
+    logits,
+    row_stride,
+    bias,
+    labels,
+    losses,
+    scale,
+    pre,
+    post,
+    smoothing,
+    ignore_index,
+    vocab,
+    TANH: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LANE: tl.constexpr,
+):
     whole = vocab // BLOCK * BLOCK
     row = tl.program_id(0)
     label = tl.load(labels + row)

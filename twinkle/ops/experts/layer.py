@@ -97,9 +97,19 @@ def experts(
     usual = covers(form) and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
     if not usual or not op.runs(*tensors):
         return reference.experts(
-            x, indices, weights, gate_up, down, gate_up.shape[0], ACTIVATIONS[activation], form=form,
-            gate_up_bias=gate_up_bias, down_bias=down_bias, limit=limit, alpha=alpha,
-        )  # fmt: skip
+            x,
+            indices,
+            weights,
+            gate_up,
+            down,
+            gate_up.shape[0],
+            ACTIVATIONS[activation],
+            form=form,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            limit=limit,
+            alpha=alpha,
+        )
     kind, gating = x.device.type, gating_of(form, activation, limit, alpha)
     autocast = torch.is_autocast_enabled(kind)
     follows = autocast and implementation != "grouped_mm"
@@ -110,9 +120,16 @@ def experts(
 
     with torch.autocast(kind, enabled=False) if autocast else contextlib.nullcontext():
         result = op.experts(
-            cast(x), indices, weights, cast(gate_up), cast(down), cast(gate_up_bias), cast(down_bias), form,
+            cast(x),
+            indices,
+            weights,
+            cast(gate_up),
+            cast(down),
+            cast(gate_up_bias),
+            cast(down_bias),
+            form,
             gating,
-        )  # fmt: skip
+        )
     return result.to(x.dtype)
 
 
@@ -150,9 +167,17 @@ def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
         ValueError: There is no kernel for the activation, or another one was asked for by name.
     """
     known = (
-        "x", "indices", "weights", "gate_up", "down", "gate_up_bias", "down_bias", "num_experts", "limit",
+        "x",
+        "indices",
+        "weights",
+        "gate_up",
+        "down",
+        "gate_up_bias",
+        "down_bias",
+        "num_experts",
+        "limit",
         "alpha",
-    )  # fmt: skip
+    )
     if (why := declines(facts)) is not None:
         raise ValueError(why)
     values = {name: value for name, value in facts.items() if name in known}
@@ -166,7 +191,10 @@ def _layer_class(
     form: ExpertsForm, activation: str, implementation: str | None, facts: tuple[tuple[str, Any], ...]
 ) -> type[nn.Module]:
     return forward_class(
-        f"Experts_{form.name}", experts, dict(facts), inputs=("x", "indices", "weights"),
+        f"Experts_{form.name}",
+        experts,
+        dict(facts),
+        inputs=("x", "indices", "weights"),
         optional=("indices", "weights"),  # gpt_oss gives them the default None
         constants={"form": form, "activation": activation, "implementation": implementation},
-    )  # fmt: skip
+    )

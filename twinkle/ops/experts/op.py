@@ -92,9 +92,16 @@ def _layout(gate_up: Tensor, down: Tensor, form: ExpertsForm) -> tuple[Tensor, T
 
 
 def _forward(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, form: str, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, the fused projection ``[rows, 2 · intermediate]``, ``[3, rows]`` and ``[experts + 1]``."""
     first, second = _layout(gate_up, down, _FORMS[form])
     number, k = first.shape[0], indices.shape[1]
@@ -129,9 +136,16 @@ def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, form: str) -> tuple[Te
 
 
 def _fake_forward(
-    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, form: str, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    form: str,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     first = gate_up if _FORMS[form].transposed else gate_up.transpose(1, 2)
     count = indices.numel()
     return (
@@ -143,10 +157,24 @@ def _fake_forward(
 
 
 def _backward(
-    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, h: Tensor, rows: Tensor, offsets: Tensor,
-    want_x: bool, want_weights: bool, want_gate_up: bool, want_down: bool, form: str, *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    h: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    want_x: bool,
+    want_weights: bool,
+    want_gate_up: bool,
+    want_down: bool,
+    form: str,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, weights, gate_up, down and the biases; empty where none is wanted."""
     transposed = _FORMS[form].transposed
     first, second = _layout(gate_up, down, _FORMS[form])
@@ -188,14 +216,31 @@ def _backward(
 
 
 def _fake_backward(
-    dout: Tensor, x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, h: Tensor, rows: Tensor, offsets: Tensor,
-    want_x: bool, want_weights: bool, want_gate_up: bool, want_down: bool, *rest: Any,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    dout: Tensor,
+    x: Tensor,
+    indices: Tensor,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    h: Tensor,
+    rows: Tensor,
+    offsets: Tensor,
+    want_x: bool,
+    want_weights: bool,
+    want_gate_up: bool,
+    want_down: bool,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
     given = (
-        (x, want_x), (weights, want_weights), (gate_up, want_gate_up), (down, want_down),
-        (gate_up_bias, gate_up_bias is not None), (down_bias, down_bias is not None),
-    )  # fmt: skip
+        (x, want_x),
+        (weights, want_weights),
+        (gate_up, want_gate_up),
+        (down, want_down),
+        (gate_up_bias, gate_up_bias is not None),
+        (down_bias, down_bias is not None),
+    )
     return tuple(t.new_empty(t.shape) if want and t is not None else x.new_empty(0) for t, want in given)
 
 
@@ -238,15 +283,32 @@ class _Experts(torch.autograd.Function):
 
 
 def _definition(
-    x: Tensor, _: None, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, *, indices: Tensor, rest: tuple[Any, ...],
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    _: None,
+    weights: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    gate_up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    *,
+    indices: Tensor,
+    rest: tuple[Any, ...],
+) -> Tensor:
     gating = Gating(*rest[1:])
     return reference.experts(
-        x, indices, weights, gate_up, down, gate_up.shape[0], ACTIVATIONS[gating.activation],
-        form=_FORMS[rest[0]], gate_up_bias=gate_up_bias, down_bias=down_bias, limit=gating.limit,
+        x,
+        indices,
+        weights,
+        gate_up,
+        down,
+        gate_up.shape[0],
+        ACTIVATIONS[gating.activation],
+        form=_FORMS[rest[0]],
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
+        limit=gating.limit,
         alpha=0.0 if gating.alpha is None else gating.alpha,
-    )  # fmt: skip
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

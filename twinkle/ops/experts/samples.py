@@ -90,10 +90,19 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """``[tokens, width]`` to the same."""
         return reference.experts(
-            x, indices, weights, self.gate_up, self.down, self.number, ACTIVATIONS[self.activation],
-            form=self.form, gate_up_bias=getattr(self, "gate_up_bias", None),
-            down_bias=getattr(self, "down_bias", None), limit=_LIMIT, alpha=_ALPHA,
-        )  # fmt: skip
+            x,
+            indices,
+            weights,
+            self.gate_up,
+            self.down,
+            self.number,
+            ACTIVATIONS[self.activation],
+            form=self.form,
+            gate_up_bias=getattr(self, "gate_up_bias", None),
+            down_bias=getattr(self, "down_bias", None),
+            limit=_LIMIT,
+            alpha=_ALPHA,
+        )
 
 
 def cases(form: ExpertsForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:

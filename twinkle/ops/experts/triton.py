@@ -78,10 +78,24 @@ def _gated(g, u, limit, alpha, KIND: tl.constexpr, CLAMP: tl.constexpr, R: tl.co
 
 @triton.jit
 def _gate(
-    h, bias, ids, rows, offsets, out, width, experts, limit, alpha,
-    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+    h,
+    bias,
+    ids,
+    rows,
+    offsets,
+    out,
+    width,
+    experts,
+    limit,
+    alpha,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     if row < tl.load(offsets + experts):
@@ -98,10 +112,28 @@ def _gate(
 
 @triton.jit
 def _gate_backward(
-    dp, h, bias, ids, weights, rows, offsets, dh, out, dweights, width, experts, limit, alpha,
-    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, BIAS: tl.constexpr,
-    INTERLEAVED: tl.constexpr, R: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+    dp,
+    h,
+    bias,
+    ids,
+    weights,
+    rows,
+    offsets,
+    dh,
+    out,
+    dweights,
+    width,
+    experts,
+    limit,
+    alpha,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    CLAMP: tl.constexpr,
+    BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(rows + row)
     dot = tl.zeros([BLOCK], tl.float32)
@@ -144,9 +176,22 @@ def _gate_backward(
 
 @triton.jit
 def _combine(
-    y, weights, bias, ids, rows, offsets, out, count, width, experts,
-    BLOCK: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, BIAS: tl.constexpr, X: tl.constexpr,
-):  # fmt: skip
+    y,
+    weights,
+    bias,
+    ids,
+    rows,
+    offsets,
+    out,
+    count,
+    width,
+    experts,
+    BLOCK: tl.constexpr,
+    K: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    X: tl.constexpr,
+):
     blocks = tl.cdiv(width, BLOCK)
     token = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -170,9 +215,19 @@ def _combine(
 
 @triton.jit
 def _sum_groups(
-    x, index, weights, rows, offsets, out, width, x_row,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, GATHER: tl.constexpr, WEIGHTED: tl.constexpr,
-):  # fmt: skip
+    x,
+    index,
+    weights,
+    rows,
+    offsets,
+    out,
+    width,
+    x_row,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    GATHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+):
     expert = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     stop = tl.load(offsets + expert + 1)
@@ -218,10 +273,14 @@ def _gating(gating: Gating, h: Tensor, bias: Tensor | None) -> tuple[tuple[float
         0.0 if gating.alpha is None else float(gating.alpha),
     )
     return numbers, {
-        "KIND": "swish" if gating.alpha is not None else gating.activation, "CLAMP": gating.clamp,
-        "BIAS": bias is not None, "INTERLEAVED": gating.interleaved,
-        "R": tl_dtype(torch.float32 if gating.exact else h.dtype), "X": tl_dtype(h.dtype), "num_warps": 4,
-    }  # fmt: skip
+        "KIND": "swish" if gating.alpha is not None else gating.activation,
+        "CLAMP": gating.clamp,
+        "BIAS": bias is not None,
+        "INTERLEAVED": gating.interleaved,
+        "R": tl_dtype(torch.float32 if gating.exact else h.dtype),
+        "X": tl_dtype(h.dtype),
+        "num_warps": 4,
+    }
 
 
 def gate(
@@ -246,9 +305,12 @@ def gate(
     numbers, constants = _gating(gating, h, bias)
     with on_device(h):
         _launch_gate(
-            (count * cdiv(width, block),), (h, h if bias is None else bias, ids, rows, offsets, out),
-            (width, offsets.numel() - 1, *numbers), BLOCK=block, **constants,
-        )  # fmt: skip
+            (count * cdiv(width, block),),
+            (h, h if bias is None else bias, ids, rows, offsets, out),
+            (width, offsets.numel() - 1, *numbers),
+            BLOCK=block,
+            **constants,
+        )
     return out
 
 
@@ -284,9 +346,12 @@ def gate_backward(
     numbers, constants = _gating(gating, h, bias)
     with on_device(h):
         _launch_gate_backward(
-            (count,), (dp, h, h if bias is None else bias, ids, weights, rows, offsets, dh, out, dweights),
-            (width, offsets.numel() - 1, *numbers), BLOCK=min(1024, power_of_2(width)), **constants,
-        )  # fmt: skip
+            (count,),
+            (dp, h, h if bias is None else bias, ids, weights, rows, offsets, dh, out, dweights),
+            (width, offsets.numel() - 1, *numbers),
+            BLOCK=min(1024, power_of_2(width)),
+            **constants,
+        )
     return dh, out, dweights
 
 
@@ -321,9 +386,13 @@ def combine(
             (count // k * cdiv(width, block),),
             (y, y if weights is None else weights, y if bias is None else bias, ids, rows, offsets, out),
             (count, width, offsets.numel() - 1),
-            BLOCK=block, K=k, WEIGHTED=weights is not None, BIAS=bias is not None, X=tl_dtype(y.dtype),
+            BLOCK=block,
+            K=k,
+            WEIGHTED=weights is not None,
+            BIAS=bias is not None,
+            X=tl_dtype(y.dtype),
             num_warps=4,
-        )  # fmt: skip
+        )
     return out
 
 
@@ -349,6 +418,10 @@ def sum_groups(
             (experts, cdiv(width, 64)),
             (x, rows if index is None else index, x if weights is None else weights, rows, offsets, out),
             (width, x.stride(0)),
-            ROWS=32, BLOCK=64, GATHER=index is not None, WEIGHTED=weights is not None, num_warps=4,
-        )  # fmt: skip
+            ROWS=32,
+            BLOCK=64,
+            GATHER=index is not None,
+            WEIGHTED=weights is not None,
+            num_warps=4,
+        )
     return out

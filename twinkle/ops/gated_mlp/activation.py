@@ -190,9 +190,15 @@ def _forward(
 
 
 def _backward(
-    dout: Tensor, gate: Tensor, up: Tensor, activation: str, clamp: str, limit: float | None,
-    scale: float | None, exact: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    dout: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
+) -> tuple[Tensor, Tensor]:
     from twinkle.ops.gated_mlp import triton as kernels
 
     dgate, order = fresh(gate)
@@ -210,9 +216,14 @@ def _halves(gate_up: Tensor, gate_half: int) -> tuple[Tensor, Tensor]:
 
 
 def _fused_forward(
-    gate_up: Tensor, activation: str, gate_half: int, clamp: str, limit: float | None, scale: float | None,
+    gate_up: Tensor,
+    activation: str,
+    gate_half: int,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
     exact: bool,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     from twinkle.ops.gated_mlp import triton as kernels
 
     width = gate_up.shape[-1] // 2
@@ -223,9 +234,15 @@ def _fused_forward(
 
 
 def _fused_backward(
-    dout: Tensor, gate_up: Tensor, activation: str, gate_half: int, clamp: str, limit: float | None,
-    scale: float | None, exact: bool,
-) -> Tensor:  # fmt: skip
+    dout: Tensor,
+    gate_up: Tensor,
+    activation: str,
+    gate_half: int,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
+) -> Tensor:
     from twinkle.ops.gated_mlp import triton as kernels
 
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
@@ -299,9 +316,18 @@ class _GatedLinear(torch.autograd.Function):
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         kernels.backward(
-            dy_rows @ weight, rows_of(gate), rows_of(up), rows_of(dgate), rows_of(dup), activation,
-            clamp=clamp, limit=limit, scale=scale, exact=exact, out=product,
-        )  # fmt: skip
+            dy_rows @ weight,
+            rows_of(gate),
+            rows_of(up),
+            rows_of(dgate),
+            rows_of(dup),
+            activation,
+            clamp=clamp,
+            limit=limit,
+            scale=scale,
+            exact=exact,
+            out=product,
+        )
         dweight = dy_rows.t() @ product if ctx.needs_input_grad[2] else None
         dbias = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
         return (dgate, dup, dweight, dbias, None, None, None, None, None)

@@ -182,6 +182,9 @@ def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]
 def _layer_class(form: GatedMLPForm, activation: str, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
     values = {"gate": None, "up": None, **dict(facts)}
     return forward_class(
-        f"GatedMLP_{form.name}", gated_mlp, values, inputs=("x",),
+        f"GatedMLP_{form.name}",
+        gated_mlp,
+        values,
+        inputs=("x",),
         constants={"form": form, "activation": activation},
-    )  # fmt: skip
+    )

@@ -74,9 +74,15 @@ class MLP(nn.Module):
         """``[..., width]`` to the same."""
         layers = {name: getattr(self, name, None) for name in _LAYERS}
         return reference.gated_mlp(
-            x, down=self.down, activation=ACTIVATIONS[self.activation], form=self.form, limit=_LIMIT,
-            gate_scale=_GATE_SCALE, output_scale=_OUTPUT_SCALE, **layers,  # type: ignore[arg-type]
-        )  # fmt: skip
+            x,
+            down=self.down,
+            activation=ACTIVATIONS[self.activation],
+            form=self.form,
+            limit=_LIMIT,
+            gate_scale=_GATE_SCALE,
+            output_scale=_OUTPUT_SCALE,
+            **layers,  # type: ignore[arg-type]
+        )
 
 
 def cases(

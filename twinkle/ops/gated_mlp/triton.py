@@ -80,10 +80,22 @@ def slope(x, KIND: tl.constexpr):
 
 @triton.jit
 def _forward(
-    gate, up, out, width, gate_stride, up_stride, out_stride, limit, scale,
-    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr,
+    gate,
+    up,
+    out,
+    width,
+    gate_stride,
+    up_stride,
+    out_stride,
+    limit,
+    scale,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    CLAMP: tl.constexpr,
+    SCALED: tl.constexpr,
+    R: tl.constexpr,
     X: tl.constexpr,
-):  # fmt: skip
+):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -104,11 +116,28 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dout, gate, up, dgate, dup, out, width, dout_stride, gate_stride, up_stride, dgate_stride, dup_stride,
-    limit, scale,
-    BLOCK: tl.constexpr, KIND: tl.constexpr, CLAMP: tl.constexpr, SCALED: tl.constexpr, R: tl.constexpr,
-    X: tl.constexpr, AGAIN: tl.constexpr,
-):  # fmt: skip
+    dout,
+    gate,
+    up,
+    dgate,
+    dup,
+    out,
+    width,
+    dout_stride,
+    gate_stride,
+    up_stride,
+    dgate_stride,
+    dup_stride,
+    limit,
+    scale,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    CLAMP: tl.constexpr,
+    SCALED: tl.constexpr,
+    R: tl.constexpr,
+    X: tl.constexpr,
+    AGAIN: tl.constexpr,
+):
     blocks = tl.cdiv(width, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -181,12 +210,24 @@ def forward(
     rows, width = _shape(gate, up, out)
     with on_device(gate):
         _launch_forward(
-            (rows * cdiv(width, _BLOCK),), (gate, up, out),
-            (width, gate.stride(0), up.stride(0), out.stride(0),
-             0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
-            BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,
-            R=tl_dtype(torch.float32 if exact else gate.dtype), X=tl_dtype(gate.dtype), num_warps=4,
-        )  # fmt: skip
+            (rows * cdiv(width, _BLOCK),),
+            (gate, up, out),
+            (
+                width,
+                gate.stride(0),
+                up.stride(0),
+                out.stride(0),
+                0.0 if limit is None else float(limit),
+                1.0 if scale is None else float(scale),
+            ),
+            BLOCK=_BLOCK,
+            KIND=activation,
+            CLAMP=clamp,
+            SCALED=scale is not None,
+            R=tl_dtype(torch.float32 if exact else gate.dtype),
+            X=tl_dtype(gate.dtype),
+            num_warps=4,
+        )
 
 
 def backward(
@@ -223,10 +264,24 @@ def backward(
     rows, width = _shape(dout, gate, up, dgate, dup)
     with on_device(gate):
         _launch_backward(
-            (rows * cdiv(width, _BLOCK),), (dout, gate, up, dgate, dup, dgate if out is None else out),
-            (width, dout.stride(0), gate.stride(0), up.stride(0), dgate.stride(0), dup.stride(0),
-             0.0 if limit is None else float(limit), 1.0 if scale is None else float(scale)),
-            BLOCK=_BLOCK, KIND=activation, CLAMP=clamp, SCALED=scale is not None,
-            R=tl_dtype(torch.float32 if exact else gate.dtype), X=tl_dtype(gate.dtype), AGAIN=out is not None,
+            (rows * cdiv(width, _BLOCK),),
+            (dout, gate, up, dgate, dup, dgate if out is None else out),
+            (
+                width,
+                dout.stride(0),
+                gate.stride(0),
+                up.stride(0),
+                dgate.stride(0),
+                dup.stride(0),
+                0.0 if limit is None else float(limit),
+                1.0 if scale is None else float(scale),
+            ),
+            BLOCK=_BLOCK,
+            KIND=activation,
+            CLAMP=clamp,
+            SCALED=scale is not None,
+            R=tl_dtype(torch.float32 if exact else gate.dtype),
+            X=tl_dtype(gate.dtype),
+            AGAIN=out is not None,
             num_warps=4,
-        )  # fmt: skip
+        )

@@ -153,9 +153,7 @@ class _LayerNorm(torch.autograd.Function):
             definition = functools.partial(_exactly, eps=ctx.eps)
             return (*through_definition(definition, (x, weight, bias), (dy,)), None)
         dx, dw, db, _ = ctx.needs_input_grad
-        found = kernels.backward(
-            dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db
-        )  # fmt: skip
+        found = kernels.backward(dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db)
         return (*found, None)
 
 

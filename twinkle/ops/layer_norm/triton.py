@@ -44,10 +44,23 @@ def _affine(n, w, b, at, here, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, w, b, y, stats, rows, width, x_stride, eps,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ONE_PASS: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, STATS: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    b,
+    y,
+    stats,
+    rows,
+    width,
+    x_stride,
+    eps,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    BIAS: tl.constexpr,
+    STATS: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     col = tl.arange(0, BLOCK)[None, :]
@@ -89,11 +102,25 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, x, w, stats, dx, partial, rows, width, dy_stride, x_stride,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, WEIGHT: tl.constexpr,
-    INPUT_GRAD: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    w,
+    stats,
+    dx,
+    partial,
+    rows,
+    width,
+    dy_stride,
+    x_stride,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    INPUT_GRAD: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     col = tl.arange(0, BLOCK)[None, :]
     here = col < width
     if WEIGHT:
@@ -163,9 +190,19 @@ def _input_wide(
 
 @triton.jit
 def _sums_wide(
-    dy, x, stats, partial, rows, width, dy_stride, x_stride,
-    BLOCK: tl.constexpr, WEIGHT_GRAD: tl.constexpr, BIAS_GRAD: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dy,
+    x,
+    stats,
+    partial,
+    rows,
+    width,
+    dy_stride,
+    x_stride,
+    BLOCK: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    BIAS_GRAD: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = col < width
     dw = tl.zeros([BLOCK], tl.float32)
@@ -237,12 +274,23 @@ def forward(
     with on_device(x):
         _launch_forward(
             (cdiv(rows, height),),
-            (x_rows, x_rows if weight is None else weight, x_rows if bias is None else bias, y,
-             y if kept is None else kept),
+            (
+                x_rows,
+                x_rows if weight is None else weight,
+                x_rows if bias is None else bias,
+                y,
+                y if kept is None else kept,
+            ),
             (rows, width, x_stride, float(eps)),
-            BLOCK=block, ROWS=height, ONE_PASS=one_pass, WEIGHT=weight is not None, BIAS=bias is not None,
-            STATS=stats, EVEN=block == width, num_warps=max(1, min(16, block * height // 512)),
-        )  # fmt: skip
+            BLOCK=block,
+            ROWS=height,
+            ONE_PASS=one_pass,
+            WEIGHT=weight is not None,
+            BIAS=bias is not None,
+            STATS=stats,
+            EVEN=block == width,
+            num_warps=max(1, min(16, block * height // 512)),
+        )
     return y, kept
 
 
@@ -295,31 +343,51 @@ def backward(
             stages = 4 if block * x.element_size() > 8192 else 3
             moved = block * height * (x.element_size() + dy.element_size())
             _launch_backward(
-                (programs,), (dy_rows, x_rows, w, stats, x_rows if dx is None else dx, partial), numbers,
-                BLOCK=block, ROWS=height, WEIGHT=weight is not None, INPUT_GRAD=dx is not None, **flags,
-                EVEN=block == width, STAGES=max(1, min(stages, shared_memory(x.device) // moved)),
+                (programs,),
+                (dy_rows, x_rows, w, stats, x_rows if dx is None else dx, partial),
+                numbers,
+                BLOCK=block,
+                ROWS=height,
+                WEIGHT=weight is not None,
+                INPUT_GRAD=dx is not None,
+                **flags,
+                EVEN=block == width,
+                STAGES=max(1, min(stages, shared_memory(x.device) // moved)),
                 num_warps=4 if 256 < block < 4096 else 8 if block < 8192 else 16,
-            )  # fmt: skip
+            )
         else:
             if dx is not None:
                 _launch_input(
-                    (rows,), (dy_rows, x_rows, w, stats, dx), numbers,
-                    BLOCK=8192, WEIGHT=weight is not None, num_warps=16,
-                )  # fmt: skip
+                    (rows,),
+                    (dy_rows, x_rows, w, stats, dx),
+                    numbers,
+                    BLOCK=8192,
+                    WEIGHT=weight is not None,
+                    num_warps=16,
+                )
             if sums:
                 columns = cdiv(width, 2048)
                 programs = min(rows, max(1, multiprocessors(x.device) * 8 // columns))
                 partial = _partial(programs, sums, width, x.device)
                 _launch_sums(
-                    (programs, columns), (dy_rows, x_rows, stats, partial), numbers,
-                    BLOCK=2048, **flags, STAGES=2, num_warps=4,
-                )  # fmt: skip
+                    (programs, columns),
+                    (dy_rows, x_rows, stats, partial),
+                    numbers,
+                    BLOCK=2048,
+                    **flags,
+                    STAGES=2,
+                    num_warps=4,
+                )
         if dw is not None and db is not None:
             columns = 32 if block <= _IN_LOOP else 128
             _launch_reduce(
-                (cdiv(width, columns), 2), (partial, dw, db), (programs, width),
-                ROWS=64, BLOCK=columns, num_warps=4,
-            )  # fmt: skip
+                (cdiv(width, columns), 2),
+                (partial, dw, db),
+                (programs, width),
+                ROWS=64,
+                BLOCK=columns,
+                num_warps=4,
+            )
         elif dw is not None or db is not None:
             reduce_partial(partial, dw if dw is not None else db)
     return dx, dw, db

@@ -32,9 +32,14 @@ def split(x: Tensor, head_dim: int) -> Tensor:
 
 
 def way_for(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
     form: QKNormRotaryForm,
-) -> int:  # fmt: skip
+) -> int:
     """How to compute with these tensors; see :func:`twinkle.ops.launch.route`.
 
     Args:
@@ -55,9 +60,14 @@ def way_for(
 
 
 def _fits(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
     form: QKNormRotaryForm,
-) -> bool:  # fmt: skip
+) -> bool:
     batch, heads, tokens, head_dim = q.shape
     k_batch, k_heads, k_tokens, k_head_dim = k.shape
     if (k_batch, k_tokens, k_head_dim) != (batch, tokens, head_dim) or head_dim % 2:
@@ -86,9 +96,17 @@ def _fits(
 
 
 def run(
-    way: int, q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, q_eps: float,
-    k_eps: float, cos: Tensor, sin: Tensor, form: QKNormRotaryForm,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    way: int,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    form: QKNormRotaryForm,
+) -> tuple[Tensor, Tensor]:
     """The kernel, for what :func:`way_for` found (and not for `DEFINITION`).
 
     Args:
@@ -144,9 +162,22 @@ class _Heads(torch.autograd.Function):
             return (*through, *(None,) * 8)
         wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
         dq, dk, dqw, dkw = layer._backward(
-            dq_out, dk_out, joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim, norm,
-            rotation, over_all, wanted,
-        )  # fmt: skip
+            dq_out,
+            dk_out,
+            joined(q),
+            joined(k),
+            qw,
+            kw,
+            q_eps,
+            k_eps,
+            cos,
+            sin,
+            head_dim,
+            norm,
+            rotation,
+            over_all,
+            wanted,
+        )
         dq, dk = split(dq, head_dim), split(dk, head_dim)
         return (dq, dk, dqw if wanted else None, dkw if wanted else None, *(None,) * 8)
 

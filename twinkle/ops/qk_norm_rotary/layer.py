@@ -93,13 +93,19 @@ def qk_norm_rotary(
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
         q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form
-    )  # fmt: skip
+    )
 
 
 def _fits(
-    q: Tensor, k: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor, sin: Tensor,
-    head_dim: int, form: QKNormRotaryForm,
-) -> bool:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    form: QKNormRotaryForm,
+) -> bool:
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False
     width = cos.shape[-1] * (2 if form.rotary.tables == "half" else 1)
@@ -145,9 +151,19 @@ def _tables(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
 
 
 def _forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
-    sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    norm: str,
+    rotation: str,
+    over_all: bool,
+) -> tuple[Tensor, Tensor]:
     from twinkle.ops.launch import tl_dtype
     from twinkle.ops.qk_norm_rotary import triton as kernels
     from twinkle.ops.rms_norm.triton import roundings
@@ -157,33 +173,73 @@ def _forward(
     form = _NORMS[norm]
     normal, scale, product, _ = roundings(form, q.dtype, None if qw is None else qw.dtype)
     constants = {
-        "ONE_PLUS": form.weight == "one_plus", "COMPUTE": form.compute, "DIVIDE": form.inverse == "divide",
-        "X": tl_dtype(q.dtype), "N": tl_dtype(normal), "S": tl_dtype(scale), "P": tl_dtype(product),
-    }  # fmt: skip
+        "ONE_PLUS": form.weight == "one_plus",
+        "COMPUTE": form.compute,
+        "DIVIDE": form.inverse == "divide",
+        "X": tl_dtype(q.dtype),
+        "N": tl_dtype(normal),
+        "S": tl_dtype(scale),
+        "P": tl_dtype(product),
+    }
     kernels.forward(
-        rows_of(q), rows_of(k), qw, kw, q_eps, k_eps, *_tables(cos, sin, q.shape[0]), q_out, k_out,
-        over_all=over_all, norm=constants, between=between, compute=compute,
+        rows_of(q),
+        rows_of(k),
+        qw,
+        kw,
+        q_eps,
+        k_eps,
+        *_tables(cos, sin, q.shape[0]),
+        q_out,
+        k_out,
+        over_all=over_all,
+        norm=constants,
+        between=between,
+        compute=compute,
         one=_ROTATIONS[rotation].tables == "half",
-    )  # fmt: skip
+    )
     return q_out, k_out
 
 
 def _backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
-    k_eps: float, cos: Tensor, sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    norm: str,
+    rotation: str,
+    over_all: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from twinkle.ops.qk_norm_rotary import triton as kernels
     from twinkle.ops.rms_norm.triton import roundings
 
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     dq_out, dk_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq_out, dk_out))
     dqw, dkw = kernels.backward(
-        dq_out, dk_out, rows_of(q), rows_of(k), qw, kw, q_eps, k_eps, *_tables(cos, sin, q.shape[0]),
-        rows_of(dq), rows_of(dk), over_all=over_all, one_plus=_NORMS[norm].weight == "one_plus",
+        dq_out,
+        dk_out,
+        rows_of(q),
+        rows_of(k),
+        qw,
+        kw,
+        q_eps,
+        k_eps,
+        *_tables(cos, sin, q.shape[0]),
+        rows_of(dq),
+        rows_of(dk),
+        over_all=over_all,
+        one_plus=_NORMS[norm].weight == "one_plus",
         scale=roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1],
-        one=_ROTATIONS[rotation].tables == "half", weight_grad=weight_grad,
-    )  # fmt: skip
+        one=_ROTATIONS[rotation].tables == "half",
+        weight_grad=weight_grad,
+    )
     none = q.new_empty(0)
     return dq, dk, none if dqw is None else dqw, q.new_empty(0) if dkw is None else dkw
 
@@ -236,18 +292,40 @@ _straight = apply_of(_QKNormRotary)
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
-    sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    norm: str,
+    rotation: str,
+    over_all: bool,
+) -> tuple[Tensor, Tensor]:
     out = _dtypes(q, qw, cos, norm, rotation)[-1]
     return _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
 
 
 def _fake_backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
-    k_eps: float, cos: Tensor, sin: Tensor, head_dim: int, norm: str, rotation: str, over_all: bool,
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    norm: str,
+    rotation: str,
+    over_all: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted = weight_grad and qw is not None and kw is not None
     dqw = torch.empty_like(qw) if wanted else q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), dqw, torch.empty_like(kw) if wanted else q.new_empty(0)

@@ -41,9 +41,7 @@ def forms() -> tuple[QKNormRotaryForm, ...]:
 def _bound(function: Callable[..., Any], form: QKNormRotaryForm, head_dim: int) -> Callable[..., Any]:
     def call(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, cos: Tensor, sin: Tensor) -> Any:
         # The tables carry no gradient, as in a model.
-        return function(
-            q, k, qw, kw, 1e-6, 1e-6, cos.detach(), sin.detach(), head_dim=head_dim, form=form
-        )  # fmt: skip
+        return function(q, k, qw, kw, 1e-6, 1e-6, cos.detach(), sin.detach(), head_dim=head_dim, form=form)
 
     return call
 

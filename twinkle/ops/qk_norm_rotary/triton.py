@@ -46,11 +46,31 @@ def _scales(
 
 @triton.jit
 def _one_forward(
-    x, w, y, c1, s1, c2, s2, y_h, heads, half, eps,
-    H: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, ALL: tl.constexpr, ONE_PLUS: tl.constexpr,
-    COMPUTE: tl.constexpr, DIVIDE: tl.constexpr, X: tl.constexpr, N: tl.constexpr, S: tl.constexpr,
-    P: tl.constexpr, Z: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    y,
+    c1,
+    s1,
+    c2,
+    s2,
+    y_h,
+    heads,
+    half,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ALL: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    X: tl.constexpr,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    Z: tl.constexpr,
+    C: tl.constexpr,
+):
     h = tl.arange(0, H)[:, None]
     i = tl.arange(0, D)[None, :]
     ok = (h < heads) & (i < half)
@@ -72,12 +92,48 @@ def _one_forward(
 
 @triton.jit
 def _forward(
-    q, k, qw, kw, qy, ky, cos, sin, tokens, q_heads, k_heads, half, q_eps, k_eps,
-    q_row, k_row, qy_b, qy_h, qy_t, ky_b, ky_h, ky_t, c_b, c_t, s_b, s_t,
-    QH: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, ALL: tl.constexpr,
-    ONE_PLUS: tl.constexpr, COMPUTE: tl.constexpr, DIVIDE: tl.constexpr, X: tl.constexpr, N: tl.constexpr,
-    S: tl.constexpr, P: tl.constexpr, Z: tl.constexpr, C: tl.constexpr, ONE: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    qw,
+    kw,
+    qy,
+    ky,
+    cos,
+    sin,
+    tokens,
+    q_heads,
+    k_heads,
+    half,
+    q_eps,
+    k_eps,
+    q_row,
+    k_row,
+    qy_b,
+    qy_h,
+    qy_t,
+    ky_b,
+    ky_h,
+    ky_t,
+    c_b,
+    c_t,
+    s_b,
+    s_t,
+    QH: tl.constexpr,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ALL: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    X: tl.constexpr,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    Z: tl.constexpr,
+    C: tl.constexpr,
+    ONE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     batch = row // tokens
     token = row % tokens
@@ -85,20 +141,78 @@ def _forward(
     c1, c2 = pair_of_tables(cos + batch * c_b + token * c_t, i, i < half, half, 0, ONE)
     s1, s2 = pair_of_tables(sin + batch * s_b + token * s_t, i, i < half, half, 0, ONE)
     _one_forward(
-        q + row * q_row, qw, qy + batch * qy_b + token * qy_t, c1, s1, c2, s2, qy_h, q_heads, half, q_eps,
-        QH, D, WEIGHT, ALL, ONE_PLUS, COMPUTE, DIVIDE, X, N, S, P, Z, C,
-    )  # fmt: skip
+        q + row * q_row,
+        qw,
+        qy + batch * qy_b + token * qy_t,
+        c1,
+        s1,
+        c2,
+        s2,
+        qy_h,
+        q_heads,
+        half,
+        q_eps,
+        QH,
+        D,
+        WEIGHT,
+        ALL,
+        ONE_PLUS,
+        COMPUTE,
+        DIVIDE,
+        X,
+        N,
+        S,
+        P,
+        Z,
+        C,
+    )
     _one_forward(
-        k + row * k_row, kw, ky + batch * ky_b + token * ky_t, c1, s1, c2, s2, ky_h, k_heads, half, k_eps,
-        KH, D, WEIGHT, ALL, ONE_PLUS, COMPUTE, DIVIDE, X, N, S, P, Z, C,
-    )  # fmt: skip
+        k + row * k_row,
+        kw,
+        ky + batch * ky_b + token * ky_t,
+        c1,
+        s1,
+        c2,
+        s2,
+        ky_h,
+        k_heads,
+        half,
+        k_eps,
+        KH,
+        D,
+        WEIGHT,
+        ALL,
+        ONE_PLUS,
+        COMPUTE,
+        DIVIDE,
+        X,
+        N,
+        S,
+        P,
+        Z,
+        C,
+    )
 
 
 @triton.jit
 def _one_backward(
-    x, u, v, dy, dx, c1, s1, c2, s2, dy_h, heads, half, eps,
-    H: tl.constexpr, D: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
+    x,
+    u,
+    v,
+    dy,
+    dx,
+    c1,
+    s1,
+    c2,
+    s2,
+    dy_h,
+    heads,
+    half,
+    eps,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    ALL: tl.constexpr,
+):
     h = tl.arange(0, H)[:, None]
     i = tl.arange(0, D)[None, :]
     ok = (h < heads) & (i < half)
@@ -144,11 +258,47 @@ def _store_sums(partial, first, second, heads, half, i, here, H: tl.constexpr, A
 
 @triton.jit
 def _backward(
-    q, k, qw, kw, dqy, dky, dq, dk, cos, sin, partial, rows, tokens, q_heads, k_heads, half,
-    q_eps, k_eps, q_row, k_row, qy_b, qy_h, qy_t, ky_b, ky_h, ky_t, c_b, c_t, s_b, s_t,
-    QH: tl.constexpr, KH: tl.constexpr, D: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-    ALL: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr, ONE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    qw,
+    kw,
+    dqy,
+    dky,
+    dq,
+    dk,
+    cos,
+    sin,
+    partial,
+    rows,
+    tokens,
+    q_heads,
+    k_heads,
+    half,
+    q_eps,
+    k_eps,
+    q_row,
+    k_row,
+    qy_b,
+    qy_h,
+    qy_t,
+    ky_b,
+    ky_h,
+    ky_t,
+    c_b,
+    c_t,
+    s_b,
+    s_t,
+    QH: tl.constexpr,
+    KH: tl.constexpr,
+    D: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    ALL: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    S: tl.constexpr,
+    ONE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     i = tl.arange(0, D)[None, :]
     here = i < half
     qh = tl.arange(0, QH)[:, None]
@@ -169,16 +319,44 @@ def _backward(
         c1, c2 = pair_of_tables(cos + batch * c_b + token * c_t, i, here, half, 0, ONE)
         s1, s2 = pair_of_tables(sin + batch * s_b + token * s_t, i, here, half, 0, ONE)
         a, b = _one_backward(
-            q + row * q_row, qu, qv, dqy + batch * qy_b + token * qy_t, dq + row * (2 * half * q_heads),
-            c1, s1, c2, s2, qy_h, q_heads, half, q_eps, QH, D, ALL,
-        )  # fmt: skip
+            q + row * q_row,
+            qu,
+            qv,
+            dqy + batch * qy_b + token * qy_t,
+            dq + row * (2 * half * q_heads),
+            c1,
+            s1,
+            c2,
+            s2,
+            qy_h,
+            q_heads,
+            half,
+            q_eps,
+            QH,
+            D,
+            ALL,
+        )
         if WEIGHT_GRAD:
             q1 += a
             q2 += b
         a, b = _one_backward(
-            k + row * k_row, ku, kv, dky + batch * ky_b + token * ky_t, dk + row * (2 * half * k_heads),
-            c1, s1, c2, s2, ky_h, k_heads, half, k_eps, KH, D, ALL,
-        )  # fmt: skip
+            k + row * k_row,
+            ku,
+            kv,
+            dky + batch * ky_b + token * ky_t,
+            dk + row * (2 * half * k_heads),
+            c1,
+            s1,
+            c2,
+            s2,
+            ky_h,
+            k_heads,
+            half,
+            k_eps,
+            KH,
+            D,
+            ALL,
+        )
         if WEIGHT_GRAD:
             k1 += a
             k2 += b
@@ -199,10 +377,23 @@ def _warps(elements: int, per_warp: int) -> int:
 
 
 def forward(
-    q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float, k_eps: float, cos: Tensor,
-    sin: Tensor, q_out: Tensor, k_out: Tensor, *, over_all: bool, norm: dict[str, Any], between: torch.dtype,
-    compute: torch.dtype, one: bool,
-) -> None:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    q_out: Tensor,
+    k_out: Tensor,
+    *,
+    over_all: bool,
+    norm: dict[str, Any],
+    between: torch.dtype,
+    compute: torch.dtype,
+    one: bool,
+) -> None:
     """Launch the forward.
 
     Args:
@@ -232,19 +423,54 @@ def forward(
         _launch_forward(
             (batch * tokens,),
             (q, k, q if qw is None else qw, k if kw is None else kw, q_out, k_out, cos, sin),
-            (tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
-             *q_out.stride()[:3], *k_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
-            QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, ALL=over_all,
-            **norm, Z=tl_dtype(between), C=tl_dtype(compute), ONE=one,
-            num_warps=_warps(blocks[0] * width, 512), enable_fp_fusion=False,
-        )  # fmt: skip
+            (
+                tokens,
+                heads,
+                k_heads,
+                half,
+                float(q_eps),
+                float(k_eps),
+                q.stride(0),
+                k.stride(0),
+                *q_out.stride()[:3],
+                *k_out.stride()[:3],
+                *cos.stride()[:2],
+                *sin.stride()[:2],
+            ),
+            QH=blocks[0],
+            KH=blocks[1],
+            D=width,
+            WEIGHT=qw is not None,
+            ALL=over_all,
+            **norm,
+            Z=tl_dtype(between),
+            C=tl_dtype(compute),
+            ONE=one,
+            num_warps=_warps(blocks[0] * width, 512),
+            enable_fp_fusion=False,
+        )
 
 
 def backward(
-    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None, q_eps: float,
-    k_eps: float, cos: Tensor, sin: Tensor, dq: Tensor, dk: Tensor, *, over_all: bool, one_plus: bool,
-    scale: torch.dtype, one: bool, weight_grad: bool,
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    qw: Tensor | None,
+    kw: Tensor | None,
+    q_eps: float,
+    k_eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    *,
+    over_all: bool,
+    one_plus: bool,
+    scale: torch.dtype,
+    one: bool,
+    weight_grad: bool,
+) -> tuple[Tensor | None, Tensor | None]:
     """Launch the backward.
 
     Args:
@@ -297,14 +523,47 @@ def backward(
     with on_device(q):
         _launch_backward(
             (programs,),
-            (q, k, q if qw is None else qw, k if kw is None else kw, dq_out, dk_out, dq, dk, cos, sin,
-             partial),
-            (rows, tokens, heads, k_heads, half, float(q_eps), float(k_eps), q.stride(0), k.stride(0),
-             *dq_out.stride()[:3], *dk_out.stride()[:3], *cos.stride()[:2], *sin.stride()[:2]),
-            QH=blocks[0], KH=blocks[1], D=width, WEIGHT=qw is not None, WEIGHT_GRAD=wanted, ALL=over_all,
-            ONE_PLUS=one_plus, S=tl_dtype(scale), ONE=one, STAGES=stages,
-            num_warps=warps, enable_fp_fusion=False,
-        )  # fmt: skip
+            (
+                q,
+                k,
+                q if qw is None else qw,
+                k if kw is None else kw,
+                dq_out,
+                dk_out,
+                dq,
+                dk,
+                cos,
+                sin,
+                partial,
+            ),
+            (
+                rows,
+                tokens,
+                heads,
+                k_heads,
+                half,
+                float(q_eps),
+                float(k_eps),
+                q.stride(0),
+                k.stride(0),
+                *dq_out.stride()[:3],
+                *dk_out.stride()[:3],
+                *cos.stride()[:2],
+                *sin.stride()[:2],
+            ),
+            QH=blocks[0],
+            KH=blocks[1],
+            D=width,
+            WEIGHT=qw is not None,
+            WEIGHT_GRAD=wanted,
+            ALL=over_all,
+            ONE_PLUS=one_plus,
+            S=tl_dtype(scale),
+            ONE=one,
+            STAGES=stages,
+            num_warps=warps,
+            enable_fp_fusion=False,
+        )
         if sums is not None:
             reduce_partial(partial, sums)
     return dqw, dkw

@@ -79,9 +79,14 @@ def way_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNo
 
 
 def run(
-    way: int, x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, form: ResidualNormForm,
+    way: int,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    form: ResidualNormForm,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The kernel, for what :func:`way_for` found (and not for `DEFINITION`)."""
     if form.norm.weight == "none":  # type: ignore[union-attr]
         weight = None
@@ -104,9 +109,15 @@ def _forward(
 
 
 def _backward(
-    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str,
-    scale: float | None, weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    norm: str,
+    scale: float | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     from twinkle.ops.residual_norm import triton as kernels
 
     dx, dr, dw = kernels.backward(dy, h, weight, eps, _FORMS[norm], dh, scale, weight_grad)
@@ -182,9 +193,15 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, eps: float, norm: str,
-    scale: float | None, weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    norm: str,
+    scale: float | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     dx = like(h)[0]
     dw = torch.empty_like(weight) if weight is not None and weight_grad else h.new_empty(0)
     return dx, h.new_empty(0) if scale is None else torch.empty_like(dx), dw

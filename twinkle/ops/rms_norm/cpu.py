@@ -87,9 +87,16 @@ def rms_norm(
         if pays(x, _LEAST_INFERENCE) and torch.get_num_threads() == 1:
             return _forward(x, weight, eps, form)[0]
     return reference.rms_norm(
-        x, weight, eps, form=form, gate=gate, activation=activation, group_size=group_size,
-        with_weight=with_weight, normalized_shape=normalized_shape,
-    )  # fmt: skip
+        x,
+        weight,
+        eps,
+        form=form,
+        gate=gate,
+        activation=activation,
+        group_size=group_size,
+        with_weight=with_weight,
+        normalized_shape=normalized_shape,
+    )
 
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> tuple[Tensor, Tensor]:
@@ -206,6 +213,10 @@ def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[
     values = {name: value for name, value in facts if name in known}
     values.setdefault("weight", None)
     return forward_class(
-        f"RMSNorm_{form.name}", rms_norm, values, inputs=("x",), constants={"form": form},
+        f"RMSNorm_{form.name}",
+        rms_norm,
+        values,
+        inputs=("x",),
+        constants={"form": form},
         absent_ok=("weight",) if form.optional_weight else (),
-    )  # fmt: skip
+    )

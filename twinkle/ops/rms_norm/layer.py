@@ -84,10 +84,16 @@ def rms_norm(
             return _straight(x, weight, eps, form)
         return _op(x, weight, eps, form.name)
     return reference.rms_norm(
-        x, weight, eps,  # type: ignore[arg-type]  # None where torch's function takes it
-        form=form, gate=gate, activation=activation, group_size=group_size,
-        with_weight=with_weight, normalized_shape=normalized_shape,
-    )  # fmt: skip
+        x,
+        weight,
+        eps,  # type: ignore[arg-type]  # None where torch's function takes it
+        form=form,
+        gate=gate,
+        activation=activation,
+        group_size=group_size,
+        with_weight=with_weight,
+        normalized_shape=normalized_shape,
+    )
 
 
 def fits(
@@ -256,6 +262,11 @@ def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[
     values = {name: value for name, value in facts if name in known}
     values.setdefault("weight", None)
     return forward_class(
-        f"RMSNorm_{form.name}", rms_norm, values, inputs=("x", "gate"), optional=("gate",),
-        constants={"form": form}, absent_ok=("weight",) if form.optional_weight else (),
-    )  # fmt: skip
+        f"RMSNorm_{form.name}",
+        rms_norm,
+        values,
+        inputs=("x", "gate"),
+        optional=("gate",),
+        constants={"form": form},
+        absent_ok=("weight",) if form.optional_weight else (),
+    )

@@ -48,9 +48,7 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
         weight = getattr(self, "weight", None)
-        return reference.rms_norm(
-            x, weight, 1e-6, form=self.form, normalized_shape=self.normalized_shape
-        )  # fmt: skip
+        return reference.rms_norm(x, weight, 1e-6, form=self.form, normalized_shape=self.normalized_shape)
 
 
 def cases(form: RMSNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:

@@ -98,12 +98,32 @@ def _load(x, r, at, ok, x_row, scale, SCALED: tl.constexpr, X: tl.constexpr, r_r
 
 @triton.jit
 def _forward(
-    x, r, w, total, y, rows, width, x_stride, r_stride, eps, scale,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, ONE_PASS: tl.constexpr,
-    ADD: tl.constexpr, SCALED: tl.constexpr, WEIGHT: tl.constexpr, ONE_PLUS: tl.constexpr,
-    COMPUTE: tl.constexpr, DIVIDE: tl.constexpr,
-    X: tl.constexpr, N: tl.constexpr, S: tl.constexpr, P: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
+    x,
+    r,
+    w,
+    total,
+    y,
+    rows,
+    width,
+    x_stride,
+    r_stride,
+    eps,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ONE_PASS: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    X: tl.constexpr,
+    N: tl.constexpr,
+    S: tl.constexpr,
+    P: tl.constexpr,
+    EVEN: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     inside = row < rows
     col = tl.arange(0, BLOCK)[None, :]
@@ -139,11 +159,31 @@ def _forward(
 
 @triton.jit
 def _backward(
-    dy, dh, x, w, dx, dr, partial, rows, width, dy_stride, dh_stride, x_stride, eps, scale,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    ADD: tl.constexpr, SCALED: tl.constexpr, WEIGHT: tl.constexpr, WEIGHT_GRAD: tl.constexpr,
-    ONE_PLUS: tl.constexpr, S: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dh,
+    x,
+    w,
+    dx,
+    dr,
+    partial,
+    rows,
+    width,
+    dy_stride,
+    dh_stride,
+    x_stride,
+    eps,
+    scale,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    S: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     col = tl.arange(0, BLOCK)[None, :]
     here = col < width
     if WEIGHT:
@@ -180,10 +220,27 @@ def _backward(
 
 @triton.jit
 def _backward_wide(
-    dy, dh, x, w, dx, dr, roots, rows, width, dy_stride, dh_stride, x_stride, eps, scale,
-    BLOCK: tl.constexpr, ADD: tl.constexpr, SCALED: tl.constexpr, WEIGHT: tl.constexpr,
-    ONE_PLUS: tl.constexpr, S: tl.constexpr,
-):  # fmt: skip
+    dy,
+    dh,
+    x,
+    w,
+    dx,
+    dr,
+    roots,
+    rows,
+    width,
+    dy_stride,
+    dh_stride,
+    x_stride,
+    eps,
+    scale,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+    SCALED: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    ONE_PLUS: tl.constexpr,
+    S: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], tl.float32)
     products = tl.zeros([BLOCK], tl.float32)
@@ -315,13 +372,23 @@ def forward(
         _launch_forward(
             (cdiv(rows, height),),
             (x_rows, r_rows, w, total if total is not None else y, y),
-            (rows, width, x_stride, r_stride, float(eps),
-             1.0 if scale is None else float(scale)),
-            BLOCK=block, ROWS=height, ONE_PASS=one_pass, ADD=residual is not None, SCALED=scale is not None,
-            WEIGHT=weight is not None, ONE_PLUS=form.weight == "one_plus", COMPUTE=form.compute,
-            DIVIDE=form.inverse == "divide", X=tl_dtype(x.dtype), N=tl_dtype(normal), S=tl_dtype(one_plus),
-            P=tl_dtype(product), EVEN=block == width, num_warps=_warps(block * height),
-        )  # fmt: skip
+            (rows, width, x_stride, r_stride, float(eps), 1.0 if scale is None else float(scale)),
+            BLOCK=block,
+            ROWS=height,
+            ONE_PASS=one_pass,
+            ADD=residual is not None,
+            SCALED=scale is not None,
+            WEIGHT=weight is not None,
+            ONE_PLUS=form.weight == "one_plus",
+            COMPUTE=form.compute,
+            DIVIDE=form.inverse == "divide",
+            X=tl_dtype(x.dtype),
+            N=tl_dtype(normal),
+            S=tl_dtype(one_plus),
+            P=tl_dtype(product),
+            EVEN=block == width,
+            num_warps=_warps(block * height),
+        )
     return y, total
 
 
@@ -391,11 +458,17 @@ def backward(
             stages = 4 if block * x.element_size() > 8192 else 3
             moved = block * height * x.element_size() * (3 if dh is not None else 2)
             _launch_backward(
-                (programs,), (*tensors, partial), numbers,
-                BLOCK=block, ROWS=height, WEIGHT_GRAD=dw is not None, EVEN=block == width,
-                STAGES=max(1, min(stages, shared_memory(x.device) // moved)), **flags,
+                (programs,),
+                (*tensors, partial),
+                numbers,
+                BLOCK=block,
+                ROWS=height,
+                WEIGHT_GRAD=dw is not None,
+                EVEN=block == width,
+                STAGES=max(1, min(stages, shared_memory(x.device) // moved)),
+                **flags,
                 num_warps=8 if block <= 256 or block >= 8192 else 4,
-            )  # fmt: skip
+            )
         else:
             roots = torch.empty(rows, dtype=torch.float32, device=x.device)
             _launch_wide((rows,), (*tensors, roots), numbers, BLOCK=8192, **flags, num_warps=16)
@@ -404,10 +477,13 @@ def backward(
                 programs = min(rows, max(1, multiprocessors(x.device) * 8 // columns))
                 partial = torch.empty((programs, width), dtype=torch.float32, device=x.device)
                 _launch_weight(
-                    (programs, columns), (dy_rows, x_rows, roots, partial),
+                    (programs, columns),
+                    (dy_rows, x_rows, roots, partial),
                     (rows, width, strides[0], strides[2]),
-                    BLOCK=2048, STAGES=2, num_warps=4,
-                )  # fmt: skip
+                    BLOCK=2048,
+                    STAGES=2,
+                    num_warps=4,
+                )
         if dw is not None:
             reduce_partial(partial, dw)
     return dx, dr, dw

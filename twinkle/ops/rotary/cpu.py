@@ -74,9 +74,17 @@ def rotary(
                 return results[0], results[1]
             return (*results, turned(v, None, *plan, form, q.dtype)[0])
     return reference.rotary(
-        q, k, cos, sin, unsqueeze_dim, form=form, v=v, position_ids=position_ids,
-        mrope_section=mrope_section, slice_last=slice_last,
-    )  # fmt: skip
+        q,
+        k,
+        cos,
+        sin,
+        unsqueeze_dim,
+        form=form,
+        v=v,
+        position_ids=position_ids,
+        mrope_section=mrope_section,
+        slice_last=slice_last,
+    )
 
 
 def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -130,9 +138,14 @@ def _wide(table: Tensor, rank: int, tokens_first: bool) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, tokens_first: bool, form: RotaryForm,
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    tokens_first: bool,
+    form: RotaryForm,
     query: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     made = []
     for x in (q, k):
         if x is None:
@@ -148,9 +161,15 @@ def _forward(
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, tokens_first: bool,
-        form: RotaryForm, query: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        tokens_first: bool,
+        form: RotaryForm,
+        query: torch.dtype,
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.rest = (form.name, tokens_first, q.dtype)
         ctx.two = k is not None

@@ -80,9 +80,17 @@ def rotary(
                 return results[0], results[1]
             return (*results, turned(v, None, cos, sin, form.name, tokens_first, q.dtype)[0])
     return reference.rotary(
-        q, k, cos, sin, unsqueeze_dim, form=form, v=v, position_ids=position_ids,
-        mrope_section=mrope_section, slice_last=slice_last,
-    )  # fmt: skip
+        q,
+        k,
+        cos,
+        sin,
+        unsqueeze_dim,
+        form=form,
+        v=v,
+        position_ids=position_ids,
+        mrope_section=mrope_section,
+        slice_last=slice_last,
+    )
 
 
 def apply_rotary_pos_emb(
@@ -203,9 +211,15 @@ def _empty(x: Tensor, dtype: torch.dtype, form: RotaryForm | None = None) -> Ten
 
 
 def _launch(
-    x: tuple[Tensor, Tensor | None], outs: tuple[Tensor, Tensor | None], cos: Tensor, sin: Tensor,
-    form: RotaryForm, tokens_first: bool, inputs: torch.dtype, back: bool,
-) -> None:  # fmt: skip
+    x: tuple[Tensor, Tensor | None],
+    outs: tuple[Tensor, Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    form: RotaryForm,
+    tokens_first: bool,
+    inputs: torch.dtype,
+    back: bool,
+) -> None:
     from twinkle.ops.rotary import triton as kernels
 
     compute = _compute(inputs, cos.dtype, form)
@@ -218,13 +232,21 @@ def _launch(
     assert first_out is not None
     repeat = cos.shape[0] == 1 and first.shape[0] != 1
     kernels.turn(
-        first, second, first_out, second_out,
+        first,
+        second,
+        first_out,
+        second_out,
         cos.expand(first.shape[0], -1, -1) if repeat else cos,
         sin.expand(first.shape[0], -1, -1) if repeat else sin,
-        pairs=_PAIRS[form.pairs], one=form.tables in _ONE, inverse=form.inverse, half=half,
+        pairs=_PAIRS[form.pairs],
+        one=form.tables in _ONE,
+        inverse=form.inverse,
+        half=half,
         start=x[0].shape[-1] - 2 * half if form.part == "last" else 0,
-        compute=compute, sums=inputs if form.compute == "input" else torch.float32, back=back,
-    )  # fmt: skip
+        compute=compute,
+        sums=inputs if form.compute == "input" else torch.float32,
+        back=back,
+    )
 
 
 def _forward(
@@ -255,9 +277,15 @@ def _backward(
 class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool,
+        ctx: Any,
+        q: Tensor,
+        k: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        form: str,
+        tokens_first: bool,
         query: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         ctx.rest = (form, tokens_first, q.dtype)
         ctx.two = k is not None

@@ -22,10 +22,26 @@ __all__ = ["outer", "rows"]
 
 @triton.jit
 def _rows(
-    a, index, w, offsets, out, width, columns, experts, a_row, w_expert, w_row, w_column,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EXPERTS: tl.constexpr, GATHER: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+    a,
+    index,
+    w,
+    offsets,
+    out,
+    width,
+    columns,
+    experts,
+    a_row,
+    w_expert,
+    w_row,
+    w_column,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    GATHER: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
     across = tl.cdiv(columns, BN)
     tile = tl.program_id(0) // across
     column = (tl.program_id(0) % across) * BN + tl.arange(0, BN)
@@ -48,9 +64,11 @@ def _rows(
         here = column < columns
         a_at = a + source.to(tl.int64)[:, None] * a_row + depth[None, :]
         w_at = (
-            w + expert.to(tl.int64) * w_expert
-            + depth.to(tl.int64)[:, None] * w_row + column.to(tl.int64)[None, :] * w_column
-        )  # fmt: skip
+            w
+            + expert.to(tl.int64) * w_expert
+            + depth.to(tl.int64)[:, None] * w_row
+            + column.to(tl.int64)[None, :] * w_column
+        )
         total = tl.zeros([BM, BN], tl.float32)
         for k in range(0, width, BK):
             if EVEN:
@@ -68,10 +86,23 @@ def _rows(
 
 @triton.jit
 def _outer(
-    a, b, a_index, b_index, offsets, out, m, n, a_row, b_row,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GATHER_A: tl.constexpr, GATHER_B: tl.constexpr,
+    a,
+    b,
+    a_index,
+    b_index,
+    offsets,
+    out,
+    m,
+    n,
+    a_row,
+    b_row,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GATHER_A: tl.constexpr,
+    GATHER_B: tl.constexpr,
     PRECISION: tl.constexpr,
-):  # fmt: skip
+):
     across = tl.cdiv(n, BN)
     down = tl.cdiv(m, BM)
     expert = tl.program_id(0) // (across * down)
@@ -92,12 +123,14 @@ def _outer(
             b_from = tl.load(b_index + row, mask=inside, other=0)
         left = tl.load(
             a + a_from.to(tl.int64)[:, None] * a_row + i[None, :],
-            mask=inside[:, None] & (i < m)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=inside[:, None] & (i < m)[None, :],
+            other=0.0,
+        )
         right = tl.load(
             b + b_from.to(tl.int64)[:, None] * b_row + j[None, :],
-            mask=inside[:, None] & (j < n)[None, :], other=0.0,
-        )  # fmt: skip
+            mask=inside[:, None] & (j < n)[None, :],
+            other=0.0,
+        )
         total = tl.dot(tl.trans(left), right, total, input_precision=PRECISION)
     at = (expert.to(tl.int64) * m + i[:, None]) * n + j[None, :]
     tl.store(out + at, total.to(out.dtype.element_ty), mask=(i < m)[:, None] & (j < n)[None, :])
@@ -146,11 +179,15 @@ def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None
     tiles = count // size["BM"] + min(experts, count)
     with on_device(a):
         _launch_rows(
-            (tiles * cdiv(columns, size["BN"]),), (a, offsets if index is None else index, w, offsets, out),
+            (tiles * cdiv(columns, size["BN"]),),
+            (a, offsets if index is None else index, w, offsets, out),
             (width, columns, experts, a.stride(0), *w.stride()),
-            EXPERTS=power_of_2(experts), GATHER=index is not None, EVEN=width % size["BK"] == 0,
-            PRECISION=_precision(a.dtype), **size,
-        )  # fmt: skip
+            EXPERTS=power_of_2(experts),
+            GATHER=index is not None,
+            EVEN=width % size["BK"] == 0,
+            PRECISION=_precision(a.dtype),
+            **size,
+        )
     return out
 
 
@@ -179,9 +216,18 @@ def outer(
     with on_device(a):
         _launch_outer(
             (experts * cdiv(m, size["BM"]) * cdiv(n, size["BN"]),),
-            (a, b, offsets if a_index is None else a_index, offsets if b_index is None else b_index,
-             offsets, out),
+            (
+                a,
+                b,
+                offsets if a_index is None else a_index,
+                offsets if b_index is None else b_index,
+                offsets,
+                out,
+            ),
             (m, n, a.stride(0), b.stride(0)),
-            GATHER_A=a_index is not None, GATHER_B=b_index is not None, PRECISION=_precision(a.dtype), **size,
-        )  # fmt: skip
+            GATHER_A=a_index is not None,
+            GATHER_B=b_index is not None,
+            PRECISION=_precision(a.dtype),
+            **size,
+        )
     return out

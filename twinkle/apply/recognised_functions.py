@@ -1,0 +1,157 @@
+"""Kernels for the functions beside the classes of a model, found by the structure of their code."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twinkle.apply.bindings import function_binding
+from twinkle.match.structure import recognise
+from twinkle.match.symbolic.source import function_of
+from twinkle.op_names import FUNCTION_OPS
+from twinkle.records import FunctionKernel
+from twinkle.runtime import runtime
+from twinkle.sources.specialised import FittedSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from torch import nn
+
+    from twinkle.match.recognition import Recognition
+    from twinkle.records import Source
+
+__all__ = ["Found", "cut", "register"]
+
+
+class Found(NamedTuple):
+    """A function of a module that is an op.
+
+    Attributes:
+        module: The name of the module.
+        name: Of the function in it.
+        original: The function.
+        recognition: Which op, and how.
+    """
+
+    module: str
+    name: str
+    original: Callable[..., Any]
+    recognition: Recognition
+
+
+class _Functions:
+    """What was worked out before: the functions of modules, and the kernels made for them."""
+
+    def __init__(self) -> None:
+        self.recognised: dict[str, tuple[Any, list[Found]]] = {}
+        self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
+
+
+def register(model: nn.Module, device: str | None) -> dict[str, bool]:
+    """Register kernels for the functions beside the classes of a model that were bound to their op.
+
+    Args:
+        model: The model.
+        device: What the embedded kernels are for, which are offered where nothing else was bound; None
+            where they are off.
+
+    Returns:
+        The modules that have new ones, and whether somebody asked for them.
+    """
+    bound: dict[str, list[FunctionKernel]] = {}
+    for kernel in runtime.registry.function_kernels:
+        if kernel.op is None:
+            continue
+        if kernel.name in runtime.options.disabled:
+            function_binding(kernel).set("skipped", "switched off by TWINKLE_DISABLE")
+        else:
+            bound.setdefault(kernel.op, []).append(kernel)
+    if not bound and device is None:
+        return {}
+    changed: dict[str, bool] = {}
+    for module in dict.fromkeys(type(layer).__module__ for layer in model.modules()):
+        for found in _functions_of(module):
+            asked_for = _registered(found, bound.get(str(found.recognition.op), ()))
+            if asked_for or (device is not None and _offered(found, device)):
+                changed[module] = changed.get(module, False) or asked_for
+    return changed
+
+
+def _registered(found: Found, kernels: Iterable[FunctionKernel]) -> bool:
+    """Register what was bound to the op of a function, unless something was bound to the function."""
+    named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
+    if any(not isinstance(kernel.source, FittedSource) for kernel in named):
+        return False
+    op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
+    made = []
+    for kernel in kernels:
+        runtime.registry.unbind(kernel, kernel.target)
+        made.append(cut(kernel, found, lambda s: FittedSource(s, str(op), form, facts, found.original)))
+    made = [kernel for kernel in made if kernel not in named]
+    runtime.registry.add(function_kernels=tuple(made))
+    return bool(made)
+
+
+def _offered(found: Found, device: str) -> bool:
+    from twinkle.apply import embedded
+
+    made = tuple(
+        k for k in embedded.function_kernels(found, device) if k not in runtime.embedded.function_kernels
+    )
+    runtime.embedded.add(function_kernels=made)
+    return bool(made)
+
+
+def cut(
+    kernel: FunctionKernel,
+    found: Found,
+    source: Callable[[Source], Source],
+    *,
+    device: str | None = None,
+) -> FunctionKernel:
+    """A kernel that was bound to an op, for one function that is it; the same one each time.
+
+    Args:
+        kernel: As registered.
+        found: The function.
+        source: From the source of the kernel to that of the same kernel for this function.
+        device: What the kernel is for where its registration does not say.
+    """
+    key = (kernel, found.module, found.name, device)
+    made_before = runtime.of(_Functions).specialised
+    known = made_before.get(key)
+    if known is None or known[0] is not found.original:
+        made = FunctionKernel(
+            found.name,
+            found.module,
+            source(kernel.source),
+            device=kernel.device or device,
+            mode=kernel.mode,
+            verify=kernel.verify,
+            origin=kernel.origin,
+        )
+        known = made_before[key] = (found.original, made)
+    return known[1]
+
+
+def _functions_of(name: str) -> list[Found]:
+    """The functions that a module defines and that are recognised; worked out once."""
+    namespace = sys.modules.get(name)
+    if namespace is None or name.partition(".")[0] == "torch":
+        return []
+    recognised = runtime.of(_Functions).recognised
+    known = recognised.get(name)
+    if known is None or known[0] is not namespace:
+        known = recognised[name] = (namespace, list(_recognised(namespace, name)))
+    return known[1]
+
+
+def _recognised(namespace: Any, name: str) -> Iterable[Found]:
+    for attribute, value in list(vars(namespace).items()):
+        if isinstance(value, type) or not callable(value):
+            continue
+        recognition = recognise(value)
+        if recognition.target.startswith(f"{name}:") and recognition.op in FUNCTION_OPS:
+            # `kernels` puts a module in the place of the functions it decorates.
+            yield Found(name, attribute, function_of(value) or value, recognition)

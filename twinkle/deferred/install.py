@@ -1,0 +1,174 @@
+"""Deferred logits in the place of a head's output, inside a forward that was given labels."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+
+from torch import nn
+
+from twinkle.deferred.forward import (
+    DeferringLinear,
+    at,
+    deferring_model,
+    leave_to_python,
+    reason_against,
+)
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from twinkle.records import Binding
+    from twinkle.swap.candidate import Candidate
+
+__all__ = ["Installed", "install", "reason_against", "uninstall"]
+
+
+class Installed:
+    """What :func:`install` did.
+
+    Attributes:
+        model: The model.
+        head: The path of its head.
+        bindings: The records of the two swaps, that of the model first.
+    """
+
+    def __init__(self, model: nn.Module, head: str, bindings: tuple[Binding, Binding]) -> None:
+        self.model = model
+        self.head = head
+        self.bindings = bindings
+
+
+def install(model: nn.Module, recognition: Any = None) -> Installed | str:
+    """Let the head of a causal language model give deferred logits where labels are given.
+
+    The class of model and head is changed as for any kernel (``twinkle.swap``): names, parameters, hooks,
+    copies and pickles stay what they are.
+
+    Args:
+        model: A model whose ``forward`` takes labels.
+        recognition: What ``twinkle.match`` says of its class (op ``causal_lm_loss``): the path of the head
+            and the names of the labels are taken from its facts. Without one the head is what
+            ``get_output_embeddings()`` gives.
+
+    Returns:
+        What was done, or why the model is left alone.
+    """
+    from twinkle.swap.layers import original_class, plan
+
+    facts = dict(getattr(recognition, "facts", None) or {})
+    path = facts.get("head") or _path_of_output(model)
+    head = at(model, path) if path else None
+    reason = reason_against(head, loaded=False)  # it is asked again at each call
+    if reason is not None or head is None:
+        return reason or "the model has no output head"
+    target: Any = original_class(model)
+    labels = _labels(target.forward, facts)
+    if not labels:
+        return f"{target.__name__}.forward takes no labels"
+    kernel = deferring_model(
+        target.forward,
+        path,
+        labels,
+        recognised=bool(facts),
+        bends=_bends(model, recognition),
+        owner=weakref.ref(model),
+    )
+    ours = _candidate(kernel, target), _candidate(DeferringLinear, nn.Linear)
+    plans = []
+    for module, candidate in zip((model, head), ours, strict=True):
+        made = plan(module, [candidate])
+        if isinstance(made, str):
+            return made
+        plans.append(made)
+    for made in plans:
+        why = made.resolve()
+        if why is not None:
+            return why
+    for made in plans:
+        made.commit()
+    for module in (model, head):
+        _take_calls(module)
+    return Installed(model, path, (ours[0].binding, ours[1].binding))
+
+
+def uninstall(installed: Installed) -> None:
+    """Undo :func:`install`."""
+    from twinkle.swap.layers import swap_out
+
+    swap_out(installed.model)
+    head = at(installed.model, installed.head)
+    if head is not None:
+        swap_out(head)
+
+
+def _take_calls(module: nn.Module) -> None:
+    """Load the kernel now, also on ``meta``: a model may be compiled before it ever ran."""
+    from twinkle.swap.layers import placed
+
+    dispatch = placed(module)
+    assert dispatch is not None
+    for entry in dispatch.entries:
+        if entry.state == "new":
+            dispatch.prepare(entry, ())
+        if entry.function is not None:
+            entry.state = "live"
+    dispatch.rebuild()
+    if not isinstance(module, nn.Linear):
+        leave_to_python(dispatch.function)
+
+
+def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int | None]:
+    """The parameters that labels come in by, and where they stand among those after ``self``."""
+    parameters = inspect.signature(forward).parameters.values()
+    wanted = [facts.get("labels"), facts.get("shift_labels"), "labels", "shift_labels"]
+    found: dict[str, int | None] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.name in wanted:
+            found[parameter.name] = index - 1 if parameter.kind is not parameter.KEYWORD_ONLY else None
+    if found and any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        found.setdefault("shift_labels", None)
+    return found
+
+
+def _bends(model: nn.Module, recognition: Any) -> bool:
+    """Whether the model bounds its logits; a softcap may be there in its code and off in its config."""
+    form = getattr(recognition, "form", None)
+    steps = [step for step in getattr(form, "steps", ()) if "softcap" in step]
+    factors = recognition.facts.get("factors", ()) if steps else ()
+    values = [at(model, factor) if isinstance(factor, str) else factor for factor in factors]
+    return bool(steps) and any(value is not None for value in values)
+
+
+def _path_of_output(model: nn.Module) -> str:
+    getter = getattr(model, "get_output_embeddings", None)
+    head = getter() if callable(getter) else None
+    paths = (name for name, module in model.named_modules() if module is head)
+    return next(paths, "") if head is not None else ""
+
+
+class _Source:
+    """A kernel that was made on the spot."""
+
+    kind = "embedded"
+
+    def __init__(self, kernel: type[nn.Module]) -> None:
+        self._kernel = kernel
+
+    def describe(self) -> str:
+        return f"embedded {__name__}:{self._kernel.__name__}"
+
+    def load(self) -> type[nn.Module]:
+        return self._kernel
+
+
+def _candidate(kernel: type[nn.Module], target: type) -> Candidate:
+    from twinkle.records import Binding, LayerKernel
+    from twinkle.swap.candidate import Candidate
+
+    source = _Source(kernel)
+    record = LayerKernel("causal_lm_loss", source, origin="embedded")
+    where = f"{target.__module__}:{target.__qualname__}"
+    return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))

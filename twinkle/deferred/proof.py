@@ -1,0 +1,172 @@
+"""The loss without logits against the loss with them, on a few rows and the real head.
+
+A whole step of it cannot be compared: its logits are what there is no memory for. So a few made-up rows
+meet a part of the vocabulary for the loss and all gradients. On a GPU, where a kernel of our own goes
+through the vocabulary block by block, they meet the whole weight as well, for the loss and the gradient of
+the hidden states. The largest tensors are the logits of 64 rows and a part of the weight: at most 2^25
+elements, on a CPU 2^18.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+
+from twinkle.proof.cache import proofs
+from twinkle.proof.cache_key import question
+from twinkle.proof.compare import Verdict, compare
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["prove_loss"]
+
+_MOST_ROWS = 64
+# Elements of the weight whose gradient is compared. On a GPU as many columns as the kernel takes at a time,
+# so that it is compiled once for this and for the whole weight, unless they are too large for that.
+_PART, _LARGEST_PART, _PART_ON_CPU = 1 << 21, 1 << 25, 1 << 18
+_BLOCK = 16384
+_COLUMNS = 8192
+_SOFTCAP, _SCALE = 30.0, 0.5
+
+
+class _Loss:
+    """What a question is asked about: see ``twinkle.proof.cache_key``."""
+
+    op = "causal_lm_loss"
+    room = "layer"
+
+    class form:
+        name = "first use"
+
+    facts: dict[str, Any] = {}  # noqa: RUF012
+
+
+def prove_loss(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    tokens: int,
+    backward: bool,
+    bent: bool = False,
+    recall: bool = False,
+) -> Verdict:
+    """Compare ``linear_cross_entropy`` with ``F.linear`` and ``F.cross_entropy``.
+
+    Args:
+        weight: ``[vocab, hidden]`` of the head.
+        bias: ``[vocab]`` or None.
+        tokens: Of the call at hand: the comparison takes a small share of them, and no more than 64.
+        backward: Compare the gradients of hidden states, weight and bias as well.
+        bent: Compare behind a scale and a softcap, and nothing else.
+        recall: Take a verdict from before.
+    """
+    on_cpu = weight.device.type == "cpu"
+    rows = max(4, min(_MOST_ROWS, tokens // (32 if on_cpu else 128)))
+    generator = torch.Generator(weight.device).manual_seed(0)
+    draw = {"generator": generator, "device": weight.device}
+    hidden = torch.randn(rows, weight.shape[1], **draw).to(weight.dtype)
+    labels = torch.randint(weight.shape[0], (rows,), **draw)
+    labels[-1] = -100
+    source: Any = _Loss
+    asked = question(source, (hidden, weight, bias, labels, bent), {}, module=None, backward=backward)
+    if recall and asked is not None:
+        known = proofs().find({**asked, "gradients": True}) or proofs().find(asked)
+        if known is not None:
+            return known
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    with torch.autocast(weight.device.type, enabled=False):
+        columns = max(2, (_PART_ON_CPU if on_cpu else _PART) // weight.shape[1])
+        if not on_cpu and _BLOCK * weight.shape[1] <= _LARGEST_PART:
+            columns = max(columns, _BLOCK)
+        verdict = _part(hidden, weight, bias, labels, columns, backward, bent)
+        if verdict.ok and not bent and not on_cpu and columns < weight.shape[0]:
+            verdict = _both(verdict, _whole(hidden, weight, bias, labels, backward))
+    if asked is not None:
+        proofs().keep(asked, verdict)
+    return verdict
+
+
+def _whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, backward: bool) -> Verdict:
+    """All of the vocabulary; gradients of the hidden states alone."""
+    from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
+
+    def original(hidden: Tensor) -> Tensor:
+        if hidden.dtype == weight.dtype:
+            return _loss(F.linear(hidden, weight, bias), labels)
+        loss: Tensor = _FinerLoss.apply(hidden, weight, bias, labels)
+        return loss
+
+    def kernel(hidden: Tensor) -> Tensor:
+        return linear_cross_entropy(hidden, weight, labels, bias=bias)
+
+    return compare(original, kernel, (hidden,), {}, backward=backward)
+
+
+def _part(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    columns: int,
+    backward: bool,
+    bent: bool,
+) -> Verdict:
+    """Some columns, with gradients of everything; plain, or behind a scale and a softcap."""
+    from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
+
+    columns = min(weight.shape[0], columns)
+    near = torch.where(labels < 0, labels, labels % columns)
+    scale, softcap = (_SCALE, _SOFTCAP) if bent else (None, None)
+
+    def original(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits = F.linear(hidden, weight, bias)
+        if bent:
+            wide = logits if logits.dtype == torch.float64 else logits.float()
+            logits = _SOFTCAP * torch.tanh(wide * (_SCALE / _SOFTCAP))
+        return _loss(logits, near)
+
+    def kernel(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear_cross_entropy(hidden, weight, near, bias=bias, scale=scale, softcap=softcap)
+
+    few = (hidden, weight[:columns], None if bias is None else bias[:columns])
+    return compare(original, kernel, few, {}, backward=backward)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
+
+
+def _both(first: Verdict, second: Verdict) -> Verdict:
+    if not second.ok:
+        return second
+    a, b = first.errors, second.errors
+    worst = tuple(max(pair) if not any(x != x for x in pair) else pair[0] for pair in zip(a, b, strict=True))
+    return Verdict(True, second.text, errors=(worst[0], worst[1], worst[2], worst[3]))
+
+
+class _FinerLoss(torch.autograd.Function):
+    """The loss in the dtype of the hidden states, with a piece of the weight in it at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        logits = torch.cat([hidden @ piece.to(hidden.dtype).T for piece in weight.split(_COLUMNS)], dim=1)
+        if bias is not None:
+            logits += bias.to(hidden.dtype)
+        counted = labels >= 0
+        chances = torch.log_softmax(logits, dim=1)
+        rows = torch.arange(len(labels), device=labels.device)[counted]
+        loss = -chances[rows, labels[counted]].mean()
+        gradient = chances.exp_()
+        gradient[rows, labels[counted]] -= 1
+        gradient *= counted[:, None] / counted.sum()
+        ctx.save_for_backward(gradient, weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, push: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight = ctx.saved_tensors
+        pieces = zip(gradient.split(_COLUMNS, dim=1), weight.split(_COLUMNS), strict=True)
+        return push * sum(part @ piece.to(part.dtype) for part, piece in pieces), None, None, None

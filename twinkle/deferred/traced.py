@@ -1,0 +1,155 @@
+"""Deferred logits inside a graph: what a compiler traces in the place of the logits.
+
+A tensor subclass cannot be made while a graph is traced; an ordinary object can. It lives from the head
+to the end of the model's forward. By then the loss is one operator on the hidden states, and the object
+has become logits that are computed in the graph if anything uses them (what nothing uses is left out),
+or, where the frame around the graph is Python's own, :class:`DeferredLogits`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from twinkle.deferred.functions import cross_entropy, of_whole_rows
+from twinkle.deferred.head import apply_steps
+from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.deferred.head import Step
+
+__all__ = ["TracedLogits"]
+
+
+class TracedLogits:
+    """``steps(hidden @ weight.T + bias)``, not computed yet.
+
+    Args:
+        hidden: ``[..., hidden]``.
+        weight: ``[vocab, hidden]``.
+        bias: ``[vocab]`` or None.
+        steps: What is done to the logits.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Step, ...] = ()
+    ) -> None:
+        self.hidden = hidden
+        self.weight = weight
+        self.bias = bias
+        self.steps = steps
+
+    def materialize(self) -> Tensor:
+        """The logits, as operations of the graph."""
+        return apply_steps(F.linear(self.hidden, self.weight, self.bias), self.steps)
+
+    def _then(self, *step: Step) -> TracedLogits:
+        return TracedLogits(self.hidden, self.weight, self.bias, (*self.steps, *step))
+
+    def _of(self, hidden: Tensor) -> TracedLogits:
+        return TracedLogits(hidden, self.weight, self.bias, self.steps)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the logits."""
+        for name, value in reversed(self.steps):
+            if name == "to":
+                return value
+        kind = self.hidden.device.type
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self.hidden.device
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[..., vocab]``."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    def size(self, dim: int | None = None) -> Any:
+        """As of a tensor."""
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> Any:
+        """As of a tensor."""
+        return self.hidden.dim()
+
+    def float(self) -> TracedLogits:
+        """As of a tensor."""
+        return self._then(("to", torch.float32))
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As of a tensor."""
+        if not kwargs and len(args) == 1:
+            if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
+                return self._then(("to", args[0]))
+            if isinstance(args[0], torch.device) and args[0] == self.device:
+                return self
+        return self.materialize().to(*args, **kwargs)
+
+    def contiguous(self) -> TracedLogits:
+        """As of a tensor."""
+        return self
+
+    def view(self, *shape: Any) -> Any:
+        """As of a tensor."""
+        sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if len(sizes) < 2 or sizes[-1] != self.weight.shape[0]:
+            return self.materialize().reshape(sizes)
+        return self._of(self.hidden.reshape(*sizes[:-1], self.hidden.shape[-1]))
+
+    reshape = view
+
+    def tanh(self) -> TracedLogits:
+        """As of a tensor."""
+        return self._then(("tanh", None))
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._of(self.hidden[index]) if of_whole_rows(self.dim(), index) else self.materialize()[index]
+
+    def __mul__(self, other: Any) -> Any:
+        number = isinstance(other, (int, float))
+        return self._then(("mul", float(other))) if number else self.materialize() * other
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        number = isinstance(other, (int, float))
+        return self._then(("div", float(other))) if number else self.materialize() / other
+
+    def _loss(self, target: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = self.device.type
+        wide = torch.is_autocast_enabled(kind) and self.dtype != torch.float64
+        # The labels are counted in the graph, where nobody can wait for the number.
+        operands = as_autocast(self.hidden, self.weight, self.bias)
+        dtype = torch.float32 if wide else self.dtype
+        return cross_entropy(operands, self.steps, dtype, _unknown, target, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.materialize(), name)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tanh and not kwargs:
+            return args[0].tanh()
+        if func is F.cross_entropy:
+            given = args[0] if args else kwargs.get("input")
+            if isinstance(given, TracedLogits):
+                loss = given._loss(*args[1:], **{k: v for k, v in kwargs.items() if k != "input"})
+                if loss is not NotImplemented:
+                    return loss
+        plain = [a.materialize() if isinstance(a, TracedLogits) else a for a in args]
+        named = {k: a.materialize() if isinstance(a, TracedLogits) else a for k, a in kwargs.items()}
+        return func(*plain, **named)
+
+
+def _unknown(ignore_index: int) -> int | None:
+    return None

@@ -1,0 +1,424 @@
+"""Does a kernel fit its target? Answered from the code alone, before anything runs."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType
+
+from torch import nn
+
+from twinkle.errors import KernelError
+from twinkle.fit.bytecode import function_of, reads_of, stored_names
+from twinkle.fit.signatures import mismatch, shown, signature_of
+from twinkle.sources.adapters import explain_lacking
+
+__all__ = ["LayerFit", "check_function", "check_layer", "read_layer", "settle_on"]
+
+_MISSING = object()
+# What the class statement itself puts in a class, what kernels say about themselves, and
+# what changes nothing but how a layer prints.
+_OWN_BUSINESS = frozenset(
+    {
+        *vars(type("_", (), {})),
+        "__abstractmethods__",
+        "__annotate__",
+        "__annotate_func__",
+        "__annotations__",
+        "__annotations_cache__",
+        "__classcell__",
+        "__classdictcell__",
+        "__constants__",
+        "__firstlineno__",
+        "__init__",
+        "__orig_bases__",
+        "__parameters__",
+        "__qualname__",
+        "__repr__",
+        "__slots__",
+        "__static_attributes__",
+        "_abc_impl",
+        "can_torch_compile",
+        "extra_repr",
+        "forward",
+        "has_backward",
+        "kernel_layer_name",
+        "reset_parameters",
+    }
+)
+
+
+class LayerFit:
+    """A kernel class that fits a target class, and what has to go along with its ``forward``.
+
+    Attributes:
+        kernel_class: The class as its source gave it.
+        forward: The kernel's function.
+        members: Other members of the kernel class that its code wants, by name.
+        needs: Attributes every instance must bring.
+        same_signature: ``forward`` has the very signature of the original, defaults included.
+        can_torch_compile, has_backward: What the kernel says of itself; ``None`` when it does not.
+    """
+
+    __slots__ = (
+        "can_torch_compile",
+        "forward",
+        "has_backward",
+        "kernel_class",
+        "members",
+        "needs",
+        "same_signature",
+        "what",
+    )
+
+    def __init__(
+        self,
+        what: str,
+        kernel_class: type,
+        forward: FunctionType,
+        members: dict[str, object],
+        needs: frozenset[str],
+        *,
+        same_signature: bool,
+        can_torch_compile: bool | None,
+        has_backward: bool | None,
+    ) -> None:
+        self.what = what
+        self.kernel_class = kernel_class
+        self.forward = forward
+        self.members = members
+        self.needs = needs
+        self.same_signature = same_signature
+        self.can_torch_compile = can_torch_compile
+        self.has_backward = has_backward
+
+    def problem_with(self, module: nn.Module) -> str | None:
+        """Why this one instance cannot take the kernel, or ``None``."""
+        lacking = [name for name in self.needs if not _has(module, name)]
+        if lacking:
+            problem = f"{self.what} reads {_list(sorted(lacking))}, which this {type(module).__name__} lacks"
+            return problem + self.explained(lacking)
+        taken = [name for name in self.members if _is_own(module, name)]
+        if taken:
+            names = _list(sorted(taken))
+            return f"{self.what} brings {names}, which this {type(module).__name__} has otherwise"
+        return None
+
+    def explained(self, lacking: list[str]) -> str:
+        """What the kernel's source knows about attributes that are lacking, to end a message with."""
+        hint = explain_lacking(self.kernel_class, sorted(lacking))
+        return f"; {hint}" if hint else ""
+
+
+def check_layer(
+    kernel_class: object,
+    target_class: type[nn.Module],
+    *,
+    attributes: Mapping[str, object] | None = None,
+    instance: nn.Module | None = None,
+) -> LayerFit:
+    """Check that a layer kernel can stand in for a target.
+
+    Args:
+        kernel_class: What the source gave.
+        target_class: The class whose instances it is for.
+        attributes: Class attributes that the kernel reads and its target lacks.
+        instance: One of them, to tell which attributes there are; without it they are looked up
+            in the code of the target's constructors.
+
+    Raises:
+        KernelError: It is no ``nn.Module`` class, lacks ``forward``, has an ``__init__`` of its own
+            and no ``attributes``, has another signature, reads an attribute that neither the target
+            nor ``attributes`` has, or has a member that the target has otherwise.
+    """
+    fit = read_layer(kernel_class, target_class, attributes=attributes)
+    settle_on(fit, target_class, [instance] if instance is not None else [])
+    return fit
+
+
+def settle_on(fit: LayerFit, target_class: type[nn.Module], instances: Iterable[nn.Module]) -> None:
+    """Check what a kernel reads against instances of its target; one that has it all is enough.
+
+    Raises:
+        KernelError: No instance can take it.
+    """
+    problem, asked = None, False
+    for instance in instances:
+        if not asked:
+            _yield_constants(fit, instance)
+        here = fit.problem_with(instance)
+        if here is None:
+            return
+        problem, asked = problem or here, True
+    if not asked:
+        problem = _lacking_in_code(fit, target_class)
+    if problem is not None:
+        raise KernelError(
+            f"kernel {fit.what} does not fit {_name(target_class)}: {problem}",
+            fix="give the attribute in `attributes` of the registration, or register it for another target",
+        )
+
+
+def read_layer(
+    kernel_class: object, target_class: type[nn.Module], *, attributes: Mapping[str, object] | None = None
+) -> LayerFit:
+    """As :func:`check_layer`, without asking whether instances have what the kernel reads."""
+    attributes = dict(attributes or {})
+    what = _name(kernel_class)
+    if not isinstance(kernel_class, type):
+        raise KernelError(
+            "a layer kernel must be a class", found=repr(kernel_class), expected="an nn.Module class"
+        )
+    if not issubclass(kernel_class, nn.Module):
+        raise KernelError(
+            f"kernel {what} is no nn.Module",
+            found=f"a class with bases {_bases(kernel_class)}",
+            expected="class …(torch.nn.Module) with a forward",
+        )
+    chain = _own_classes(kernel_class, target_class)
+    forward = inspect.getattr_static(kernel_class, "forward", None)
+    if forward is nn.Module.forward or not isinstance(forward, FunctionType):
+        found = "no forward" if forward is nn.Module.forward else f"a {type(forward).__name__} as forward"
+        raise KernelError(
+            f"kernel {what} has no forward of its own", found=found, expected="def forward(self, …)"
+        )
+    if not attributes:
+        for klass in chain:
+            if "__init__" in vars(klass):
+                raise KernelError(
+                    f"kernel {what} has an __init__ of its own, which never runs",
+                    found=f"{_name(klass)}.__init__",
+                    expected="a class with forward only",
+                    fix="give what its code reads as `attributes` of the registration, or drop the __init__",
+                )
+    same = _check_signature(what, forward, target_class)
+    needed, members = _collect(what, kernel_class, target_class, chain, attributes)
+    needs = frozenset(name for name in needed if name not in members and not _class_has(target_class, name))
+    return LayerFit(
+        what,
+        kernel_class,
+        forward,
+        members,
+        needs,
+        same_signature=same,
+        can_torch_compile=_flag(kernel_class, "can_torch_compile"),
+        has_backward=_flag(kernel_class, "has_backward"),
+    )
+
+
+def check_function(
+    implementation: Callable[..., object], original: Callable[..., object], *, called: str | None = None
+) -> None:
+    """Check that a function kernel accepts every call of the original.
+
+    Where one of the two has no signature to read (builtins), nothing is said.
+
+    Args:
+        implementation: The kernel.
+        original: What it replaces.
+        called: What messages call the original, where it does not know its own name.
+
+    Raises:
+        KernelError: It is not callable or has another signature.
+    """
+    if not callable(implementation):
+        raise KernelError(
+            "a function kernel must be callable",
+            found=repr(implementation),
+            expected="a function or a class",
+        )
+    kernel = implementation
+    if isinstance(implementation, nn.Module):
+        kernel = implementation.forward
+    elif isinstance(implementation, type) and issubclass(implementation, nn.Module):
+        kernel = _unbound(inspect.getattr_static(implementation, "forward"))
+    ours, theirs = signature_of(kernel), signature_of(original)
+    if ours is None or theirs is None:
+        return
+    problem = mismatch(ours, theirs)
+    if problem is not None:
+        reason, hint = problem
+        raise KernelError(
+            f"kernel {_name(implementation)} has another signature than "
+            f"{called or _name(original)}: {reason}",
+            found=shown(ours),
+            expected=shown(theirs),
+            fix=hint,
+        )
+
+
+def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Module]) -> bool:
+    """Raise when the signatures differ; tell whether they are the same to the last default."""
+    original: Callable[..., object] = target_class.forward
+    ours, theirs = signature_of(forward), signature_of(original)
+    if ours is None or theirs is None:
+        return False
+    problem = mismatch(ours, theirs)
+    if problem is not None:
+        reason, hint = problem
+        raise KernelError(
+            f"kernel {what} has another signature than {_name(target_class)}.forward: {reason}",
+            found=f"forward{shown(ours)}",
+            expected=f"forward{shown(theirs)}",
+            fix=hint,
+        )
+    if hasattr(forward, "__wrapped__") or hasattr(original, "__wrapped__"):
+        return False
+    return [(p.name, p.kind) for p in ours.parameters.values()] == [
+        (p.name, p.kind) for p in theirs.parameters.values()
+    ] and all(
+        a.default is b.default or _same_constant(a.default, b.default)
+        for a, b in zip(ours.parameters.values(), theirs.parameters.values(), strict=True)
+    )
+
+
+def _collect(
+    what: str,
+    kernel_class: type[nn.Module],
+    target_class: type[nn.Module],
+    chain: list[type],
+    attributes: Mapping[str, object],
+) -> tuple[set[str], dict[str, object]]:
+    """Names the kernel's code needs, and the members that have to travel with it."""
+    own: dict[str, object] = {}
+    for klass in reversed(chain):
+        own.update({n: v for n, v in vars(klass).items() if n not in _OWN_BUSINESS})
+    reads = reads_of(_as_function(kernel_class.forward))
+    todo, done = set(reads.needed | reads.asked), set()
+    while todo:
+        name = todo.pop()
+        done.add(name)
+        inner = function_of(own.get(name))
+        if inner is not None:
+            more = reads_of(inner)
+            reads.add(more)
+            todo |= (more.needed | more.asked) - done
+    members: dict[str, object] = {}
+    for name, value in own.items():
+        theirs = inspect.getattr_static(target_class, name, _MISSING)
+        if theirs is _MISSING or theirs is value:
+            if theirs is _MISSING:
+                members[name] = value
+        elif not _same_constant(theirs, value):
+            raise KernelError(
+                f"kernel {what} has a member {name!r} that {_name(target_class)} has otherwise",
+                found=f"{name} = {value!r}",
+                expected="members that the target does not have",
+                fix=f"rename {name!r} in the kernel, or make it a function of its module",
+            )
+    for name, value in attributes.items():
+        if name not in members and not _class_has(target_class, name):
+            members[name] = value
+    if len(chain) > 1 and any("__class__" in _freevars(m) for c in chain for m in vars(c).values()):
+        raise KernelError(
+            f"kernel {what} calls super() and has base classes of its own",
+            found=" -> ".join(_name(c) for c in chain),
+            expected="super() in a kernel that stands directly on nn.Module: it reaches the original",
+            fix="call the base kernel's function by name",
+        )
+    return {n for n in reads.needed if n not in reads.asked and n not in reads.stored}, members
+
+
+def _yield_constants(fit: LayerFit, instance: nn.Module) -> None:
+    """Let an instance's own parameter or attribute win over a plain constant of the kernel class.
+
+    ``weight: Tensor = None`` in a kernel class is a way to declare what it reads; carried to the
+    target's class it would hide the parameter.
+    """
+    for name in [n for n, v in fit.members.items() if not _is_code(v) and _is_own(instance, name=n)]:
+        del fit.members[name]
+        fit.needs |= {name}
+
+
+def _lacking_in_code(fit: LayerFit, target_class: type[nn.Module]) -> str | None:
+    if not fit.needs or _reads_freely(target_class):
+        return None
+    given: set[str] = set()
+    for klass in target_class.__mro__:
+        for member in vars(klass).values():
+            function = function_of(member)
+            if function is not None and klass not in nn.Module.__mro__:
+                given |= stored_names(function)
+    given |= set(vars(nn.Module())) if nn.Module in target_class.__mro__ else set()
+    lacking = sorted(fit.needs - given)
+    if not lacking:
+        return None
+    return f"it reads {_list(lacking)}, which {target_class.__name__} lacks{fit.explained(lacking)}"
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    if _is_own(module, name) or _class_has(type(module), name):
+        return True
+    return _reads_freely(type(module)) and hasattr(module, name)
+
+
+def _is_own(module: nn.Module, name: str) -> bool:
+    state = module.__dict__
+    return name in state or any(
+        name in (state.get(store) or ()) for store in ("_parameters", "_buffers", "_modules")
+    )
+
+
+def _class_has(cls: type, name: str) -> bool:
+    return inspect.getattr_static(cls, name, _MISSING) is not _MISSING
+
+
+def _reads_freely(cls: type) -> bool:
+    """Whether a ``__getattr__`` of its own may answer for attributes that stand nowhere."""
+    return (
+        inspect.getattr_static(cls, "__getattr__", None) is not vars(nn.Module)["__getattr__"]
+        or inspect.getattr_static(cls, "__getattribute__") is not object.__dict__["__getattribute__"]
+    )
+
+
+def _own_classes(kernel_class: type, target_class: type) -> list[type]:
+    """The classes a kernel consists of: not those it shares with its target or with every layer."""
+    shared = {*target_class.__mro__, *nn.Module.__mro__}
+    return [klass for klass in kernel_class.__mro__ if klass not in shared]
+
+
+def _freevars(member: object) -> tuple[str, ...]:
+    inner = getattr(member, "__func__", member)
+    if isinstance(inner, property):
+        inner = inner.fget
+    code = getattr(inner, "__code__", None)
+    return tuple(code.co_freevars) if code is not None else ()
+
+
+def _as_function(forward: Callable[..., object]) -> Callable[..., object]:
+    return function_of(forward) or forward
+
+
+def _unbound(forward: Callable[..., object]) -> Callable[..., object]:
+    """``forward`` of a class, without its ``self``: the signature of a function kernel."""
+    return forward.__get__(object(), object) if isinstance(forward, FunctionType) else forward
+
+
+def _flag(kernel_class: type, name: str) -> bool | None:
+    value = getattr(kernel_class, name, None)
+    return None if value is None else bool(value)
+
+
+def _same_constant(a: object, b: object) -> bool:
+    plain = (bool, int, float, complex, str, bytes, type(None), tuple)
+    return type(a) is type(b) and isinstance(a, plain) and a == b
+
+
+def _is_code(value: object) -> bool:
+    return callable(value) or hasattr(type(value), "__get__")
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(f"self.{name}" for name in names)
+
+
+def _bases(cls: type) -> str:
+    return ", ".join(base.__name__ for base in cls.__bases__)
+
+
+def _name(thing: object) -> str:
+    module = getattr(thing, "__module__", None)
+    name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
+    if not isinstance(name, str):
+        return repr(thing)
+    return f"{module}.{name}" if isinstance(module, str) else name

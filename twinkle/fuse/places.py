@@ -1,0 +1,79 @@
+"""Steps of one forward that stand next to each other and that one kernel can do.
+
+Two patterns, in the statements of a function:
+
+- a sum of two values and the call of a layer with that sum as the next thing that is computed
+  (``h = residual + x; y = self.norm(h)``): :mod:`twinkle.fuse.sum_places`;
+- two layers called with queries and keys, then nothing but a transpose (or the split into heads) on the
+  way to a function of both and two tables (``q, k = rotate(q, k, cos, sin)``):
+  :mod:`twinkle.fuse.pair_places`.
+
+What the layers and the function are is not asked here. Names of classes and families play no part, but a
+place is only found where the statements between cannot change the outcome; the rest is left alone.
+"""
+
+from __future__ import annotations
+
+import ast
+from typing import TYPE_CHECKING
+
+from twinkle.fuse.pair_places import Parent, RotatedPair, pair_at
+from twinkle.fuse.sum_places import SumThenLayer, sum_before_layer, sums_inside_calls
+from twinkle.match.symbolic.syntax import stored
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["Place", "RotatedPair", "SumThenLayer", "find_places"]
+
+Place = SumThenLayer | RotatedPair
+
+
+def find_places(node: ast.FunctionDef) -> list[Place]:
+    """The places in a method.
+
+    Args:
+        node: Its definition; the places refer to its nodes, and no two of them to the same call.
+    """
+    if not node.args.args and not node.args.posonlyargs:
+        return []
+    owner = (*node.args.posonlyargs, *node.args.args)[0].arg
+    if any(owner in stored(statement) for statement in node.body):
+        return []
+    blocks = list(_blocks(node.body))
+    parents = {
+        id(statement.body): Parent(block, at)
+        for block, _ in blocks
+        for at, statement in enumerate(block)
+        if isinstance(statement, ast.If)
+    }
+    taken: set[int] = set()
+    places: list[Place] = []
+    sums = [sum_before_layer(block, at, owner) for block, _ in blocks for at in range(len(block))]
+    for total in (*sums, *sums_inside_calls(node, owner)):
+        if total is not None and id(total.call) not in taken:
+            taken.add(id(total.call))
+            places.append(total)
+    for block, in_loop in blocks:
+        # In a loop a name may be seen in the next round.
+        for at in range(0 if in_loop else len(block)):
+            pair = pair_at(block, at, owner, node, parents)
+            if pair is not None and not taken & {*map(id, pair.calls)}:
+                taken.update(map(id, pair.calls))
+                places.append(pair)
+    return places
+
+
+def _blocks(body: list[ast.stmt], in_loop: bool = False) -> Iterator[tuple[list[ast.stmt], bool]]:
+    """Every list of statements that belongs to the function itself, and whether it is repeated."""
+    yield body, in_loop
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        repeated = in_loop or isinstance(statement, ast.For | ast.While | ast.AsyncFor)
+        for field in ("body", "orelse", "finalbody"):
+            inner = getattr(statement, field, None)
+            if inner:
+                yield from _blocks(inner, repeated)
+        for handler in getattr(statement, "handlers", ()):
+            yield from _blocks(handler.body, repeated)

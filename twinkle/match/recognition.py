@@ -1,0 +1,74 @@
+"""What a class or function was recognised as, and how near it is where it was not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["NearMiss", "Reason", "Recognition"]
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A form that something almost is.
+
+    Attributes:
+        op: The op.
+        form: The nearest form.
+        difference: The first difference, as ``expected …, found …`` or in words.
+    """
+
+    op: str
+    form: Any
+    difference: str
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why an instance is not what its class promises."""
+
+    text: str
+
+    def __bool__(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True)
+class Recognition:
+    """What a class or function was recognised as.
+
+    Attributes:
+        target: ``module:Name``.
+        op: The op, or None.
+        form: The frozen form of that op (``twinkle.ops.<op>.reference``), or None.
+        facts: Each argument of the form's reference: the name of the attribute or of the parameter it
+            is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
+        instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
+        guards: Attributes that the code only reads to raise an error.
+        reason: Why nothing was recognised, where there is more to say than that it is something else.
+    """
+
+    target: str
+    op: str | None = None
+    form: Any = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    instance_facts: tuple[str, ...] = ()
+    guards: tuple[str, ...] = ()
+    reason: str | None = None
+    # Comparing with every form takes longer than recognising one, and only a reader asks for it.
+    _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def near(self) -> tuple[NearMiss, ...]:
+        """The forms that it almost is, with the first difference."""
+        return () if self._nearest is None else self._nearest()
+
+    def __bool__(self) -> bool:
+        return self.op is not None

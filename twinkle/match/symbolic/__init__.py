@@ -1,0 +1,1 @@
+"""Runs Python source on symbols: what a function computes, as one term."""

@@ -1,0 +1,199 @@
+"""Attributes and calls: what torch computes, what is inlined, and what stays a call."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import inspect
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.match.symbolic import source
+from twinkle.match.symbolic.names import Names, Unsupported
+
+if TYPE_CHECKING:
+    from twinkle.match.symbolic.terms import Term
+
+__all__ = ["Calls"]
+
+_FOLDED = (len, tuple, list, int)
+
+
+class Calls(Names):
+    """Follows attributes and calls."""
+
+    def attribute(self, base: Term, name: str) -> Term:
+        """``base.name``."""
+        if base.op == "py":
+            value = base.args[0].value
+            if isinstance(value, ModuleType | type) or _is_form(value):
+                try:
+                    return self.run.embed(getattr(value, name))
+                except AttributeError:
+                    return self.run.unknown(f"no attribute {name}")
+        if base.op == "self":
+            found = self._instance_value(name)
+            return found if found is not None else self.term("attr", base, name)
+        if name == "dtype":
+            return self.idioms.dtype_of(base)
+        if name == "shape":
+            return self.idioms.shape(base)
+        if name == "device":
+            return self.term("device_of", base)
+        if name == "ndim":
+            return self.term("ndim", base)
+        return self.term("attr", base, name)
+
+    def _instance_value(self, name: str) -> Term | None:
+        if self.run.instance is None:
+            return None
+        value = getattr(self.run.instance, name, None)
+        if (
+            isinstance(value, bool | int | float | str | functools.partial)
+            or source.function_of(value) is not None
+        ):
+            return self.run.embed(value)
+        # torch's own functions are builtins, not functions with a source.
+        return self.run.embed(value) if type(value).__name__ == "builtin_function_or_method" else None
+
+    def _eval_Call(self, node: ast.Call) -> Term:
+        args = list(self.idioms.tuple([self.eval(arg) for arg in node.args]).args)
+        kwargs: dict[str, Term] = {}
+        for keyword in node.keywords:
+            kwargs[keyword.arg or "**"] = self.eval(keyword.value)
+        func = node.func
+        if isinstance(func, ast.Attribute):
+            base = self.eval(func.value)
+            return self.method(base, func.attr, args, kwargs)
+        return self.call(self.eval(func), args, kwargs)
+
+    def method(self, base: Term, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """``base.name(...)``."""
+        if base.op == "self":
+            return self.own_method(base, name, args, kwargs)
+        if base.op == "py":
+            return self.call(self.attribute(base, name), args, kwargs)
+        if base.op == "attr" and not self.idioms.knows(name):
+            return self.call(self.term("attr", base, name), args, kwargs)
+        if self.idioms.knows(name):
+            return self.idioms.call(name, [base, *args], kwargs)
+        return self.opaque(self.term("attr", base, name), args, kwargs)
+
+    def own_method(self, base: Term, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """``self.name(...)``: inlined where it is a plain method."""
+        static = inspect.getattr_static(self.run.cls, name, None) if self.run.cls is not None else None
+        if isinstance(static, staticmethod):
+            return self.call(self.run.embed(static.__func__), args, kwargs)
+        if isinstance(static, classmethod):
+            return self.opaque(self.term("attr", base, name), args, kwargs)
+        if isinstance(static, FunctionType):
+            function, foreign = source.unwrap(static)
+            if foreign is None and isinstance(function, FunctionType):
+                inlined = self.inlined(function, [base, *args], kwargs)
+                if inlined is not None:
+                    return inlined
+            return self.opaque(self.term("attr", base, name), args, kwargs)
+        return self.call(self.attribute(base, name), args, kwargs)
+
+    def call(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """A call of what a term stands for."""
+        if callee.op == "py":
+            return self.python_call(callee.args[0].value, callee, args, kwargs)
+        return self.opaque(callee, args, kwargs)
+
+    def opaque(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """A call that stays one."""
+        named = tuple((name, kwargs[name]) for name in sorted(kwargs))
+        made = self.term("call", callee, tuple(args), named)
+        if callee.op == "attr":
+            self.run.calls.append((callee.args[1], made))
+        return made
+
+    def python_call(self, value: Any, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """A call of an object that is known."""
+        if isinstance(value, functools.partial):
+            args = [*map(self.run.embed, value.args), *args]
+            kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}
+            return self.call(self.run.embed(value.func), args, kwargs)
+        function = source.function_of(value)
+        module = getattr(value, "__module__", None) or ""
+        name = getattr(value, "__name__", "")
+        owner = getattr(value, "__objclass__", None)
+        is_torch = module.startswith("torch") or (module == "" and owner is not None) or _is_torch(value)
+        if is_torch and self.idioms.knows(name):
+            return self.idioms.call(name, args, kwargs)
+        if value in _FOLDED and len(args) == 1 and not kwargs:
+            only = args[0]
+            if value is len and only.op in ("tuple", "list"):
+                return self.idioms.const(len(only.args))
+            if value is len and only.op == "shape":
+                return self.term("ndim", only.args[0])
+            if value in (tuple, list) and only.op in ("tuple", "list"):
+                return self.term(value.__name__, *only.args)
+            if value is int and only.op == "floordiv":
+                return only
+            if value is int and only.op == "const" and isinstance(only.args[0], int | float):
+                return self.idioms.const(int(only.args[0]))
+        if value is getattr and len(args) >= 2 and args[1].op == "const":
+            return self.attribute(args[0], args[1].args[0])
+        if function is not None and not is_torch:
+            plain, foreign = source.unwrap(function)
+            if foreign is None:
+                inlined = self.inlined(plain, args, kwargs)
+                if inlined is not None:
+                    return inlined
+        return self.opaque(callee, args, kwargs)
+
+    def inlined(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
+        """The result of a helper, None when it is better kept as a call."""
+        run = self.run
+        if run.depth >= 6 or "**" in kwargs:
+            return None
+        try:
+            node = source.parse(function)
+        except source.NoSource:
+            return None
+        statements, plain = _size(node)
+        if statements > run.inline or not plain:
+            return None
+        effects, calls, loops = list(run.effects), len(run.calls), run.loops
+        run.depth += 1
+        try:
+            result = run.function(function, args, kwargs)
+        except Unsupported:
+            run.effects, run.loops = effects, loops
+            return None
+        finally:
+            run.depth -= 1
+        if run.effects != effects or result.op == "unknown":
+            run.effects = effects
+            del run.calls[calls:]
+            return None
+        return result
+
+
+def _is_form(value: Any) -> bool:
+    return hasattr(type(value), "__dataclass_fields__") and not isinstance(value, type)
+
+
+def _is_torch(value: Any) -> bool:
+    if type(value).__name__ != "builtin_function_or_method":
+        return False
+    owner = getattr(value, "__self__", None)
+    return str(getattr(owner, "__name__", "")).startswith("torch") or "torch" in type(owner).__module__
+
+
+_sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
+
+
+def _size(node: ast.FunctionDef) -> tuple[int, bool]:
+    """How many statements a function has, and whether this executor follows all of their kinds."""
+    found = _sizes.get(node)
+    if found is None:
+        children = list(ast.walk(node))
+        odd = any(
+            isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try)
+            for child in children
+        )
+        found = _sizes[node] = (sum(isinstance(child, ast.stmt) for child in children) - 1, not odd)
+    return found

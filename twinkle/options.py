@@ -1,0 +1,63 @@
+"""The settings in force in this process."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from twinkle.modes import Mode
+
+__all__ = ["Options"]
+
+
+class Options:
+    """What ``[twinkle]`` and the environment settled for bindings put in place by a hook.
+
+    Attributes:
+        mode: The mode asked for, or ``None`` to follow each model.
+        device: The device asked for, or ``None`` to follow each tensor.
+        use_fallback: Keep the original where a kernel cannot be used; otherwise that is an error.
+        strict: Every silent step is an error.
+        verify: ``auto``, ``off``, ``first-use`` or ``always``.
+        disabled: Kernel, op and function names that are switched off.
+        kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
+    """
+
+    def __init__(self) -> None:
+        self.mode: Mode | None = None
+        self.device: str | None = None
+        self.use_fallback = True
+        self.strict = False
+        self.verify = "auto"
+        self.disabled: Collection[str] = ()
+        self.kernels: str | Collection[str] = "off"
+
+    @property
+    def raises(self) -> bool:
+        """Whether a kernel that cannot be used is an error of the program."""
+        return self.strict or not self.use_fallback
+
+    def proofs(self, verify: str | None, *, kind: str) -> int:
+        """How many calls of a kernel are compared with the original before it is trusted.
+
+        Args:
+            verify: What was said for this kernel; ``None`` is the setting for all.
+            kind: The kind of its source. ``auto`` trusts what a user bound by name, and proves what
+                Twinkle chose by itself.
+        """
+        verify = verify or self.verify
+        if verify == "auto":
+            verify = "first-use" if kind in ("embedded", "match") else "off"
+        return {"off": 0, "first-use": 1, "always": SHADOWED_CALLS}[verify]
+
+    def recalls(self, verify: str | None) -> bool:
+        """Whether a comparison from an earlier process will do: not where comparisons were asked for by name.
+
+        Args:
+            verify: As for :meth:`proofs`.
+        """
+        return (verify or self.verify) == "auto"
+
+
+SHADOWED_CALLS = 16

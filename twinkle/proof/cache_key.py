@@ -1,0 +1,157 @@
+"""What a proof is about: everything on which the answer could depend."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from twinkle.proof.compare import dtype_of
+from twinkle.proof.inputs import tensors_of
+
+__all__ = ["device_name", "kernel_version", "question"]
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_VALUES = (bool, int, float, str, type(None))
+_IMPORTED = re.compile(r"twinkle\.ops\.(\w+)")
+
+
+class Source(Protocol):
+    """What an embedded kernel was made from; see ``twinkle.sources.embedded``."""
+
+    op: str
+    form: Any
+    facts: dict[str, Any]
+    room: str
+
+
+def question(
+    source: Source,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    module: nn.Module | None,
+    backward: bool,
+) -> dict[str, Any] | None:
+    """What is asked of an embedded kernel at a call, as JSON has it.
+
+    Args:
+        source: Where it comes from. Of its facts, the names that the target has for things change
+            nothing; numbers, flags and the activation do.
+        args: The arguments of the call, without the module.
+        kwargs: Its keyword arguments.
+        module: The layer, for a layer.
+        backward: Whether gradients are compared.
+
+    Returns:
+        None where the source of the kernel cannot be read, so that nobody knows which version it is.
+    """
+    version = kernel_version(source.op)
+    if version is None:
+        return None
+    inputs = (tuple(args), dict(kwargs))
+    given = tensors_of(inputs)
+    parameters = [*module.parameters()] if module is not None else []
+    device = (given or parameters or [torch.empty(0)])[0].device
+    autocast = torch.is_autocast_enabled(device.type)
+    return {
+        "op": source.op,
+        "form": source.form.name,
+        "room": source.room,
+        "kernel": version,
+        "facts": {
+            name: value
+            for name, value in sorted(source.facts.items())
+            if isinstance(value, (bool, int, float, type(None))) or name == "activation"
+        },
+        "dtype": _short(dtype_of(inputs, module)),
+        "inputs": [_kind(tensor) for tensor in given],
+        "values": [value for value in tree_flatten(inputs)[0] if isinstance(value, _VALUES)],
+        "parameters": [[_short(p.dtype), *p.shape, p.requires_grad] for p in parameters],
+        "autocast": _short(torch.get_autocast_dtype(device.type)) if autocast else None,
+        "device": device_name(device),
+        "torch": str(torch.__version__),
+        "triton": _triton_version(),
+        "gradients": backward,
+    }
+
+
+def _kind(tensor: torch.Tensor) -> list[Any]:
+    """What a kernel is compiled by: not the lengths, but which are one, and the order in memory."""
+    order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
+    single = [size == 1 for size in tensor.shape]
+    width = tensor.shape[-1] if tensor.ndim else 0
+    return [_short(tensor.dtype), width, order, single, tensor.is_contiguous()]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@functools.cache
+def kernel_version(op: str) -> str | None:
+    """A digest of the source of an op, of the ops it imports, of what they share, and of the comparison.
+
+    None where the source cannot be read.
+    """
+    digest = hashlib.sha256()
+    waiting, seen = [op], set()
+    try:
+        shared = [*sorted((_PACKAGE / "ops").glob("*.py")), *sorted((_PACKAGE / "proof").glob("*.py"))]
+        for path in shared:
+            if path.stem not in _BESIDE:
+                digest.update(path.read_bytes())
+        while waiting:
+            name = waiting.pop()
+            if name in seen:
+                continue
+            seen.add(name)
+            files = sorted((_PACKAGE / "ops" / name).rglob("*.py"))
+            if name == op and not files:
+                return None
+            for path in files:
+                if path.stem not in _BESIDE:
+                    text = path.read_bytes()
+                    digest.update(path.name.encode() + b"\0" + text)
+                    waiting += sorted(set(_IMPORTED.findall(text.decode("utf-8"))))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return digest.hexdigest()[:16]
+
+
+# Files that no kernel and no comparison depends on.
+_BESIDE = ("samples", "verify", "cache")
+
+
+def device_name(device: torch.device) -> str:
+    """The kind of device, so that a verdict holds for another one like it."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
+    if device.type == "cpu":
+        from twinkle.ops.launch import KINDS
+
+        how = ", triton's interpreter" if "cpu" in KINDS else ""
+        return f"cpu {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{how})"
+    return str(device.type)
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    from importlib.metadata import version
+
+    try:
+        return version("triton")
+    except Exception:  # a build without metadata
+        return "unknown"

@@ -1,0 +1,146 @@
+"""Every embedded kernel against its definition, on this machine: what ``twinkle verify`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from twinkle.ops import launch
+from twinkle.ops.cases import OPS, cases, forms
+from twinkle.ops.variants import ROOMS, covering
+from twinkle.proof.cache import proofs
+from twinkle.proof.cache_key import question
+from twinkle.proof.compare import Verdict, compare
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["DTYPES", "Part", "Row", "devices", "parts", "rerun"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        device: ``cpu`` or ``cuda:0``.
+        op, form: What was compared.
+        how: What computes it: triton or plain torch.
+        dtype: Of the inputs.
+        shape: What is special about the inputs.
+        verdict: What came out.
+    """
+
+    device: str
+    op: str
+    form: str
+    how: str
+    dtype: str
+    shape: str
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is compared, and kept, together: one form in one dtype on one device, in several shapes.
+
+    Attributes:
+        device: Where.
+        op: A folder under ``twinkle.ops``.
+        form: One of its forms.
+        room: What computes it, as ``twinkle.ops.variants`` says.
+        dtype: A name out of `DTYPES`.
+    """
+
+    device: torch.device
+    op: str
+    form: Any
+    room: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class _Source:
+    op: str
+    form: Any
+    facts: Mapping[str, Any]
+    room: str
+
+
+def devices() -> list[torch.device]:
+    """The CPU, and every GPU that triton serves."""
+    found = [torch.device("cpu")]
+    if "cuda" in launch.KINDS and torch.cuda.is_available():
+        found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return found
+
+
+def parts(
+    on: Iterable[torch.device], *, ops: Iterable[str] = OPS, dtypes: Iterable[str] = tuple(DTYPES)
+) -> list[Part]:
+    """All that there is to compare, in order; nothing is compared yet.
+
+    Args:
+        on: Devices.
+        ops: Folders under ``twinkle.ops``.
+        dtypes: Names out of `DTYPES`.
+    """
+    chosen, names = tuple(ops), tuple(dtypes)
+    return [
+        Part(device, op, form, room, dtype)
+        for device in on
+        for op in chosen
+        for form in forms(op)
+        if (room := _room(op, form, device)) is not None
+        for dtype in names
+        if not skipped(device, dtype)
+    ]
+
+
+def rerun(part: Part, *, seed: int = 0) -> Iterator[Row]:
+    """Compare a kernel in each shape, forward and backward.
+
+    The verdicts are kept where those of first calls are, also those there are when it ends before its time.
+
+    Args:
+        part: Form, dtype and device.
+        seed: Of the inputs.
+    """
+    made: list[tuple[Mapping[str, Any], Verdict]] = []
+    try:
+        for row, asked in _compared(part, seed):
+            if asked is not None:
+                made.append((asked, row.verdict))
+            yield row
+    finally:
+        proofs().keep_all(made)
+
+
+def skipped(device: torch.device, dtype: str) -> str | None:
+    """Why a dtype says nothing on a device, or None."""
+    if device.type == "cpu" and "cpu" in launch.KINDS and dtype == "bfloat16":
+        return "triton's interpreter truncates to bfloat16 where devices round"
+    return None
+
+
+def _room(op: str, form: Any, device: torch.device) -> str | None:
+    # The loss has one implementation, whose parts look at the device themselves.
+    return "layer" if op == "causal_lm_loss" else covering(op, form, device.type)
+
+
+def _compared(part: Part, seed: int) -> Iterator[tuple[Row, dict[str, Any] | None]]:
+    device, op, form, room = part.device, part.op, part.form, part.room
+    triton = op != "causal_lm_loss" or device.type in launch.KINDS
+    how = ROOMS[room] if triton else "plain torch"
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        for case in cases(op, form, DTYPES[part.dtype], device, room):
+            verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
+            source: Any = _Source(op, form, case.facts, room)
+            asked = question(source, case.args, {}, module=case.module, backward=True)
+            yield Row(str(device), op, form.name, how, part.dtype, case.shape, verdict), asked

@@ -1,0 +1,1 @@
+"""Kernels of the Hub: resolved, trusted, fetched, locked and imported."""

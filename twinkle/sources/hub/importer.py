@@ -1,0 +1,209 @@
+"""Import the variant of a kernel from its directory, once for the process."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import os
+import sys
+import threading
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
+from typing import TYPE_CHECKING, Any
+
+from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.sources.hub.kernels_package import read_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+    from types import ModuleType
+
+__all__ = ["forget", "import_variant"]
+
+_guard = threading.Lock()
+_locks: dict[str, threading.RLock] = {}
+_modules: dict[str, ModuleType] = {}
+
+
+class _SourceOnly(SourceFileLoader):
+    """Runs the source that was verified: bytecode beside it is not read, and none is written there."""
+
+    def path_stats(self, path: Any) -> Any:
+        raise OSError("bytecode is not used")
+
+    def set_data(self, path: Any, data: Any, *, _mode: int = 0o666) -> None:
+        pass
+
+
+def import_variant(
+    variant_dir: Path,
+    *,
+    dependencies: Mapping[str, ModuleType],
+    what: str,
+    where: str | None,
+) -> ModuleType:
+    """The module of a variant.
+
+    The module is shared with ``kernels`` in both directions where that keeps loaded kernels by path:
+    a kernel whose operators are registered with torch must not run twice. A module name that another
+    variant already took (two repositories with one metadata id) is left alone and another one used, so
+    that each has the submodules of its own.
+
+    Args:
+        variant_dir: ``snapshots/<commit>/build/<variant>``.
+        dependencies: The kernels it loads with ``kernels.get_kernel_dep``.
+        what: The kernel, for messages.
+        where: Where the registration stands.
+
+    Raises:
+        MissingDependencyError: It imports a module that is not installed.
+        SourceError: It raises on import.
+    """
+    key = str(variant_dir)
+    with _guard:
+        lock = _locks.setdefault(key, threading.RLock())
+    with lock:
+        module = _modules.get(key) or _loaded_by_kernels(variant_dir)
+        if module is None:
+            module = _execute(variant_dir, dependencies, what, where)
+        _modules[key] = module
+        return module
+
+
+def forget() -> None:
+    """Forget what was imported; the modules themselves stay where they are."""
+    _modules.clear()
+
+
+def _execute(
+    variant_dir: Path, dependencies: Mapping[str, ModuleType], what: str, where: str | None
+) -> ModuleType:
+    metadata = read_metadata(variant_dir)
+    init = variant_dir / "__init__.py"
+    if not init.is_file():
+        init = variant_dir / str(metadata.get("name", "")).replace("-", "_") / "__init__.py"
+    if not init.is_file():
+        raise SourceError(
+            f"{what} has no module to import",
+            where=where,
+            found=f"no __init__.py in {variant_dir}",
+            fix="take another version of the kernel, or tell its publisher",
+        )
+    name = _module_name(metadata, variant_dir)
+    _use_sources_only(variant_dir)
+    spec = importlib.util.spec_from_file_location(
+        name,
+        init,
+        loader=_SourceOnly(name, str(init)),
+        submodule_search_locations=[str(init.parent)],
+    )
+    if spec is None or spec.loader is None:
+        raise SourceError(f"{what} cannot be imported", where=where, found=f"no loader for {init}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _dependencies(dependencies):
+            spec.loader.exec_module(module)
+    except BaseException as error:
+        # Half of it must not stay: a retry imports from scratch.
+        for loaded in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        if not isinstance(error, (Exception, SystemExit)):
+            raise
+        raise _import_failed(error, name, what, where) from error
+    _tell_kernels(variant_dir, module)
+    return module
+
+
+def _import_failed(error: BaseException, name: str, what: str, where: str | None) -> SourceError:
+    missing = error.name if isinstance(error, ModuleNotFoundError) else None
+    if missing and missing.partition(".")[0] != name:
+        package = missing.partition(".")[0]
+        return MissingDependencyError(
+            f"{what} imports a package that is not installed",
+            where=where,
+            found=f"no module named {missing}",
+            fix=f"install the package that provides {package}: pip install {package}",
+        )
+    return SourceError(
+        f"{what} raises when it is imported",
+        where=where,
+        found=f"{type(error).__name__}: {error}",
+        fix="take another version of the kernel, or tell its publisher",
+    )
+
+
+def _module_name(metadata: Mapping[str, Any], variant_dir: Path) -> str:
+    identity = metadata.get("id")
+    if isinstance(identity, str) and identity.isidentifier() and not _is_taken(identity):
+        return identity
+    name = str(identity or metadata.get("name") or "kernel").replace("-", "_")
+    name = "".join(letter if letter.isalnum() or letter == "_" else "_" for letter in name)
+    return f"_twinkle_{name}_{hashlib.sha256(str(variant_dir).encode()).hexdigest()[:12]}"
+
+
+def _is_taken(name: str) -> bool:
+    if any(loaded == name or loaded.startswith(f"{name}.") for loaded in tuple(sys.modules)):
+        return True
+    with contextlib.suppress(ImportError, ValueError, AttributeError):
+        return importlib.util.find_spec(name) is not None
+    return False
+
+
+def _use_sources_only(variant_dir: Path) -> None:
+    """Let submodules of a variant, too, be compiled from their sources."""
+    folders = [variant_dir, *(path for path in variant_dir.rglob("*") if path.is_dir())]
+    for folder in folders:
+        if folder.name != "__pycache__":
+            sys.path_importer_cache[str(folder)] = FileFinder(
+                str(folder), (ExtensionFileLoader, EXTENSION_SUFFIXES), (_SourceOnly, [".py"])
+            )
+
+
+def _loaded_by_kernels(variant_dir: Path) -> ModuleType | None:
+    """The module that ``kernels`` itself loaded from the same directory, when all of it is from there."""
+    registry = getattr(sys.modules.get("kernels.importer"), "_loaded_kernels", None)
+    loaded = registry.get(variant_dir) if isinstance(registry, dict) else None
+    module: ModuleType | None = getattr(loaded, "module", None)
+    if module is None:
+        return None
+    prefix = f"{module.__name__}."
+    for name, submodule in tuple(sys.modules.items()):
+        file = getattr(submodule, "__file__", None)
+        if name.startswith(prefix) and file and not str(file).startswith(str(variant_dir)):
+            return None
+    return module
+
+
+def _tell_kernels(variant_dir: Path, module: ModuleType) -> None:
+    importer = sys.modules.get("kernels.importer")
+    registry = getattr(importer, "_loaded_kernels", None)
+    if importer is None or not isinstance(registry, dict):
+        return
+    with contextlib.suppress(Exception):  # a courtesy to `kernels`, of no use to the kernel itself
+        metadata = importer.Metadata.read_from_file(variant_dir / "metadata.json")
+        registry.setdefault(
+            variant_dir, importer.LoadedKernel(metadata=metadata, module=module, repo_info=None)
+        )
+
+
+def _dependencies(dependencies: Mapping[str, ModuleType]) -> contextlib.AbstractContextManager[Any]:
+    try:
+        use = importlib.import_module("kernels.deps").use_kernel_deps
+    except (ImportError, AttributeError):
+        return contextlib.nullcontext()
+    manager: contextlib.AbstractContextManager[Any] = use(dict(dependencies))
+    return manager
+
+
+def _in_child() -> None:
+    # Whoever held these in the parent is not here.
+    global _guard
+    _guard = threading.Lock()
+    _locks.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

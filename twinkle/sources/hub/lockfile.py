@@ -1,0 +1,227 @@
+"""``twinkle.lock``: commits and digests of the kernels that a configuration takes from the Hub.
+
+JSON, two spaces deep, sorted, one entry a request::
+
+    {
+      "format": 1,
+      "kernels": [
+        {
+          "commit": "<40 hexadecimal digits>",
+          "repo_id": "publisher/name",
+          "repo_type": "kernel",
+          "requested": "version:1",
+          "variants": {"torch-cpu": {"__init__.py": "<SHA-256>"}}
+        }
+      ]
+    }
+
+``requested`` is ``version:…``, ``revision:…`` or ``newest``. With a lock in force a Hub kernel that
+is not in it is refused, and so is a file that is missing, added or of another digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+
+from twinkle.errors import SourceError
+from twinkle.sources.hub.request import is_commit
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from twinkle.sources.hub.request import HubRequest
+
+__all__ = ["LOCK_NAME", "Lock", "LockedKernel", "beside", "in_force", "use"]
+
+LOCK_NAME = "twinkle.lock"
+_HEX = frozenset("0123456789abcdef")
+
+_given: str | None = None
+_read: dict[tuple[str, int, int], Lock] = {}
+
+
+class LockedKernel:
+    """One entry of a lock.
+
+    Attributes:
+        repo_id, repo_type: The repository.
+        requested: What was asked for: ``version:1``, ``revision:main``, ``newest``.
+        commit: What it was resolved to.
+        variants: The SHA-256 of each file of each locked variant.
+    """
+
+    __slots__ = ("commit", "repo_id", "repo_type", "requested", "variants")
+
+    def __init__(
+        self,
+        repo_id: str,
+        requested: str,
+        commit: str,
+        variants: Mapping[str, Mapping[str, str]],
+        *,
+        repo_type: str = "kernel",
+    ) -> None:
+        self.repo_id = repo_id
+        self.repo_type = repo_type
+        self.requested = requested
+        self.commit = commit
+        self.variants = {name: dict(files) for name, files in variants.items()}
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What finds the entry."""
+        return self.repo_id, self.requested
+
+    def document(self) -> dict[str, object]:
+        """The entry as it stands in the file."""
+        return {
+            "repo_id": self.repo_id,
+            "repo_type": self.repo_type,
+            "requested": self.requested,
+            "commit": self.commit,
+            "variants": self.variants,
+        }
+
+
+class Lock:
+    """The content of a ``twinkle.lock``.
+
+    Args:
+        path: Where it is or will be, for messages.
+        kernels: Its entries.
+    """
+
+    def __init__(self, path: str, kernels: Mapping[tuple[str, str], LockedKernel] | None = None) -> None:
+        self.path = path
+        self.kernels = dict(kernels or {})
+
+    @classmethod
+    def read(cls, path: str) -> Lock:
+        """Read a lock.
+
+        Raises:
+            SourceError: It cannot be read or is malformed; a lock that cannot be read locks everything.
+        """
+        fix = "write it again with `twinkle lock`"
+        try:
+            with open(path, encoding="utf-8") as file:
+                document = json.load(file)
+        except (OSError, ValueError) as error:
+            raise SourceError("the lock cannot be read", where=path, found=str(error), fix=fix) from error
+        try:
+            if document["format"] != 1:
+                raise SourceError(
+                    "the lock has another format",
+                    where=path,
+                    found=repr(document["format"]),
+                    expected="1",
+                    fix=fix,
+                )
+            kernels = [_entry(table) for table in document["kernels"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise SourceError(
+                "the lock is malformed", where=path, found=f"{type(error).__name__}: {error}", fix=fix
+            ) from error
+        return cls(path, {kernel.key: kernel for kernel in kernels})
+
+    def text(self) -> str:
+        """The file's content: the same entries give the same bytes."""
+        kernels = [self.kernels[key].document() for key in sorted(self.kernels)]
+        return json.dumps({"format": 1, "kernels": kernels}, indent=2, sort_keys=True) + "\n"
+
+    def write(self) -> None:
+        """Write the file, at once or not at all."""
+        from pathlib import Path
+
+        from twinkle.sources.hub.cache import write_atomically
+
+        write_atomically(Path(self.path), self.text())
+
+    def find(self, request: HubRequest) -> LockedKernel:
+        """The entry of a request.
+
+        Raises:
+            SourceError: There is none.
+        """
+        kernel = self.kernels.get((request.repo_id, request.key))
+        if kernel is None:
+            others = [key for repo, key in self.kernels if repo == request.repo_id]
+            raise SourceError(
+                f"{request} is not locked, and nothing of it was loaded",
+                where=request.where or self.path,
+                found=f"{self.path} locks {', '.join(others) if others else 'nothing'} of this repository",
+                fix="bring the lock up to date with `twinkle lock`",
+            )
+        return kernel
+
+
+def _entry(table: Mapping[str, object]) -> LockedKernel:
+    commit, variants = table["commit"], table["variants"]
+    if not isinstance(commit, str) or not is_commit(commit):
+        raise ValueError(f"commit {commit!r}")
+    if not isinstance(variants, dict):
+        raise ValueError(f"variants {variants!r}")
+    for name, files in variants.items():
+        for path, digest in files.items():
+            if not isinstance(digest, str) or len(digest) != 64 or not _HEX.issuperset(digest):
+                raise ValueError(f"digest {digest!r} of {path}")
+            if any(part in ("", ".", "..") or "\\" in part for part in (*path.split("/"), *name.split("/"))):
+                raise ValueError(f"path {name}/{path}")
+    repo_type = table.get("repo_type", "kernel")
+    if repo_type not in ("kernel", "model"):
+        raise ValueError(f"repo_type {repo_type!r}")
+    return LockedKernel(
+        str(table["repo_id"]), str(table["requested"]), commit, variants, repo_type=str(repo_type)
+    )
+
+
+def beside(directory: str | None) -> str | None:
+    """The lock in a directory, or ``None``."""
+    if directory is None:
+        return None
+    path = os.path.join(directory, LOCK_NAME)
+    return path if os.path.lexists(path) else None
+
+
+@contextlib.contextmanager
+def use(path: str | None) -> Iterator[None]:
+    """Put a lock in force for every Hub kernel of the process, whatever lies beside its configuration."""
+    global _given
+    before, _given = _given, path
+    try:
+        yield
+    finally:
+        _given = before
+
+
+def in_force(directory: str | None) -> Lock | None:
+    """The lock that holds for a registration of a file in ``directory``.
+
+    The one given to :func:`use` goes first, then ``TWINKLE_LOCK``, then the one in the directory.
+
+    Raises:
+        SourceError: It cannot be read.
+    """
+    path = _given or os.environ.get("TWINKLE_LOCK") or beside(directory)
+    if path is None:
+        return None
+    from twinkle.sources.permissions import writable_by_others
+
+    try:
+        facts = os.stat(path)
+    except OSError as error:
+        raise SourceError(
+            "the lock cannot be read", where=path, found=str(error), fix="write it again with `twinkle lock`"
+        ) from error
+    reason = writable_by_others(path)
+    if reason is not None:
+        raise SourceError(
+            "a lock that others can write is not used", where=path, found=reason, fix=f"chmod go-w {path}"
+        )
+    key = (os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
+    if key not in _read:
+        _read[key] = Lock.read(path)
+    return _read[key]

@@ -1,0 +1,99 @@
+"""A kernel whose target was found by structure: cut to the form and the names of its target, where it can be.
+
+A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of
+its op, or where it has none None, or why in words. That of a function kernel is given the function that is
+replaced as well, ``for_form(form, facts, original)``, and returns one with its arguments. What has no
+``for_form`` is itself the kernel for every form.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+from twinkle.errors import SourceError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from twinkle.records import Source
+
+__all__ = ["FittedSource"]
+
+
+class FittedSource:
+    """The kernel of another source for one form of an op.
+
+    Args:
+        source: Where the kernel class comes from.
+        op: The op that the target was recognised as.
+        form: The form of it (``twinkle.ops.<op>.reference``).
+        facts: From each argument of the op's definition to the attribute, the parameter or the value it
+            is; or in words why the instance does not keep to the form of its class.
+        original: The function that is replaced; None for a layer.
+    """
+
+    kind = "match"
+
+    def __init__(
+        self,
+        source: Source,
+        op: str,
+        form: Any,
+        facts: Mapping[str, Any] | str,
+        original: Callable[..., Any] | None = None,
+    ) -> None:
+        self.source = source
+        self.op = op
+        self.form = form
+        self.facts = facts
+        self.original = original
+        self._made: Any = None
+
+    def describe(self) -> str:
+        """The source in its own words, and the form."""
+        return f"{self.source.describe()} for {self.op} ({self.form.name})"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the source noted while loading."""
+        return tuple(getattr(self.source, "notes", ()))
+
+    @property
+    def trace(self) -> list[tuple[str, bool, str]]:
+        """The variants that the source looked at."""
+        return list(getattr(self.source, "trace", ()))
+
+    def load(self) -> object:
+        """The layer class or the function; the same one each time.
+
+        Raises:
+            SourceError: It cannot be loaded, or has no kernel for the form.
+        """
+        if self._made is None:
+            loaded = self.source.load()
+            # A function kernel may be the forward of a class, which has the method.
+            owner = loaded.__self__ if isinstance(loaded, MethodType) else loaded
+            maker = getattr(owner, "for_form", None)
+            self._made = loaded if maker is None else self._fit(maker)
+        made: object = self._made
+        return made
+
+    def _fit(self, maker: Any) -> object:
+        if isinstance(self.facts, str):
+            raise SourceError(
+                f"this layer is no {self.op} ({self.form.name}) after all",
+                where=self.source.describe(),
+                found=self.facts,
+            )
+        function = () if self.original is None else (self.original,)
+        made = maker(self.form, self.facts, *function)
+        if made is None or isinstance(made, str):
+            raise SourceError(
+                f"there is no kernel for the form {self.form.name!r} of {self.op}",
+                where=self.source.describe(),
+                found=made,
+                fix="nothing has to be done: the original runs",
+            )
+        return made

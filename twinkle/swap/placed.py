@@ -1,0 +1,102 @@
+"""The functions that run a kernel now: what stood there, and how it is put back."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twinkle.runtime import runtime
+from twinkle.swap import aliases
+from twinkle.swap.functions import Placement, take_out
+
+if TYPE_CHECKING:
+    from twinkle.swap.candidate import FunctionCandidate
+
+__all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
+
+
+class Placed:
+    """A function that runs a kernel now."""
+
+    def __init__(
+        self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
+    ) -> None:
+        self.placement = placement
+        self.rebound = rebound
+        self.chosen = chosen
+
+    def same(self, implementation: object, chosen: list[FunctionCandidate]) -> bool:
+        """Whether that is what is in place already."""
+        if self.placement.displaced:
+            return False
+        return self.placement.implementation is implementation or (
+            isinstance(self.placement.implementation, FunctionType)
+            and "_tw_dispatch" in self.placement.implementation.__globals__
+            and self.chosen == chosen
+        )
+
+
+class Placements:
+    """What is in place of functions in this process.
+
+    Attributes:
+        by_target: From ``module:function`` to what runs there.
+    """
+
+    def __init__(self) -> None:
+        self.by_target: dict[str, Placed] = {}
+
+    def close(self) -> None:
+        """Restore every function."""
+        for target in list(self.by_target):
+            self.restore(target, "unapplied")
+
+    def let_go(self, target: str) -> Any:
+        """Give up a placement that someone else has replaced; returns the original it had."""
+        placed = self.by_target.pop(target)
+        aliases.restore(placed.rebound)
+        for candidate in placed.chosen:
+            candidate.binding.count(-1 - len(placed.rebound))
+        return placed.placement.original
+
+    def restore(self, target: str, reason: str) -> None:
+        """Put the original back, unless someone else has replaced the function after Twinkle.
+
+        Args:
+            target: ``module:function``.
+            reason: Why, in words, for the report.
+        """
+        placed = self.by_target.pop(target, None)
+        if placed is None:
+            return
+        aliases.restore(placed.rebound)
+        ours = take_out(placed.placement)
+        for candidate in placed.chosen:
+            candidate.binding.count(-1 - len(placed.rebound))
+            if not ours:
+                candidate.binding.set(
+                    "displaced", "someone else replaced the function after Twinkle; theirs stays"
+                )
+            elif candidate.dead is None:
+                candidate.binding.set("reverted", reason)
+
+
+class PlacedAs(NamedTuple):
+    """What stands behind a function that Twinkle put somewhere.
+
+    Attributes:
+        original: The function that stood there.
+        kinds: The kinds of the sources of its kernels.
+    """
+
+    original: Any
+    kinds: tuple[str, ...]
+
+
+def placed_as(function: Any) -> PlacedAs | None:
+    """What a function stands for that Twinkle put in the place of another; None for any other."""
+    for placed in runtime.of(Placements).by_target.values():
+        if placed.placement.implementation is function or placed.placement.placed is function:
+            kinds = tuple(candidate.kernel.source.kind for candidate in placed.chosen)
+            return PlacedAs(placed.placement.original, kinds)
+    return None
