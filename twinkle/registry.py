@@ -102,3 +102,12 @@ class Registry:
             for known, target in list(self._bound):
                 if known is kernel and not self._bound[known, target].instances:
                     self.unbind(known, target)
+
+    def clear(self) -> None:
+        """Forget everything; what is in place stays in place."""
+        with self._lock:
+            self.layer_kernels = ()
+            self.layer_targets = ()
+            self.function_kernels = ()
+            self.bindings = ()
+            self._bound = {}

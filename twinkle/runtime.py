@@ -75,6 +75,9 @@ class Runtime:
                 close = getattr(state, "close", None)
                 if close is not None:
                     close()
+            # Whoever still holds the old ones keeps no kernel alive by it.
+            self.registry.clear()
+            self.embedded.clear()
             self._begin()
 
 

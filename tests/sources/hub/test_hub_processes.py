@@ -135,7 +135,7 @@ def test_process_that_forked_after_loading_has_the_kernel(hub, cache, program):
 def test_process_that_forked_while_another_thread_was_loading_is_not_stuck(hub, cache, program):
     code = (
         "import os, threading, time\n"
-        "from twinkle.sources import hub_load\n"
+        "from twinkle.sources.hub import load as hub_load\n"
         "def hold():\n"
         "    lock = hub_load._repo_locks.setdefault('acme/my-kernel', threading.RLock())\n"
         "    with hub_load._guard, lock:\n"
