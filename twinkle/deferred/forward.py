@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,6 @@ from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.plain import pays
 from twinkle.swap.tensors import constant
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

@@ -7,6 +7,7 @@ logits have to be computed after all.
 from __future__ import annotations
 
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from twinkle.errors import TwinkleWarning
 from twinkle.ops.causal_lm_loss.chunks import chunk_rows
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

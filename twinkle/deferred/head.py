@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

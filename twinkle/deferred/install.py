@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -15,7 +16,6 @@ from twinkle.deferred.forward import (
     reason_against,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

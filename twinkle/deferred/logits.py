@@ -8,13 +8,13 @@ else computes the logits as the program would have, once, and goes on with them.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils._pytree import tree_map
 
 from twinkle.deferred.head import Head, apply_steps
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

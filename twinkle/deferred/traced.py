@@ -8,6 +8,8 @@ or, where the frame around the graph is Python's own, :class:`DeferredLogits`.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +17,6 @@ from twinkle.deferred.functions import cross_entropy, of_whole_rows
 from twinkle.deferred.head import apply_steps
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -8,12 +8,12 @@ is asked for. Where it is not right the logits are computed after all.
 from __future__ import annotations
 
 import weakref
+from typing import TYPE_CHECKING
 
 import torch
 
 from twinkle.swap.tensors import constant
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

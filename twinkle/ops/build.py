@@ -7,10 +7,10 @@ import keyword
 import linecache
 import re
 from itertools import count
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

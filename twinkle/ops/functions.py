@@ -7,8 +7,8 @@ it to the form and the arguments of whatever function was recognised.
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -8,8 +8,8 @@ Each replaces the layers of one family as they stand: Llama's norms and MLPs, Ge
 from __future__ import annotations
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -20,10 +20,10 @@ import functools
 import gc
 import sys
 from types import CellType, FunctionType, MappingProxyType, ModuleType
+from typing import TYPE_CHECKING
 
 from twinkle.hooks.finder import spec_of
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any

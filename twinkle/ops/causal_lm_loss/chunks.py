@@ -15,12 +15,12 @@ import functools
 import os
 import platform
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 
 from twinkle.ops.causal_lm_loss.op import loss_of_all_rows, loss_of_each_row
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 

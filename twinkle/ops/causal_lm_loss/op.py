@@ -7,12 +7,13 @@ get a gradient each that only backward knows, so their logits are computed again
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinkle.ops.causal_lm_loss.chunks import Wanted, in_chunks, uses_triton
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

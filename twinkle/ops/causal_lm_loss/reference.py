@@ -7,11 +7,11 @@ that of transformers: logits in float32, labels shifted by one, mean over the la
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 

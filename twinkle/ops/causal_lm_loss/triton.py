@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

@@ -7,10 +7,11 @@ A loop over experts in autograd makes a gradient as large as all experts for eac
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from twinkle.ops.experts import layer
 from twinkle.ops.experts.layer import layer_class
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

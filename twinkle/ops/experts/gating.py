@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -15,7 +16,6 @@ from twinkle.ops.experts.reference import FORMS, ExpertsForm
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 from twinkle.ops.variants import layer_for
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

@@ -8,6 +8,7 @@ routing weight is taken where the rows are ``intermediate`` wide: ``<dy, down a>
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,7 +17,6 @@ from twinkle.ops.experts.gating import Gating
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 from twinkle.ops.launch import define, through_definition
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

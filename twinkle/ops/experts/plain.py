@@ -6,12 +6,12 @@ What is gained over a loop of autograd: no gradient as large as all experts for 
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 
 from twinkle.ops.experts import gating as gates
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

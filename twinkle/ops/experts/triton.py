@@ -6,6 +6,8 @@ one, are never written, and never read. Every sum runs in a fixed order.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,6 @@ import triton.language as tl
 from twinkle.ops.gated_mlp.triton import activated, slope
 from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -18,7 +19,6 @@ from twinkle.ops.gated_mlp.reference import FORMS, GatedMLPForm
 from twinkle.ops.launch import STRAIGHT, route
 from twinkle.ops.variants import layer_for
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

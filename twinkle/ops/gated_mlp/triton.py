@@ -6,13 +6,14 @@ product, for a caller that did not keep it). Forward rounds where torch does; ba
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from twinkle.ops.launch import Launcher, cdiv, on_device, tl_dtype
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

@@ -6,6 +6,7 @@ Layers that call it already are left alone there, and so is ``nn.LayerNorm``.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,6 @@ from twinkle.ops.layer_norm import reference
 from twinkle.ops.layer_norm.reference import LayerNormForm
 from twinkle.ops.plain import pays
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

@@ -10,6 +10,7 @@ A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of t
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,7 +22,6 @@ from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
 from twinkle.ops.variants import layer_for
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any

@@ -10,11 +10,11 @@ write it out.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 

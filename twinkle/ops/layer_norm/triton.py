@@ -8,6 +8,8 @@ one reduction, in an order that depends on the shape and the device alone.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +25,6 @@ from twinkle.ops.launch import (
 )
 from twinkle.ops.rms_norm.triton import reduce_partial
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

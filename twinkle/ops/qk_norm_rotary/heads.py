@@ -6,13 +6,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, route, through_definition
 from twinkle.ops.qk_norm_rotary import layer, reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

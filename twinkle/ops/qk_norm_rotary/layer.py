@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,6 @@ from twinkle.ops.rms_norm.layer import covers as covers_norm
 from twinkle.ops.rms_norm.layer import result_dtype
 from twinkle.ops.rotary import reference as rotations
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

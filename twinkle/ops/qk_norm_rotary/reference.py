@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from twinkle.ops.rms_norm.reference import RMSNormForm, rms_norm
 from twinkle.ops.rotary.reference import RotaryForm, rotary
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Literal
 

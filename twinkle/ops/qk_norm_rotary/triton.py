@@ -6,6 +6,8 @@ writes once. The norms are computed again in backward, from rows that are in reg
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,6 @@ from twinkle.ops.launch import Launcher, multiprocessors, on_device, power_of_2,
 from twinkle.ops.rms_norm.triton import normalised, reduce_partial, scale_of
 from twinkle.ops.rotary.triton import pair_of_tables, turned, turned_back
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

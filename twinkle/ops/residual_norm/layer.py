@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
@@ -11,7 +13,6 @@ from twinkle.ops.rms_norm.layer import covers as covers_norm
 from twinkle.ops.rms_norm.layer import fits, result_dtype
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

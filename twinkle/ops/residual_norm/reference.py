@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from twinkle.ops.layer_norm.reference import LayerNormForm, layer_norm
 from twinkle.ops.rms_norm.reference import RMSNormForm, rms_norm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

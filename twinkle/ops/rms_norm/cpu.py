@@ -7,6 +7,7 @@ the input and one number a row: nothing else is kept for them.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,6 @@ from twinkle.ops.plain import chunk_rows, chunks, pays, straight
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

@@ -9,6 +9,7 @@ A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of t
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,6 @@ from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 from twinkle.ops.variants import layer_for
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

@@ -9,6 +9,7 @@ the shape and the device alone.
 from __future__ import annotations
 
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -26,7 +27,6 @@ from twinkle.ops.launch import (
     tl_dtype,
 )
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 

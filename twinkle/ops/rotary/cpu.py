@@ -6,6 +6,8 @@ In half precision these round once where the definition rounds the two products 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinkle.ops.plain import pays, straight
@@ -13,7 +15,6 @@ from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan, maker_of
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any

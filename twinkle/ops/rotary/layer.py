@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -14,7 +15,6 @@ from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, th
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any

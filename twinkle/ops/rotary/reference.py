@@ -10,10 +10,10 @@ are turned, in what the tables hold and in the dtype of the arithmetic.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Final, Literal
 

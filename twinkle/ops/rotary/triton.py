@@ -6,13 +6,14 @@ and sums are rounded where torch rounds them: results and gradients equal the de
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from torch import Tensor
 

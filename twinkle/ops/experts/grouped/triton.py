@@ -5,13 +5,14 @@ The host knows how many rows there are, not whose they are: each program finds i
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
 from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, shared_memory
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
