@@ -18,7 +18,7 @@ from twinkle.kernel import (
     register_function_kernel,
     register_layer_kernel,
 )
-from twinkle.swap.call_kind import ANY, Proofs, kind_of
+from twinkle.swap.call_kind import ANY, Proofs, dtype_key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -165,9 +165,9 @@ def test_a_trace_of_a_proven_kernel_is_no_call() -> None:
 
 def test_what_no_tensor_tells_of_is_taken_once_anything_was_proven() -> None:
     proofs = Proofs(1)
-    assert kind_of("no tensor") == ANY
+    assert dtype_key_of("no tensor") == ANY
     assert proofs.owed(ANY, grad=False)
-    proofs.passed(kind_of(X), grad=False)
+    proofs.passed(dtype_key_of(X), grad=False)
     assert not proofs.owed(ANY, grad=False)
     assert proofs.owed(ANY, grad=True)
 

@@ -186,7 +186,7 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bfloat16_says_nothing_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
+    monkeypatch.setattr(launch, "DEVICE_TYPES", frozenset({"cpu"}))
     cpu = torch.device("cpu")
     assert "truncates" in str(rerun.skipped(cpu, "bfloat16"))
     assert rerun.skipped(cpu, "float16") is None

@@ -32,7 +32,7 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 
         if type(_reduce).__name__ != "InterpretedFunction":
             pytest.skip("the kernels were imported for a GPU before")
-        monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
+        monkeypatch.setattr(launch, "DEVICE_TYPES", frozenset({"cpu"}))
     runtime.options.kernels = forward.OPS
     runtime.options.verify = "auto"
     return where

@@ -32,7 +32,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
     if type(_reduce).__name__ != "InterpretedFunction":
         pytest.skip("the kernels were imported for a GPU before")
-    monkeypatch.setattr(launch, "KINDS", frozenset({"cpu"}))
+    monkeypatch.setattr(launch, "DEVICE_TYPES", frozenset({"cpu"}))
     try:
         _reduce[(1,)](torch.ones(2, 4), torch.empty(4), 2, 4, ROWS=2, BLOCK=4)
     except Exception as error:  # triton 3.6 with numpy 2.4, say

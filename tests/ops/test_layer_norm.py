@@ -26,7 +26,7 @@ def test_every_form_is_as_near_to_the_exact_result_as_its_definition(name, dtype
 
 
 def test_forms_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
-    monkeypatch.setattr("twinkle.ops.launch.KINDS", frozenset())
+    monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
     left = {form.name for form in reference.FORMS if covering("layer_norm", form, "cpu") is None}
     assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
     assert all(covering("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda"))

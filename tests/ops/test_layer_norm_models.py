@@ -193,7 +193,7 @@ def test_the_layer_of_the_pack_is_bound(
 def test_a_cpu_without_triton_leaves_torchs_layer_alone(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "KINDS", frozenset())
+    monkeypatch.setattr(launch, "DEVICE_TYPES", frozenset())
     model = nn.Sequential(nn.LayerNorm(8))
     kernelize_layers(model)
     assert type(model[0]) is nn.LayerNorm

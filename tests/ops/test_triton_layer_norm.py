@@ -360,7 +360,7 @@ def test_a_device_of_triton_gets_its_kernel_and_a_cpu_what_torch_has(kernels, mo
     left = {form.name for form in reference.FORMS if covering("layer_norm", form, kernels.type) is None}
     assert all(covering("layer_norm", form, kernels.type) == "layer" for form in FORMS.values())
     assert "out_float32_both_mean_square_divide_before_weight" in left
-    monkeypatch.setattr("twinkle.ops.launch.KINDS", frozenset())
+    monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
     assert covering("layer_norm", FUSED, "cpu") is None
     assert covering("layer_norm", COHERE, "cpu") == "everywhere"
 

@@ -14,7 +14,7 @@ import torch
 
 from twinkle.ops.cases import cases, forms
 from twinkle.proof.cache import ProofCache, cache_file, proofs
-from twinkle.proof.cache_key import kernel_version, question
+from twinkle.proof.cache_key import cache_key, kernel_version
 from twinkle.proof.compare import Verdict
 from twinkle.proof.first_use import prove
 from twinkle.runtime import runtime
@@ -286,7 +286,7 @@ def test_no_source_no_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     kernel_version.cache_clear()
     made, nn_module, x = sample()
     source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
-    assert question(source, (x,), {}, module=nn_module, backward=True) is None
+    assert cache_key(source, (x,), {}, module=nn_module, backward=True) is None
     kernel_version.cache_clear()
 
 

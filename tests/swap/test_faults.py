@@ -62,7 +62,7 @@ def test_an_error_of_the_originals_is_not_blamed_on_the_kernel(kit: Any) -> None
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         gate(torch.ones(2, 7))
     assert caught.value.__context__ is None
-    assert wanted.dead is None
+    assert wanted.rejected is None
     assert kit.factor(gate) == 2
 
 
@@ -76,7 +76,7 @@ def test_some_errors_are_not_the_kernels(kit: Any, error: BaseException) -> None
     swap_in(gate, [wanted])
     with pytest.raises(type(error)):
         gate(kit.x)
-    assert wanted.dead is None
+    assert wanted.rejected is None
 
 
 def test_strict_raises_what_the_kernel_raises(kit: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_strict_candidate_raises_when_resolved(kit: Any) -> None:
 
 def test_a_dead_candidate_is_the_reason_of_a_plan(kit: Any) -> None:
     wanted = kit.candidate(Raises)
-    wanted.retire("quarantined", "it was wrong")
+    wanted.reject("quarantined", "it was wrong")
     assert plan(kit.Gate(), [wanted]) == "it was wrong"
 
 
@@ -120,7 +120,7 @@ def test_retiring_turns_a_running_kernel_off_everywhere(kit: Any) -> None:
     swap_in(other, [wanted])
     assert kit.factor(one) == 2
     with pytest.warns(TwinkleWarning, match="rounds otherwise"):
-        wanted.retire("quarantined", "rounds otherwise")
+        wanted.reject("quarantined", "rounds otherwise")
     assert (kit.factor(one), kit.factor(other)) == (1, 1)
 
 

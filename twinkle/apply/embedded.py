@@ -10,7 +10,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 from twinkle.apply import documents
-from twinkle.apply.recognised_functions import cut
+from twinkle.apply.recognised_functions import specialise_function
 from twinkle.apply.specialise import specialise
 from twinkle.fuse import forward as fused
 from twinkle.match.structure import check_instance, recognise
@@ -22,7 +22,7 @@ from twinkle.targets import class_path
 if TYPE_CHECKING:
     from torch import nn
 
-    from twinkle.apply.recognised_functions import Found
+    from twinkle.apply.recognised_functions import RecognisedFunction
     from twinkle.records import Binding, FunctionKernel, LayerKernel, Source
 
 __all__ = ["defer_logits", "function_kernels", "layer_kernels", "offer"]
@@ -123,7 +123,7 @@ def _merge(binding: Binding) -> None:
     runtime.registry.record(binding)
 
 
-def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
+def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKernel]:
     """The embedded kernels for a function that is an op.
 
     Args:
@@ -139,7 +139,7 @@ def function_kernels(found: Found, where: str) -> list[FunctionKernel]:
         return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
 
     return [
-        cut(kernel, found, source, device=where)
+        specialise_function(kernel, found, source, device=where)
         for kernel in runtime.embedded.function_kernels
         if kernel.op == op
     ]

@@ -209,9 +209,9 @@ class _Plan:
             for alias in stale:
                 candidate.binding.note(f"{alias.where} still holds the original")
             if candidate.loaded:
-                candidate.succeeded()
+                candidate.mark_active()
             else:
-                candidate.waits()
+                candidate.mark_pending()
         change.did(partial(placements.restore, self.target, "taken back"))
         return shown
 
@@ -263,7 +263,7 @@ class _Plan:
         for candidate in usable:
             if strict or _is_for_any(candidate):
                 _resolve(candidate, original, strict=strict)
-        self.chosen = [candidate for candidate in usable if candidate.dead is None]
+        self.chosen = [candidate for candidate in usable if candidate.rejected is None]
         if self.chosen:
             self.implementation = dispatcher(original, self.chosen)
 
@@ -278,7 +278,7 @@ def _resolve(candidate: FunctionCandidate, original: Any, *, strict: bool) -> Ca
         raise ApplyError(
             f"kernel {candidate.binding.source} cannot stand in for {candidate.binding.target}",
             where=candidate.kernel.origin,
-            found=candidate.dead,
+            found=candidate.rejected,
         )
     return function
 

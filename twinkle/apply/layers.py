@@ -14,7 +14,7 @@ from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
 from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
-from twinkle.sources.specialised import FittedSource
+from twinkle.sources.specialised import SpecialisedSource
 from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
 from twinkle.targets import class_path, defining_match, parse_target
@@ -224,7 +224,7 @@ class _ClassPlan:
     def leave(self, reason: str, wanted: Wanted) -> None:
         """One module cannot be swapped: keep the original there."""
         for candidate in self.candidates:
-            if candidate.dead is None:
+            if candidate.rejected is None:
                 candidate.binding.note(reason)
         self._refuse(reason, wanted)
 
@@ -238,7 +238,7 @@ class _ClassPlan:
         refused: list[str] = []
         for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
             fit = candidate.fit(self.cls, (module,))
-            problem = candidate.dead if fit is None else fit.problem_with(module)
+            problem = candidate.rejected if fit is None else fit.problem_with(module)
             if problem is None and fit is not None:
                 if fit.can_torch_compile is False and compiling:
                     problem = "it says it cannot be compiled"
@@ -253,12 +253,12 @@ class _ClassPlan:
     def tell(self) -> None:
         """Bring the records up to date with what was put in place."""
         for candidate in self.candidates:
-            if candidate.dead is not None:
+            if candidate.rejected is not None:
                 continue
             if self.placed and candidate.known_fit(self.cls) is not None:
-                candidate.succeeded()
+                candidate.mark_active()
             elif self.placed:
-                candidate.waits()
+                candidate.mark_pending()
             elif not self.placed and candidate.binding.state == "pending" and candidate.binding.notes:
                 candidate.binding.set("skipped", candidate.binding.notes[-1])
 
@@ -323,8 +323,8 @@ def _plan_fitted(module: nn.Module, plan: _ClassPlan, plans: dict[object, _Class
     checked = check_instance(found, module)
     facts = checked if isinstance(checked, dict) else str(checked)
 
-    def source(registered: Source) -> FittedSource:
-        return FittedSource(registered, str(found.op), found.form, facts)
+    def source(registered: Source) -> SpecialisedSource:
+        return SpecialisedSource(registered, str(found.op), found.form, facts)
 
     return _plan_of(specialise(plan.cls, plan.matched, facts, source), plan.cls, plan.target, plans)
 

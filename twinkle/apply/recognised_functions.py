@@ -11,7 +11,7 @@ from twinkle.match.symbolic.source import function_of
 from twinkle.op_names import FUNCTION_OPS
 from twinkle.records import FunctionKernel
 from twinkle.runtime import runtime
-from twinkle.sources.specialised import FittedSource
+from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from twinkle.match.recognition import Recognition
     from twinkle.records import Source
 
-__all__ = ["Found", "cut", "register"]
+__all__ = ["RecognisedFunction", "register", "specialise_function"]
 
 
-class Found(NamedTuple):
+class RecognisedFunction(NamedTuple):
     """A function of a module that is an op.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Functions:
     """What was worked out before: the functions of modules, and the kernels made for them."""
 
     def __init__(self) -> None:
-        self.recognised: dict[str, tuple[Any, list[Found]]] = {}
+        self.recognised: dict[str, tuple[Any, list[RecognisedFunction]]] = {}
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
 
 
@@ -78,22 +78,26 @@ def register(model: nn.Module, device: str | None) -> dict[str, bool]:
     return changed
 
 
-def _registered(found: Found, kernels: Iterable[FunctionKernel]) -> bool:
+def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
     """Register what was bound to the op of a function, unless something was bound to the function."""
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
-    if any(not isinstance(kernel.source, FittedSource) for kernel in named):
+    if any(not isinstance(kernel.source, SpecialisedSource) for kernel in named):
         return False
     op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
     made = []
     for kernel in kernels:
         runtime.registry.unbind(kernel, kernel.target)
-        made.append(cut(kernel, found, lambda s: FittedSource(s, str(op), form, facts, found.original)))
+        made.append(
+            specialise_function(
+                kernel, found, lambda s: SpecialisedSource(s, str(op), form, facts, found.original)
+            )
+        )
     made = [kernel for kernel in made if kernel not in named]
     runtime.registry.add(function_kernels=tuple(made))
     return bool(made)
 
 
-def _offered(found: Found, device: str) -> bool:
+def _offered(found: RecognisedFunction, device: str) -> bool:
     from twinkle.apply import embedded
 
     made = tuple(
@@ -103,9 +107,9 @@ def _offered(found: Found, device: str) -> bool:
     return bool(made)
 
 
-def cut(
+def specialise_function(
     kernel: FunctionKernel,
-    found: Found,
+    found: RecognisedFunction,
     source: Callable[[Source], Source],
     *,
     device: str | None = None,
@@ -135,7 +139,7 @@ def cut(
     return known[1]
 
 
-def _functions_of(name: str) -> list[Found]:
+def _functions_of(name: str) -> list[RecognisedFunction]:
     """The functions that a module defines and that are recognised; worked out once."""
     namespace = sys.modules.get(name)
     if namespace is None or name.partition(".")[0] == "torch":
@@ -147,11 +151,11 @@ def _functions_of(name: str) -> list[Found]:
     return known[1]
 
 
-def _recognised(namespace: Any, name: str) -> Iterable[Found]:
+def _recognised(namespace: Any, name: str) -> Iterable[RecognisedFunction]:
     for attribute, value in list(vars(namespace).items()):
         if isinstance(value, type) or not callable(value):
             continue
         recognition = recognise(value)
         if recognition.target.startswith(f"{name}:") and recognition.op in FUNCTION_OPS:
             # `kernels` puts a module in the place of the functions it decorates.
-            yield Found(name, attribute, function_of(value) or value, recognition)
+            yield RecognisedFunction(name, attribute, function_of(value) or value, recognition)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.proof.cache import proofs
-from twinkle.proof.cache_key import question
+from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def prove_loss(
     labels = torch.randint(weight.shape[0], (rows,), **draw)
     labels[-1] = -100
     source: Any = _Loss
-    asked = question(source, (hidden, weight, bias, labels, bent), {}, module=None, backward=backward)
+    asked = cache_key(source, (hidden, weight, bias, labels, bent), {}, module=None, backward=backward)
     if recall and asked is not None:
         known = proofs().find({**asked, "gradients": True}) or proofs().find(asked)
         if known is not None:

@@ -98,7 +98,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
         where: The device the kernels are for.
         ops: Those that are wanted.
     """
-    if not ops or ("cuda" if where == "rocm" else where) not in launch.KINDS:
+    if not ops or ("cuda" if where == "rocm" else where) not in launch.DEVICE_TYPES:
         return None
     # Most layers hold no norm, and parsing their code is not for nothing.
     if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):

@@ -49,7 +49,7 @@ class Step:
     def candidate(self, layer: nn.Module) -> Candidate | None:
         """The candidate that put the rewritten forward into ``layer``, while it is in the running."""
         for candidate in candidates_of(layer):
-            if candidate.kernel.source is self.source and candidate.dead is None:
+            if candidate.kernel.source is self.source and candidate.rejected is None:
                 return candidate
         return None
 
@@ -81,7 +81,7 @@ class Step:
         if self.proofs:
             verdict = self._verdict(proof, graded)
             candidate.judged(verdict, grad=graded)
-            if candidate.dead is not None:
+            if candidate.rejected is not None:
                 return None
         try:
             result = kernel()
@@ -96,7 +96,7 @@ class Step:
                 if graded:
                     self.graded[key] = what
             return result
-        candidate.retire("quarantined", f"raised at its first call: {explain(failure)}")
+        candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
         return None
 
     def _verdict(self, proof: Callable[[], tuple[Any, ...]], graded: bool) -> Any:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFINITION",
-    "KINDS",
+    "DEVICE_TYPES",
     "OP",
     "STRAIGHT",
     "Launcher",
@@ -60,7 +60,7 @@ def _kinds() -> frozenset[str]:
     return frozenset({"cuda", "cpu"}) if interpreted else frozenset({"cuda"})
 
 
-KINDS = _kinds()
+DEVICE_TYPES = _kinds()
 """Device types whose kernels triton runs here; the CPU with ``TRITON_INTERPRET=1``, as the tests do."""
 
 
@@ -77,7 +77,7 @@ def route(x: Tensor, *others: Tensor | None) -> int:
         subclass (its own rules apply to plain torch), a transform of ``torch.func``.
     """
     device = x.device
-    if device.type not in KINDS or x.dtype not in _DTYPES:
+    if device.type not in DEVICE_TYPES or x.dtype not in _DTYPES:
         return DEFINITION
     compiling = torch.compiler.is_compiling()
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0

@@ -37,7 +37,7 @@ def covering(op: str, form: Any, device: str) -> str | None:
     from twinkle.ops import launch
 
     kind = "cuda" if device == "rocm" else device
-    if kind in launch.KINDS:
+    if kind in launch.DEVICE_TYPES:
         rooms = ["layer", "everywhere"]
     else:
         rooms = ["cpu", "everywhere"] if kind == "cpu" else ["everywhere"]
@@ -63,9 +63,9 @@ def device() -> str:
     """The device that models run on here: the GPU that triton serves, else the CPU."""
     import torch
 
-    from twinkle.ops.launch import KINDS
+    from twinkle.ops.launch import DEVICE_TYPES
 
-    if "cuda" in KINDS and torch.cuda.is_available():
+    if "cuda" in DEVICE_TYPES and torch.cuda.is_available():
         return "rocm" if torch.version.hip else "cuda"
     return "cpu"
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.inputs import tensors_of
 
-__all__ = ["device_name", "kernel_version", "question"]
+__all__ = ["cache_key", "device_name", "kernel_version"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _VALUES = (bool, int, float, str, type(None))
@@ -34,7 +34,7 @@ class Source(Protocol):
     room: str
 
 
-def question(
+def cache_key(
     source: Source,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
@@ -138,9 +138,9 @@ def device_name(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
     if device.type == "cpu":
-        from twinkle.ops.launch import KINDS
+        from twinkle.ops.launch import DEVICE_TYPES
 
-        how = ", triton's interpreter" if "cpu" in KINDS else ""
+        how = ", triton's interpreter" if "cpu" in DEVICE_TYPES else ""
         return f"cpu {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{how})"
     return str(device.type)
 

@@ -14,7 +14,7 @@ from torch import nn
 from twinkle.match.symbolic.source import function_of
 from twinkle.ops.cases import Instance
 from twinkle.proof.cache import proofs
-from twinkle.proof.cache_key import question
+from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
 
@@ -61,7 +61,7 @@ def prove(
     """
     asked = None
     if _is_ours(source):
-        asked = question(source, args, kwargs, module=module, backward=backward)
+        asked = cache_key(source, args, kwargs, module=module, backward=backward)
     if recall and asked is not None:
         # With gradients is the stricter question.
         known = proofs().find({**asked, "gradients": True}) or proofs().find(asked)

@@ -12,7 +12,7 @@ from twinkle.ops import launch
 from twinkle.ops.cases import OPS, cases, forms
 from twinkle.ops.variants import ROOMS, covering
 from twinkle.proof.cache import proofs
-from twinkle.proof.cache_key import question
+from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Source:
 def devices() -> list[torch.device]:
     """The CPU, and every GPU that triton serves."""
     found = [torch.device("cpu")]
-    if "cuda" in launch.KINDS and torch.cuda.is_available():
+    if "cuda" in launch.DEVICE_TYPES and torch.cuda.is_available():
         found += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     return found
 
@@ -123,7 +123,7 @@ def rerun(part: Part, *, seed: int = 0) -> Iterator[Row]:
 
 def skipped(device: torch.device, dtype: str) -> str | None:
     """Why a dtype says nothing on a device, or None."""
-    if device.type == "cpu" and "cpu" in launch.KINDS and dtype == "bfloat16":
+    if device.type == "cpu" and "cpu" in launch.DEVICE_TYPES and dtype == "bfloat16":
         return "triton's interpreter truncates to bfloat16 where devices round"
     return None
 
@@ -135,12 +135,12 @@ def _room(op: str, form: Any, device: torch.device) -> str | None:
 
 def _compared(part: Part, seed: int) -> Iterator[tuple[Row, dict[str, Any] | None]]:
     device, op, form, room = part.device, part.op, part.form, part.room
-    triton = op != "causal_lm_loss" or device.type in launch.KINDS
+    triton = op != "causal_lm_loss" or device.type in launch.DEVICE_TYPES
     how = ROOMS[room] if triton else "plain torch"
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         for case in cases(op, form, DTYPES[part.dtype], device, room):
             verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
             source: Any = _Source(op, form, case.facts, room)
-            asked = question(source, case.args, {}, module=case.module, backward=True)
+            asked = cache_key(source, case.args, {}, module=case.module, backward=True)
             yield Row(str(device), op, form.name, how, part.dtype, case.shape, verdict), asked

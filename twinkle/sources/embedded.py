@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import SourceError
 from twinkle.ops.variants import ROOMS
-from twinkle.sources.specialised import FittedSource
+from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -49,7 +49,7 @@ class _Room:
         return SimpleNamespace(for_form=getattr(module, self.maker))
 
 
-class EmbeddedLayer(FittedSource):
+class EmbeddedLayer(SpecialisedSource):
     """A layer class for a form of an op.
 
     Args:
@@ -79,7 +79,7 @@ class EmbeddedLayer(FittedSource):
         return _described(self.op, self.form, self.room)
 
 
-class EmbeddedFunction(FittedSource):
+class EmbeddedFunction(SpecialisedSource):
     """A function for a form of an op, with the arguments of the one it replaces.
 
     Args:

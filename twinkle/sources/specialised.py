@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
     from twinkle.records import Source
 
-__all__ = ["FittedSource"]
+__all__ = ["SpecialisedSource"]
 
 
-class FittedSource:
+class SpecialisedSource:
     """The kernel of another source for one form of an op.
 
     Args:

@@ -9,21 +9,21 @@ import torch
 
 from twinkle.swap.tensors import constant
 
-__all__ = ["ANY", "Kind", "Proofs", "autocasting", "kind_of", "kind_with"]
+__all__ = ["ANY", "DtypeKey", "Proofs", "autocasting", "dtype_key", "dtype_key_of"]
 
-Kind: TypeAlias = "tuple[torch.dtype | None, torch.dtype | None]"
+DtypeKey: TypeAlias = "tuple[torch.dtype | None, torch.dtype | None]"
 """The dtype of the tensor that a call is told by, and that of autocast where it is on."""
 
-ANY: Kind = (None, None)
+ANY: DtypeKey = (None, None)
 """Of a call that no tensor tells of, or a stand-in for one (``torch.fx``)."""
 
 
-def kind_of(value: Any) -> Kind:
+def dtype_key_of(value: Any) -> DtypeKey:
     """The kind of a call, from its first tensor."""
-    return kind_with(value.dtype, value.device.type) if isinstance(value, torch.Tensor) else ANY
+    return dtype_key(value.dtype, value.device.type) if isinstance(value, torch.Tensor) else ANY
 
 
-def kind_with(dtype: torch.dtype | None, device: str | None) -> Kind:
+def dtype_key(dtype: torch.dtype | None, device: str | None) -> DtypeKey:
     """The kind of a call now whose first tensor has that dtype and device."""
     if dtype is None:
         return ANY
@@ -49,16 +49,16 @@ class Proofs:
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self._passed: Counter[Kind] = Counter()
-        self._graded: set[Kind] = set()
+        self._passed: Counter[DtypeKey] = Counter()
+        self._graded: set[DtypeKey] = set()
 
-    def owed(self, kind: Kind, *, grad: bool) -> bool:
+    def owed(self, kind: DtypeKey, *, grad: bool) -> bool:
         """Whether a call of that kind, with or without gradients, is to be compared first."""
         if kind == ANY:
             return self.trusted(grad=grad) == frozenset()
         return self._passed[kind] < self.number or (grad and self.number > 0 and kind not in self._graded)
 
-    def passed(self, kind: Kind, *, grad: bool) -> None:
+    def passed(self, kind: DtypeKey, *, grad: bool) -> None:
         """It computed the same in a call of that kind."""
         self._passed[kind] += 1
         if grad:
@@ -69,7 +69,7 @@ class Proofs:
         """Whether it computed the same in some call."""
         return bool(self._passed)
 
-    def trusted(self, *, grad: bool) -> frozenset[Kind] | None:
+    def trusted(self, *, grad: bool) -> frozenset[DtypeKey] | None:
         """The kinds of calls that need no comparison, or None where none ever does."""
         if not self.number:
             return None

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
-    from twinkle.swap.call_kind import Kind
+    from twinkle.swap.call_kind import DtypeKey
     from twinkle.swap.dispatch import Dispatch
 
 __all__ = ["Candidate", "FunctionCandidate", "explain"]
@@ -29,7 +29,7 @@ __all__ = ["Candidate", "FunctionCandidate", "explain"]
 _UNLOADED: Any = object()
 
 
-class _Candidate:
+class BaseCandidate:
     """What layer and function candidates share: one load, one verdict, one warning.
 
     Two candidates are the same when kernel and binding are the same objects, so that asking for a
@@ -39,7 +39,7 @@ class _Candidate:
         kernel: The registration.
         binding: Its record in the report.
         strict: Raise what goes wrong instead of going on with the original.
-        dead: Why it is out of the running, or ``None``.
+        rejected: Why it is out of the running, or ``None``.
         proofs: How many calls of each kind are to be compared with the original before it is trusted there.
         recall: A comparison from before will do, where one was kept.
     """
@@ -58,7 +58,7 @@ class _Candidate:
         self.kernel = kernel
         self.binding = binding
         self.strict = strict
-        self.dead: str | None = None
+        self.rejected: str | None = None
         self.device: str | None = kernel.device
         self.mode: Mode | None = kernel.mode
         self._loaded: Any = _UNLOADED
@@ -67,7 +67,9 @@ class _Candidate:
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Candidate) and other.kernel is self.kernel and other.binding is self.binding
+        return (
+            isinstance(other, BaseCandidate) and other.kernel is self.kernel and other.binding is self.binding
+        )
 
     def __hash__(self) -> int:
         return hash((id(self.kernel), id(self.binding)))
@@ -102,7 +104,7 @@ class _Candidate:
         with self._lock:
             if self._loaded is not _UNLOADED:
                 return self._loaded
-            if self._loading or self.dead is not None:
+            if self._loading or self.rejected is not None:
                 return None
             self._loading = True
             try:
@@ -125,16 +127,16 @@ class _Candidate:
 
     def fail(self, error: BaseException) -> None:
         """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
-        self.retire("failed", explain(error))
+        self.reject("failed", explain(error))
         if self.strict:
             raise error
 
-    def retire(self, state: str, reason: str) -> None:
+    def reject(self, state: str, reason: str) -> None:
         """Take it out everywhere: the originals (or the next candidate) run from the next call on."""
         with self._lock:
-            if self.dead is not None:
+            if self.rejected is not None:
                 return
-            self.dead = reason
+            self.rejected = reason
         self.binding.set(state, reason)
         for dispatch in list(self._users):
             dispatch.rebuild()
@@ -143,13 +145,13 @@ class _Candidate:
             where = f"\n  where:    {self.binding.origin}" if self.binding.origin else ""
             warn(f"{what} {state}: {reason}{where}")
 
-    def waits(self) -> None:
+    def mark_pending(self) -> None:
         """It is in place and not loaded yet."""
-        if self.dead is None and self.binding.state != "active":
+        if self.rejected is None and self.binding.state != "active":
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
-    def judged(self, verdict: Verdict, *, grad: bool, kind: Kind = ANY) -> None:
+    def judged(self, verdict: Verdict, *, grad: bool, kind: DtypeKey = ANY) -> None:
         """It was compared with the original: one proof less to go, or out of the running.
 
         Args:
@@ -163,19 +165,19 @@ class _Candidate:
             return
         trusted = self.binding.state == "active" and self.proofs.any_passed
         since = f" (cached, {verdict.date})" if verdict.date else ""
-        self.retire(
+        self.reject(
             "quarantined" if trusted else "failed", f"does not compute the same{since}: {verdict.text}"
         )
         if self.strict:
             raise KernelError(f"kernel {self.binding.kernel!r} does not compute the same", found=verdict.text)
 
-    def succeeded(self) -> None:
+    def mark_active(self) -> None:
         """It is in place, loaded and fits."""
-        if self.dead is None and self.binding.state != "active":
+        if self.rejected is None and self.binding.state != "active":
             self.binding.set("active")
 
 
-class Candidate(_Candidate):
+class Candidate(BaseCandidate):
     """A layer kernel bound to a target class."""
 
     kernel: LayerKernel
@@ -198,7 +200,7 @@ class Candidate(_Candidate):
         Raises:
             TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
         """
-        if self.dead is not None:
+        if self.rejected is not None:
             return None
         known = self._fits.get(target_class)
         if known is not None:
@@ -208,7 +210,7 @@ class Candidate(_Candidate):
             return None
         try:
             with self._lock:
-                if self.dead is None and target_class not in self._fits:
+                if self.rejected is None and target_class not in self._fits:
                     fit = read_layer(loaded, target_class, attributes=self.kernel.attributes)
                     if getattr(self.kernel.source, "guarded", False):
                         # The target's own code: what an instance lacks it asks for on another path.
@@ -225,7 +227,7 @@ class Candidate(_Candidate):
         return self._fits.get(target_class)
 
 
-class FunctionCandidate(_Candidate):
+class FunctionCandidate(BaseCandidate):
     """A function kernel bound to a function."""
 
     kernel: FunctionKernel
@@ -248,7 +250,7 @@ class FunctionCandidate(_Candidate):
         Raises:
             TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
         """
-        if self.dead is not None:
+        if self.rejected is not None:
             return None
         if self._function is not None and self._function[0] is original:
             return self._function[1]

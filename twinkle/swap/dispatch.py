@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from twinkle.swap.call_kind import autocasting, kind_of, kind_with
+from twinkle.swap.call_kind import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, execute, set_code
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
@@ -32,8 +32,8 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
-    from twinkle.swap.call_kind import Kind
-    from twinkle.swap.candidate import _Candidate
+    from twinkle.swap.call_kind import DtypeKey
+    from twinkle.swap.candidate import BaseCandidate
 
 __all__ = ["Dispatch"]
 
@@ -60,7 +60,7 @@ class Dispatch:
     def __init__(
         self,
         original: Callable[..., Any],
-        candidates: tuple[_Candidate, ...],
+        candidates: tuple[BaseCandidate, ...],
         *,
         training: bool | None = None,
         compiling: bool = False,
@@ -86,14 +86,14 @@ class Dispatch:
             "_tw_grad": torch.is_grad_enabled,
             "_tw_load": _constant(self._load_for_trace),
             "_tw_autocast": autocasting,
-            "_tw_kind": kind_of,
+            "_tw_kind": dtype_key_of,
             "_tw_current": current_gpu,
             "_tw_there": call_there,
             "_tw_astray": on_another_gpu,
         }
         self._text = ""
         self._traced_texts: dict[str, str] = {}
-        self._kinds: list[frozenset[Kind]] = []
+        self._kinds: list[frozenset[DtypeKey]] = []
         self.function = self._new_function()
         for candidate in candidates:
             candidate.used_by(self)
@@ -129,7 +129,7 @@ class Dispatch:
             entry = self.choose(moment)
             if entry is None or entry.state != "new":
                 return entry
-            if not self.prepare(entry, args) and entry.candidate.dead is None:
+            if not self.prepare(entry, args) and entry.candidate.rejected is None:
                 return None
             # Only now is it known what it says of itself, so choose again.
 
@@ -145,7 +145,7 @@ class Dispatch:
             training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
             compiling=self.fixed_compiling or torch.compiler.is_compiling(),
             grad=torch.is_grad_enabled(),
-            kind=kind_of(self._call.probed(args, kwargs)),
+            kind=dtype_key_of(self._call.probed(args, kwargs)),
         )
         if moment.device == "meta":
             # Shapes are being worked out: no reason to load anything.
@@ -178,12 +178,12 @@ class Dispatch:
             failure = error
         else:
             entry.state = "live"
-            entry.candidate.succeeded()
+            entry.candidate.mark_active()
             self.rebuild()
             return result
         # Outside the handler: what the original raises is the program's own affair.
         result = self.original(*args, **kwargs)
-        entry.candidate.retire("quarantined", f"raised at its first call: {explain(failure)}")
+        entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
         return result
 
     def subject(self, args: tuple[Any, ...]) -> tuple[nn.Module | None, type | None]:
@@ -201,7 +201,7 @@ class Dispatch:
 
         One that never ran is proven first, on made-up inputs: those at hand are none but shapes.
         """
-        kind = kind_with(dtype, device)
+        kind = dtype_key(dtype, device)
         moment = Moment(device, training=training, compiling=True, grad=grad, kind=kind)
         entry = self.load(moment, self.trace_arguments())
         while entry is not None and entry.candidate.proofs.owed(kind, grad=grad):
@@ -226,7 +226,7 @@ class Dispatch:
     def _blame(self, index: int) -> int:
         for entry in self.entries:
             if entry.index == index:
-                entry.candidate.retire("quarantined", "raised while torch.compile traced it")
+                entry.candidate.reject("quarantined", "raised while torch.compile traced it")
         return 0
 
     # The code.
@@ -262,11 +262,11 @@ class Dispatch:
         return function
 
     def _devices(self) -> list[str]:
-        alive = (e.device for e in self.entries if e.candidate.dead is None)
+        alive = (e.device for e in self.entries if e.candidate.rejected is None)
         return sorted({d for d in alive if d is not None}, reverse=True)
 
     def _tree(self) -> Split | Leaf | None:
-        alive = [e for e in self.entries if e.candidate.dead is None]
+        alive = [e for e in self.entries if e.candidate.rejected is None]
         questions: list[Any] = [("device", (*self._devices(), None))]
         if any(e.minds_gradients for e in alive):
             questions.append(("grad", (True, False)))
@@ -278,7 +278,7 @@ class Dispatch:
 
     def _minds_the_gpu(self) -> bool:
         """Whether a tensor may lie on another GPU than the current one, where a kernel would be launched."""
-        devices = [e.device for e in self.entries if e.candidate.dead is None]
+        devices = [e.device for e in self.entries if e.candidate.rejected is None]
         return any(d in (None, "cuda") for d in devices) and several_gpus()
 
     def _probe(self, tree: Split | Leaf | None) -> Iterator[str]:
@@ -334,7 +334,7 @@ class Dispatch:
         yield f"{pad}return _tw_k{entry.index}({self._call.arguments})"
 
     def _lines_for_kinds(
-        self, entry: Entry, kinds: frozenset[Kind], pad: str, known: dict[str, Any]
+        self, entry: Entry, kinds: frozenset[DtypeKey], pad: str, known: dict[str, Any]
     ) -> Iterator[str]:
         """The kernel for the kinds of calls that it was proven for, a comparison for others."""
         yield f"{pad}if {self._known_kind(kinds)}:"
@@ -350,7 +350,7 @@ class Dispatch:
         yield from self._kernel_lines(entry, pad + "    ", known)
         yield f"{pad}return _tw_pending({self._call.packed})"
 
-    def _known_kind(self, kinds: frozenset[Kind]) -> str:
+    def _known_kind(self, kinds: frozenset[DtypeKey]) -> str:
         """Whether the first tensor has a dtype that the kernel was proven for, without autocast.
 
         Quick, and a compiler can tell: it goes on with constants.

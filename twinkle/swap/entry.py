@@ -10,8 +10,8 @@ from twinkle.modes import rank
 from twinkle.swap.call_kind import ANY
 
 if TYPE_CHECKING:
-    from twinkle.swap.call_kind import Kind
-    from twinkle.swap.candidate import _Candidate
+    from twinkle.swap.call_kind import DtypeKey
+    from twinkle.swap.candidate import BaseCandidate
 
 __all__ = ["Entry", "Leaf", "Moment", "Split", "grow"]
 
@@ -26,7 +26,7 @@ class Moment:
     __slots__ = ("compiling", "device", "grad", "kind", "training")
 
     def __init__(
-        self, device: str | None, *, training: bool, compiling: bool, grad: bool, kind: Kind = ANY
+        self, device: str | None, *, training: bool, compiling: bool, grad: bool, kind: DtypeKey = ANY
     ) -> None:
         self.device = device
         self.training = training
@@ -55,7 +55,7 @@ class Entry:
         "state",
     )
 
-    def __init__(self, candidate: _Candidate, index: int) -> None:
+    def __init__(self, candidate: BaseCandidate, index: int) -> None:
         self.candidate = candidate
         self.index = index
         self.mode = candidate.mode
@@ -68,7 +68,7 @@ class Entry:
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
         """How well it suits the moment: smaller first, ``None`` never."""
-        if self.candidate.dead is not None or self.device not in (None, moment.device):
+        if self.candidate.rejected is not None or self.device not in (None, moment.device):
             return None
         if self.has_backward is False and moment.grad:
             return None
@@ -84,7 +84,7 @@ class Entry:
         """It ran, and nothing is left to prove for calls like that one."""
         return self.state == "live" and not self.candidate.proofs.owed(moment.kind, grad=moment.grad)
 
-    def kinds(self, *, grad: bool) -> frozenset[Kind] | None:
+    def kinds(self, *, grad: bool) -> frozenset[DtypeKey] | None:
         """The kinds of calls, with or without gradients, that it takes without further ado; None for all."""
         return self.candidate.proofs.trusted(grad=grad) if self.state == "live" else frozenset()
 
@@ -103,7 +103,7 @@ class Leaf:
 
     __slots__ = ("entry", "kinds")
 
-    def __init__(self, entry: Entry, kinds: frozenset[Kind] | None) -> None:
+    def __init__(self, entry: Entry, kinds: frozenset[DtypeKey] | None) -> None:
         self.entry = entry
         self.kinds = kinds
 

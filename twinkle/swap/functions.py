@@ -209,7 +209,7 @@ class FunctionDispatch(Dispatch):
                 entry.has_backward = candidate.has_backward
                 entry.function = function
                 entry.state = "ready"
-        candidate.succeeded()
+        candidate.mark_active()
         return True
 
     def is_training(self, args: tuple[Any, ...]) -> bool:

@@ -151,9 +151,9 @@ class LayerDispatch(Dispatch):
             candidate.binding.count(len(modules))
         for entry in self.entries:
             if entry.state == "new":
-                entry.candidate.waits()
+                entry.candidate.mark_pending()
             else:
-                entry.candidate.succeeded()
+                entry.candidate.mark_active()
 
     def leave(self, module: nn.Module) -> None:
         """A module no longer has the class."""
@@ -178,7 +178,7 @@ class LayerDispatch(Dispatch):
             clash = self._take(entry, fit) if entry.state == "new" else None
         if clash is not None:
             others = ", ".join(c.binding.kernel for c in self.candidates if c is not candidate)
-            candidate.retire("failed", f"has a member {clash!r} that {others} has otherwise")
+            candidate.reject("failed", f"has a member {clash!r} that {others} has otherwise")
             return False
         suited = True
         for module in modules:
@@ -189,7 +189,7 @@ class LayerDispatch(Dispatch):
                 drop(module, candidate, problem)
                 suited = suited and not (args and module is args[0])
         if self.instances:
-            candidate.succeeded()
+            candidate.mark_active()
         return suited
 
     def _take(self, entry: Entry, fit: LayerFit) -> str | None:
@@ -237,7 +237,7 @@ class LayerDispatch(Dispatch):
         function: Any = self.function
         if only is not None and only.same_signature:
             function = only.function
-        elif all(entry.candidate.dead is not None for entry in self.entries):
+        elif all(entry.candidate.rejected is not None for entry in self.entries):
             function = self.original
         if function not in self.functions:
             self.functions.append(function)

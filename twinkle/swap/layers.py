@@ -82,7 +82,7 @@ class Plan:
         _load(self._dispatch, self.module, device, training)
         left, reasons = [], []
         for candidate in self._dispatch.candidates:
-            problem = candidate.dead or _problem(candidate, self._dispatch.target, self.module)
+            problem = candidate.rejected or _problem(candidate, self._dispatch.target, self.module)
             if problem is None:
                 left.append(candidate)
             elif candidate.strict:
@@ -127,7 +127,7 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
     reasons: list[str] = []
     usable: list[Candidate] = []
     for candidate in asked:
-        problem = candidate.dead or _problem(candidate, target, module)
+        problem = candidate.rejected or _problem(candidate, target, module)
         if problem is None:
             usable.append(candidate)
         elif problem not in reasons:

@@ -77,7 +77,7 @@ class Placements:
                 candidate.binding.set(
                     "displaced", "someone else replaced the function after Twinkle; theirs stays"
                 )
-            elif candidate.dead is None:
+            elif candidate.rejected is None:
                 candidate.binding.set("reverted", reason)
 
 

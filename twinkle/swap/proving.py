@@ -49,7 +49,7 @@ def prove_call(
                 verdict = there
                 break
     entry.candidate.judged(verdict, grad=moment.grad, kind=moment.kind)
-    return entry.candidate.dead is None
+    return entry.candidate.rejected is None
 
 
 def prove_ahead(dispatch: Dispatch, entry: Entry, moment: Moment, dtype: torch.dtype | None) -> bool:
@@ -77,7 +77,7 @@ def prove_ahead(dispatch: Dispatch, entry: Entry, moment: Moment, dtype: torch.d
     if made:
         worst = next((verdict for verdict in made if not verdict.ok), made[0])
         entry.candidate.judged(worst, grad=moment.grad, kind=moment.kind)
-    return entry.candidate.dead is None
+    return entry.candidate.rejected is None
 
 
 def _prove_made_up(

@@ -27,7 +27,7 @@ class TransportError(Exception):
 
 
 @pytest.fixture
-def waits(monkeypatch):
+def mark_pending(monkeypatch):
     """The seconds that were waited, without waiting them."""
     found = []
     monkeypatch.setattr(hub_faults.time, "sleep", found.append)

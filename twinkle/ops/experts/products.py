@@ -34,7 +34,7 @@ def steps(device: torch.device) -> ModuleType:
     """The module with what lies between the products: triton's kernels, or plain torch."""
     from twinkle.ops import launch
 
-    if device.type not in launch.KINDS:
+    if device.type not in launch.DEVICE_TYPES:
         return plain
     from twinkle.ops.experts import triton
 
