@@ -17,7 +17,7 @@ from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.variants import covering, declined
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
-from twinkle.targets import class_path
+from twinkle.targets import Op, class_path
 
 if TYPE_CHECKING:
     from torch import nn
@@ -31,7 +31,7 @@ _ORIGIN = "embedded"
 
 
 def offer() -> None:
-    """Register the document of the pack, once, beneath everything that a program registers itself.
+    """Register the document of the embedded kernels, once, beneath what a program registers.
 
     Raises:
         ConfigError: The document is damaged.
@@ -44,7 +44,12 @@ def offer() -> None:
     text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
     document, _ = parse(text.decode(), where)
     documents.register(
-        document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=runtime.embedded
+        document,
+        where=where,
+        locate=lambda key: _ORIGIN,
+        allow_objects=False,
+        into=runtime.embedded,
+        chosen_by="twinkle",
     )
 
 
@@ -56,9 +61,7 @@ def wanted(op: str | None) -> bool:
 
 
 def _offered(op: str) -> tuple[LayerKernel, ...]:
-    names = [
-        target.kernel_name for target in runtime.embedded.layer_targets if target.target == f"match:{op}"
-    ]
+    names = [target.kernel_name for target in runtime.embedded.layer_targets if target.target == Op(op)]
     return tuple(kernel for name in names for kernel in runtime.embedded.kernels_named(name))
 
 

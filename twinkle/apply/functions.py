@@ -36,7 +36,7 @@ class _Candidates:
 def registered_modules() -> list[str]:
     """The modules that have function kernels, in registration order."""
     kernels = (*runtime.registry.function_kernels, *runtime.embedded.function_kernels)
-    return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.op is None))
+    return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.target_module is not None))
 
 
 def _registered(module: str) -> tuple[FunctionKernel, ...]:
@@ -140,7 +140,7 @@ class _Plan:
     ) -> None:
         self.module = module
         self.name = name
-        self.target = kernels[0].target
+        self.target = kernels[0].target.text
         self.kernels = kernels
         self.mode = mode
         self.device = device
@@ -201,8 +201,8 @@ class _Plan:
             if self.former is not None:
                 rebound += aliases.rebind(self.former, placement.implementation)
         # Asked of every function in the process: too much for what nobody named.
-        by_name = any(candidate.kernel.source.kind != "embedded" for candidate in self.chosen)
-        stale = aliases.stale(placement.original, target=target) if by_name else []
+        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
+        stale = aliases.stale(placement.original, target=target) if named else []
         placements.by_target[self.target] = Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
@@ -216,7 +216,7 @@ class _Plan:
         return shown
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
-        if not {kernel.name, kernel.target, kernel.target.replace(":", ".", 1)}.isdisjoint(
+        if not {kernel.name, self.target, self.target.replace(":", ".", 1)}.isdisjoint(
             runtime.options.disabled
         ):
             return "switched off by TWINKLE_DISABLE"
@@ -288,7 +288,7 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     candidates = runtime.of(_Candidates).by_target
     known = candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
-        proofs = runtime.options.proofs(kernel.verify, kind=kernel.source.kind)
+        proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
         candidate = FunctionCandidate(
             kernel,
             function_binding(kernel),

@@ -17,7 +17,7 @@ from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
-from twinkle.targets import class_path, defining_match, parse_target
+from twinkle.targets import Op, class_path, defining_match
 
 if TYPE_CHECKING:
     from twinkle.records import LayerKernel, LayerTarget, Source
@@ -305,7 +305,7 @@ def _plan_class(cls: type) -> _ClassPlan | None:
     kernels = runtime.registry.kernels_named(name)
     if not kernels:
         return None
-    if by is not None and isinstance(by.target, str) and by.target.startswith("match:"):
+    if by is not None and isinstance(by.target, Op):
         for kernel in kernels:
             settle_pattern(kernel, by)
         plan = _ClassPlan(cls, target, ())
@@ -374,7 +374,7 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
     candidates = runtime.of(_Candidates).by_kernel
     known = candidates.get(key)
     if known is None or known.kernel is not kernel:
-        proofs = runtime.options.proofs(kernel.verify, kind=kernel.source.kind)
+        proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
         known = candidates[key] = Candidate(
             kernel,
             layer_binding(kernel, target),
@@ -388,14 +388,13 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
 def _bound_name(cls: type) -> tuple[type, str, LayerTarget | None] | None:
     """The target class, the kernel name bound to it and by what; the newest registration wins."""
     for entry in reversed(runtime.registry.layer_targets):
-        if isinstance(entry.target, str) and entry.target.startswith("match:"):
+        if isinstance(entry.target, Op):
             from twinkle.match.structure import recognise
 
-            if recognise(cls).op == entry.target.removeprefix("match:"):
+            if recognise(cls).op == entry.target.op:
                 return cls, entry.kernel_name, entry
             continue
-        target = entry.target if isinstance(entry.target, type) else parse_target(entry.target)
-        match = defining_match(cls, target)
+        match = defining_match(cls, entry.target)
         if match is not None:
             return match, entry.kernel_name, entry
     running = getattr(cls, "forward", None)

@@ -9,7 +9,6 @@ from twinkle.apply.bindings import function_binding
 from twinkle.match.structure import recognise
 from twinkle.match.symbolic.source import function_of
 from twinkle.op_names import FUNCTION_OPS
-from twinkle.records import FunctionKernel
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from twinkle.match.recognition import Recognition
-    from twinkle.records import Source
+    from twinkle.records import FunctionKernel, Source
 
 __all__ = ["RecognisedFunction", "register", "specialise_function"]
 
@@ -81,12 +80,12 @@ def register(model: nn.Module, device: str | None) -> dict[str, bool]:
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
     """Register what was bound to the op of a function, unless something was bound to the function."""
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
-    if any(not isinstance(kernel.source, SpecialisedSource) for kernel in named):
+    if any(not kernel.recognised for kernel in named):
         return False
     op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
     made = []
     for kernel in kernels:
-        runtime.registry.unbind(kernel, kernel.target)
+        runtime.registry.unbind(kernel, kernel.target.text)
         made.append(
             specialise_function(
                 kernel, found, lambda s: SpecialisedSource(s, str(op), form, facts, found.original)
@@ -126,15 +125,7 @@ def specialise_function(
     made_before = runtime.of(_Functions).specialised
     known = made_before.get(key)
     if known is None or known[0] is not found.original:
-        made = FunctionKernel(
-            found.name,
-            found.module,
-            source(kernel.source),
-            device=kernel.device or device,
-            mode=kernel.mode,
-            verify=kernel.verify,
-            origin=kernel.origin,
-        )
+        made = kernel.specialised(source(kernel.source), module=found.module, name=found.name, device=device)
         known = made_before[key] = (found.original, made)
     return known[1]
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from twinkle.records import Source
+    from twinkle.records import LayerKernel, Source
 
 __all__ = ["specialise"]
 
@@ -50,15 +49,6 @@ def specialise(
     made = known.get(key)
     if made is None:
         made = known[key] = tuple(
-            LayerKernel(
-                kernel.name,
-                source(kernel.source),
-                device=kernel.device or device,
-                mode=kernel.mode,
-                attributes=kernel.attributes,
-                verify=kernel.verify,
-                origin=kernel.origin,
-            )
-            for kernel in kernels
+            kernel.specialised(source(kernel.source), device=device) for kernel in kernels
         )
     return made

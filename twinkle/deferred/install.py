@@ -169,6 +169,6 @@ def _candidate(kernel: type[nn.Module], target: type) -> Candidate:
     from twinkle.swap.candidate import Candidate
 
     source = _Source(kernel)
-    record = LayerKernel("causal_lm_loss", source, origin="embedded")
+    record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))

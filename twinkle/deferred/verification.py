@@ -100,7 +100,7 @@ def _prove(
         return known
     grad = torch.is_grad_enabled()
     ok = True
-    if runtime.options.proofs(candidate.kernel.verify, kind="embedded"):
+    if runtime.options.proofs(candidate.kernel.verify, bound_by_name=False):
         from twinkle.deferred.proof import prove_loss
 
         verdict = prove_loss(

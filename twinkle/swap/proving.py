@@ -27,7 +27,7 @@ def prove_call(
     """
     module, plain_class = dispatch.subject(args)
     values = (*args, *kwargs.values())
-    ours = entry.candidate.kernel.source.kind == "embedded"
+    ours = entry.candidate.kernel.chosen_by == "twinkle"
     verdict = _prove(
         dispatch,
         entry,
@@ -65,7 +65,7 @@ def prove_ahead(dispatch: Dispatch, entry: Entry, moment: Moment, dtype: torch.d
 
     from twinkle.proof.first_use import others_like
 
-    if entry.function is None or entry.candidate.kernel.source.kind != "embedded":
+    if entry.function is None or entry.candidate.kernel.chosen_by != "twinkle":
         return True
     modules: list[nn.Module] = others_like(None, dispatch.alike())
     with torch.inference_mode(False), _disable_current_modes():
