@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,9 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-import twinkle  # noqa: E402
 from test_layering import ORDER  # noqa: E402
+
+import twinkle  # noqa: E402
 from twinkle.apply.layers import kernelize_layers  # noqa: E402
 from twinkle.kernel import register_kernels  # noqa: E402
 from twinkle.runtime import runtime  # noqa: E402
@@ -117,7 +119,7 @@ def room_of(file: str) -> int:
 def figures(steps: Sequence[str]) -> dict[str, int]:
     """Steps, stays, distinct files and climbs, and the same for the different ways between files."""
     stays = stays_of(steps)
-    ways = Counter(zip(stays, stays[1:], strict=False))
+    ways = Counter(pairwise(stays))
     climbs = [way for way in ways if room_of(way[1]) > room_of(way[0])]
     return {
         "steps": len(steps),

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
     from twinkle.targets import Target
 
-__all__ = ["declare", "function_binding", "layer_binding", "settle_pattern"]
+__all__ = ["declare", "function_binding", "layer_binding", "settle_target"]
 
 BY_NAME = "kernel_layer_name"
 _NOT_MET = "no such function was met yet"
@@ -65,9 +65,16 @@ def _why_pending(target: Target) -> str:
     return "no such layer was met yet"
 
 
-def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
-    """Drop the record of a pattern or a bare name now that a class answers to it."""
-    if target is None:
-        runtime.registry.unbind(kernel, _by_name(kernel))
-    elif isinstance(target.target, Pattern | Op):
-        runtime.registry.unbind(kernel, target.target.text)
+def settle_target(kernels: tuple[LayerKernel, ...], entry: LayerTarget | None) -> None:
+    """Drop the records of a pattern, an op or a bare kernel name, now that a class was met for it.
+
+    Args:
+        kernels: Those that are bound to the class.
+        entry: The registration that bound them; None for a class that names its kernel itself.
+    """
+    if entry is None:
+        for kernel in kernels:
+            runtime.registry.unbind(kernel, _by_name(kernel))
+    elif isinstance(entry.target, Pattern | Op):
+        for kernel in runtime.registry.kernels_named(entry.kernel_name):
+            runtime.registry.unbind(kernel, entry.target.text)

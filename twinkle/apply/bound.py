@@ -1,8 +1,8 @@
-"""Kernels that were bound to an op, for what an instance of it is: its form, its names, its numbers."""
+"""A module and the kernels that are for it: what matching finds and planning starts from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from twinkle.runtime import runtime
@@ -10,9 +10,32 @@ from twinkle.runtime import runtime
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from twinkle.records import LayerKernel, Source
+    from torch import nn
 
-__all__ = ["specialise"]
+    from twinkle.records import LayerKernel, LayerTarget, Source
+
+__all__ = ["Bound", "specialise"]
+
+
+class Bound(NamedTuple):
+    """One module of a model, and the kernels that are registered for it.
+
+    Attributes:
+        module: The module; nothing of it was touched.
+        cls: Its class without Twinkle.
+        target: The class that the registration means: ``cls`` or one it inherits ``forward`` from.
+        kernels: In registration order; those for an op are specialised for this module.
+        entry: The registration that bound them; None where the class names its kernel itself
+            (``kernel_layer_name``), and for embedded kernels.
+        asked_for: Whether a user registered them; embedded kernels stand in where nobody did.
+    """
+
+    module: nn.Module
+    cls: type
+    target: type
+    kernels: tuple[LayerKernel, ...]
+    entry: LayerTarget | None = None
+    asked_for: bool = True
 
 
 class _Specialised:
@@ -31,7 +54,7 @@ def specialise(
     device: str | None = None,
     sizes: tuple[Any, ...] = (),
 ) -> tuple[LayerKernel, ...]:
-    """The kernels as they are for one instance: the same ones for every instance with the same facts.
+    """Kernels that were registered for an op, as they are for one layer; layers with equal facts share them.
 
     Args:
         cls: Its class.
