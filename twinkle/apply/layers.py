@@ -6,6 +6,7 @@ leaves it as it was. Functions are planned after the layers and committed after 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -159,7 +160,11 @@ def _recognised_functions(model: nn.Module, embedded_on: str | None) -> dict[str
         return {}
     from twinkle.apply import recognised_functions
 
-    return recognised_functions.register(model, embedded_on)
+    if embedded_on is None:
+        return recognised_functions.register(model, None)
+    from twinkle.apply import embedded
+
+    return recognised_functions.register(model, partial(embedded.function_kernels, where=embedded_on))
 
 
 def _commit(layers: LayerPlans | None, function_plans: Iterable[FunctionPlan]) -> Change:

@@ -13,7 +13,7 @@ from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
@@ -47,13 +47,15 @@ class _Functions:
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
 
 
-def register(model: nn.Module, device: str | None) -> dict[str, bool]:
+def register(
+    model: nn.Module, offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None
+) -> dict[str, bool]:
     """Register kernels for the functions beside the classes of a model that were bound to their op.
 
     Args:
         model: The model.
-        device: What the embedded kernels are for, which are offered where nothing else was bound; None
-            where they are off.
+        offered: Gives the embedded kernels for a function, which are taken where nothing else was bound;
+            None where they are off.
 
     Returns:
         The modules that have new ones, and whether somebody asked for them.
@@ -66,13 +68,13 @@ def register(model: nn.Module, device: str | None) -> dict[str, bool]:
             function_binding(kernel).set("skipped", "switched off by TWINKLE_DISABLE")
         else:
             bound.setdefault(kernel.op, []).append(kernel)
-    if not bound and device is None:
+    if not bound and offered is None:
         return {}
     changed: dict[str, bool] = {}
     for module in dict.fromkeys(type(layer).__module__ for layer in model.modules()):
         for found in _functions_of(module):
             asked_for = _registered(found, bound.get(str(found.recognition.op), ()))
-            if asked_for or (device is not None and _offered(found, device)):
+            if asked_for or (offered is not None and _taken(offered(found))):
                 changed[module] = changed.get(module, False) or asked_for
     return changed
 
@@ -96,12 +98,9 @@ def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) ->
     return bool(made)
 
 
-def _offered(found: RecognisedFunction, device: str) -> bool:
-    from twinkle.apply import embedded
-
-    made = tuple(
-        k for k in embedded.function_kernels(found, device) if k not in runtime.embedded.function_kernels
-    )
+def _taken(kernels: Sequence[FunctionKernel]) -> bool:
+    """Register embedded kernels, unless they are."""
+    made = tuple(kernel for kernel in kernels if kernel not in runtime.embedded.function_kernels)
     runtime.embedded.add(function_kernels=made)
     return bool(made)
 
