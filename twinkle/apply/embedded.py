@@ -144,7 +144,8 @@ def defer_logits(model: nn.Module) -> None:
 def _merge(binding: Binding) -> None:
     """One record for the heads of all models of a class."""
     for known in runtime.registry.bindings:
-        if (known.target, known.kernel, known.source) == (binding.target, binding.kernel, binding.source):
+        same = (known.target, known.kernel) == (binding.target, binding.kernel)
+        if same and known.source == binding.source:
             known.count(binding.instances)
             return
     runtime.registry.record(binding)

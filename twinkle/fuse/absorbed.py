@@ -35,7 +35,7 @@ def note_absorbed(step: Step, owner: nn.Module, layers: Sequence[nn.Module], fun
     bindings += [
         binding
         for binding in runtime.registry.bindings
-        if (binding.kind, binding.target) == ("function", name)
+        if (binding.scope, binding.target) == ("function", name)
     ]
     for binding in bindings:
         if binding.state == "pending":
