@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         object each time and imports it once.
         """
 
-        kind: str  # "code" | "local" | "installed" | "hub" | "embedded"
+        kind: str  # "code" | "local" | "installed" | "hub" | "match" | "embedded"
 
         def describe(self) -> str:
             """One line for the report: what it is and where it comes from."""
