@@ -13,12 +13,13 @@ from twinkle.targets import Name, Op
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Literal, Protocol
+    from typing import Literal, Protocol, TypeVar
 
     from twinkle.modes import Mode
     from twinkle.targets import Target
 
     ChosenBy = Literal["user", "twinkle"]
+    Registered = TypeVar("Registered", bound="Kernel")
 
     class Source(Protocol):
         """Where an implementation comes from.
@@ -42,37 +43,76 @@ if TYPE_CHECKING:
             ...
 
 
-__all__ = ["STATES", "Binding", "FunctionKernel", "LayerKernel", "LayerTarget", "Source"]
+__all__ = ["STATES", "Binding", "FunctionKernel", "Kernel", "LayerKernel", "LayerTarget", "Source"]
 
 STATES = ("pending", "active", "skipped", "failed", "quarantined", "displaced", "reverted")
 
 
-class LayerKernel:
-    """One implementation registered under a kernel name.
+class Kernel:
+    """One implementation as it was registered; a layer's or a function's.
 
     Attributes:
-        name: The kernel name that targets are bound to.
-        source: Where the layer class is loaded from.
+        name: What it is registered under.
+        source: Where it is loaded from.
         device: The device it is for, or ``None`` for any.
         mode: The mode it is for, or ``None`` for any.
-        attributes: Class attributes the kernel reads and its target lacks.
         verify: ``auto``, ``off``, ``first-use``, ``always``, or ``None`` for the global setting.
         origin: Where it was registered: ``file:line (key)`` or the calling line.
-        chosen_by: Who chose the kernel: a ``user`` who registered it, or ``twinkle``.
+        chosen_by: Who chose it: a ``user`` who registered it, or ``twinkle``.
         recognised: Whether the target was recognised by its structure; otherwise it was named.
     """
 
-    __slots__ = (
-        "attributes",
-        "chosen_by",
-        "device",
-        "mode",
-        "name",
-        "origin",
-        "recognised",
-        "source",
-        "verify",
-    )
+    __slots__ = ("chosen_by", "device", "mode", "name", "origin", "recognised", "source", "verify")
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        device: str | None,
+        mode: Mode | None,
+        verify: str | None,
+        origin: str,
+        chosen_by: ChosenBy,
+        recognised: bool,
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.device = device
+        self.mode = mode
+        self.verify = verify
+        self.origin = origin
+        self.chosen_by = chosen_by
+        self.recognised = recognised
+
+    @property
+    def bound_by_name(self) -> bool:
+        """Whether a user bound it to its target by name, and so vouches for it."""
+        return self.chosen_by == "user" and not self.recognised
+
+    def specialised(self: Registered, source: Source, *, device: str | None) -> Registered:
+        """The same kernel for one layer or function that was recognised as the op it was registered for.
+
+        Args:
+            source: Where that kernel comes from.
+            device: What it is for where the registration does not say.
+        """
+        from copy import copy
+
+        made = copy(self)
+        made.source = source
+        made.device = self.device or device
+        made.recognised = True
+        return made
+
+
+class LayerKernel(Kernel):
+    """One implementation registered under a kernel name.
+
+    Attributes:
+        attributes: Class attributes the kernel reads and its target lacks.
+    """
+
+    __slots__ = ("attributes",)
 
     def __init__(
         self,
@@ -87,39 +127,8 @@ class LayerKernel:
         chosen_by: ChosenBy = "user",
         recognised: bool = False,
     ) -> None:
-        self.name = name
-        self.source = source
-        self.device = device
-        self.mode = mode
+        super().__init__(name, source, device, mode, verify, origin, chosen_by, recognised)
         self.attributes = dict(attributes or {})
-        self.verify = verify
-        self.origin = origin
-        self.chosen_by: ChosenBy = chosen_by
-        self.recognised = recognised
-
-    @property
-    def bound_by_name(self) -> bool:
-        """Whether a user bound this kernel to its target by name, and so vouches for it."""
-        return self.chosen_by == "user" and not self.recognised
-
-    def specialised(self, source: Source, *, device: str | None) -> LayerKernel:
-        """The kernel for one kind of the layers that were recognised as the op it was registered for.
-
-        Args:
-            source: Where that kernel comes from.
-            device: What it is for where the registration does not say.
-        """
-        return LayerKernel(
-            self.name,
-            source,
-            device=self.device or device,
-            mode=self.mode,
-            attributes=self.attributes,
-            verify=self.verify,
-            origin=self.origin,
-            chosen_by=self.chosen_by,
-            recognised=True,
-        )
 
 
 class LayerTarget:
@@ -139,27 +148,17 @@ class LayerTarget:
         self.origin = origin
 
 
-class FunctionKernel:
-    """One implementation registered for a function of a module.
+class FunctionKernel(Kernel):
+    """One implementation registered for a function of a module; its name is the function's there.
 
     Attributes:
-        name: The function's name in its module; dotted for a method (``Class.method``).
-        target: The function by name, or the op that functions are recognised as.
-        source: Where the implementation is loaded from.
-        device, mode, verify, origin, chosen_by, recognised: As for :class:`LayerKernel`.
+        target: The function by name (dotted for a method: ``Class.method``), or the op that functions
+            are recognised as.
     """
 
-    __slots__ = (
-        "chosen_by",
-        "device",
-        "mode",
-        "name",
-        "origin",
-        "recognised",
-        "source",
-        "target",
-        "verify",
-    )
+    __slots__ = ("target",)
+
+    target: Name | Op
 
     def __init__(
         self,
@@ -174,15 +173,8 @@ class FunctionKernel:
         chosen_by: ChosenBy = "user",
         recognised: bool = False,
     ) -> None:
-        self.name = name
-        self.target: Name | Op = target_module if isinstance(target_module, Op) else Name(target_module, name)
-        self.source = source
-        self.device = device
-        self.mode = mode
-        self.verify = verify
-        self.origin = origin
-        self.chosen_by: ChosenBy = chosen_by
-        self.recognised = recognised
+        super().__init__(name, source, device, mode, verify, origin, chosen_by, recognised)
+        self.target = target_module if isinstance(target_module, Op) else Name(target_module, name)
 
     @property
     def target_module(self) -> str | None:
@@ -193,32 +185,6 @@ class FunctionKernel:
     def op(self) -> str | None:
         """The op whose functions it is for, where it was registered for one."""
         return self.target.op if isinstance(self.target, Op) else None
-
-    @property
-    def bound_by_name(self) -> bool:
-        """As for :class:`LayerKernel`."""
-        return self.chosen_by == "user" and not self.recognised
-
-    def specialised(self, source: Source, *, module: str, name: str, device: str | None) -> FunctionKernel:
-        """The kernel for one function that was recognised as the op it was registered for.
-
-        Args:
-            source: Where that kernel comes from.
-            module: The module of the function.
-            name: The function's name there.
-            device: What the kernel is for where the registration does not say.
-        """
-        return FunctionKernel(
-            name,
-            module,
-            source,
-            device=self.device or device,
-            mode=self.mode,
-            verify=self.verify,
-            origin=self.origin,
-            chosen_by=self.chosen_by,
-            recognised=True,
-        )
 
 
 class Binding:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from twinkle.hooks.construction import ConstructionWatch
     from twinkle.hooks.guard import Failure
     from twinkle.hooks.imports import Watch
-    from twinkle.records import FunctionKernel, LayerKernel, LayerTarget
+    from twinkle.records import LayerTarget
 
 __all__ = ["Activation", "start", "watch_new"]
 
@@ -109,8 +109,7 @@ def _plugin_records(settings: Settings) -> list[Records]:
             continue
         checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
         layers, targets, functions = checked.records(trust_remote_code=settings.trust_remote_code)
-        kernels: tuple[LayerKernel | FunctionKernel, ...] = (*layers, *functions)
-        for kernel in kernels:
+        for kernel in (*layers, *functions):
             if kernel.verify is None and settings.verify == "auto":
                 kernel.verify = "first-use"  # nobody bound it by name
         records.append((layers, targets, functions))

@@ -11,7 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from twinkle.records import ChosenBy, FunctionKernel, LayerKernel
+    from twinkle.records import ChosenBy
     from twinkle.registry import Registry
 
 __all__ = ["register"]
@@ -45,7 +45,6 @@ def register(
         document, where=where, locate=locate, allow_objects=allow_objects, allow_settings=False
     )
     layers, targets, functions = checked.records()
-    kernels: tuple[LayerKernel | FunctionKernel, ...] = (*layers, *functions)
-    for kernel in kernels:
+    for kernel in (*layers, *functions):
         kernel.chosen_by = chosen_by
     (into or runtime.registry).add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)

@@ -11,6 +11,7 @@ from twinkle.match.symbolic.source import function_of
 from twinkle.op_names import FUNCTION_OPS
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
+from twinkle.targets import Name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -124,7 +125,8 @@ def specialise_function(
     made_before = runtime.of(_Functions).specialised
     known = made_before.get(key)
     if known is None or known[0] is not found.original:
-        made = kernel.specialised(source(kernel.source), module=found.module, name=found.name, device=device)
+        made = kernel.specialised(source(kernel.source), device=device)
+        made.name, made.target = found.name, Name(found.module, found.name)
         known = made_before[key] = (found.original, made)
     return known[1]
 
