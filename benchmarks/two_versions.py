@@ -4,9 +4,9 @@
     python benchmarks/two_versions.py /tmp/before [--models qwen3-0.6b gemma3-1b] [--json FILE]
 
 Each checkout has a process of its own, and the two run a round of steps in turn, so that whatever else the
-host does hits both. Prints the milliseconds of a step (medians), the median of the rounds' ratios (above 1: this
-checkout is faster) with the smallest and the largest, the launches of a step, peak memory, and how many
-bindings are active in each. The loss after the same number of steps must agree.
+host does hits both. Prints the milliseconds of a step (medians), the median of the rounds' ratios (above 1:
+this checkout is faster) with the smallest and the largest, the launches of a step, and how many bindings are
+active in each. The loss after the same number of steps must agree.
 """
 
 from __future__ import annotations
