@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from rounding import rounding_bound
 from torch import nn
 
 from twinkle.kernel import kernelize_model, register_kernels
@@ -41,7 +42,7 @@ def test_layers_and_functions_are_found_proven_and_compute_the_same(program: Pro
     variables = {"TWINKLE_CONFIG": "auto", "TRITON_INTERPRET": "1"}
     done = program.run(MODEL, **variables)
     for ours, theirs in zip(done.stdout.split(), plain, strict=True):
-        assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
+        assert float(ours) == pytest.approx(float(theirs), rel=2 * rounding_bound(torch.float32, 600))
     bindings = program.bindings(MODEL, **variables)
     found = {(b["target"].rpartition(":")[2], b["state"], b["proof"].partition(":")[0]) for b in bindings}
     assert {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import nn
 
 from twinkle.apply.layers import kernelize_layers
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def close(ours: Any, theirs: Any) -> None:
-    torch.testing.assert_close(ours, theirs, rtol=2e-4, atol=2e-5)
+    assert_near(ours, theirs, 200)
 
 
 def states(registry: Registry) -> dict[str, tuple[str, str]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import assert_near, rounding_bound
 
 transformers = pytest.importorskip("transformers")
 
@@ -38,6 +39,8 @@ SMALL = {
 }
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe")
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+OPERATIONS = 600
+"""Behind a number of a model and its gradients: ten products over 8 to 48 columns, there and back."""
 
 
 def build(family, implementation):
@@ -88,11 +91,11 @@ def step(model, call=None):
 
 
 def assert_same(ours, theirs):
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    assert_near(ours[0], theirs[0], OPERATIONS)
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in theirs[1].items():
         off = (ours[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        assert off < 1e-5, name
+        assert off < 2 * rounding_bound(torch.float32, OPERATIONS), name
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -146,7 +149,8 @@ def test_autocast_goes_where_the_models_own_goes(family):
             indices, weights = torch.rand(12, 4).topk(2).indices, torch.rand(12, 2)
             result = module(x, indices, weights)
             assert layer_class(form, facts).forward(module, x, indices, weights).dtype == result.dtype
-        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
+        # Two layers of three products in bfloat16; norms are in float32.
+        assert (mine - theirs).norm() <= rounding_bound(torch.bfloat16, 6, theirs.norm().item())
 
 
 @pytest.mark.slow

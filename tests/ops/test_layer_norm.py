@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import assert_near, terms
 from torch import nn
 
 from twinkle.match.structure import check_instance, recognise
@@ -55,12 +56,12 @@ def test_a_class_of_transformers_is_recognised_and_computes_the_same():
     found = recognise(modeling.CohereLayerNorm)
     kernel = layer_class(found.form, check_instance(found, layer)).forward
     x = torch.randn(3, 32)
-    torch.testing.assert_close(kernel(layer, x), layer(x))
+    assert_near(kernel(layer, x), layer(x), 2 * terms(32) + 24)
 
 
 def test_a_compiler_sees_no_break():
     x, w = torch.randn(4, 8), torch.randn(8)
     compiled = torch.compile(layer_norm, fullgraph=True, backend="eager")
-    torch.testing.assert_close(
-        compiled(x, w, None, 1e-5, form=COHERE), layer_norm(x, w, None, 1e-5, form=COHERE)
+    assert_near(
+        compiled(x, w, None, 1e-5, form=COHERE), layer_norm(x, w, None, 1e-5, form=COHERE), 2 * terms(32) + 24
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import assert_near, terms
 
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.layer import apply_rotary_pos_emb, covers, function_for, rotary
@@ -142,7 +143,7 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
         return torch.autograd.grad(sum(x.square().sum() for x in g), (q, k))
 
     for a, b in zip(second(rotary), second(reference.rotary), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_near(a, b, 4 * (3 + 4) + 3 * terms(BATCH * HEADS * TOKENS * DIM))
 
 
 def test_opcheck(kernels):

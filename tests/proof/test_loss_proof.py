@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rounding import assert_near, terms
 
 from twinkle.apply.layers import kernelize_layers
 from twinkle.deferred import proof as loss
 from twinkle.deferred import verification as trust
 from twinkle.deferred.proof import prove_loss
 from twinkle.errors import TwinkleWarning
+from twinkle.ops import machine
 from twinkle.ops.causal_lm_loss import linear_cross_entropy
 from twinkle.ops.plain import at_every_size
 from twinkle.runtime import runtime
@@ -139,7 +141,7 @@ def test_a_loss_that_is_wrong_with_a_softcap_never_runs_with_one(
     kernelize_layers(model)
     with pytest.warns(TwinkleWarning, match="does not compute the same"):
         found = run()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert_near(found, expected, 2 * terms(VOCAB) + 500)
 
 
 def test_a_softcap_is_proven_where_there_is_one(proofs: list[tuple[torch.dtype, bool, bool]]) -> None:
@@ -156,7 +158,11 @@ def test_a_softcap_is_proven_where_there_is_one(proofs: list[tuple[torch.dtype, 
     assert proofs == [mark, plain, mark, plain, mark, plain, bent]
 
 
-def test_each_dtype_and_autocast_is_proven(proofs: list[tuple[torch.dtype, bool, bool]]) -> None:
+@pytest.mark.parametrize("multiplies", [True, False], ids=["products in half", "products in float32"])
+def test_each_dtype_and_autocast_is_proven(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch, proofs: list[tuple[torch.dtype, bool, bool]]
+) -> None:
+    monkeypatch.setattr(machine, "multiplies", lambda dtype: multiplies)
     model = llama()
     kernelize_layers(model)
     with torch.no_grad():
@@ -187,7 +193,7 @@ def test_a_step_that_is_compiled_as_a_whole_is_proven_before_it_is_traced(
     compiled = torch.compile(lambda: model(input_ids=tokens, labels=tokens).loss, backend="eager")
     found = compiled()
     torch._dynamo.reset()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert_near(found, expected, 2 * terms(VOCAB) + 500)
     assert proofs[0] == (torch.float32, True, False)
     assert [bent for *_, bent in proofs[1:]] == ([True] if make is gemma2 else [])
 
@@ -202,4 +208,4 @@ def test_a_wrong_loss_is_left_out_of_a_compiled_step(monkeypatch: pytest.MonkeyP
     with pytest.warns(TwinkleWarning, match="does not compute the same"):
         found = torch.compile(lambda: model(input_ids=tokens, labels=tokens).loss, backend="eager")()
     torch._dynamo.reset()
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert_near(found, expected, 2 * terms(VOCAB) + 500)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops import machine
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -85,5 +87,5 @@ def chunk_rows(rows: int, width: int) -> int:
     """Rows in a chunk."""
     if _sizes.every:  # several chunks, the last one shorter, as large inputs have
         return max(1, 2 * rows // 5)
-    elements = _CHUNK if torch.get_num_threads() == 1 else _SHARED_CHUNK
+    elements = _CHUNK if machine.one_thread() else _SHARED_CHUNK
     return max(1, min(rows, elements // max(width, 1)))

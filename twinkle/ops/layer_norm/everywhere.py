@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from twinkle.ops import machine
 from twinkle.ops.build import forward_class
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.layer_norm.reference import LayerNormForm
@@ -70,7 +71,7 @@ def _waits(x: Tensor) -> bool:
         x.is_cpu
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and torch.get_num_threads() > 1
+        and not machine.one_thread()
         and not pays(x, _LEAST)
     )
 

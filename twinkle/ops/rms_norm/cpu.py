@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
+from twinkle.ops import machine
 from twinkle.ops.build import forward_class
 from twinkle.ops.launch import like, rows_of, through_definition
 from twinkle.ops.plain import chunk_rows, chunks, pays, straight
@@ -84,7 +85,7 @@ def rms_norm(
             weight = None
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return _RMSNorm.apply(x, weight, eps, form)
-        if pays(x, _LEAST_INFERENCE) and torch.get_num_threads() == 1:
+        if pays(x, _LEAST_INFERENCE) and machine.one_thread():
             return _forward(x, weight, eps, form)[0]
     return reference.rms_norm(
         x,
