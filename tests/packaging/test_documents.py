@@ -70,6 +70,13 @@ def test_files_that_a_document_names_exist(page):
     assert [path for path in paths if not (ROOT / path).exists()] == []
 
 
+def test_architecture_names_every_folder_and_root_module():
+    page = (ROOT / "docs/architecture.md").read_text()
+    names = [f"{path.parent.name}/" for path in ROOT.glob("twinkle/*/__init__.py")]
+    names += [path.name for path in ROOT.glob("twinkle/*.py")]
+    assert [name for name in names if f"`{name}`" not in page] == []
+
+
 @pytest.mark.parametrize("page", DECISIONS, ids=named)
 def test_decisions_have_one_shape(page):
     text = page.read_text()
