@@ -232,7 +232,7 @@ def _repo_path(value: object, objects: bool) -> object:
         value = value.__fspath__()  # type: ignore[attr-defined]
     if not isinstance(value, str):
         raise _wrong_type(expected, "write the folder in quotes")
-    if not value or "\0" in value:
+    if not value.strip() or "\0" in value:
         raise WrongError("not a path", expected, "write the folder, relative to the configuration file")
     return value
 
