@@ -7,8 +7,8 @@ import os
 import sys
 
 from twinkle import runner
-from twinkle._environment import absolute
-from twinkle.cli.clash import clash
+from twinkle._environment import absolute, check_path
+from twinkle.cli.env import clash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[st
     """The ``TWINKLE_*`` variables that say what the options said.
 
     Raises:
-        ConfigError: A path that a variable cannot hold.
+        ConfigError: A path that a variable cannot hold, or a value that is no path.
     """
     result = {"TWINKLE_CONFIG": runner.config_variable(options.config, environ)}
     if options.kernels is not None:
@@ -89,6 +89,7 @@ def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[st
     if options.report:
         result["TWINKLE_LOG"] = "info"
     if options.report_file is not None:
+        check_path("--report-file", options.report_file, "the path of a JSON file")
         result["TWINKLE_REPORT"] = absolute(options.report_file)
     return result
 

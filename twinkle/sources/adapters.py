@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from twinkle.errors import KernelError, SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.constructors import Made, made_in_init
 
 __all__ = ["adapt_layer", "explain_lacking", "finish"]
 
-_originals: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+class _Adapted:
+    """The classes that were made here, each with the kernel class that it was made from."""
+
+    def __init__(self) -> None:
+        self.originals: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def finish(
@@ -109,7 +115,7 @@ def adapt_layer(
     namespace["__qualname__"] = cls.__qualname__
     namespace["__doc__"] = cls.__doc__
     adapted: type[torch.nn.Module] = type(cls.__name__, (torch.nn.Module,), namespace)
-    _originals[adapted] = cls
+    runtime.of(_Adapted).originals[adapted] = cls
     return adapted
 
 
@@ -120,7 +126,7 @@ def explain_lacking(cls: type, names: list[str]) -> str | None:
         cls: A layer class, as a source gave it.
         names: What is missing.
     """
-    made = made_in_init(_originals.get(cls, cls))
+    made = made_in_init(runtime.of(_Adapted).originals.get(cls, cls))
     modules = [name for name in names if made.get(name, ("", None))[0] in ("module", "parameter")]
     if modules:
         texts = [f"self.{name} ({made[name][1]})" for name in modules]

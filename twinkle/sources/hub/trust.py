@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from twinkle.errors import ConfigError, SourceError
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,12 +15,20 @@ if TYPE_CHECKING:
     from twinkle.sources.hub.client import HubClient
     from twinkle.sources.hub.request import HubRequest
 
-__all__ = ["Trust", "decide", "forget"]
+__all__ = ["Trust", "decide"]
 
 _EXPECTED = 'true, false, or a list of repositories such as ["publisher/name"]'
 
-# What the Hub said of a publisher in this process, by endpoint: one question each is enough.
-_asked: dict[tuple[str, str], bool] = {}
+
+class _Publishers:
+    """The publishers that the Hub was asked about in this process: one question each is enough.
+
+    Attributes:
+        trusted: By endpoint and publisher.
+    """
+
+    def __init__(self) -> None:
+        self.trusted: dict[tuple[str, str], bool] = {}
 
 
 class Trust:
@@ -112,16 +121,12 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
     raise _refused(request, found)
 
 
-def forget() -> None:
-    """Ask the Hub anew about every publisher."""
-    _asked.clear()
-
-
 def _ask(client: HubClient, publisher: str) -> bool:
+    known = runtime.of(_Publishers).trusted
     key = (client.endpoint, publisher)
-    if key not in _asked:
-        _asked[key] = client.trusts(publisher)
-    return _asked[key]
+    if key not in known:
+        known[key] = client.trusts(publisher)
+    return known[key]
 
 
 def _recorded(record: Mapping[str, object], endpoint: str, publisher: str) -> tuple[bool, str] | None:
