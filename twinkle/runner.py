@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from twinkle._environment import absolute
+from twinkle._environment import absolute, check_path
 from twinkle.errors import ConfigError, TwinkleError
 
 TYPE_CHECKING = False
@@ -132,9 +132,10 @@ def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
     """The value of ``TWINKLE_CONFIG`` for the configs that were typed, absolute: children change directory.
 
     Raises:
-        ConfigError: A path that the variable cannot hold.
+        ConfigError: A path that the variable cannot hold, or a value that is no path.
     """
     for path in paths:
+        check_path("--config", path, "the path of a TOML file, or auto for the defaults without one")
         if os.pathsep in path:
             raise ConfigError(
                 f"the path of a config may not contain {os.pathsep!r}",

@@ -13,6 +13,7 @@ import os
 
 from twinkle.config.entries import Checked, records_of
 from twinkle.config.environment import (
+    check_config_path,
     check_disabled,
     checked_variables,
     config_paths,
@@ -166,6 +167,7 @@ def load(
     for name in names:
         if name == "auto":
             continue
+        check_config_path(name, environ)
         # Not normalised: "link/../twinkle.toml" is not "twinkle.toml".
         path = os.path.join(cwd, os.path.expanduser(name))
         document, locations = read(path, name)

@@ -6,6 +6,7 @@ a file), and returns the value to keep or raises :class:`WrongError`.
 
 from __future__ import annotations
 
+from twinkle._environment import is_switch
 from twinkle.config.locations import printable
 from twinkle.devices import parse_device
 from twinkle.errors import ConfigError, suggest
@@ -113,6 +114,14 @@ def _text(expected: str, example: str) -> Check:
         return value
 
     return check
+
+
+def _report(value: object, objects: bool) -> object:
+    expected = "the path of a JSON file"
+    path = _text(expected, 'a path such as "report.json"')(value, objects)
+    if is_switch(str(path)):
+        raise WrongError("not a path", expected, f'write "./{path}" if a file of that name is meant')
+    return path
 
 
 def _boolean(value: object, objects: bool) -> object:
@@ -439,7 +448,7 @@ SETTING_KEYS: dict[str, Check] = {
     "log": _choice(*LOG_LEVELS),
     "mode": _mode,
     "plugins": _plugins,
-    "report": _text("the path of a JSON file", 'a path such as "report.json"'),
+    "report": _report,
     "strict": _boolean,
     "trust_remote_code": _trust,
     "use_fallback": _boolean,
