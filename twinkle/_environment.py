@@ -17,12 +17,12 @@ FALSE = ("0", "false", "no", "off")
 
 
 def is_switch(text: str) -> bool:
-    """The text turns something on or off (``1``, ``off``): where a path is meant, it is a mistake."""
+    """Whether a text turns something on or off (``1``, ``off``); where a path is meant, it is a mistake."""
     return text.strip().lower() in (*TRUE, *FALSE)
 
 
 def absolute(path: str) -> str:
-    """A path for a variable: child processes, which read it again, may start in another directory.
+    """Make a path for a variable absolute: child processes may start in another directory.
 
     ``auto`` stays, and so does what is no path, for the error to show it. Nothing is normalised:
     ``link/../twinkle.toml`` is another file than ``twinkle.toml``.

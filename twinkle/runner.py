@@ -71,7 +71,7 @@ def split_command(orig_argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_our_command(orig_argv: Sequence[str]) -> bool:
-    """This interpreter was started for ``twinkle …`` or ``python -m twinkle …``."""
+    """Whether this interpreter was started for ``twinkle …`` or ``python -m twinkle …``."""
     _, program = split_command(orig_argv)
     return program[:2] == ["-m", "twinkle"] or os.path.basename(program[0] if program else "") == "twinkle"
 
@@ -90,7 +90,7 @@ def pth_folders() -> list[str]:
 
 
 def door_paths() -> list[str]:
-    """What ``PYTHONPATH`` lacks for a new interpreter to find Twinkle and a door of it; often nothing."""
+    """The entries that ``PYTHONPATH`` needs for a new interpreter to find Twinkle and a door; often none."""
     paths = []
     if not pth_folders():
         checkout = os.path.join(os.path.dirname(_PACKAGE), "sitecustomize_template")

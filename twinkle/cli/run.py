@@ -62,7 +62,7 @@ _WITH_VALUE = ("--config", "--kernels", "--report-file")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where our options end and the program begins; all that follows is the program's own."""
+    """Split a command line into the options of ``twinkle run`` and the program with its arguments."""
     index = 0
     while index < len(words):
         word = words[index]
@@ -76,7 +76,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """The ``TWINKLE_*`` variables that say what the options said.
+    """The ``TWINKLE_*`` variables that the options stand for.
 
     Raises:
         ConfigError: A path that a variable cannot hold, or a value that is no path.

@@ -1,4 +1,4 @@
-"""configure: what did the user ask for?
+"""Configuration: the settings and entries that files and variables ask for.
 
 ``twinkle.toml`` and the ``TWINKLE_`` variables become :class:`Settings`: one set of values and the
 entries whose records fill the registry. The dict given to ``register_kernels`` passes the same
@@ -35,7 +35,7 @@ __all__ = ["Checked", "Settings", "load", "switched_off", "validate"]
 
 
 class Settings:
-    """What files and variables ask for, put together.
+    """The merged settings and entries of all configuration files and variables.
 
     Attributes:
         mode: The mode kernels are chosen for, or ``None`` to follow each model.
@@ -113,7 +113,7 @@ class Settings:
         self.functions = tuple(functions.values())
 
     def is_disabled(self, *names: str) -> bool:
-        """Any of these names of one kernel, op or function was turned off."""
+        """Whether one of these names of a kernel, op or function is turned off."""
         return self.off or any(name in self.disable for name in names)
 
     def left_out(self) -> list[tuple[Entry, str]]:
@@ -146,7 +146,7 @@ def load(
     *,
     cwd: str | None = None,
 ) -> Settings:
-    """Read files and variables.
+    """Read configuration files and variables into one set of settings.
 
     Args:
         paths: Configuration files, later ones win; ``"auto"`` stands for the defaults without a

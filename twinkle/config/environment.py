@@ -82,7 +82,7 @@ def check_config_path(name: str, environ: Mapping[str, str]) -> None:
 
 
 def switched_off(environ: Mapping[str, str]) -> bool:
-    """The off switch: ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0``. Never raises."""
+    """Whether ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0`` turns Twinkle off; never raises."""
     return (
         environ.get("TWINKLE_DISABLE", "").strip().lower() in TRUE
         or environ.get("TWINKLE_USE_KERNELS", "").strip().lower() in FALSE
@@ -105,7 +105,7 @@ def disabled(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
-    """A name in ``TWINKLE_DISABLE`` that is nearly that of an op is a slip, and would disable nothing.
+    """Refuse a misspelt op in ``TWINKLE_DISABLE``, which would disable nothing.
 
     Args:
         names: What :func:`disabled` gave. Other names may be those of kernels registered later.
@@ -127,7 +127,7 @@ def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
 
 
 def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> list[Checked]:
-    """What the variables say, as documents that come after those of the files.
+    """The documents that the variables make; they come after those of the files.
 
     Raises:
         ConfigError: A variable cannot be read; the message names it.
@@ -163,7 +163,7 @@ def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> 
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """A remark on every ``TWINKLE_`` variable that nothing reads.
+    """Remarks on the ``TWINKLE_`` variables that nothing reads.
 
     It is no error: the environment is shared with other programs. ``TWINKLE__`` with two underscores
     is ours, for what a parent tells its children.
@@ -212,7 +212,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _read(variable: str, text: str, form: str) -> object:
-    """The value that a file would have for this text."""
+    """Convert the text of a variable to the value that a file would have."""
     if form == "boolean":
         return _boolean(variable, text)
     if form == "boolean or list":
@@ -224,7 +224,7 @@ def _read(variable: str, text: str, form: str) -> object:
 
 
 def _table(variable: str, section: str, text: str) -> tuple[dict[str, Any], Locations]:
-    """Inline TOML (``MyMLP = { … }``, also over several lines and with headers) or a JSON object."""
+    """Parse inline TOML (``MyMLP = { … }``, also over several lines and with headers) or a JSON object."""
     if text.startswith("{"):
         document = _json(variable, text)
         return document, Locations(variable)

@@ -1,4 +1,4 @@
-"""What each key of a configuration may hold.
+"""Checks of single values: what each key of a configuration may hold.
 
 A check takes a value and whether Python objects are allowed (they are in ``register_kernels``, not in
 a file), and returns the value to keep or raises :class:`WrongError`.
@@ -52,7 +52,7 @@ class WrongError(Exception):
 
 
 def is_table(value: object, objects: bool = False) -> bool:
-    """A dict, or from Python any mapping."""
+    """Whether a value is a table: a dict, or from Python any mapping."""
     if isinstance(value, dict):
         return True
     # isinstance(value, Mapping) would import collections.abc at interpreter start.
@@ -61,12 +61,12 @@ def is_table(value: object, objects: bool = False) -> bool:
 
 
 def is_dotted(text: str) -> bool:
-    """``a.b.c``: identifiers with dots between them."""
+    """Whether a text is identifiers joined by dots, such as ``a.b.c``."""
     return all(part.isidentifier() for part in text.split("."))
 
 
 def shown(value: object) -> str:
-    """A value and its type, short and printable."""
+    """A value and its type for a message, short and printable."""
     if value is None:
         return "None"
     try:
@@ -173,7 +173,7 @@ def _mode(value: object, objects: bool) -> object:
 
 
 def _names(expected: str, accept: Callable[[str], bool]) -> Check:
-    """A list of names; ``accept`` judges one."""
+    """Make a check of a list of names; ``accept`` judges one name."""
 
     def check(value: object, objects: bool) -> object:
         if not isinstance(value, (list, tuple)):
@@ -187,7 +187,7 @@ def _names(expected: str, accept: Callable[[str], bool]) -> Check:
 
 
 def _repository(name: str) -> bool:
-    """``owner/name``, or ``owner`` alone."""
+    """Whether a text is ``owner/name`` or ``owner``."""
     parts = name.split("/")
     return len(parts) <= 2 and all(
         part[:1].isalnum() and all(char.isalnum() or char in "_.-" for char in part) for part in parts
@@ -288,7 +288,7 @@ def _attributes(value: object, objects: bool) -> object:
 
 
 def _object_reference(what: str, example: str) -> Callable[[str], str]:
-    """``module:attribute`` (or ``module.attribute``) by its syntax."""
+    """Make a check of the syntax ``module:attribute`` or ``module.attribute``."""
 
     def check(value: str) -> str:
         module, colon, attribute = value.partition(":")

@@ -1,4 +1,4 @@
-"""The one validator: for files, for the environment and for the dict given to ``register_kernels``.
+"""The validator of documents: of files, of variables and of the dict given to ``register_kernels``.
 
 Everything is checked before anything is registered, all mistakes are reported together, and the
 document is never changed: what is kept are copies.
@@ -169,7 +169,7 @@ class _Validation:
         )
 
     def copied(self, table: Any) -> dict[Any, Any]:
-        """A plain dict of a mapping; from Python, ``None`` is as good as absent."""
+        """A copy of a mapping as a dict, without the ``None`` that Python code may give."""
         return {
             key: table[key]
             for key in table.keys()  # noqa: SIM118 (any mapping)
@@ -208,7 +208,7 @@ class _Validation:
     def checked(
         self, path: Path, table: Mapping[Any, object], keys: Mapping[str, Check], section: str
     ) -> dict[str, Any]:
-        """The values of ``table`` that are right, each mistake being noted."""
+        """The values of ``table`` that pass their checks; the others are reported."""
         kept = {}
         for key, value in table.items():
             check = keys.get(key) if isinstance(key, str) else None
@@ -358,7 +358,7 @@ class _Validation:
     def name(
         self, path: Path, name: str | None, kept: Mapping[str, Any], given: Mapping[Any, object], key: str
     ) -> str:
-        """The name in the spec, or the one its table has."""
+        """The name of an entry: from its spec, else from its table."""
         if key in given and "name" in given:
             self.wrong(
                 (*path, "name"),
@@ -423,7 +423,7 @@ class _Validation:
     # --- between entries ----------------------------------------------------------------------
 
     def once(self, entries: tuple[Entry, ...]) -> None:
-        """No two kernels for one target, device and mode."""
+        """Refuse two kernels for one target, device and mode."""
         first: dict[object, Entry] = {}
         for entry in entries:
             known = first.setdefault(entry.key, entry)

@@ -18,12 +18,12 @@ __all__ = ["CodeSource", "LoadedOnce", "RepoSource", "import_named", "is_dotted"
 
 
 def is_dotted(text: str) -> bool:
-    """Names with dots between them; ``re`` would cost the start of the interpreter 9 ms."""
+    """Whether a text is identifiers joined by dots; ``re`` would cost the start of the interpreter 9 ms."""
     return all(part.isidentifier() for part in text.split("."))
 
 
 def _parts(text: str) -> tuple[str, str]:
-    """``"module:attribute"`` or ``"module.attribute"`` in two."""
+    """Split ``"module:attribute"`` or ``"module.attribute"``."""
     module, colon, attribute = text.partition(":")
     if not colon:
         module, _, attribute = text.rpartition(".")
@@ -31,7 +31,7 @@ def _parts(text: str) -> tuple[str, str]:
 
 
 class LoadedOnce:
-    """What the sources of local code share: they load at the first question, once for all threads.
+    """Base of the sources of code on this machine: loaded at the first call, once for all threads.
 
     Args:
         kind: ``"layer"`` or ``"function"``.

@@ -1,4 +1,4 @@
-"""One lock a name, for what must not be done twice at once; a forked child holds none of its parent's."""
+"""Locks by name, for what must not happen twice at once; in a forked child none of them is held."""
 
 from __future__ import annotations
 

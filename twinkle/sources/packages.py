@@ -57,7 +57,7 @@ class Imports:
         self.generations: dict[str, int] = {}
 
     def in_child(self) -> None:
-        """Of the threads only the forking one lives on: no import of another is under way here."""
+        """Begin anew after a fork: of the threads only the forking one lives on."""
         self.lock = threading.Lock()
         self.threads.clear()
 
@@ -82,7 +82,7 @@ def directory_of(name: str) -> str:
 
 @contextlib.contextmanager
 def importing(name: str) -> Iterator[None]:
-    """While a package of this name is imported: when that raises, none of it stays half-imported.
+    """Guard the import of a package: when it raises, nothing of it stays half-imported.
 
     No lock of ours is held meanwhile (import locks do that work; a second one could be waited for
     by the thread that this import waits for).
@@ -106,7 +106,7 @@ def importing(name: str) -> Iterator[None]:
 
 
 def generation(name: str) -> int:
-    """How often the package of ``name`` was forgotten: an object taken from it then is an old one."""
+    """How often the package of ``name`` was reloaded: objects of an earlier generation are stale."""
     return runtime.of(Imports).generations.get(_package_of(name), 0)
 
 
@@ -244,7 +244,7 @@ def _own_name(package: str) -> str | None:
 
 
 class _Finder:
-    """Finds what is below this module and nothing else: one comparison for every other import."""
+    """Finder of the modules below this one; any other import costs one comparison."""
 
     @staticmethod
     def find_spec(
@@ -272,7 +272,7 @@ _LOADERS: tuple[Any, ...] = (
 
 
 def _root(fullname: str) -> importlib.machinery.ModuleSpec | None:
-    """A repository (a package with nothing to run), or a directory that is a package itself."""
+    """The spec of a repository (a package with nothing to run) or of a directory that is a package."""
     try:
         directory = directory_of(fullname)
     except ValueError:

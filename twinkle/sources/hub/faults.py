@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, told apart, retried and put in words."""
+"""Failures of the Hub, the network and the cache: told apart, retried and explained."""
 
 from __future__ import annotations
 

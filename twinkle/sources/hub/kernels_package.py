@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-__all__ = ["SUPPORTED", "KernelsPackage", "kernels_package"]
+__all__ = ["SUPPORTED", "KernelsPackage", "kernels_package", "read_metadata"]
 
 SUPPORTED = "0.12 to 0.17"
 _INSTALL = "pip install 'twinkle-kernel[hub]'"

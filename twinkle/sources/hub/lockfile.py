@@ -79,7 +79,7 @@ class LockedKernel:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What finds the entry."""
+        """The repository and what was asked for: the key of the entry in a lock."""
         return self.repo_id, self.requested
 
     def document(self) -> dict[str, object]:
@@ -195,7 +195,7 @@ def beside(directory: str | None) -> str | None:
 
 @contextlib.contextmanager
 def use(path: str | None) -> Iterator[None]:
-    """Put a lock in force for every Hub kernel of the process, whatever lies beside its configuration."""
+    """Use one lock for every Hub kernel of the process, whatever lies beside its configuration."""
     state = runtime.of(_InForce)
     before, state.given = state.given, path
     try:
@@ -221,7 +221,7 @@ def named_lock(typed: str | None = None) -> str | None:
 
 
 def in_force(directory: str | None) -> Lock | None:
-    """The lock that holds for a registration of a file in ``directory``.
+    """The lock for the registrations of a file in ``directory``.
 
     The one given to :func:`use` goes first, then ``TWINKLE_LOCK``, then the one in the directory.
 

@@ -59,11 +59,14 @@ class HubSource:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What loading found worth saying: the version that was chosen, why it is trusted."""
+        """The notes of loading: the version that was chosen, why it is trusted."""
         return tuple(self.resolved.notes) if self.resolved is not None else ()
 
     def describe(self) -> str:
-        """``Hub publisher/name version 1 (v1 at 1a2b3c4d5e6f, torch-cpu): RMSNorm``."""
+        """The repository, what it was resolved to and the name in it.
+
+        ``Hub publisher/name version 1 (v1 at 1a2b3c4d5e6f, torch-cpu): RMSNorm``
+        """
         text = f"Hub {self.request}"
         resolved = self.resolved
         if resolved is not None:

@@ -1,4 +1,4 @@
-"""Whose code may run: decided before a kernel is downloaded and before it is imported, offline as well."""
+"""The trust decision: whose code may run. It is made before a download and before an import."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Trust:
 
 
 def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: HubClient | None) -> str:
-    """Why the repository may be loaded: ``trust_remote_code`` or what the Hub says of its publisher.
+    """Decide whether a repository may be loaded, and say why it may.
 
     Online the Hub is asked, and its answer kept beside the repository in the cache. Offline, and
     when the Hub does not answer, that answer counts; without one the kernel is refused.
