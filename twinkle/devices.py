@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from twinkle.errors import ConfigError, suggest
 
-__all__ = ["DEVICES", "absent_reason", "parse_device", "torch_type"]
+__all__ = ["DEVICES", "absent_reason", "current_type", "parse_device", "torch_type"]
 
 DEVICES = ("cpu", "cuda", "rocm", "mps", "npu", "xpu")
 

@@ -138,6 +138,17 @@ def test_wrong_config_ends_with_2_and_the_program_is_not_started(doors, text, sa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("words", [("--report-file", "1"), ("--config", "on"), ("--config=off",)])
+def test_switch_in_place_of_a_path_ends_with_2(doors, words, tmp_path):
+    door = type(doors["run"])(doors["run"].folder, ("-m", "twinkle", "run"))
+    done = door.run(*words, "-c", "print('ran')", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    option, _, value = "=".join(words).partition("=")
+    assert f"twinkle: {option}: not a path" in done.stderr
+    assert f"write ./{value} if a file of that name is meant" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("off", [{"TWINKLE_DISABLE": "1"}, {"TWINKLE_USE_KERNELS": "0"}])
 def test_off_switch_runs_the_program_unpatched(doors, off):
     door = type(doors["run"])(doors["run"].folder, ("-m", "twinkle", "run"), **off)

@@ -113,6 +113,7 @@ def test_the_oldest_go_when_there_are_too_many(cache: ProofCache, monkeypatch: p
     ("environ", "expected"),
     [
         ({"TWINKLE_CACHE": "off"}, None),
+        ({"TWINKLE_CACHE": "1"}, None),
         ({"TWINKLE_CACHE": "/c"}, Path("/c/proofs.json")),
         ({"XDG_CACHE_HOME": "/x"}, Path("/x/twinkle/proofs.json")),
         ({"XDG_CACHE_HOME": "relative"}, Path("~/.cache/twinkle/proofs.json").expanduser()),

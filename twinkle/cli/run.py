@@ -7,8 +7,8 @@ import os
 import sys
 
 from twinkle import runner
-from twinkle._environment import absolute
-from twinkle.cli.clash import clash
+from twinkle._environment import absolute, check_path
+from twinkle.cli.env import clash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ _WITH_VALUE = ("--config", "--kernels", "--report-file")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where our options end and the program begins; all that follows is the program's own."""
+    """Split a command line into the options of ``twinkle run`` and the program with its arguments."""
     index = 0
     while index < len(words):
         word = words[index]
@@ -76,10 +76,10 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """The ``TWINKLE_*`` variables that say what the options said.
+    """The ``TWINKLE_*`` variables that the options stand for.
 
     Raises:
-        ConfigError: A path that a variable cannot hold.
+        ConfigError: A path that a variable cannot hold, or a value that is no path.
     """
     result = {"TWINKLE_CONFIG": runner.config_variable(options.config, environ)}
     if options.kernels is not None:
@@ -89,6 +89,7 @@ def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[st
     if options.report:
         result["TWINKLE_LOG"] = "info"
     if options.report_file is not None:
+        check_path("--report-file", options.report_file, "the path of a JSON file")
         result["TWINKLE_REPORT"] = absolute(options.report_file)
     return result
 

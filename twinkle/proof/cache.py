@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle._environment import is_switch
 from twinkle.proof.compare import Verdict
 
 if TYPE_CHECKING:
@@ -28,14 +29,13 @@ __all__ = ["ProofCache", "cache_file", "proofs"]
 SCHEMA = 1
 MOST = 8192
 """Entries that are kept; the oldest go first."""
-_OFF = ("off", "0", "false", "no")
 _log = logging.getLogger("twinkle.proof")
 
 
 def cache_file(environ: Mapping[str, str]) -> Path | None:
     """Where the verdicts are kept, or None where the user wants no such file."""
     given = environ.get("TWINKLE_CACHE", "").strip()
-    if given.lower() in _OFF:
+    if is_switch(given):  # "1" is an error of the configuration, and no directory either
         return None
     if given:
         return Path(given).expanduser() / "proofs.json"

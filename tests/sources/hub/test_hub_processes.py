@@ -135,10 +135,9 @@ def test_process_that_forked_after_loading_has_the_kernel(hub, cache, program):
 def test_process_that_forked_while_another_thread_was_loading_is_not_stuck(hub, cache, program):
     code = (
         "import os, threading, time\n"
-        "from twinkle.sources.hub import load as hub_load\n"
+        "from twinkle.sources.hub.load import repository_lock\n"
         "def hold():\n"
-        "    lock = hub_load._repo_locks.setdefault('acme/my-kernel', threading.RLock())\n"
-        "    with hub_load._guard, lock:\n"
+        "    with repository_lock('acme/my-kernel'):\n"
         "        time.sleep(60)\n"
         "threading.Thread(target=hold, daemon=True).start()\n"
         "time.sleep(0.2)\n"
