@@ -6,7 +6,7 @@ import dis
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 
-__all__ = ["Reads", "function_of", "reads_of", "stored_names"]
+__all__ = ["Reads", "function_of_member", "reads_of", "stored_names"]
 
 _ASKED = ("hasattr", "getattr")
 
@@ -34,7 +34,7 @@ class Reads:
         self.asked |= other.asked
 
 
-def function_of(member: object) -> FunctionType | None:
+def function_of_member(member: object) -> FunctionType | None:
     """The plain function behind a method, or ``None`` where there is none that gets ``self``."""
     if isinstance(member, property):
         member = member.fget

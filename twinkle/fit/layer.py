@@ -9,11 +9,11 @@ from types import FunctionType
 from torch import nn
 
 from twinkle.errors import KernelError
-from twinkle.fit.bytecode import function_of, reads_of, stored_names
-from twinkle.fit.signatures import mismatch, shown, signature_of
+from twinkle.fit.bytecode import function_of_member, reads_of, stored_names
+from twinkle.fit.signatures import arguments_text, mismatch, signature_of
 from twinkle.sources.adapters import explain_lacking
 
-__all__ = ["LayerFit", "check_function", "check_layer", "read_layer", "settle_on"]
+__all__ = ["LayerCompatibility", "check_function", "check_layer", "read_layer", "settle_on"]
 
 _MISSING = object()
 # What the class statement itself puts in a class, what kernels say about themselves, and
@@ -48,7 +48,7 @@ _OWN_BUSINESS = frozenset(
 )
 
 
-class LayerFit:
+class LayerCompatibility:
     """A kernel class that fits a target class, and what has to go along with its ``forward``.
 
     Attributes:
@@ -116,7 +116,7 @@ def check_layer(
     *,
     attributes: Mapping[str, object] | None = None,
     instance: nn.Module | None = None,
-) -> LayerFit:
+) -> LayerCompatibility:
     """Check that a layer kernel can stand in for a target.
 
     Args:
@@ -136,7 +136,7 @@ def check_layer(
     return fit
 
 
-def settle_on(fit: LayerFit, target_class: type[nn.Module], instances: Iterable[nn.Module]) -> None:
+def settle_on(fit: LayerCompatibility, target_class: type[nn.Module], instances: Iterable[nn.Module]) -> None:
     """Check what a kernel reads against instances of its target; one that has it all is enough.
 
     Raises:
@@ -154,17 +154,17 @@ def settle_on(fit: LayerFit, target_class: type[nn.Module], instances: Iterable[
         problem = _lacking_in_code(fit, target_class)
     if problem is not None:
         raise KernelError(
-            f"kernel {fit.what} does not fit {_name(target_class)}: {problem}",
+            f"kernel {fit.what} does not fit {_qualified_name(target_class)}: {problem}",
             fix="give the attribute in `attributes` of the registration, or register it for another target",
         )
 
 
 def read_layer(
     kernel_class: object, target_class: type[nn.Module], *, attributes: Mapping[str, object] | None = None
-) -> LayerFit:
+) -> LayerCompatibility:
     """As :func:`check_layer`, without asking whether instances have what the kernel reads."""
     attributes = dict(attributes or {})
-    what = _name(kernel_class)
+    what = _qualified_name(kernel_class)
     if not isinstance(kernel_class, type):
         raise KernelError(
             "a layer kernel must be a class", found=repr(kernel_class), expected="an nn.Module class"
@@ -187,14 +187,14 @@ def read_layer(
             if "__init__" in vars(klass):
                 raise KernelError(
                     f"kernel {what} has an __init__ of its own, which never runs",
-                    found=f"{_name(klass)}.__init__",
+                    found=f"{_qualified_name(klass)}.__init__",
                     expected="a class with forward only",
                     fix="give what its code reads as `attributes` of the registration, or drop the __init__",
                 )
     same = _check_signature(what, forward, target_class)
     needed, members = _collect(what, kernel_class, target_class, chain, attributes)
     needs = frozenset(name for name in needed if name not in members and not _class_has(target_class, name))
-    return LayerFit(
+    return LayerCompatibility(
         what,
         kernel_class,
         forward,
@@ -239,10 +239,10 @@ def check_function(
     if problem is not None:
         reason, hint = problem
         raise KernelError(
-            f"kernel {_name(implementation)} has another signature than "
-            f"{called or _name(original)}: {reason}",
-            found=shown(ours),
-            expected=shown(theirs),
+            f"kernel {_qualified_name(implementation)} has another signature than "
+            f"{called or _qualified_name(original)}: {reason}",
+            found=arguments_text(ours),
+            expected=arguments_text(theirs),
             fix=hint,
         )
 
@@ -257,9 +257,9 @@ def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Mod
     if problem is not None:
         reason, hint = problem
         raise KernelError(
-            f"kernel {what} has another signature than {_name(target_class)}.forward: {reason}",
-            found=f"forward{shown(ours)}",
-            expected=f"forward{shown(theirs)}",
+            f"kernel {what} has another signature than {_qualified_name(target_class)}.forward: {reason}",
+            found=f"forward{arguments_text(ours)}",
+            expected=f"forward{arguments_text(theirs)}",
             fix=hint,
         )
     if hasattr(forward, "__wrapped__") or hasattr(original, "__wrapped__"):
@@ -288,7 +288,7 @@ def _collect(
     while todo:
         name = todo.pop()
         done.add(name)
-        inner = function_of(own.get(name))
+        inner = function_of_member(own.get(name))
         if inner is not None:
             more = reads_of(inner)
             reads.add(more)
@@ -301,7 +301,7 @@ def _collect(
                 members[name] = value
         elif not _same_constant(theirs, value):
             raise KernelError(
-                f"kernel {what} has a member {name!r} that {_name(target_class)} has otherwise",
+                f"kernel {what} has a member {name!r} that {_qualified_name(target_class)} has otherwise",
                 found=f"{name} = {value!r}",
                 expected="members that the target does not have",
                 fix=f"rename {name!r} in the kernel, or make it a function of its module",
@@ -312,14 +312,14 @@ def _collect(
     if len(chain) > 1 and any("__class__" in _freevars(m) for c in chain for m in vars(c).values()):
         raise KernelError(
             f"kernel {what} calls super() and has base classes of its own",
-            found=" -> ".join(_name(c) for c in chain),
+            found=" -> ".join(_qualified_name(c) for c in chain),
             expected="super() in a kernel that stands directly on nn.Module: it reaches the original",
             fix="call the base kernel's function by name",
         )
     return {n for n in reads.needed if n not in reads.asked and n not in reads.stored}, members
 
 
-def _yield_constants(fit: LayerFit, instance: nn.Module) -> None:
+def _yield_constants(fit: LayerCompatibility, instance: nn.Module) -> None:
     """Let an instance's own parameter or attribute win over a plain constant of the kernel class.
 
     ``weight: Tensor = None`` in a kernel class is a way to declare what it reads; carried to the
@@ -330,13 +330,13 @@ def _yield_constants(fit: LayerFit, instance: nn.Module) -> None:
         fit.needs |= {name}
 
 
-def _lacking_in_code(fit: LayerFit, target_class: type[nn.Module]) -> str | None:
+def _lacking_in_code(fit: LayerCompatibility, target_class: type[nn.Module]) -> str | None:
     if not fit.needs or _reads_freely(target_class):
         return None
     given: set[str] = set()
     for klass in target_class.__mro__:
         for member in vars(klass).values():
-            function = function_of(member)
+            function = function_of_member(member)
             if function is not None and klass not in nn.Module.__mro__:
                 given |= stored_names(function)
     given |= set(vars(nn.Module())) if nn.Module in target_class.__mro__ else set()
@@ -386,7 +386,7 @@ def _freevars(member: object) -> tuple[str, ...]:
 
 
 def _as_function(forward: Callable[..., object]) -> Callable[..., object]:
-    return function_of(forward) or forward
+    return function_of_member(forward) or forward
 
 
 def _unbound(forward: Callable[..., object]) -> Callable[..., object]:
@@ -416,7 +416,7 @@ def _bases(cls: type) -> str:
     return ", ".join(base.__name__ for base in cls.__bases__)
 
 
-def _name(thing: object) -> str:
+def _qualified_name(thing: object) -> str:
     module = getattr(thing, "__module__", None)
     name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
     if not isinstance(name, str):

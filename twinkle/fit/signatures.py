@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.errors import suggest
 
-__all__ = ["mismatch", "shown", "signature_of"]
+__all__ = ["arguments_text", "mismatch", "signature_of"]
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -28,7 +28,7 @@ def signature_of(function: Callable[..., object]) -> Signature | None:
         return None
 
 
-def shown(signature: Signature) -> str:
+def arguments_text(signature: Signature) -> str:
     """The arguments in parentheses as they are written, ``/`` and ``*`` included."""
     return str(signature.replace(return_annotation=Signature.empty))
 

@@ -74,7 +74,7 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
 
 def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:
     owner = obj if isinstance(obj, type) else None
-    function = getattr(obj, "forward", None) if owner is not None else source.function_of(obj)
+    function = getattr(obj, "forward", None) if owner is not None else source.function_of_callable(obj)
     if function is None:
         return None, None, "it has no forward" if owner is not None else "it is no function with a source"
     function, foreign = source.unwrap(function)

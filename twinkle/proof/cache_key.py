@@ -1,4 +1,4 @@
-"""What a proof is about: everything on which the answer could depend."""
+"""The cache key of a verdict: everything on which the outcome of a comparison could depend."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def cache_key(
     module: nn.Module | None,
     backward: bool,
 ) -> dict[str, Any] | None:
-    """What is asked of an embedded kernel at a call, as JSON has it.
+    """The cache key of the verdict on an embedded kernel at a call, as JSON has it.
 
     Args:
-        source: Where it comes from. Of its facts, the names that the target has for things change
+        source: Where the kernel comes from. Of its facts, the names that the target has for things change
             nothing; numbers, flags and the activation do.
         args: The arguments of the call, without the module.
         kwargs: Its keyword arguments.
@@ -74,7 +74,7 @@ def cache_key(
             if isinstance(value, (bool, int, float, type(None))) or name == "activation"
         },
         "dtype": _short(dtype_of(inputs, module)),
-        "inputs": [_kind(tensor) for tensor in given],
+        "inputs": [_layout(tensor) for tensor in given],
         "values": [value for value in tree_flatten(inputs)[0] if isinstance(value, _VALUES)],
         "parameters": [[_short(p.dtype), *p.shape, p.requires_grad] for p in parameters],
         "autocast": _short(torch.get_autocast_dtype(device.type)) if autocast else None,
@@ -85,8 +85,8 @@ def cache_key(
     }
 
 
-def _kind(tensor: torch.Tensor) -> list[Any]:
-    """What a kernel is compiled by: not the lengths, but which are one, and the order in memory."""
+def _layout(tensor: torch.Tensor) -> list[Any]:
+    """The properties of an input that kernels are compiled for: not its lengths, but which of them are 1."""
     order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
     single = [size == 1 for size in tensor.shape]
     width = tensor.shape[-1] if tensor.ndim else 0

@@ -50,7 +50,7 @@ class Calls(Names):
         value = getattr(self.run.instance, name, None)
         if (
             isinstance(value, bool | int | float | str | functools.partial)
-            or source.function_of(value) is not None
+            or source.function_of_callable(value) is not None
         ):
             return self.run.embed(value)
         # torch's own functions are builtins, not functions with a source.
@@ -115,7 +115,7 @@ class Calls(Names):
             args = [*map(self.run.embed, value.args), *args]
             kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}
             return self.call(self.run.embed(value.func), args, kwargs)
-        function = source.function_of(value)
+        function = source.function_of_callable(value)
         module = getattr(value, "__module__", None) or ""
         name = getattr(value, "__name__", "")
         owner = getattr(value, "__objclass__", None)

@@ -13,7 +13,7 @@ import textwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["NoSource", "function_of", "parse", "unwrap"]
+__all__ = ["NoSource", "function_of_callable", "parse", "unwrap"]
 
 
 class NoSource(Exception):
@@ -90,17 +90,17 @@ def unwrap(function: Any) -> tuple[Any, str | None]:
     return function, foreign
 
 
-def function_of(obj: Any) -> FunctionType | None:
+def function_of_callable(obj: Any) -> FunctionType | None:
     """The plain function behind ``obj``: itself, a bound method, or a layer made of a function."""
     if isinstance(obj, FunctionType):
         return obj
     if isinstance(obj, MethodType):
-        return function_of(obj.__func__)
+        return function_of_callable(obj.__func__)
     if isinstance(obj, type):
         return None
     # `kernels` turns a decorated function into an instance of a class whose forward calls it.
     forward = getattr(type(obj), "forward", None)
     if isinstance(forward, FunctionType) and forward.__code__.co_freevars == ("func",):
         inner = forward.__closure__[0].cell_contents if forward.__closure__ else None
-        return function_of(inner)
+        return function_of_callable(inner)
     return None
