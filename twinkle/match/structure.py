@@ -15,7 +15,7 @@ import inspect
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from twinkle.match import templates
@@ -28,15 +28,19 @@ from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
-
-if TYPE_CHECKING:
-    pass
+from twinkle.runtime import runtime
 
 __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
-# By the object, not by its code: two modules may hold the same code over different helpers.
-_cache: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
+class _Recognitions:
+    """The recognitions that were made.
+
+    By the object, not by its code: two modules may hold the same code over different helpers.
+    """
+
+    def __init__(self) -> None:
+        self.by_object: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
 
 
 def recognise(obj: Any) -> Recognition:
@@ -53,9 +57,10 @@ def recognise(obj: Any) -> Recognition:
     if function is None:
         return Recognition(target, reason=reason)
     key = function if owner is None else owner
-    found = _cache.get(key)
+    known = runtime.of(_Recognitions).by_object
+    found = known.get(key)
     if found is None:
-        found = _cache[key] = _recognise(target, function, owner, reason)
+        found = known[key] = _recognise(target, function, owner, reason)
     return found
 
 

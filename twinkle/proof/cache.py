@@ -24,9 +24,10 @@ from twinkle.runtime import runtime
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ProofCache", "cache_file", "proofs"]
+__all__ = ["MOST", "SCHEMA", "ProofCache", "cache_file", "proofs"]
 
 SCHEMA = 1
+"""The format of the file; one of another format is read as empty."""
 MOST = 8192
 """Entries that are kept; the oldest go first."""
 _OFF = ("off", "0", "false", "no")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.inputs import tensors_of
 
-__all__ = ["cache_key", "device_name", "kernel_version"]
+__all__ = ["Source", "cache_key", "device_name", "kernel_version"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _VALUES = (bool, int, float, str, type(None))

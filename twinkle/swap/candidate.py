@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.dtype_keys import DtypeKey
 
-__all__ = ["Candidate", "FunctionCandidate", "explain"]
+__all__ = ["BaseCandidate", "Candidate", "FunctionCandidate", "explain"]
 
 _UNLOADED: Any = object()
 

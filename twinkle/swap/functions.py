@@ -16,7 +16,7 @@ from twinkle.swap.code import adapt
 from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.entry import Entry
 
-__all__ = ["Placement", "dispatcher", "function_at", "put", "take_out"]
+__all__ = ["FunctionDispatch", "Placement", "dispatcher", "function_at", "put", "take_out"]
 
 _MISSING: Any = object()
 

@@ -145,7 +145,7 @@ class Calls(Names):
         return self.opaque(callee, args, kwargs)
 
     def inlined(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
-        """The result of a helper, None when it is better kept as a call."""
+        """The result of a helper; None when it stays a call: too large, not followed, or with effects."""
         run = self.run
         if run.depth >= 6 or "**" in kwargs:
             return None
@@ -153,7 +153,7 @@ class Calls(Names):
             node = source.parse(function)
         except source.NoSource:
             return None
-        statements, plain = _size(node)
+        statements, plain = source.size_of(node)
         if statements > run.inline or not plain:
             return None
         effects, calls, loops = list(run.effects), len(run.calls), run.loops
@@ -181,19 +181,3 @@ def _is_torch(value: Any) -> bool:
         return False
     owner = getattr(value, "__self__", None)
     return str(getattr(owner, "__name__", "")).startswith("torch") or "torch" in type(owner).__module__
-
-
-_sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
-
-
-def _size(node: ast.FunctionDef) -> tuple[int, bool]:
-    """How many statements a function has, and whether this executor follows all of their kinds."""
-    found = _sizes.get(node)
-    if found is None:
-        children = list(ast.walk(node))
-        odd = any(
-            isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try)
-            for child in children
-        )
-        found = _sizes[node] = (sum(isinstance(child, ast.stmt) for child in children) - 1, not odd)
-    return found

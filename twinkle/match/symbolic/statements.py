@@ -98,7 +98,7 @@ class Frame(Expressions):
         return True, self.idioms.choose(test, *((left, later) if yes is not None else (later, left)))
 
     def merge(self, test: Term, yes: dict[str, Term], no: dict[str, Term]) -> None:
-        """The names after two branches."""
+        """Bind the names after two branches to what either branch bound them to."""
         merged: dict[str, Term] = {}
         for name in (*yes, *(name for name in no if name not in yes)):
             unset = self.term("unset", name)
@@ -107,16 +107,16 @@ class Frame(Expressions):
 
     def with_block(self, node: ast.With) -> Any:
         """A ``with``; only one that cuts gradients of integers is no effect."""
-        shown = [ast.unparse(item.context_expr) for item in node.items]
-        if shown not in (["torch.no_grad()"], ["torch.inference_mode()"]):
-            self.run.effect(f"runs under `with {', '.join(shown)}`")
+        contexts = [ast.unparse(item.context_expr) for item in node.items]
+        if contexts not in (["torch.no_grad()"], ["torch.inference_mode()"]):
+            self.run.effect(f"runs under `with {', '.join(contexts)}`")
             return self.block(node.body)
         before = dict(self.env)
         result = self.block(node.body)
         changed = [term for name, term in self.env.items() if before.get(name) is not term]
         # Integer results have no gradient to cut.
         if result is not None or not all(_is_integer(term) for term in changed):
-            self.run.effect(f"runs under `with {', '.join(shown)}`")
+            self.run.effect(f"runs under `with {', '.join(contexts)}`")
         return result
 
     def statement(self, node: ast.stmt) -> None:
@@ -258,9 +258,6 @@ def _mutated(statement: ast.stmt, name: str) -> bool:
             ):
                 return True
     return False
-
-
-_sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
 
 
 def _short(node: ast.AST) -> str:
