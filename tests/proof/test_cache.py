@@ -42,9 +42,21 @@ def test_a_verdict_is_found_again_with_its_date(cache: ProofCache) -> None:
     assert str(found).startswith(f"proven (cached, {found.date}): error")
 
 
-def test_another_question_has_no_answer(cache: ProofCache) -> None:
+def test_another_key_has_no_verdict(cache: ProofCache) -> None:
     cache.keep(KEY, RIGHT)
     assert again(cache).verdict_of({**KEY, "dtype": "float16"}) is None
+
+
+def test_a_verdict_with_gradients_is_recalled_where_none_are_compared(cache: ProofCache) -> None:
+    cache.keep(KEY, RIGHT)
+    forward_alone = {**KEY, "gradients": False}
+    assert cache.verdict_of(forward_alone) is None
+    assert cache.recall(forward_alone) is not None
+
+
+def test_a_verdict_without_gradients_is_not_recalled_for_a_call_with_them(cache: ProofCache) -> None:
+    cache.keep({**KEY, "gradients": False}, RIGHT)
+    assert cache.recall(KEY) is None
 
 
 def test_a_comparison_that_broke_off_is_not_kept(cache: ProofCache) -> None:

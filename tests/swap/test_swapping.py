@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+from twinkle.modes import Mode
+from twinkle.runtime import runtime
 from twinkle.swap.layers import matches, placed, plan, restore, swap_out
 
 
@@ -224,3 +227,17 @@ def test_alike_modules_share_a_plan(kit: Any) -> None:
     )
     made.undo()
     assert not kit.is_swapped(model.second)
+
+
+def test_a_swapped_module_outlives_a_reset_of_the_runtime(kit: Any, gate: Any, clean_registry: Any) -> None:
+    original = type(gate)
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(3))], pinned=Mode.parse("inference"))
+    gate(kit.x)
+    runtime.reset()
+    assert kit.factor(gate) == 3
+    assert kit.factor(copy.deepcopy(gate)) == 3
+    assert kit.factor(gate.eval()) == 3
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(5))])
+    assert kit.factor(gate) == 5
+    swap_out(gate)
+    assert type(gate) is original

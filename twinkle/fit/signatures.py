@@ -1,4 +1,4 @@
-"""Does one function accept every call of another?"""
+"""Compatibility of signatures: whether a function accepts every call of another."""
 
 from __future__ import annotations
 
@@ -29,16 +29,19 @@ def signature_of(function: Callable[..., object]) -> Signature | None:
 
 
 def arguments_text(signature: Signature) -> str:
-    """The arguments in parentheses as they are written, ``/`` and ``*`` included."""
+    """The parameters of a signature in parentheses, as they are written."""
     return str(signature.replace(return_annotation=Signature.empty))
 
 
 def mismatch(kernel: Signature, original: Signature) -> tuple[str, str | None] | None:
-    """Why ``kernel`` cannot take every call that ``original`` takes, and a hint; ``None`` if it can.
+    """Find a call that ``original`` accepts and ``kernel`` does not.
 
     The count, the kinds and the names of the arguments are compared, and that what may be left out
     still may be. Further arguments are fine when they are optional, and so are ``*args`` and
     ``**kwargs`` that take what has no name of its own.
+
+    Returns:
+        Why there is such a call, and a hint where there is one; ``None`` if there is no such call.
     """
     ours = list(kernel.parameters.values())
     theirs = list(original.parameters.values())

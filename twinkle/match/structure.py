@@ -34,7 +34,7 @@ __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
 class _Recognitions:
-    """The recognitions that were made.
+    """The recognitions of classes and functions so far.
 
     By the object, not by its code: two modules may hold the same code over different helpers.
     """
@@ -65,7 +65,7 @@ def recognise(obj: Any) -> Recognition:
 
 
 def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
-    """Read from an instance what its class left open (:func:`twinkle.match.instance.read_instance`).
+    """Read the facts that only an instance can tell (:func:`twinkle.match.instance.read_instance`).
 
     Args:
         recognition: The recognition of ``type(module)``.
@@ -173,7 +173,7 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
 
 
 def _plausible(bound: Bindings, owner: type | None) -> bool:
-    """A dropout and a norm are written alike; what ``__init__`` builds there tells which it is."""
+    """Whether ``__init__`` builds a dropout or a norm where one is bound: their calls are written alike."""
     paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
     classes = attribute_classes(owner) if paths and owner is not None else {}
     for role, path in paths.items():

@@ -1,4 +1,4 @@
-"""Layer kernels for the attribute names of any class: a ``forward`` written for them."""
+"""Layer classes and functions written at run time, with the names that a target uses."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def forward_class(
     constants: Mapping[str, Any] | None = None,
     absent_ok: tuple[str, ...] = (),
 ) -> type[nn.Module]:
-    """A layer whose ``forward`` calls ``function`` with attributes of the instance.
+    """Make a layer whose ``forward`` calls ``function`` with attributes of the instance.
 
     Args:
-        name: Of the class.
+        name: The name of the class.
         function: Takes everything by keyword.
         facts: From an argument of ``function`` to what it is on the instance: an argument of ``forward``
             for the names in ``inputs``, else a path of attributes, or a value.
@@ -90,7 +90,7 @@ def plain_function(
     *,
     constants: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """A function with the arguments and defaults of ``original`` that calls ``function``.
+    """Make a function with the arguments and defaults of ``original`` that calls ``function``.
 
     Args:
         original: Whose arguments it takes.

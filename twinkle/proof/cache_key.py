@@ -26,7 +26,7 @@ _IMPORTED = re.compile(r"twinkle\.ops\.(\w+)")
 
 
 class Source(Protocol):
-    """What an embedded kernel was made from; see ``twinkle.sources.embedded``."""
+    """The source of an embedded kernel (:mod:`twinkle.sources.embedded`), as far as the key needs it."""
 
     op: str
     form: Any
@@ -133,7 +133,7 @@ _BESIDE = ("samples", "verify", "cache")
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device, so that a verdict holds for another one like it."""
+    """The model of a device, so that a verdict holds for another one of the same model."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"

@@ -113,7 +113,7 @@ def find(original: object, *, target: str | None = None) -> list[Alias]:
 
 
 def _classes_that_hold(original: object) -> list[type]:
-    """Ask the garbage collector who refers to it: half the time of reading every class."""
+    """The classes that hold the object, from the garbage collector: half the time of reading every class."""
     holders = gc.get_referrers(original)
     wrappers = [one for one in holders if type(one) is staticmethod]
     if wrappers:
@@ -234,7 +234,7 @@ def modules_since(since: str | None = None) -> Iterator[tuple[ModuleType, dict[s
 
 
 def _classes(since: str | None = None) -> Iterator[type]:
-    """Every class that stands in the module that defines it."""
+    """Every class under a name in the module that defines it."""
     seen = set()
     for module, namespace in modules_since(since):
         defined_in = _name_of(module)
@@ -252,7 +252,7 @@ def _is_module(thing: object) -> bool:
 
 
 def _is_ours(module: object) -> bool:
-    """We keep originals in order to restore them."""
+    """Whether a module is Twinkle's own: it keeps originals in order to restore them."""
     return isinstance(module, str) and (module == _OURS or module.startswith(f"{_OURS}."))
 
 

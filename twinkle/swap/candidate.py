@@ -1,4 +1,4 @@
-"""Kernels that were asked for in a target: each is loaded and checked once for all threads, at first use."""
+"""Candidates: kernels in the running for a target, loaded and checked once for all threads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _UNLOADED: Any = object()
 
 
 class BaseCandidate:
-    """What layer and function candidates share: one load, one verdict, one warning.
+    """A kernel in the running for a target: one load, one verdict, one warning.
 
     Two candidates are the same when kernel and binding are the same objects, so that asking for a
     swap again is recognised.
@@ -221,7 +221,7 @@ class Candidate(BaseCandidate):
             return None
 
     def known_compatibility(self, target_class: type[nn.Module]) -> LayerCompatibility | None:
-        """What :meth:`compatibility` gave before; loads nothing."""
+        """The result of :meth:`compatibility`, where that was called before; loads nothing."""
         return self._known.get(target_class)
 
 
@@ -277,7 +277,7 @@ def explain(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _plain_torch() -> Iterator[None]:
-    """Import a kernel as at the top of a program: its constants must not become inference or fake tensors."""
+    """Torch as at the top of a program: a kernel's constants must not become inference or fake tensors."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():

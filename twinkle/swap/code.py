@@ -62,7 +62,7 @@ class CallForm:
         return def_line(name, self.parameters)
 
     def values(self) -> str:
-        """A tuple of everything that may hold the first tensor."""
+        """The expression of a tuple of all arguments that may hold the first tensor."""
         parts = []
         for p in self.parameters:
             if p.kind is Parameter.VAR_POSITIONAL:
@@ -74,7 +74,7 @@ class CallForm:
         return f"({''.join(f'{part}, ' for part in parts)})"
 
     def look_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Settle on the argument that holds the first tensor; true if that changed it."""
+        """Set ``probe`` to the argument of a call that holds the first tensor; true if that changed it."""
         if self._settled:
             return False
         given = dict(zip(self._names, args, strict=False))
@@ -86,14 +86,14 @@ class CallForm:
         return False
 
     def probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call gives for the argument that holds the first tensor; None for none."""
+        """The argument of a call that is expected to hold the first tensor; None where it is not given."""
         if self.probe in kwargs or self.probe is None:
             return kwargs.get(self.probe) if self.probe else None
         at = self._names.index(self.probe)
         return args[at] if at < len(args) else None
 
     def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
-        """Make a generated function look like the original; no ``__wrapped__``, or others strip it."""
+        """Make a generated function look like the original; without ``__wrapped__``, or others strip it."""
         if isinstance(original, FunctionType):
             function.__defaults__ = original.__defaults__
             function.__kwdefaults__ = original.__kwdefaults__

@@ -54,7 +54,7 @@ class _Classes:
 
 
 class Swapped:
-    """What every generated class adds to the original.
+    """Base of every generated class: copies keep the kernels, pickles name the original class.
 
     It has no ``__slots__``: Python would take it for the base that decides the layout, and an
     instance could not change to a class without a ``__dict__``.
@@ -63,7 +63,7 @@ class Swapped:
     __twinkle__: LayerDispatch
 
     def __init_subclass__(cls, **kwargs: object) -> None:
-        """Nothing: a base that registers its subclasses must not hear of generated ones."""
+        """Do nothing: a base that registers its subclasses must not hear of generated ones."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as an instance of the original class, so that the file loads without Twinkle."""

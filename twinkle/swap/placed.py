@@ -16,7 +16,7 @@ __all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
 
 
 class Placed:
-    """A function that runs a kernel now."""
+    """A kernel in the place of a function, with the names of other modules that were rebound."""
 
     def __init__(
         self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
@@ -86,7 +86,7 @@ class PlacedAs(NamedTuple):
 
     Attributes:
         original: The function that stood there.
-        kinds: The kinds of the sources of its kernels.
+        kinds: The ``kind`` of each kernel's source.
     """
 
     original: Any

@@ -20,7 +20,7 @@ _FOLDED = (len, tuple, list, int)
 
 
 class Calls(Names):
-    """Follows attributes and calls."""
+    """A call that follows attributes and calls: the second layer of a frame."""
 
     def attribute(self, base: Term, name: str) -> Term:
         """``base.name``."""
@@ -96,13 +96,13 @@ class Calls(Names):
         return self.call(self.attribute(base, name), args, kwargs)
 
     def call(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call of what a term stands for."""
+        """The term of a call of ``callee``."""
         if callee.op == "py":
             return self.python_call(callee.args[0].value, callee, args, kwargs)
         return self.opaque(callee, args, kwargs)
 
     def opaque(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call that stays one."""
+        """The term of a call that is not followed."""
         named = tuple((name, kwargs[name]) for name in sorted(kwargs))
         made = self.term("call", callee, tuple(args), named)
         if callee.op == "attr":
@@ -110,7 +110,7 @@ class Calls(Names):
         return made
 
     def python_call(self, value: Any, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call of an object that is known."""
+        """The term of a call of a Python object."""
         if isinstance(value, functools.partial):
             args = [*map(self.run.embed, value.args), *args]
             kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}

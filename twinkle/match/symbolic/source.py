@@ -1,4 +1,4 @@
-"""The syntax tree of a function, and the function that a wrapper stands for.
+"""The syntax tree of a function, and the function behind a wrapper.
 
 Reading by line numbers parses the function alone: parsing the whole module, as ``inspect.getsource``
 of a class does, costs 10 to 60 ms for a modeling file.
@@ -19,7 +19,7 @@ __all__ = ["NoSource", "function_of_callable", "parse", "size_of", "unwrap"]
 
 
 class NoSource(Exception):
-    """There is no source to read; the message says for what."""
+    """A function whose source cannot be read; the message names it."""
 
 
 class _Definitions:
@@ -102,7 +102,7 @@ _TRANSPARENT = ("transformers.", "kernels.", "accelerate.")
 
 
 def unwrap(function: Any) -> tuple[Any, str | None]:
-    """The innermost function, and the name of the first wrapper on the way that is not known."""
+    """The function below all decorators, and the name of the first decorator that is not known."""
     foreign = None
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         module = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
