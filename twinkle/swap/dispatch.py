@@ -8,7 +8,7 @@ function (a wrapper, a bound method) has the newest, and what ``torch.compile`` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from twinkle.codegen import compile_source
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
+from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
 from twinkle.swap.tensors import (
@@ -34,12 +35,8 @@ from twinkle.swap.tensors import (
 if TYPE_CHECKING:
     from twinkle.proof.first_use import Subject
     from twinkle.swap.candidate import BaseCandidate
-    from twinkle.swap.dtype_keys import DtypeKey
 
 __all__ = ["Dispatch"]
-
-# `x.is_cuda` takes a sixth of the time of `x.device.type`.
-_QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
 
 
 class Dispatch:
@@ -99,7 +96,12 @@ class Dispatch:
         }
         self._text = ""
         self._traced_texts: dict[str, str] = {}
-        self._key_sets: list[frozenset[DtypeKey]] = []
+        self._code = DispatchCode(
+            self._call,
+            training=self.training_text if training is None else repr(training),
+            always_compiling=compiling,
+            with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
+        )
         self.function = self._new_function()
         for candidate in candidates:
             candidate.used_by(self)
@@ -253,7 +255,7 @@ class Dispatch:
         never_ran = entry is not None and entry.state != "live"
         traced.__globals__["_tw_kernel"] = function
         traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
-        text = self._traced_text(never_ran)
+        text = self._code.traced_text(never_ran)
         if text != self._traced_texts.get(name):
             set_code(traced, text, f"{self._title()} under a compiler")
             self._traced_texts[name] = text
@@ -274,12 +276,17 @@ class Dispatch:
                 if entry.function is not None:
                     self.names[f"_tw_k{entry.index}"] = entry.function
             tree = self._tree()
-            body = list(self._lines(tree, "    ", {}))
-            text = "\n".join([self._call.head("forward"), *self._probe(tree), *body, ""])
+            code = self._code
+            code.devices, code.several_gpus = self._devices(), self._minds_the_gpu()
+            text = code.text(tree)
+            self.names.update(code.constants)
+            for variable in (f"_tw_traced_{name}" for name in code.traced):
+                if variable not in self.names:
+                    self._add_traced(variable)
             if text != self._text:
                 set_code(self.function, text, self._title())
                 self._text = text
-        alone = isinstance(tree, Leaf) and tree.live and not self._minds_the_gpu()
+        alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
         self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
 
     @property
@@ -317,132 +324,18 @@ class Dispatch:
         devices = [e.device for e in self.entries if e.candidate.rejected is None]
         return any(d in (None, "cuda") for d in devices) and several_gpus()
 
-    def _probe(self, tree: Split | Leaf | None) -> Iterator[str]:
-        """The lines that look at the device of a call.
-
-        ``_tw_device`` is its number, 1 for the first that kernels are for and 0 for any other;
-        ``_tw_away`` says that it is another GPU than the current one.
-        """
-        by_device = isinstance(tree, Split) and tree.name == "device"
-        gpus = self._minds_the_gpu() and tree is not None
-        devices, values, argument = self._devices(), self._call.values(), self._call.probe
-        slow = [f"_tw_device = _tw_where({tuple(devices)!r}, {values})"] if by_device else []
-        slow += [f"_tw_away = _tw_astray({values})"] if gpus else []
-        if not slow:
-            return
-        if argument is None or (by_device and any(d not in _QUICK for d in devices)):
-            yield from (f"    {line}" for line in slow)
-            return
-        yield "    try:"
-        if by_device:
-            number_of = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
-            yield f"        _tw_device = {number_of} else 0"
-        if gpus:
-            number = devices.index("cuda") + 1 if "cuda" in devices else 0
-            on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
-            yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
-        # No tensor (AttributeError), or one that torch.fx traces and that has no answer.
-        yield "    except Exception:"
-        yield from (f"        {line}" for line in slow)
-
-    def _lines(self, tree: Split | Leaf | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if isinstance(tree, Split):
-            *first, last = tree.branches
-            for value, branch in first:
-                yield f"{pad}if {self._condition(tree.name, value)}:"
-                yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
-            yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
-        elif tree is None:
-            yield f"{pad}return _tw_original({self._call.arguments})"
-        elif tree.live or (tree.dtype_keys and self._call.probe is None):
-            yield from self._kernel_lines(tree.entry, pad, known)
-        elif tree.dtype_keys and (self.fixed_compiling or known.get("compiling") is not True):
-            yield from self._lines_for_keys(tree.entry, tree.dtype_keys, pad, known)
-        elif known.get("compiling") is True and not self.fixed_compiling:
-            yield from self._traced_lines(pad, known)
-        elif known.get("compiling") is False:
-            yield f"{pad}return _tw_pending({self._call.packed})"
-        else:
-            yield f"{pad}if _tw_compiling():"
-            yield from self._traced_lines(pad + "    ", known)
-            yield f"{pad}return _tw_pending({self._call.packed})"
-
-    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
-            yield f"{pad}if _tw_away:"
-            yield f"{pad}    return _tw_there(_tw_k{entry.index}, {self._call.packed})"
-        yield f"{pad}return _tw_k{entry.index}({self._call.arguments})"
-
-    def _lines_for_keys(
-        self, entry: Entry, keys: frozenset[DtypeKey], pad: str, known: dict[str, Any]
-    ) -> Iterator[str]:
-        """The kernel for calls whose dtype key it was proven for, a comparison for others."""
-        yield f"{pad}if {self._dtype_condition(keys)}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
-        if known.get("compiling") is not False:
-            yield f"{pad}if _tw_compiling():"
-            yield from self._traced_lines(pad + "    ", known)
-        if keys not in self._key_sets:
-            self._key_sets.append(keys)
-        name = f"_tw_keys{self._key_sets.index(keys)}"
-        self.names[name] = keys
-        yield f"{pad}if _tw_dtype_key({self._call.probe}) in {name}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
-        yield f"{pad}return _tw_pending({self._call.packed})"
-
-    def _dtype_condition(self, keys: frozenset[DtypeKey]) -> str:
-        """Whether the first tensor has a dtype that the kernel was proven for, without autocast.
-
-        Quick, and a compiler can tell: it goes on with constants.
-        """
-        dtypes = sorted((dtype for dtype, autocast in keys if dtype and autocast is None), key=str)
-        tests = []
-        for dtype in dtypes:
-            name = f"_tw_{str(dtype).removeprefix('torch.')}"
-            self.names[name] = dtype
-            tests.append(f"getattr({self._call.probe}, 'dtype', None) is {name}")
-        return f"({' or '.join(tests)}) and not _tw_autocast()" if tests else "False"
-
-    def _condition(self, name: str, value: Any) -> str:
-        if name == "device":
-            return f"_tw_device == {self._devices().index(value) + 1}" if value else "True"
-        return {"grad": "_tw_grad()", "training": self.training_text, "compiling": "_tw_compiling()"}[name]
-
-    def _traced_lines(self, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        """The lines of a call under a compiler: load for the trace, then the function that is traced."""
-        letters = [str(known.get("device") or "any")] + [
-            {None: "x", True: "1", False: "0"}[known.get(n)] for n in ("training", "grad")
-        ]
-        name = "_".join(letters)
-        variable = f"_tw_traced_{name}"
-        if variable not in self.names:
-            scope: dict[str, Any] = {
-                "_tw_original": self.original,
-                "_tw_kernel": self.original,
-                "_tw_entry": -1,
-                "_tw_blame": _constant(self._blame),
-            }
-            compile_source(self._traced_text(False), self._title(), scope)
-            self.names[variable] = scope.pop("forward")
-            self._call.dress(self.names[variable], self.original)
-        training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
-        # The kernel is loaded between the two lines: the trace meets it in the second.
-        values = [repr(name), repr(known.get("device")), training, "_tw_grad()"]
-        if self._call.probe is not None and any(e.candidate.proofs.number for e in self.entries):
-            values.append(f"getattr({self._call.probe}, 'dtype', None)")
-        yield f"{pad}_tw_load({', '.join(values)})"
-        yield f"{pad}return {variable}({self._call.arguments})"
-
-    def _traced_text(self, never_ran: bool) -> str:
-        """A kernel's call as a compiler traces it; with the original behind it where it never ran."""
-        call = f"return _tw_kernel({self._call.arguments})"
-        lines = [self._call.head("forward")]
-        if never_ran:
-            lines += ["    try:", f"        {call}", "    except Exception:", "        _tw_blame(_tw_entry)"]
-            lines += [f"    return _tw_original({self._call.arguments})", ""]
-        else:
-            lines += [f"    {call}", ""]
-        return "\n".join(lines)
+    def _add_traced(self, variable: str) -> None:
+        """Make a function for calls under a compiler; what it runs is set by :meth:`_load_for_trace`."""
+        scope: dict[str, Any] = {
+            "_tw_original": self.original,
+            "_tw_kernel": self.original,
+            "_tw_entry": -1,
+            "_tw_blame": _constant(self._blame),
+        }
+        compile_source(self._code.traced_text(False), self._title(), scope)
+        function = scope.pop("forward")
+        self._call.dress(function, self.original)
+        self.names[variable] = function
 
 
 def _constant(function: Callable[..., int]) -> Callable[..., int]:
