@@ -144,14 +144,19 @@ def test_at_the_end_of_an_import_only_newer_modules_are_read(write):
 
     def callback(module, name):
         for function, target in ((module.f, None), (len, "tw_new")):
-            read.append({found.__name__ for found, _ in aliases._modules(aliases._began(function, target))})
+            read.append(
+                {
+                    found.__name__
+                    for found, _ in aliases.modules_since(aliases.being_imported(function, target))
+                }
+            )
 
     watch_module("tw_new", callback)
     module = importlib.import_module("tw_new")
     for names in read:
         assert {"tw_new", "tw_newer"} <= names
         assert "sys" not in names
-    assert aliases._began(module.f, "tw_new") is None
+    assert aliases.being_imported(module.f, "tw_new") is None
 
 
 def test_the_originals_that_twinkle_keeps_are_left(original):

@@ -16,7 +16,7 @@ from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.swap.candidate import Candidate, FunctionCandidate
 from twinkle.swap.functions import dispatcher
-from twinkle.swap.layers import swap_in
+from twinkle.swap.layers import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ def norm(factor: float, widths: tuple[int, ...] = (48,)) -> tuple[list[nn.Module
     candidate = Candidate(LayerKernel("rms_norm", source), binding, proofs=1)
     modules: list[nn.Module] = [type(sample.module)(form, width, torch.float32, CPU) for width in widths]
     for module in modules:
-        swap_in(module, [candidate])
+        plan(module, [candidate]).commit()
     return modules, binding
 
 

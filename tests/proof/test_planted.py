@@ -22,7 +22,7 @@ from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.swap.candidate import Candidate, FunctionCandidate
 from twinkle.swap.functions import dispatcher
-from twinkle.swap.layers import swap_in
+from twinkle.swap.layers import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +167,7 @@ def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple
     kernel = LayerKernel(op, source)
     binding = Binding("layer", "program:Layer", op, source)
     proofs = runtime.options.proofs(None, kind=source.kind)
-    swap_in(sample.module, [Candidate(kernel, binding, proofs=proofs)])
+    plan(sample.module, [Candidate(kernel, binding, proofs=proofs)]).commit()
     return sample.module, binding, sample.args
 
 
@@ -246,7 +246,7 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
 
     source._made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
     binding = Binding("layer", "program:Layer", op, source)
-    swap_in(sample.module, [Candidate(LayerKernel(op, source), binding, proofs=1)])
+    plan(sample.module, [Candidate(LayerKernel(op, source), binding, proofs=1)]).commit()
     expected = case(op, LAYERS[op])[1].module(*sample.args)
     rejected(lambda: sample.module(*sample.args), expected, binding)
     assert "gradient off by" in binding.proof
@@ -306,7 +306,7 @@ def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_c
     binding = Binding("layer", "program:Layer", "rms_norm", source)
     candidate = Candidate(LayerKernel("rms_norm", source), binding, proofs=1)
     for module in (sample.module, small):
-        swap_in(module, [candidate])
+        plan(module, [candidate]).commit()
     rejected(lambda: sample.module(*sample.args), case("rms_norm", "llama")[1].module(*sample.args), binding)
 
 

@@ -237,7 +237,7 @@ class _ClassPlan:
         training, compiling = wanted.training(module), wanted.compiling
         refused: list[str] = []
         for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
-            fit = candidate.fit(self.cls, (module,))
+            fit = candidate.compatibility(self.cls, (module,))
             problem = candidate.rejected if fit is None else fit.problem_with(module)
             if problem is None and fit is not None:
                 if fit.can_torch_compile is False and compiling:
@@ -255,7 +255,7 @@ class _ClassPlan:
         for candidate in self.candidates:
             if candidate.rejected is not None:
                 continue
-            if self.placed and candidate.known_fit(self.cls) is not None:
+            if self.placed and candidate.known_compatibility(self.cls) is not None:
                 candidate.mark_active()
             elif self.placed:
                 candidate.mark_pending()

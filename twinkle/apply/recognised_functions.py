@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.apply.bindings import function_binding
 from twinkle.match.structure import recognise
-from twinkle.match.symbolic.source import function_of
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.op_names import FUNCTION_OPS
 from twinkle.records import FunctionKernel
 from twinkle.runtime import runtime
@@ -158,4 +158,4 @@ def _recognised(namespace: Any, name: str) -> Iterable[RecognisedFunction]:
         recognition = recognise(value)
         if recognition.target.startswith(f"{name}:") and recognition.op in FUNCTION_OPS:
             # `kernels` puts a module in the place of the functions it decorates.
-            yield RecognisedFunction(name, attribute, function_of(value) or value, recognition)
+            yield RecognisedFunction(name, attribute, function_of_callable(value) or value, recognition)

@@ -111,7 +111,7 @@ def _prove(
             bent=bent,
             recall=runtime.options.recalls(candidate.kernel.verify),
         )
-        candidate.judged(verdict, grad=grad)
+        candidate.record_verdict(verdict, grad=grad)
         ok = verdict.ok
     _found[kind, bent, grad] = ok
     return ok

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.rotations import plain_rotation
-from twinkle.match.symbolic.source import function_of
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.runtime import runtime
 from twinkle.swap.layers import candidates_of, original_class
 
@@ -30,7 +30,7 @@ def note_absorbed(step: Step, owner: nn.Module, layers: Sequence[nn.Module], fun
         function: The function that was not called, if there is one.
     """
     bindings: list[Binding] = [candidate.binding for layer in layers for candidate in candidates_of(layer)]
-    plain = function_of(plain_rotation(function))
+    plain = function_of_callable(plain_rotation(function))
     name = f"{getattr(plain, '__module__', None)}:{getattr(plain, '__qualname__', None)}"
     bindings += [
         binding

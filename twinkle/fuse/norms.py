@@ -10,7 +10,7 @@ from torch.nn.modules import module as _torch
 from twinkle.match.structure import recognise
 from twinkle.ops.rms_norm.layer import covers
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
-from twinkle.swap.generated import core_of
+from twinkle.swap.class_tree import core_of
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from torch import nn
 
 from twinkle.fuse.norms import hooked
 from twinkle.match.structure import recognise
-from twinkle.match.symbolic.source import function_of
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ def rotation_of(function: Any) -> RotaryForm | str:
     if isinstance(function, nn.Module) and hooked(function):
         return "the rotation has hooks or a forward of its own"
     name = getattr(function, "__name__", type(function).__name__)
-    found = recognise(function) if function_of(function) is not None else None
+    found = recognise(function) if function_of_callable(function) is not None else None
     if found is None or found.op != "rotary":
         return f"{name} is not recognised as a rotary embedding"
     facts = dict(found.facts)
-    plain: Any = function_of(function)
+    plain: Any = function_of_callable(function)
     parameters = list(inspect.signature(plain, follow_wrapped=False).parameters.values())
     if [parameter.name for parameter in parameters[:4]] != [
         facts.pop(r, None) for r in ("q", "k", "cos", "sin")
@@ -52,7 +52,7 @@ def rotation_of(function: Any) -> RotaryForm | str:
 
 def rotation_form(function: Any) -> RotaryForm | None:
     """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
-    plain = function_of(plain_rotation(function))
+    plain = function_of_callable(plain_rotation(function))
     found = recognise(plain) if plain is not None else None
     return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
 

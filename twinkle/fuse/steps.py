@@ -80,7 +80,7 @@ class Step:
         graded = _recording()
         if self.proofs:
             verdict = self._verdict(proof, graded)
-            candidate.judged(verdict, grad=graded)
+            candidate.record_verdict(verdict, grad=graded)
             if candidate.rejected is not None:
                 return None
         try:

@@ -104,7 +104,7 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
         facts = {"norm": place.path, "scale": None if place.scale is None else ast.unparse(place.scale)}
     else:
         rotation = function.__globals__.get(place.function)
-        module = getattr(source.function_of(rotation), "__module__", function.__module__)
+        module = getattr(source.function_of_callable(rotation), "__module__", function.__module__)
         facts = {"q_norm": place.paths[0], "k_norm": place.paths[1], "rotary": f"{module}:{place.function}"}
     facts["wired"] = reason is None
     if reason is not None:

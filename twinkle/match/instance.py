@@ -203,7 +203,7 @@ def _check_loss(recognition: Recognition, facts: dict[str, Any], module: Any) ->
         else _factor(module, path)
         for step, path in steps
     )
-    loss = source.function_of(getattr(module, "loss_function", None))
+    loss = source.function_of_callable(getattr(module, "loss_function", None))
     if (
         loss is None
         or f"{loss.__module__}.{loss.__qualname__}" != "transformers.loss.loss_utils.ForCausalLMLoss"
@@ -237,7 +237,7 @@ def activation_name(value: Any) -> str:
     arena = Arena()
     unknown = f"unknown:{getattr(value, '__qualname__', type(value).__qualname__)}"
     x = arena.term("input", "x")
-    function = source.function_of(getattr(type(value), "forward", None))
+    function = source.function_of_callable(getattr(type(value), "forward", None))
     try:
         if function is not None:
             instance = value

@@ -15,7 +15,7 @@ import inspect
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from twinkle.match import templates
@@ -28,15 +28,19 @@ from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
-
-if TYPE_CHECKING:
-    pass
+from twinkle.runtime import runtime
 
 __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
-# By the object, not by its code: two modules may hold the same code over different helpers.
-_cache: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
+class _Recognitions:
+    """The recognitions of classes and functions so far.
+
+    By the object, not by its code: two modules may hold the same code over different helpers.
+    """
+
+    def __init__(self) -> None:
+        self.by_object: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
 
 
 def recognise(obj: Any) -> Recognition:
@@ -53,14 +57,15 @@ def recognise(obj: Any) -> Recognition:
     if function is None:
         return Recognition(target, reason=reason)
     key = function if owner is None else owner
-    found = _cache.get(key)
+    known = runtime.of(_Recognitions).by_object
+    found = known.get(key)
     if found is None:
-        found = _cache[key] = _recognise(target, function, owner, reason)
+        found = known[key] = _recognise(target, function, owner, reason)
     return found
 
 
 def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
-    """Read from an instance what its class left open (:func:`twinkle.match.instance.read_instance`).
+    """Read the facts that only an instance can tell (:func:`twinkle.match.instance.read_instance`).
 
     Args:
         recognition: The recognition of ``type(module)``.
@@ -74,7 +79,7 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
 
 def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:
     owner = obj if isinstance(obj, type) else None
-    function = getattr(obj, "forward", None) if owner is not None else source.function_of(obj)
+    function = getattr(obj, "forward", None) if owner is not None else source.function_of_callable(obj)
     if function is None:
         return None, None, "it has no forward" if owner is not None else "it is no function with a source"
     function, foreign = source.unwrap(function)
@@ -168,7 +173,7 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
 
 
 def _plausible(bound: Bindings, owner: type | None) -> bool:
-    """A dropout and a norm are written alike; what ``__init__`` builds there tells which it is."""
+    """Whether ``__init__`` builds a dropout or a norm where one is bound: their calls are written alike."""
     paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
     classes = attribute_classes(owner) if paths and owner is not None else {}
     for role, path in paths.items():

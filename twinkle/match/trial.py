@@ -65,7 +65,7 @@ def trial(
         values, reference = setup(recognition.form, dtype, torch.float32 if mixed else dtype)
         values = {role: value for role, value in values.items() if role in facts}
         own: Any = obj.forward if isinstance(obj, type) else obj  # type: ignore[attr-defined]
-        function, _ = source.unwrap(source.function_of(own))
+        function, _ = source.unwrap(source.function_of_callable(own))
         arguments = {
             facts[role]: value for role, value in values.items() if not _is_attribute(recognition, role)
         }
