@@ -9,8 +9,7 @@ import torch
 from rounding import assert_near
 
 from twinkle.apply.layers import kernelize_layers
-from twinkle.fuse import forward
-from twinkle.fuse import qk_norm_rotary as pair_step
+from twinkle.fuse import forward, qk_norm_rotary
 from twinkle.kernel import unkernelize_model
 from twinkle.runtime import runtime
 
@@ -191,8 +190,8 @@ def test_unkernelize_restores_the_class(device: torch.device) -> None:
 def test_a_wrong_pair_kernel_never_runs(
     device: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pair_step.run
-    monkeypatch.setattr(pair_step, "run", lambda *args: tuple(x * 1.01 for x in right(*args)))
+    right = qk_norm_rotary.run
+    monkeypatch.setattr(qk_norm_rotary, "run", lambda *args: tuple(x * 1.01 for x in right(*args)))
     runtime.options.kernels = ("qk_norm_rotary",)
     model = build("Qwen3", device).eval()
     expected = model(tokens(device)).logits

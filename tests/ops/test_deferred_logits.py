@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from rounding import assert_near
 
-from twinkle.deferred.head import Head
+from twinkle.deferred.head import Head, LiveHeads
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.errors import TwinkleWarning
+from twinkle.runtime import runtime
 
 VOCAB = 37
 
@@ -324,8 +325,28 @@ def test_weight_is_not_copied_once_the_logits_are_gone(case):
     head = logits._head
     logits.sum()
     del logits
-    from twinkle.deferred import head as module
-
-    assert head in module._live
+    live = runtime.of(LiveHeads).heads
+    assert head in live
     del head
-    assert not [h for h in module._live if h._given is case.linear.weight]
+    assert not [h for h in live if h._given is case.linear.weight]
+
+
+def test_a_weight_is_kept_for_logits_that_wait_while_twinkle_begins_anew(case):
+    waiting = case.deferred()
+    expected = case.plain().detach()
+    runtime.reset()
+    optimizer = torch.optim.SGD(case.linear.parameters(), lr=1.0)
+    case.linear.weight.grad = torch.ones_like(case.linear.weight)
+    optimizer.step()
+    assert torch.equal(waiting.detach(), expected)
+
+
+def test_no_optimizer_asks_for_heads_once_twinkle_began_anew_without_any():
+    from torch.optim import optimizer
+
+    runtime.reset()
+    before = len(optimizer._global_optimizer_pre_hooks)
+    runtime.of(LiveHeads)
+    assert len(optimizer._global_optimizer_pre_hooks) == before + 1
+    runtime.reset()
+    assert len(optimizer._global_optimizer_pre_hooks) == before

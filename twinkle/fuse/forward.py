@@ -17,11 +17,10 @@ from torch import nn
 
 from twinkle.fuse.norms import Norm, norm_of
 from twinkle.fuse.places import SumThenLayer
-from twinkle.fuse.qk_norm_rotary import pair_step
-from twinkle.fuse.residual_norm import sum_step
+from twinkle.fuse.qk_norm_rotary import PairStep
+from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.fuse.sites import OPS, layers_of, site_of
-from twinkle.fuse.steps import Step
 from twinkle.match.instance import read_path
 from twinkle.ops import launch
 from twinkle.ops.variants import covering
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.places import Place
     from twinkle.fuse.sites import Site
+    from twinkle.fuse.steps import FusedStep
 
 __all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel"]
 
@@ -151,14 +151,7 @@ class FusedForward:
     def load(self) -> object:
         """The layer class; the same one each time."""
         if self._made is None:
-            proofs = runtime.options.proofs(None, kind="embedded")
-            steps = {
-                site.number: self._functions(
-                    self.draft.places[site.number],
-                    Step(self, site.op, proofs=proofs, recall=runtime.options.recalls(None)),
-                )
-                for site in self.sites
-            }
+            steps = {site.number: self.step(self.draft.places[site.number]).functions for site in self.sites}
             members = {
                 "forward": self.draft.build(steps),
                 "can_torch_compile": True,
@@ -168,8 +161,11 @@ class FusedForward:
             self._made = type("Fused", (nn.Module,), members)
         return self._made
 
-    def _functions(self, place: Place, step: Step) -> tuple[Any, ...]:
+    def step(self, place: Place) -> FusedStep:
+        """What the forward calls at a place, with nothing proven yet."""
+        proofs = runtime.options.proofs(None, kind="embedded")
+        recall = runtime.options.recalls(None)
         if isinstance(place, SumThenLayer):
-            return (sum_step(step),)
+            return SumStep(self, proofs=proofs, recall=recall)
         now = partial(self.draft.function.__globals__.get, place.function)
-        return pair_step(step, place.between, now)
+        return PairStep(self, place.between, now, proofs=proofs, recall=recall)

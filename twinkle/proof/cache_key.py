@@ -106,8 +106,8 @@ def kernel_version(op: str) -> str | None:
     digest = hashlib.sha256()
     waiting, seen = [op], set()
     try:
-        shared = [*sorted((_PACKAGE / "ops").glob("*.py")), *sorted((_PACKAGE / "proof").glob("*.py"))]
-        for path in shared:
+        rooms = ("ops", "proof", *_RUN_BY.get(op, ()))
+        for path in (path for room in rooms for path in sorted((_PACKAGE / room).glob("*.py"))):
             if path.stem not in _BESIDE:
                 digest.update(path.read_bytes())
         while waiting:
@@ -128,6 +128,8 @@ def kernel_version(op: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+# Where an op is run and compared, beside its own folder.
+_RUN_BY = {"causal_lm_loss": ("deferred",)}
 # Files that no kernel and no comparison depends on.
 _BESIDE = ("samples", "verify", "cache")
 
