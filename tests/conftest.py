@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from twinkle.registry import Registry
 
 
+def _share_the_cores() -> None:
+    """Workers beside each other have one thread of torch each, and so have the programs they start.
+
+    Two threads of two workers on two cores wait for each other at the end of every operator.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+
+
 def _import_triton_for_its_interpreter() -> None:
     """Triton decides when it is imported whether its own functions can run on the CPU.
 
@@ -34,6 +44,7 @@ def _import_triton_for_its_interpreter() -> None:
         os.environ["TRITON_INTERPRET"] = given
 
 
+_share_the_cores()
 _import_triton_for_its_interpreter()
 # Proofs of the tests are no business of the user's cache, nor the other way round.
 os.environ["TWINKLE_CACHE"] = "off"

@@ -8,6 +8,7 @@ from rounding import assert_near, terms
 from torch import nn
 
 from twinkle.match.structure import check_instance, recognise
+from twinkle.ops import machine
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.layer_norm.everywhere import covers, layer_class, layer_norm
 from twinkle.ops.layer_norm.samples import cases
@@ -47,6 +48,15 @@ def test_what_torch_computes_otherwise_goes_through_the_definition(case):
         expected = reference.layer_norm(x, w, None, 1e-5, form=COHERE)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("one_thread", [True, False])
+def test_few_rows_wait_for_no_other_thread_in_their_backward(monkeypatch, one_thread):
+    monkeypatch.setattr(machine, "one_thread", lambda: one_thread)
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8)
+    y = layer_norm(x, w, None, 1e-5, form=COHERE)
+    assert (type(y.grad_fn).__name__ == "NativeLayerNormBackward0") is one_thread
+    assert_near(y, reference.layer_norm(x, w, None, 1e-5, form=COHERE), 2 * terms(8) + 24)
 
 
 def test_a_class_of_transformers_is_recognised_and_computes_the_same():

@@ -267,7 +267,7 @@ def test_programs_own_variables_are_enough(hub, cache, tmp_path, source, offline
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "01"[offline]}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "v1\n", done.stderr
 

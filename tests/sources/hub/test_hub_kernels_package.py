@@ -58,7 +58,7 @@ def test_package_that_a_variable_breaks_says_which(cache, source, monkeypatch, f
     )
     environ = {**os.environ, "DISABLE_KERNEL_MAPPING": "true", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.stdout.startswith("set DISABLE_KERNEL_MAPPING to 0 or 1"), done.stderr
 
