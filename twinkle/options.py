@@ -38,17 +38,17 @@ class Options:
         """Whether a kernel that cannot be used is an error of the program."""
         return self.strict or not self.use_fallback
 
-    def proofs(self, verify: str | None, *, kind: str) -> int:
+    def proofs(self, verify: str | None, *, bound_by_name: bool) -> int:
         """How many calls of a kernel are compared with the original before it is trusted.
 
         Args:
             verify: What was said for this kernel; ``None`` is the setting for all.
-            kind: The kind of its source. ``auto`` trusts what a user bound by name, and proves what
-                Twinkle chose by itself.
+            bound_by_name: A user bound the kernel to its target by name, which ``auto`` trusts. It proves
+                what Twinkle chose by itself, the kernel or the target.
         """
         verify = verify or self.verify
         if verify == "auto":
-            verify = "first-use" if kind in ("embedded", "match") else "off"
+            verify = "off" if bound_by_name else "first-use"
         return {"off": 0, "first-use": 1, "always": SHADOWED_CALLS}[verify]
 
     def recalls(self, verify: str | None) -> bool:

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from _thread import allocate_lock
 
+from twinkle.targets import Name, Op
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Protocol
+    from typing import Literal, Protocol
 
     from twinkle.modes import Mode
+    from twinkle.targets import Target
+
+    ChosenBy = Literal["user", "twinkle"]
 
     class Source(Protocol):
         """Where an implementation comes from.
@@ -53,9 +58,21 @@ class LayerKernel:
         attributes: Class attributes the kernel reads and its target lacks.
         verify: ``auto``, ``off``, ``first-use``, ``always``, or ``None`` for the global setting.
         origin: Where it was registered: ``file:line (key)`` or the calling line.
+        chosen_by: Who chose the kernel: a ``user`` who registered it, or ``twinkle``.
+        recognised: Whether the target was recognised by its structure; otherwise it was named.
     """
 
-    __slots__ = ("attributes", "device", "mode", "name", "origin", "source", "verify")
+    __slots__ = (
+        "attributes",
+        "chosen_by",
+        "device",
+        "mode",
+        "name",
+        "origin",
+        "recognised",
+        "source",
+        "verify",
+    )
 
     def __init__(
         self,
@@ -67,6 +84,8 @@ class LayerKernel:
         attributes: Mapping[str, object] | None = None,
         verify: str | None = None,
         origin: str = "",
+        chosen_by: ChosenBy = "user",
+        recognised: bool = False,
     ) -> None:
         self.name = name
         self.source = source
@@ -75,20 +94,46 @@ class LayerKernel:
         self.attributes = dict(attributes or {})
         self.verify = verify
         self.origin = origin
+        self.chosen_by: ChosenBy = chosen_by
+        self.recognised = recognised
+
+    @property
+    def bound_by_name(self) -> bool:
+        """Whether a user bound this kernel to its target by name, and so vouches for it."""
+        return self.chosen_by == "user" and not self.recognised
+
+    def specialised(self, source: Source, *, device: str | None) -> LayerKernel:
+        """The kernel for one kind of the layers that were recognised as the op it was registered for.
+
+        Args:
+            source: Where that kernel comes from.
+            device: What it is for where the registration does not say.
+        """
+        return LayerKernel(
+            self.name,
+            source,
+            device=self.device or device,
+            mode=self.mode,
+            attributes=self.attributes,
+            verify=self.verify,
+            origin=self.origin,
+            chosen_by=self.chosen_by,
+            recognised=True,
+        )
 
 
 class LayerTarget:
-    """A layer class, or a pattern of them, bound to a kernel name.
+    """The layer classes that are bound to a kernel name.
 
     Attributes:
-        target: A class in hand, ``"module:Class"``, or a pattern of that form.
-        kernel_name: The name whose kernels replace it.
+        target: Which classes.
+        kernel_name: The name whose kernels replace them.
         origin: Where it was registered.
     """
 
     __slots__ = ("kernel_name", "origin", "target")
 
-    def __init__(self, target: type | str, kernel_name: str, *, origin: str = "") -> None:
+    def __init__(self, target: Target, kernel_name: str, *, origin: str = "") -> None:
         self.target = target
         self.kernel_name = kernel_name
         self.origin = origin
@@ -99,41 +144,81 @@ class FunctionKernel:
 
     Attributes:
         name: The function's name in its module; dotted for a method (``Class.method``).
-        target_module: The module that defines it; ``match:op`` for whatever function is that op.
+        target: The function by name, or the op that functions are recognised as.
         source: Where the implementation is loaded from.
-        device, mode, verify, origin: As for :class:`LayerKernel`.
+        device, mode, verify, origin, chosen_by, recognised: As for :class:`LayerKernel`.
     """
 
-    __slots__ = ("device", "mode", "name", "origin", "source", "target_module", "verify")
+    __slots__ = (
+        "chosen_by",
+        "device",
+        "mode",
+        "name",
+        "origin",
+        "recognised",
+        "source",
+        "target",
+        "verify",
+    )
 
     def __init__(
         self,
         name: str,
-        target_module: str,
+        target_module: str | Op,
         source: Source,
         *,
         device: str | None = None,
         mode: Mode | None = None,
         verify: str | None = None,
         origin: str = "",
+        chosen_by: ChosenBy = "user",
+        recognised: bool = False,
     ) -> None:
         self.name = name
-        self.target_module = target_module
+        self.target: Name | Op = target_module if isinstance(target_module, Op) else Name(target_module, name)
         self.source = source
         self.device = device
         self.mode = mode
         self.verify = verify
         self.origin = origin
+        self.chosen_by: ChosenBy = chosen_by
+        self.recognised = recognised
 
     @property
-    def target(self) -> str:
-        """``module:name``, as the report and the configuration write it; ``match:op`` alone."""
-        return self.target_module if self.op else f"{self.target_module}:{self.name}"
+    def target_module(self) -> str | None:
+        """The module of the function; ``None`` for a kernel that was registered for an op."""
+        return None if isinstance(self.target, Op) else self.target.module
 
     @property
     def op(self) -> str | None:
-        """The op whose functions it is for, where it was bound by structure."""
-        return self.target_module[6:] if self.target_module.startswith("match:") else None
+        """The op whose functions it is for, where it was registered for one."""
+        return self.target.op if isinstance(self.target, Op) else None
+
+    @property
+    def bound_by_name(self) -> bool:
+        """As for :class:`LayerKernel`."""
+        return self.chosen_by == "user" and not self.recognised
+
+    def specialised(self, source: Source, *, module: str, name: str, device: str | None) -> FunctionKernel:
+        """The kernel for one function that was recognised as the op it was registered for.
+
+        Args:
+            source: Where that kernel comes from.
+            module: The module of the function.
+            name: The function's name there.
+            device: What the kernel is for where the registration does not say.
+        """
+        return FunctionKernel(
+            name,
+            module,
+            source,
+            device=self.device or device,
+            mode=self.mode,
+            verify=self.verify,
+            origin=self.origin,
+            chosen_by=self.chosen_by,
+            recognised=True,
+        )
 
 
 class Binding:

@@ -1,7 +1,11 @@
-"""Targets by name: ``module:Class``, patterns of that form, and ``kernel_layer_name``.
+"""Targets: the classes and functions that kernels replace, and how they are written.
 
-``*`` stands for any characters but a dot, ``**`` for any characters at all, ``?`` for one that is
-no dot. Standard library only: this module is imported at interpreter start.
+A target is one of four types: a :class:`Class` in hand, the :class:`Name` of a class or function
+(``module:Class``), a :class:`Pattern` of such names, or an :class:`Op` (``match:rms_norm``), which is
+whatever code computes that op. ``*`` in a pattern stands for any characters but a dot, ``**`` for any
+characters at all, ``?`` for one that is no dot.
+
+Standard library only: this module is imported at interpreter start.
 """
 
 from __future__ import annotations
@@ -10,9 +14,13 @@ from twinkle.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from re import Pattern
+    import re
 
 __all__ = [
+    "Class",
+    "Name",
+    "Op",
+    "Pattern",
     "Target",
     "class_path",
     "defining_match",
@@ -22,56 +30,149 @@ __all__ = [
     "pattern_source",
 ]
 
+_OP = "match"
+
 
 class Target:
-    """What a target names: the module and the class (or function) in it, either may be a pattern.
+    """What a kernel is registered for. Two targets are equal when they are written alike.
 
     Attributes:
-        text: As it was written.
-        module: The module's name or pattern.
-        name: The class's qualified name or pattern.
+        text: The target in one line, as the report and a configuration write it.
     """
 
-    __slots__ = ("_module_regex", "_name_regex", "module", "name", "text")
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def means(self, cls: type) -> bool:
+        """Whether that very class is the target; its subclasses are not considered here."""
+        return False
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and other.text == self.text
+
+    def __hash__(self) -> int:
+        return hash(self.text)
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.text!r})"
+
+
+class Class(Target):
+    """A class in hand.
+
+    Attributes:
+        cls: The class. Another class of the same name is another target.
+    """
+
+    __slots__ = ("cls",)
+
+    def __init__(self, cls: type) -> None:
+        super().__init__(class_path(cls))
+        self.cls = cls
+
+    def means(self, cls: type) -> bool:
+        """Whether it is this class."""
+        return cls is self.cls
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Class) and other.cls is self.cls
+
+    def __hash__(self) -> int:
+        return hash(self.cls)
+
+    def __str__(self) -> str:
+        return str(self.cls)
+
+
+class Name(Target):
+    """The name of one class or function.
+
+    Attributes:
+        module: The module that defines it.
+        name: Its qualified name there.
+    """
+
+    __slots__ = ("module", "name")
 
     def __init__(self, module: str, name: str) -> None:
-        self.text = f"{module}:{name}"
+        super().__init__(f"{module}:{name}")
         self.module = module
         self.name = name
-        self._module_regex: Pattern[str] | None = None
-        self._name_regex: Pattern[str] | None = None
+
+    def means(self, cls: type) -> bool:
+        """Whether the class has this name and module."""
+        return cls.__qualname__ == self.name and cls.__module__ == self.module
+
+    def in_module(self, module: str) -> bool:
+        """Whether the module of that name may define the target."""
+        return module == self.module
+
+
+class Pattern(Target):
+    """A description of the names of classes: module and name may both hold wildcards.
+
+    Attributes:
+        module: The module's name, or a pattern of it.
+        name: The class's qualified name, or a pattern of it.
+    """
+
+    __slots__ = ("_module_regex", "_name_regex", "module", "name")
+
+    def __init__(self, module: str, name: str) -> None:
+        super().__init__(f"{module}:{name}")
+        self.module = module
+        self.name = name
+        # Compiled at the first question: a start does not import re.
+        self._module_regex: re.Pattern[str] | None = None
+        self._name_regex: re.Pattern[str] | None = None
 
     @property
-    def module_is_exact(self) -> bool:
-        """The module is named, not described by a pattern."""
-        return not is_pattern(self.module)
+    def names_one_class(self) -> bool:
+        """Whether the name of the class is given in full, and only the module is a pattern."""
+        return not is_pattern(self.name)
 
-    def matches_module(self, module: str) -> bool:
-        """The module of that name is meant."""
-        if self.module_is_exact:
+    def means(self, cls: type) -> bool:
+        """Whether name and module of the class fit the pattern."""
+        return self.fits_name(cls.__qualname__) and self.in_module(cls.__module__)
+
+    def in_module(self, module: str) -> bool:
+        """Whether the module of that name may define a target."""
+        if not is_pattern(self.module):
             return module == self.module
         if self._module_regex is None:
             self._module_regex = pattern_regex(self.module)
         return self._module_regex.fullmatch(module) is not None
 
-    def matches_name(self, qualname: str) -> bool:
-        """The class or function of that qualified name is meant."""
-        if not is_pattern(self.name):
+    def fits_name(self, qualname: str) -> bool:
+        """Whether a class of that qualified name is meant, in a module that is."""
+        if self.names_one_class:
             return qualname == self.name
         if self._name_regex is None:
             self._name_regex = pattern_regex(self.name)
         return self._name_regex.fullmatch(qualname) is not None
 
-    def matches_class(self, cls: type) -> bool:
-        """That very class is meant (its subclasses are not considered here)."""
-        return self.matches_name(cls.__qualname__) and self.matches_module(cls.__module__)
 
-    def __repr__(self) -> str:
-        return f"Target({self.text!r})"
+class Op(Target):
+    """An op: every class or function whose code computes it.
+
+    Attributes:
+        op: One of ``twinkle.op_names.OPS``.
+    """
+
+    __slots__ = ("op",)
+
+    def __init__(self, op: str) -> None:
+        super().__init__(f"{_OP}:{op}")
+        self.op = op
 
 
 def is_pattern(text: str) -> bool:
-    """The text describes names instead of being one."""
+    """Whether the text holds wildcards, so that it describes names instead of being one."""
     return "*" in text or "?" in text
 
 
@@ -84,15 +185,19 @@ def pattern_source(pattern: str) -> str:
     return "".join(wild.get(part, re.escape(part)) for part in parts)
 
 
-def pattern_regex(pattern: str) -> Pattern[str]:
+def pattern_regex(pattern: str) -> re.Pattern[str]:
     """The compiled form of a pattern."""
     import re
 
     return re.compile(pattern_source(pattern))
 
 
-def parse_target(text: str, *, where: str | None = None) -> Target:
-    """Read ``"package.module:Class"``.
+def parse_target(text: str, *, where: str | None = None) -> Name | Pattern | Op:
+    """Read ``"package.module:Class"``, a pattern of that form, or ``"match:op"``.
+
+    Args:
+        text: As written in a configuration or given to the API.
+        where: Where it was written, for the message.
 
     Raises:
         ConfigError: There is not exactly one colon with something on both sides of it, or a part
@@ -116,7 +221,9 @@ def parse_target(text: str, *, where: str | None = None) -> Target:
                 found=f"{text!r} ({part!r} is no name)",
                 expected=expected,
             )
-    return Target(module, name)
+    if module == _OP:
+        return Op(name)
+    return (Pattern if is_pattern(module) or is_pattern(name) else Name)(module, name)
 
 
 def class_path(cls: type) -> str:
@@ -124,7 +231,7 @@ def class_path(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def defining_match(cls: type, target: Target | type) -> type | None:
+def defining_match(cls: type, target: Target) -> type | None:
     """The class in ``cls``'s MRO that ``target`` means and whose ``forward`` instances run.
 
     A subclass that overrides ``forward`` computes something else and does not match; one that
@@ -132,7 +239,6 @@ def defining_match(cls: type, target: Target | type) -> type | None:
     """
     running = getattr(cls, "forward", None)
     for base in cls.__mro__:
-        meant = base is target if isinstance(target, type) else target.matches_class(base)
-        if meant and getattr(base, "forward", None) is running:
+        if target.means(base) and getattr(base, "forward", None) is running:
             return base
     return None

@@ -8,6 +8,7 @@ import pytest
 from twinkle import config
 from twinkle.config.environment import VARIABLES, config_paths, switched_off
 from twinkle.errors import ConfigError
+from twinkle.targets import Name
 
 
 def load(**variables: str) -> config.Settings:
@@ -102,7 +103,7 @@ def test_a_wrong_variable_is_named(variable: str, text: str, expected: str, fix:
 )
 def test_layers_are_read_from_toml_or_json(text: str) -> None:
     layer = load(LAYERS=text).layers[0]
-    assert (layer.name, layer.targets, layer.spec["layer_impl"]) == ("MLP", ("m:A",), "k:B")
+    assert (layer.name, layer.targets, layer.spec["layer_impl"]) == ("MLP", (Name("m", "A"),), "k:B")
     assert layer.origin.startswith("TWINKLE_LAYERS")
 
 

@@ -13,6 +13,7 @@ import pytest
 from twinkle.config.files import parse
 from twinkle.config.schema import validate
 from twinkle.modes import Mode
+from twinkle.targets import Class, Name, Op, Pattern
 
 
 def checked(text: str) -> Any:
@@ -55,7 +56,8 @@ def test_a_layer_keeps_its_keys() -> None:
         "cuda",
         Mode.parse("train|compile"),
     )
-    assert (layer.targets, layer.verify, layer.enabled) == (("m.a:MLP", "m.*.b:*MLP"), "off", True)
+    assert layer.targets == (Name("m.a", "MLP"), Pattern("m.*.b", "*MLP"))
+    assert (layer.verify, layer.enabled) == ("off", True)
     assert layer.attributes == {"offset": 0.5}
     assert (layer.base_dir, layer.origin) == ("/base", "t.toml:2 (layers.MLP)")
     assert layer.spec == {
@@ -178,7 +180,7 @@ def test_a_function_of_a_local_package_may_have_a_name_of_its_own() -> None:
 
 def test_match_is_kept_as_a_target() -> None:
     layer = checked('[layers.N]\ntarget = "m:A"\nmatch = "rms_norm"\nlayer_impl = "k:N"\n').layers[0]
-    assert layer.targets == ("m:A", "match:rms_norm")
+    assert layer.targets == (Name("m", "A"), Op("rms_norm"))
 
 
 @pytest.mark.parametrize("version", ["1", '"1"', '"0.1.0"', '">=0.1,<0.3"'])
@@ -199,7 +201,7 @@ def test_objects_are_kept_from_python() -> None:
     }
     found = validate(document, allow_objects=True)
     assert found.layers[0].spec["layer_impl"] is Layer
-    assert found.layers[0].targets == (Layer, "m:B")
+    assert found.layers[0].targets == (Class(Layer), Name("m", "B"))
     assert found.functions[0].spec["func_impl"] is add
     assert found.functions[1].spec["repo"] is repo
     assert found.functions[2].spec["repo_path"] == "/k"

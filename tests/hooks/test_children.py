@@ -41,13 +41,14 @@ def test_a_child_forked_while_another_thread_registers_is_not_locked(python, wri
         import os, threading, warnings
         warnings.simplefilter("ignore")
         from twinkle.hooks import imports
+        from twinkle.runtime import runtime
         held, go = threading.Event(), threading.Event()
         def hold():
-            with imports._table.lock:
+            with runtime.of(imports.Watches).lock:
                 held.set()
                 go.wait(10)
         threading.Thread(target=hold, daemon=True).start()
-        held.wait(10)
+        assert held.wait(10)
         child = os.fork()
         if child == 0:
             imports.watch_module("tw_target", lambda module, name: os.write(1, b"patched"))

@@ -283,6 +283,20 @@ def test_the_handle_of_install_is_a_context(write, calls):
     assert sys.meta_path == before
 
 
+def test_the_handle_of_install_takes_back_only_its_own(write, calls):
+    write({"tw_outer.py": "", "tw_inner.py": ""})
+    watch_module("tw_outer", calls)
+    with imports.install() as handle:
+        watch_module("tw_inner", calls)
+    importlib.import_module("tw_outer")
+    importlib.import_module("tw_inner")
+    assert calls == ["tw_outer"]
+    watch_module("tw_inner", calls)
+    handle.uninstall()
+    importlib.reload(sys.modules["tw_inner"])
+    assert calls == ["tw_outer", "tw_inner", "tw_inner"]
+
+
 def test_install_comes_back_when_someone_has_replaced_meta_path(write, calls):
     write({"tw_back.py": ""})
     before = list(sys.meta_path)

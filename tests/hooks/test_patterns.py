@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
 
-from twinkle.hooks import patterns
 from twinkle.hooks.patterns import Patterns
 from twinkle.targets import pattern_regex
 
@@ -36,7 +36,9 @@ NAMES = [
 def test_both_ways_agree_with_the_pattern_as_targets_mean_it(pattern, monkeypatch):
     meant = [pattern_regex(pattern).fullmatch(name) is not None for name in NAMES]
     assert [Patterns((pattern,)).match(name) for name in NAMES] == meant
-    assert [patterns._matches(pattern, name) for name in NAMES] == meant
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "re")
+        assert [Patterns((pattern,)).match(name) for name in NAMES] == meant
 
 
 def test_several_patterns_are_any_of_them():
@@ -47,11 +49,15 @@ def test_several_patterns_are_any_of_them():
 
 def test_re_is_not_needed_and_used_once_it_is_there(monkeypatch):
     found = Patterns(["a.*"])
+    compiled = []
+    compile_ = re.compile
+    monkeypatch.setattr(re, "compile", lambda pattern: compiled.append(pattern) or compile_(pattern))
     with monkeypatch.context() as without:
         without.delitem(sys.modules, "re")
         assert found.match("a.b")
         assert not found.match("a.b.c")
         assert "re" not in sys.modules
-    assert found._fullmatch is None
+    assert compiled == []
     assert found.match("a.b")
-    assert found._fullmatch is not None
+    assert found.match("a.c")
+    assert len(compiled) == 1

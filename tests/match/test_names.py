@@ -6,7 +6,7 @@ import pytest
 from torch import nn
 
 from twinkle.errors import ConfigError
-from twinkle.targets import class_path, defining_match, parse_target
+from twinkle.targets import Class, Name, Op, Pattern, class_path, defining_match, parse_target
 
 
 class Base(nn.Module):
@@ -43,8 +43,30 @@ class Overrides(Base):
     ],
 )
 def test_a_pattern_means(pattern: str, module: str, name: str, matches: bool) -> None:
-    target = parse_target(pattern)
-    assert (target.matches_module(module) and target.matches_name(name)) is matches
+    cls = type("Named", (), {"__module__": module, "__qualname__": name})
+    assert parse_target(pattern).means(cls) is matches
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("a.b:C.D", Name("a.b", "C.D")),
+        (" a.b : C ", Name("a.b", "C")),
+        ("a.*:C", Pattern("a.*", "C")),
+        ("a.b:?C", Pattern("a.b", "?C")),
+        ("match:rms_norm", Op("rms_norm")),
+    ],
+)
+def test_a_text_is_a_target_of_one_type(text: str, target: Name | Pattern | Op) -> None:
+    assert parse_target(text) == target
+    assert parse_target(str(target)) == target
+
+
+def test_targets_are_the_same_when_type_and_text_are() -> None:
+    assert Class(Base) == Class(Base) != Class(Inherits)
+    assert Class(Base) != parse_target(class_path(Base))
+    assert Op("rms_norm") != Name("match", "rms_norm")
+    assert len({Class(Base), Class(Base), Op("rotary"), Op("rotary"), Name("a", "B"), Name("a", "B")}) == 3
 
 
 @pytest.mark.parametrize("text", ["", "a.b.C", ":C", "a.b:", "a:b:c", "a b:C", "a..b:C", "a.b:1C"])
@@ -59,11 +81,11 @@ def test_a_dot_in_place_of_the_colon_gets_a_suggestion() -> None:
 
 
 def test_a_subclass_that_inherits_forward_matches() -> None:
-    assert defining_match(Inherits, Base) is Base
+    assert defining_match(Inherits, Class(Base)) is Base
 
 
 def test_a_subclass_that_overrides_forward_does_not() -> None:
-    assert defining_match(Overrides, Base) is None
+    assert defining_match(Overrides, Class(Base)) is None
 
 
 def test_a_class_is_found_by_its_path() -> None:

@@ -109,7 +109,9 @@ def test_auto_registers_the_document_and_nothing_among_what_the_user_registered(
     kernelize_layers(llama())
     targets = {target.kernel_name: str(target.target) for target in runtime.embedded.layer_targets}
     layers = {(k.name, targets[k.name], k.source.describe()) for k in runtime.embedded.layer_kernels}
-    functions = {(k.name, k.target, k.source.describe()) for k in runtime.embedded.function_kernels if k.op}
+    functions = {
+        (k.name, str(k.target), k.source.describe()) for k in runtime.embedded.function_kernels if k.op
+    }
     assert layers == {
         (name, f"match:{spec['match']}", f"installed {spec['package_name']}:{spec['layer_name']}")
         for name, spec in document()["layers"].items()

@@ -43,7 +43,7 @@ def norm(factor: float, widths: tuple[int, ...] = (48,)) -> tuple[list[nn.Module
 
     source._made = type("Shown", (nn.Module,), {"forward": forward, "can_torch_compile": True})
     binding = Binding("layer", "program:Norm", "rms_norm", source)
-    candidate = Candidate(LayerKernel("rms_norm", source), binding, proofs=1)
+    candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
     modules: list[nn.Module] = [type(sample.module)(form, width, torch.float32, CPU) for width in widths]
     for module in modules:
         plan(module, [candidate]).commit()
@@ -121,7 +121,9 @@ def test_a_function_is_proven_too(factor: float, state: str) -> None:
 
     source._made = planted
     binding = Binding("function", "program:f", "rotary", source)
-    candidate = FunctionCandidate(FunctionKernel("f", "program", source), binding, proofs=1)
+    candidate = FunctionCandidate(
+        FunctionKernel("f", "program", source, chosen_by="twinkle"), binding, proofs=1
+    )
     turn = dispatcher(sample.original, [candidate])
     run, _ = compiled(lambda *args: turn(*args))
     found = quietly(run, *sample.args)

@@ -312,7 +312,8 @@ def test_the_report_says_that_a_verdict_is_from_before(kept: Path, clean_registr
         made, module, x = sample()
         source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
         binding = Binding("layer", "program:Norm", "rms_norm", source)
-        plan(module, [Candidate(LayerKernel("rms_norm", source), binding, proofs=1, recall=True)]).commit()
+        kernel = LayerKernel("rms_norm", source, chosen_by="twinkle")
+        plan(module, [Candidate(kernel, binding, proofs=1, recall=True)]).commit()
         module(x)
     assert binding.state == "active"
     assert binding.proof.startswith("proven (cached, ")

@@ -164,9 +164,9 @@ def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple
     form, sample = case(op, LAYERS[op])
     source = EmbeddedLayer(op, form, sample.facts)
     source._made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
-    kernel = LayerKernel(op, source)
+    kernel = LayerKernel(op, source, chosen_by="twinkle")
     binding = Binding("layer", "program:Layer", op, source)
-    proofs = runtime.options.proofs(None, kind=source.kind)
+    proofs = runtime.options.proofs(None, bound_by_name=kernel.bound_by_name)
     plan(sample.module, [Candidate(kernel, binding, proofs=proofs)]).commit()
     return sample.module, binding, sample.args
 
@@ -179,9 +179,9 @@ def function(
     scope: dict[str, Any] = {"spoil": spoil, "kernel": sample.kernel}
     exec(f"def planted({', '.join(names)}):\n    return spoil(kernel, {', '.join(names)})\n", scope)
     source._made = scope["planted"]
-    kernel = FunctionKernel("f", "program", source)
+    kernel = FunctionKernel("f", "program", source, chosen_by="twinkle")
     binding = Binding("function", "program:f", op, source)
-    proofs = runtime.options.proofs(None, kind=source.kind)
+    proofs = runtime.options.proofs(None, bound_by_name=kernel.bound_by_name)
     return dispatcher(sample.original, [FunctionCandidate(kernel, binding, proofs=proofs)]), binding
 
 
@@ -246,7 +246,8 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
 
     source._made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
     binding = Binding("layer", "program:Layer", op, source)
-    plan(sample.module, [Candidate(LayerKernel(op, source), binding, proofs=1)]).commit()
+    candidate = Candidate(LayerKernel(op, source, chosen_by="twinkle"), binding, proofs=1)
+    plan(sample.module, [candidate]).commit()
     expected = case(op, LAYERS[op])[1].module(*sample.args)
     rejected(lambda: sample.module(*sample.args), expected, binding)
     assert "gradient off by" in binding.proof
@@ -304,7 +305,7 @@ def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_c
 
     source._made = type("Planted", (nn.Module,), {"forward": forward})
     binding = Binding("layer", "program:Layer", "rms_norm", source)
-    candidate = Candidate(LayerKernel("rms_norm", source), binding, proofs=1)
+    candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
     for module in (sample.module, small):
         plan(module, [candidate]).commit()
     rejected(lambda: sample.module(*sample.args), case("rms_norm", "llama")[1].module(*sample.args), binding)

@@ -11,7 +11,7 @@ import sys
 from twinkle.apply.bindings import declare, layer_binding
 from twinkle.errors import ApplyError, warn
 from twinkle.runtime import runtime
-from twinkle.targets import is_pattern, parse_target
+from twinkle.targets import Class, Name, Pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -130,20 +130,18 @@ def watch_new() -> None:
         if target in state.layers_seen:
             continue
         state.layers_seen.add(target)
-        if isinstance(target.target, str) and target.target.startswith("match:"):
-            continue  # found in models, when they are constructed
-        if isinstance(target.target, str):
-            module = parse_target(target.target).module
+        # Layers that are bound to an op are met in models, when those are constructed.
+        if isinstance(target.target, Class):
+            _watch_class(target.target.cls)
+        elif isinstance(target.target, Name | Pattern):
+            module = target.target.module
             watch = imports.watch_module(module, _on_layer_module, owner=_OWNER, strict=strict)
             state.watches.append(watch)
-        else:
-            _watch_class(target.target)
     for kernel in runtime.registry.function_kernels:
-        if kernel.op is None and kernel.target_module not in state.functions_seen:
-            state.functions_seen.add(kernel.target_module)
-            watch = imports.watch_module(
-                kernel.target_module, _on_function_module, owner=_OWNER, strict=strict
-            )
+        function_module = kernel.target_module
+        if function_module is not None and function_module not in state.functions_seen:
+            state.functions_seen.add(function_module)
+            watch = imports.watch_module(function_module, _on_function_module, owner=_OWNER, strict=strict)
             state.watches.append(watch)
     in_models = runtime.registry.layer_kernels or any(
         kernel.op for kernel in runtime.registry.function_kernels
@@ -171,19 +169,17 @@ def _on_function_module(module: ModuleType, name: str) -> None:
 def _on_layer_module(module: ModuleType, name: str) -> None:
     """Watch the construction of every class in that module which a target means."""
     for entry in runtime.registry.layer_targets:
-        if not isinstance(entry.target, str) or entry.target.startswith("match:"):
+        target = entry.target
+        if not isinstance(target, Name | Pattern) or not target.in_module(name):
             continue
-        target = parse_target(entry.target)
-        if not target.matches_module(name):
-            continue
-        if is_pattern(target.name):
-            for cls in _classes_of(module):
-                if target.matches_name(cls.__qualname__):
-                    _watch_class(cls)
-        else:
+        if isinstance(target, Name) or target.names_one_class:
             found = _named_class(module, target.name, entry)
             if found is not None:
                 _watch_class(found)
+        else:
+            for cls in _classes_of(module):
+                if target.fits_name(cls.__qualname__):
+                    _watch_class(cls)
 
 
 def _classes_of(module: ModuleType) -> list[type]:
@@ -204,7 +200,7 @@ def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | No
         found = getattr(found, part, None)
     if isinstance(found, type) and issubclass(found, nn.Module):
         return found
-    if not is_pattern(str(entry.target)):
+    if isinstance(entry.target, Name):
         if found is None:
             from twinkle.errors import suggest
 
@@ -214,7 +210,7 @@ def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | No
         else:
             reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
         for kernel in runtime.registry.kernels_named(entry.kernel_name):
-            layer_binding(kernel, str(entry.target)).set("failed", reason)
+            layer_binding(kernel, entry.target).set("failed", reason)
         if runtime.options.raises:
             raise ApplyError(reason, where=entry.origin, fix="correct the target, or leave it out")
         warn(f"{reason} ({entry.origin})")

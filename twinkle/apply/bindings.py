@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from twinkle.runtime import runtime
-from twinkle.targets import class_path, is_pattern
+from twinkle.targets import Name, Op, Pattern, class_path, is_pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
+    from twinkle.targets import Target
 
-__all__ = ["declare", "function_binding", "layer_binding", "settle_pattern"]
+__all__ = ["declare", "function_binding", "layer_binding", "settle_target"]
 
 BY_NAME = "kernel_layer_name"
 _NOT_MET = "no such function was met yet"
 
 
-def layer_binding(kernel: LayerKernel, target: type | str) -> Binding:
-    """The record of a layer kernel with a class (or with a target that no class answers to yet)."""
-    return runtime.registry.bind(kernel, target if isinstance(target, str) else class_path(target))
+def layer_binding(kernel: LayerKernel, target: type | Target) -> Binding:
+    """The record of a layer kernel with a class, or with a target that no class was met for yet."""
+    return runtime.registry.bind(kernel, class_path(target) if isinstance(target, type) else target.text)
 
 
 def function_binding(kernel: FunctionKernel) -> Binding:
     """The record of a function kernel."""
-    return runtime.registry.bind(kernel, kernel.target)
+    return runtime.registry.bind(kernel, kernel.target.text)
 
 
 def declare() -> None:
@@ -37,30 +38,43 @@ def declare() -> None:
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", _why_pending(target.target))
         if kernel.name in targets:
-            source.unbind(kernel, f"{BY_NAME}={kernel.name}")
+            source.unbind(kernel, _by_name(kernel))
         else:
-            binding = layer_binding(kernel, f"{BY_NAME}={kernel.name}")
+            binding = source.bind(kernel, _by_name(kernel))
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", "no layer of that kernel_layer_name was met yet")
     for function in source.function_kernels:
         binding = function_binding(function)
         if binding.state == "pending" and not binding.reason:
             module = function.target_module
-            binding.set("pending", _NOT_MET if function.op else f"{module} is not imported yet")
+            binding.set("pending", f"{module} is not imported yet" if module else _NOT_MET)
 
 
-def _why_pending(target: type | str) -> str:
+def _by_name(kernel: LayerKernel) -> str:
+    """What stands in the report in place of a target, for layers that name their kernel themselves."""
+    return f"{BY_NAME}={kernel.name}"
+
+
+def _why_pending(target: Target) -> str:
     import sys
 
-    module = "" if isinstance(target, type) else target.partition(":")[0]
-    if module in ("", "match") or is_pattern(module) or module in sys.modules:
-        return "no such layer was met yet"
-    return f"{module} was not imported yet"
+    if isinstance(target, Name | Pattern):
+        module = target.module
+        if not is_pattern(module) and module not in sys.modules:
+            return f"{module} was not imported yet"
+    return "no such layer was met yet"
 
 
-def settle_pattern(kernel: LayerKernel, target: LayerTarget | None) -> None:
-    """Drop the record of a pattern or a bare name now that a class answers to it."""
-    if target is None:
-        runtime.registry.unbind(kernel, f"{BY_NAME}={kernel.name}")
-    elif isinstance(target.target, str) and (is_pattern(target.target) or target.target[:6] == "match:"):
-        runtime.registry.unbind(kernel, target.target)
+def settle_target(kernels: tuple[LayerKernel, ...], entry: LayerTarget | None) -> None:
+    """Drop the records of a pattern, an op or a bare kernel name, now that a class was met for it.
+
+    Args:
+        kernels: Those that are bound to the class.
+        entry: The registration that bound them; None for a class that names its kernel itself.
+    """
+    if entry is None:
+        for kernel in kernels:
+            runtime.registry.unbind(kernel, _by_name(kernel))
+    elif isinstance(entry.target, Pattern | Op):
+        for kernel in runtime.registry.kernels_named(entry.kernel_name):
+            runtime.registry.unbind(kernel, entry.target.text)

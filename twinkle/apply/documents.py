@@ -1,4 +1,4 @@
-"""A document of bindings, the user's or the pack's: checked as a whole, then registered as a whole.
+"""A document of bindings, a user's or that of the embedded kernels: checked, then registered as a whole.
 
 Standard library only, and nothing of torch: documents are registered before a program imports it.
 """
@@ -11,6 +11,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from twinkle.records import ChosenBy, FunctionKernel, LayerKernel
     from twinkle.registry import Registry
 
 __all__ = ["register"]
@@ -23,6 +24,7 @@ def register(
     locate: Callable[[tuple[str | int, ...]], str] | None = None,
     allow_objects: bool = True,
     into: Registry | None = None,
+    chosen_by: ChosenBy = "user",
 ) -> None:
     """Validate all of a document, then register all of it.
 
@@ -32,6 +34,7 @@ def register(
         locate: Where each key of it was written; what the report calls the origin of a binding.
         allow_objects: Its values may be classes and callables: it was written in Python.
         into: What it is registered in; by default the registry of this process.
+        chosen_by: Whose choice its kernels are.
 
     Raises:
         ConfigError: Something in it cannot be right; nothing was registered.
@@ -42,4 +45,7 @@ def register(
         document, where=where, locate=locate, allow_objects=allow_objects, allow_settings=False
     )
     layers, targets, functions = checked.records()
+    kernels: tuple[LayerKernel | FunctionKernel, ...] = (*layers, *functions)
+    for kernel in kernels:
+        kernel.chosen_by = chosen_by
     (into or runtime.registry).add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)

@@ -7,31 +7,35 @@ fused forwards alone are no layers and no functions, and have no document.
 from __future__ import annotations
 
 import pkgutil
+from functools import partial
 from typing import TYPE_CHECKING
 
 from twinkle.apply import documents
+from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.recognised_functions import specialise_function
-from twinkle.apply.specialise import specialise
 from twinkle.fuse import forward as fused
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.variants import covering, declined
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
-from twinkle.targets import class_path
+from twinkle.targets import Op, class_path
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from torch import nn
 
     from twinkle.apply.recognised_functions import RecognisedFunction
+    from twinkle.match.recognition import Recognition
     from twinkle.records import Binding, FunctionKernel, LayerKernel, Source
 
-__all__ = ["defer_logits", "function_kernels", "layer_kernels", "offer"]
+__all__ = ["defer_logits", "function_kernels", "layer_rule", "offer"]
 
 _ORIGIN = "embedded"
 
 
 def offer() -> None:
-    """Register the document of the pack, once, beneath everything that a program registers itself.
+    """Register the document of the embedded kernels, once, beneath what a program registers.
 
     Raises:
         ConfigError: The document is damaged.
@@ -44,7 +48,12 @@ def offer() -> None:
     text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
     document, _ = parse(text.decode(), where)
     documents.register(
-        document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=runtime.embedded
+        document,
+        where=where,
+        locate=lambda key: _ORIGIN,
+        allow_objects=False,
+        into=runtime.embedded,
+        chosen_by="twinkle",
     )
 
 
@@ -56,42 +65,60 @@ def wanted(op: str | None) -> bool:
 
 
 def _offered(op: str) -> tuple[LayerKernel, ...]:
-    names = [
-        target.kernel_name for target in runtime.embedded.layer_targets if target.target == f"match:{op}"
-    ]
+    names = [target.kernel_name for target in runtime.embedded.layer_targets if target.target == Op(op)]
     return tuple(kernel for name in names for kernel in runtime.embedded.kernels_named(name))
 
 
-def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel, ...]:
-    """The embedded kernels for a layer, if its class is recognised and the instance keeps to it.
+def layer_rule(cls: type, where: str) -> Callable[[nn.Module], Bound | None] | None:
+    """How a layer of a class is bound to embedded kernels; None where no layer of it is.
 
     Args:
-        module: The layer.
         cls: Its class without Twinkle.
-        where: The device the kernel is for.
+        where: The device the kernels are for.
     """
     found = recognise(cls)
     if found.op is None or found.op in fused.OPS:
-        kernel = fused.layer_kernel(module, cls, where, [op for op in fused.OPS if wanted(op)])
-        return () if kernel is None else (kernel,)
+        ops = [op for op in fused.OPS if wanted(op)]
+        return partial(_with_fused_places, cls, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
     room = covering(found.op, found.form, where) if kernels else None
     if room is None:
-        return ()
+        return None
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
-        return ()
+        return None
+    return partial(_as_recognised, cls, where, found, room, kernels)
+
+
+def _with_fused_places(cls: type, where: str, ops: Sequence[str], module: nn.Module) -> Bound | None:
+    """A layer whose forward has places for fused kernels: between layers of its own."""
+    if not module._modules:
+        return None
+    kernel = fused.layer_kernel(module, cls, where, ops)
+    return None if kernel is None else Bound(module, cls, cls, (kernel,), asked_for=False)
+
+
+def _as_recognised(
+    cls: type,
+    where: str,
+    found: Recognition,
+    room: str,
+    kernels: tuple[LayerKernel, ...],
+    module: nn.Module,
+) -> Bound | None:
+    """A layer that is what its class was recognised as."""
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
-        return ()
-    if (why := declined(found.op, room, facts)) is not None:
+        return None
+    if (why := declined(str(found.op), room, facts)) is not None:
         runtime.session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
-        return ()
+        return None
 
     def source(registered: Source) -> EmbeddedLayer:
         return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
 
     sizes = tuple(parameter.shape for parameter in module.parameters())
-    return specialise(cls, kernels, facts, source, device=where, sizes=sizes)
+    made = specialise(cls, kernels, facts, source, device=where, sizes=sizes)
+    return Bound(module, cls, cls, made, asked_for=False) if made else None
 
 
 def defer_logits(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Apply function kernels: choose and load for every function of a module, then put them in place."""
+"""Apply function kernels: choose and load for every function, then put all of them in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from twinkle.apply.bindings import function_binding
-from twinkle.apply.change import Change
 from twinkle.devices import absent_reason, parse_device
 from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.modes import Mode, rank
@@ -19,11 +18,32 @@ from twinkle.swap.functions import dispatcher, function_at, put
 from twinkle.swap.placed import Placed, Placements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from twinkle.records import FunctionKernel
 
-__all__ = ["apply", "registered_modules", "unapply"]
+__all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modules", "unapply"]
+
+
+class Change:
+    """What one request put in place, layers and functions, and how to take it back.
+
+    Attributes:
+        applied: ``"module.function"`` of each function that runs a kernel.
+    """
+
+    def __init__(self) -> None:
+        self.applied: list[str] = []
+        self._steps: list[Callable[[], object]] = []
+
+    def did(self, undo: Callable[[], object]) -> None:
+        """Remember how to undo a step that was just made."""
+        self._steps.append(undo)
+
+    def undo(self) -> None:
+        """Take every step back, the last first; a second call does nothing."""
+        while self._steps:
+            self._steps.pop()()
 
 
 class _Candidates:
@@ -36,7 +56,7 @@ class _Candidates:
 def registered_modules() -> list[str]:
     """The modules that have function kernels, in registration order."""
     kernels = (*runtime.registry.function_kernels, *runtime.embedded.function_kernels)
-    return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.op is None))
+    return list(dict.fromkeys(kernel.target_module for kernel in kernels if kernel.target_module is not None))
 
 
 def _registered(module: str) -> tuple[FunctionKernel, ...]:
@@ -50,14 +70,7 @@ def _registered(module: str) -> tuple[FunctionKernel, ...]:
 
 
 def apply(
-    target_module: str,
-    *,
-    device: object,
-    mode: object,
-    strict: bool,
-    where: str,
-    change: Change | None = None,
-    must_apply: bool = True,
+    target_module: str, *, device: object, mode: object, strict: bool, where: str, must_apply: bool = True
 ) -> Change:
     """Put the kernels registered for the functions of ``target_module`` in place.
 
@@ -67,22 +80,51 @@ def apply(
         mode: Decide for it, once.
         strict: Raise on the first failure.
         where: Who asks.
-        change: Add to it; a new one when not given.
-        must_apply: With ``strict``, raise also when nothing was applied.
+        must_apply: With ``strict``, raise also when there is nothing to put in place.
 
     Raises:
-        ApplyError: As ``strict`` says; everything this call did is undone.
+        ApplyError: As ``strict`` says; everything is as it was.
+    """
+    plans = plan(target_module, device=device, mode=mode, strict=strict, where=where)
+    if strict and must_apply and not any(one.implementation for one in plans):
+        kernels = _registered(target_module)
+        reasons = [f"{kernel.target}: {function_binding(kernel).reason}" for kernel in kernels]
+        raise ApplyError(
+            f"no function kernel of {target_module} was applied",
+            where=where,
+            found="; ".join(reasons) or "none is registered for that module",
+        )
+    change = Change()
+    try:
+        commit(plans, change)
+    except BaseException:
+        change.undo()
+        raise
+    return change
+
+
+def plan(target_module: str, *, device: object, mode: object, strict: bool, where: str) -> list[FunctionPlan]:
+    """Choose and load the kernels for the functions of a module; what stands there stays.
+
+    Args:
+        target_module: As for :func:`apply`, with all that follows.
+        device: A device, or None to decide at each call.
+        mode: A mode, or None to decide at each call.
+        strict: Raise on the first failure.
+        where: Who asks.
+
+    Raises:
+        ApplyError: ``strict``, and the module cannot be imported, or a kernel cannot be used.
     """
     wanted_mode = mode if isinstance(mode, Mode) else Mode.parse(mode, where=where)
     wanted_device = parse_device(device, where=where)
-    change = change or Change()
     kernels = _registered(target_module)
-    plans: list[_Plan] = []
+    plans: list[FunctionPlan] = []
     try:
         module = _import(target_module, kernels)
         for name in dict.fromkeys(kernel.name for kernel in kernels):
             same = [kernel for kernel in kernels if kernel.name == name]
-            plans.append(_Plan(module, name, same, wanted_mode, wanted_device))
+            plans.append(FunctionPlan(module, name, same, wanted_mode, wanted_device))
             plans[-1].choose(strict=strict)
     except TwinkleError as error:
         if strict:
@@ -92,16 +134,18 @@ def apply(
                 found=error.reason,
                 fix=error.fix or "strict=False keeps the original",
             ) from error
-    applied = [done for plan in plans if (done := plan.commit(change)) is not None]
-    if strict and must_apply and not applied:
-        reasons = [f"{k.target}: {function_binding(k).reason}" for k in kernels]
-        raise ApplyError(
-            f"no function kernel of {target_module} was applied",
-            where=where,
-            found="; ".join(reasons) or "none is registered for that module",
-        )
-    change.applied += applied
-    return change
+    return plans
+
+
+def commit(plans: Iterable[FunctionPlan], change: Change) -> None:
+    """Put in place what was chosen.
+
+    Args:
+        plans: As :func:`plan` made them.
+        change: Learns what was done.
+    """
+    for one in plans:
+        one.commit(change)
 
 
 def unapply(target_module: str | None = None) -> list[str]:
@@ -127,8 +171,14 @@ def _import(name: str, kernels: tuple[FunctionKernel, ...]) -> Any:
     return sys.modules[name]  # a lazy module may have replaced what import_module returned
 
 
-class _Plan:
-    """What is to become of one function."""
+class FunctionPlan:
+    """The kernel that one function is to run, chosen and not in place yet.
+
+    Attributes:
+        target: ``module:function``.
+        implementation: What is to stand there; None leaves the original.
+        chosen: The kernels behind it.
+    """
 
     def __init__(
         self,
@@ -140,13 +190,12 @@ class _Plan:
     ) -> None:
         self.module = module
         self.name = name
-        self.target = kernels[0].target
+        self.target = kernels[0].target.text
         self.kernels = kernels
         self.mode = mode
         self.device = device
         self.implementation: Callable[..., Any] | None = None
         self.chosen: list[FunctionCandidate] = []
-        self.former: Any = None
 
     def choose(self, *, strict: bool) -> None:
         """Find the implementation for the moment asked for; none leaves the original.
@@ -155,12 +204,12 @@ class _Plan:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
         placed = runtime.of(Placements).by_target.get(self.target)
-        if placed is not None and placed.placement.displaced:
-            # The module was reloaded, or someone replaced ours: what stands there is the original now.
-            self.former = runtime.of(Placements).let_go(self.target)
-            placed = None
         try:
-            original = placed.placement.original if placed else function_at(self.module, self.name)
+            # Where the module was reloaded, or someone replaced ours, what stands there is the original now.
+            in_place = placed is not None and not placed.placement.displaced
+            original = (
+                placed.placement.original if placed and in_place else function_at(self.module, self.name)
+            )
         except TwinkleError as error:
             for kernel in self.kernels:
                 function_binding(kernel).set("failed", explain(error))
@@ -182,28 +231,41 @@ class _Plan:
         else:
             self._decide(original, usable, strict=strict)
 
-    def commit(self, change: Change) -> str | None:
-        """Put it in place; returns ``"module.function"`` when a kernel runs there afterwards."""
-        shown = self.target.replace(":", ".", 1)
+    def commit(self, change: Change) -> None:
+        """Put the kernel in place, or the original back where there is none."""
         placements = runtime.of(Placements)
         placed = placements.by_target.get(self.target)
-        if placed is not None:
+        former = None
+        if placed is not None and placed.placement.displaced:
+            former = placements.let_go(self.target)
+        elif placed is not None:
             if placed.same(self.implementation, self.chosen):
-                return shown
+                change.applied.append(self.target.replace(":", ".", 1))
+                return
             placements.restore(self.target, "another mode or device was applied")
-        if self.implementation is None:
-            return None
-        placement = put(self.module, self.name, self.implementation, check=False)
+        if self.implementation is not None:
+            self._put(self.implementation, former)
+            change.did(partial(placements.restore, self.target, "taken back"))
+            change.applied.append(self.target.replace(":", ".", 1))
+
+    def _put(self, implementation: Callable[..., Any], former: Any) -> None:
+        """Put the implementation under every name of the function.
+
+        Args:
+            implementation: As chosen.
+            former: The original before the module was reloaded, whose names are to have it as well.
+        """
+        placement = put(self.module, self.name, implementation, check=False)
         target = self.target.partition(":")[0]
         rebound = []
         if "." not in self.name:
             rebound = aliases.rebind(placement.original, placement.implementation, target=target)
-            if self.former is not None:
-                rebound += aliases.rebind(self.former, placement.implementation)
+            if former is not None:
+                rebound += aliases.rebind(former, placement.implementation)
         # Asked of every function in the process: too much for what nobody named.
-        by_name = any(candidate.kernel.source.kind != "embedded" for candidate in self.chosen)
-        stale = aliases.stale(placement.original, target=target) if by_name else []
-        placements.by_target[self.target] = Placed(placement, rebound, self.chosen)
+        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
+        stale = aliases.stale(placement.original, target=target) if named else []
+        runtime.of(Placements).by_target[self.target] = Placed(placement, rebound, self.chosen)
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
             for alias in stale:
@@ -212,11 +274,9 @@ class _Plan:
                 candidate.mark_active()
             else:
                 candidate.mark_pending()
-        change.did(partial(placements.restore, self.target, "taken back"))
-        return shown
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
-        if not {kernel.name, kernel.target, kernel.target.replace(":", ".", 1)}.isdisjoint(
+        if not {kernel.name, self.target, self.target.replace(":", ".", 1)}.isdisjoint(
             runtime.options.disabled
         ):
             return "switched off by TWINKLE_DISABLE"
@@ -288,7 +348,7 @@ def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
     candidates = runtime.of(_Candidates).by_target
     known = candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
-        proofs = runtime.options.proofs(kernel.verify, kind=kernel.source.kind)
+        proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
         candidate = FunctionCandidate(
             kernel,
             function_binding(kernel),

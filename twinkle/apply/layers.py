@@ -1,26 +1,34 @@
-"""Kernelize a model: plan for every module first, then put all of it in place, or nothing."""
+"""Kernelize a model in three passes: match every module, plan all swaps, commit all of them.
+
+Matching (:mod:`twinkle.apply.matching`) and planning touch nothing of the model, so an error in either
+leaves it as it was. Functions are planned after the layers and committed after them.
+"""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from twinkle.apply import functions
-from twinkle.apply.bindings import layer_binding, settle_pattern
-from twinkle.apply.change import Change
-from twinkle.apply.specialise import specialise
+from twinkle.apply.bindings import layer_binding, settle_target
+from twinkle.apply.functions import Change
+from twinkle.apply.matching import match
 from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
 from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
-from twinkle.sources.specialised import SpecialisedSource
 from twinkle.swap import layers as swap
 from twinkle.swap.candidate import Candidate
-from twinkle.targets import class_path, defining_match, parse_target
+from twinkle.targets import class_path
 
 if TYPE_CHECKING:
-    from twinkle.records import LayerKernel, LayerTarget, Source
+    from collections.abc import Iterable
+
+    from twinkle.apply.bound import Bound
+    from twinkle.apply.functions import FunctionPlan
+    from twinkle.records import LayerKernel
 
 __all__ = ["kernelize", "kernelize_layers", "unkernelize"]
 
@@ -63,7 +71,7 @@ class Wanted:
 def kernelize(
     model: nn.Module | None, *, mode: object, device: object, use_fallback: bool, where: str
 ) -> Change:
-    """Plan layers and functions, then put both in place.
+    """Put the registered kernels in place of layers and of functions, or nothing.
 
     Raises:
         ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
@@ -75,73 +83,57 @@ def kernelize(
         raise ConfigError(
             "not a model", where=where, found=repr(type(model)), expected="an nn.Module, or None"
         )
-    change = Change()
-    try:
-        if model is not None:
-            wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
-            _put_layers(model, wanted, change)
-            _found_functions(model, None)
-        function_device = wanted_device
-        if function_device is None and model is not None:
-            function_device = _device_of(model, None)
-        for module in functions.registered_modules():
-            change.applied += functions.apply(
-                module,
-                device=function_device,
-                mode=wanted_mode,
-                strict=not use_fallback,
-                where=where,
-                change=change,
-                must_apply=False,
-            ).applied
-    except BaseException:
-        change.undo()
-        raise
-    return change
+    layers = None
+    function_device = wanted_device
+    if model is not None:
+        wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
+        layers = plan(match(model, None), wanted, model)
+        _recognised_functions(model, None)
+        function_device = wanted_device or _device_of(model, None)
+    function_plans = [
+        made
+        for module in functions.registered_modules()
+        for made in functions.plan(
+            module, device=function_device, mode=wanted_mode, strict=not use_fallback, where=where
+        )
+    ]
+    return _commit(layers, function_plans)
 
 
 def kernelize_layers(model: nn.Module) -> Change:
     """Put layer kernels in place as the settings in force say; they load at the first forward.
 
-    The embedded kernels come last: what was bound by name or by structure goes first.
+    The embedded kernels come last: what was bound by name or by structure goes first. With them come the
+    functions beside the layers that were recognised, and the loss, which is neither function nor layer.
     """
-    wanted = Wanted(
-        runtime.options.mode, runtime.options.device, use_fallback=runtime.options.use_fallback, load=False
-    )
-    change = Change()
-    try:
-        _put_layers(model, wanted, change)
-        _put_functions(model)
-    except BaseException:
-        change.undo()
-        raise
-    return change
-
-
-def _put_functions(model: nn.Module) -> None:
-    """What was bound to ops that are functions, and the loss, which is neither function nor layer."""
-    device = _embedded_device()
-    for module, asked_for in _found_functions(model, device).items():
-        functions.apply(
-            module,
-            device=runtime.options.device,
-            mode=runtime.options.mode,
-            strict=asked_for and runtime.options.raises,
-            where="activation",
-            must_apply=False,
-        )
-    if device is not None:
+    options = runtime.options
+    wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
+    embedded_on = _embedded_device()
+    if embedded_on is not None:
         from twinkle.apply import embedded
 
-        embedded.defer_logits(model)
-
-
-def _found_functions(model: nn.Module, device: str | None) -> dict[str, bool]:
-    if device is None and not any(kernel.op for kernel in runtime.registry.function_kernels):
-        return {}
-    from twinkle.apply import recognised_functions as found
-
-    return found.register(model, device)
+        embedded.offer()
+    layers = plan(match(model, embedded_on), wanted, model)
+    function_plans = [
+        made
+        for module, asked_for in _recognised_functions(model, embedded_on).items()
+        for made in functions.plan(
+            module,
+            device=options.device,
+            mode=options.mode,
+            strict=asked_for and options.raises,
+            where="activation",
+        )
+    ]
+    change = _commit(layers, function_plans)
+    if embedded_on is not None:
+        try:
+            # Planned and committed by itself: it has to see what is in place of the head by now.
+            embedded.defer_logits(model)
+        except BaseException:
+            change.undo()
+            raise
+    return change
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -153,66 +145,135 @@ def unkernelize(model: nn.Module | None) -> None:
         swap.swap_out(module)
 
 
-def _put_layers(model: nn.Module, wanted: Wanted, change: Change) -> None:
+def _embedded_device() -> str | None:
+    """The device of the embedded kernels, where they were asked for."""
+    if runtime.options.kernels == "off" or not runtime.options.kernels:
+        return None
+    from twinkle.ops.variants import device
+
+    return device()
+
+
+def _recognised_functions(model: nn.Module, embedded_on: str | None) -> dict[str, bool]:
+    """Register kernels for recognised functions: the modules that have new ones, and whether asked for."""
+    if embedded_on is None and not any(kernel.op for kernel in runtime.registry.function_kernels):
+        return {}
+    from twinkle.apply import recognised_functions
+
+    if embedded_on is None:
+        return recognised_functions.register(model, None)
+    from twinkle.apply import embedded
+
+    return recognised_functions.register(model, partial(embedded.function_kernels, where=embedded_on))
+
+
+def _commit(layers: LayerPlans | None, function_plans: Iterable[FunctionPlan]) -> Change:
+    """Put all that was planned in place, or nothing."""
+    change = Change()
+    try:
+        if layers is not None:
+            layers.commit(change)
+        functions.commit(function_plans, change)
+    except BaseException:
+        change.undo()
+        raise
+    return change
+
+
+def plan(bound: Iterable[Bound], wanted: Wanted, model: nn.Module) -> LayerPlans:
+    """Work out the swaps for the modules that kernels are bound to; records change, the model does not.
+
+    Args:
+        bound: As matched.
+        wanted: The moment asked for.
+        model: Tells the device of modules that have no tensors.
+
+    Raises:
+        ApplyError: A module that was asked for has no kernel that can be used, and there is no fallback.
+    """
+    plans = LayerPlans(wanted)
     absent = absent_reason(wanted.device)
-    embedded_on = None if wanted.load else _embedded_device()
-    if embedded_on is not None:
-        from twinkle.apply import embedded
-
-        embedded.offer()
-    plans: dict[object, _ClassPlan | None] = {}
-    chosen: list[swap.Plan] = []
     model_device = None
-    for module in model.modules():
-        cls = swap.original_class(module)
-        if cls not in plans:
-            plans[cls] = _plan_class(cls)
-        plan = plans[cls]
-        if plan is not None and plan.matched:
-            plan = _plan_fitted(module, plan, plans)
-        if plan is None and embedded_on is not None:
-            kernels = embedded.layer_kernels(module, cls, embedded_on)
-            plan = _plan_of(kernels, cls, cls, plans, asked_for=False) if kernels else None
-        if plan is None:
+    for one in bound:
+        group = plans.group_of(one)
+        if absent is not None or not group.candidates:
+            group.skip(absent or "none of its kernels is for a device of this machine", wanted)
             continue
-        if absent is not None or not plan.candidates:
-            plan.skip(absent or "none of its kernels is for a device of this machine", wanted)
-            continue
-        if wanted.load and not plan.settled:
+        if wanted.load and not group.settled:
             model_device = model_device or _device_of(model, None) or "cpu"
-            plan.settle(module, wanted, model_device)
-        plan.placed += 1
-        if plan.made is not None and plan.made.also(module):
-            continue
-        made = swap.plan(module, plan.candidates, pinned=wanted.mode)
-        if isinstance(made, str):
-            plan.placed -= 1
-            plan.leave(made, wanted)
-        else:
-            plan.made = made
-            chosen.append(made)
-    for made in chosen:
-        if made.commit():
-            change.did(made.undo)
-    for plan in plans.values():
-        if plan is not None:
-            plan.tell()
+            group.settle(one.module, wanted, model_device)
+        made = group.swap_for(one.module, wanted)
+        if made is not None:
+            plans.swaps.append(made)
+    return plans
 
 
-class _ClassPlan:
-    """The kernels for one class of a model."""
+class LayerPlans:
+    """The swaps for the layers of a model, none of which was made yet.
+
+    Attributes:
+        swaps: In the order in which they are made.
+    """
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.wanted = wanted
+        self.swaps: list[swap.Plan] = []
+        self._groups: dict[tuple[type, tuple[LayerKernel, ...]], _Group] = {}
+
+    def group_of(self, bound: Bound) -> _Group:
+        """The modules of one class with the same kernels; layers of a class may be of several kinds."""
+        key = (bound.cls, bound.kernels)
+        group = self._groups.get(key)
+        if group is None:
+            if bound.asked_for:
+                settle_target(bound.kernels, bound.entry)
+            candidates = tuple(
+                _candidate(kernel, bound.target) for kernel in bound.kernels if _usable(kernel, bound.target)
+            )
+            group = self._groups[key] = _Group(bound.cls, bound.target, candidates, asked_for=bound.asked_for)
+        return group
+
+    def commit(self, change: Change) -> None:
+        """Make every swap, then bring the records up to date."""
+        for made in self.swaps:
+            if made.commit():
+                change.did(made.undo)
+        for group in self._groups.values():
+            group.tell()
+
+
+class _Group:
+    """The modules of one class that have the same kernels.
+
+    Attributes:
+        candidates: The kernels that may run on this machine.
+        settled: Whether kernels were loaded for the moment asked for.
+        placed: How many modules are to have them.
+    """
 
     def __init__(
-        self, cls: type, target: type, candidates: tuple[Candidate, ...], *, asked_for: bool = True
+        self, cls: type, target: type, candidates: tuple[Candidate, ...], *, asked_for: bool
     ) -> None:
-        self.asked_for = asked_for
-        self.matched: tuple[LayerKernel, ...] = ()
         self.cls = cls
         self.target = target
         self.candidates = candidates
+        self.asked_for = asked_for
         self.settled = False
         self.placed = 0
-        self.made: swap.Plan | None = None
+        self._last: swap.Plan | None = None
+
+    def swap_for(self, module: nn.Module, wanted: Wanted) -> swap.Plan | None:
+        """A swap of that module; None where an earlier one holds for it too, or none can be made."""
+        if self._last is not None and self._last.also(module):
+            self.placed += 1
+            return None
+        made = swap.plan(module, self.candidates, pinned=wanted.mode)
+        if isinstance(made, str):
+            self.leave(made, wanted)
+            return None
+        self.placed += 1
+        self._last = made
+        return made
 
     def skip(self, reason: str, wanted: Wanted) -> None:
         """The request is for a device that is not there: keep the originals."""
@@ -296,67 +357,8 @@ def _device_of(module: nn.Module, default: str | None) -> str | None:
     return default if first is None else current_type(first.device.type)
 
 
-def _plan_class(cls: type) -> _ClassPlan | None:
-    """What is registered for modules of a class; worked out once per state of the registry."""
-    found = _bound_name(cls)
-    if found is None:
-        return None
-    target, name, by = found
-    kernels = runtime.registry.kernels_named(name)
-    if not kernels:
-        return None
-    if by is not None and isinstance(by.target, str) and by.target.startswith("match:"):
-        for kernel in kernels:
-            settle_pattern(kernel, by)
-        plan = _ClassPlan(cls, target, ())
-        plan.matched = kernels
-        return plan
-    usable = [kernel for kernel in kernels if _usable(kernel, target, by)]
-    return _ClassPlan(cls, target, tuple(_candidate(kernel, target) for kernel in usable))
-
-
-def _plan_fitted(module: nn.Module, plan: _ClassPlan, plans: dict[object, _ClassPlan | None]) -> _ClassPlan:
-    """The kernels that were bound to an op, for what this instance of it is."""
-    from twinkle.match.structure import check_instance, recognise
-
-    found = recognise(plan.cls)
-    checked = check_instance(found, module)
-    facts = checked if isinstance(checked, dict) else str(checked)
-
-    def source(registered: Source) -> SpecialisedSource:
-        return SpecialisedSource(registered, str(found.op), found.form, facts)
-
-    return _plan_of(specialise(plan.cls, plan.matched, facts, source), plan.cls, plan.target, plans)
-
-
-def _plan_of(
-    kernels: tuple[LayerKernel, ...],
-    cls: type,
-    target: type,
-    plans: dict[object, _ClassPlan | None],
-    *,
-    asked_for: bool = True,
-) -> _ClassPlan:
-    """The plan for kernels that are for one kind of instance; layers of one class may be of several."""
-    plan = plans.get(kernels)
-    if plan is None:
-        usable = [kernel for kernel in kernels if _usable(kernel, target, None)]
-        candidates = tuple(_candidate(kernel, target) for kernel in usable)
-        plan = plans[kernels] = _ClassPlan(cls, target, candidates, asked_for=asked_for)
-    return plan
-
-
-def _embedded_device() -> str | None:
-    """Where the embedded kernels run, when they were asked for."""
-    if runtime.options.kernels == "off" or not runtime.options.kernels:
-        return None
-    from twinkle.ops.variants import device
-
-    return device()
-
-
-def _usable(kernel: LayerKernel, target: type, by: LayerTarget | None) -> bool:
-    settle_pattern(kernel, by)
+def _usable(kernel: LayerKernel, target: type) -> bool:
+    """Whether a kernel may run on this machine; why not is in its record."""
     binding = layer_binding(kernel, target)
     if kernel.name in runtime.options.disabled:
         binding.set("skipped", "switched off by TWINKLE_DISABLE")
@@ -374,7 +376,7 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
     candidates = runtime.of(_Candidates).by_kernel
     known = candidates.get(key)
     if known is None or known.kernel is not kernel:
-        proofs = runtime.options.proofs(kernel.verify, kind=kernel.source.kind)
+        proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
         known = candidates[key] = Candidate(
             kernel,
             layer_binding(kernel, target),
@@ -383,24 +385,3 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
             recall=runtime.options.recalls(kernel.verify),
         )
     return known
-
-
-def _bound_name(cls: type) -> tuple[type, str, LayerTarget | None] | None:
-    """The target class, the kernel name bound to it and by what; the newest registration wins."""
-    for entry in reversed(runtime.registry.layer_targets):
-        if isinstance(entry.target, str) and entry.target.startswith("match:"):
-            from twinkle.match.structure import recognise
-
-            if recognise(cls).op == entry.target.removeprefix("match:"):
-                return cls, entry.kernel_name, entry
-            continue
-        target = entry.target if isinstance(entry.target, type) else parse_target(entry.target)
-        match = defining_match(cls, target)
-        if match is not None:
-            return match, entry.kernel_name, entry
-    running = getattr(cls, "forward", None)
-    for base in cls.__mro__:
-        name = base.__dict__.get("kernel_layer_name")
-        if isinstance(name, str) and getattr(base, "forward", None) is running:
-            return (base, name, None) if runtime.registry.kernels_named(name) else None
-    return None

@@ -9,17 +9,16 @@ from twinkle.apply.bindings import function_binding
 from twinkle.match.structure import recognise
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.op_names import FUNCTION_OPS
-from twinkle.records import FunctionKernel
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import nn
 
     from twinkle.match.recognition import Recognition
-    from twinkle.records import Source
+    from twinkle.records import FunctionKernel, Source
 
 __all__ = ["RecognisedFunction", "register", "specialise_function"]
 
@@ -48,13 +47,15 @@ class _Functions:
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
 
 
-def register(model: nn.Module, device: str | None) -> dict[str, bool]:
+def register(
+    model: nn.Module, offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None
+) -> dict[str, bool]:
     """Register kernels for the functions beside the classes of a model that were bound to their op.
 
     Args:
         model: The model.
-        device: What the embedded kernels are for, which are offered where nothing else was bound; None
-            where they are off.
+        offered: Gives the embedded kernels for a function, which are taken where nothing else was bound;
+            None where they are off.
 
     Returns:
         The modules that have new ones, and whether somebody asked for them.
@@ -67,13 +68,13 @@ def register(model: nn.Module, device: str | None) -> dict[str, bool]:
             function_binding(kernel).set("skipped", "switched off by TWINKLE_DISABLE")
         else:
             bound.setdefault(kernel.op, []).append(kernel)
-    if not bound and device is None:
+    if not bound and offered is None:
         return {}
     changed: dict[str, bool] = {}
     for module in dict.fromkeys(type(layer).__module__ for layer in model.modules()):
         for found in _functions_of(module):
             asked_for = _registered(found, bound.get(str(found.recognition.op), ()))
-            if asked_for or (device is not None and _offered(found, device)):
+            if asked_for or (offered is not None and _taken(offered(found))):
                 changed[module] = changed.get(module, False) or asked_for
     return changed
 
@@ -81,12 +82,12 @@ def register(model: nn.Module, device: str | None) -> dict[str, bool]:
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
     """Register what was bound to the op of a function, unless something was bound to the function."""
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
-    if any(not isinstance(kernel.source, SpecialisedSource) for kernel in named):
+    if any(not kernel.recognised for kernel in named):
         return False
     op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
     made = []
     for kernel in kernels:
-        runtime.registry.unbind(kernel, kernel.target)
+        runtime.registry.unbind(kernel, kernel.target.text)
         made.append(
             specialise_function(
                 kernel, found, lambda s: SpecialisedSource(s, str(op), form, facts, found.original)
@@ -97,12 +98,9 @@ def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) ->
     return bool(made)
 
 
-def _offered(found: RecognisedFunction, device: str) -> bool:
-    from twinkle.apply import embedded
-
-    made = tuple(
-        k for k in embedded.function_kernels(found, device) if k not in runtime.embedded.function_kernels
-    )
+def _taken(kernels: Sequence[FunctionKernel]) -> bool:
+    """Register embedded kernels, unless they are."""
+    made = tuple(kernel for kernel in kernels if kernel not in runtime.embedded.function_kernels)
     runtime.embedded.add(function_kernels=made)
     return bool(made)
 
@@ -126,15 +124,7 @@ def specialise_function(
     made_before = runtime.of(_Functions).specialised
     known = made_before.get(key)
     if known is None or known[0] is not found.original:
-        made = FunctionKernel(
-            found.name,
-            found.module,
-            source(kernel.source),
-            device=kernel.device or device,
-            mode=kernel.mode,
-            verify=kernel.verify,
-            origin=kernel.origin,
-        )
+        made = kernel.specialised(source(kernel.source), module=found.module, name=found.name, device=device)
         known = made_before[key] = (found.original, made)
     return known[1]
 

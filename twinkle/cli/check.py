@@ -8,6 +8,7 @@ import sys
 
 from twinkle import config
 from twinkle.errors import TwinkleError
+from twinkle.targets import Name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -101,13 +102,13 @@ def _records(settings: Settings) -> Iterator[Records]:
 def _rows(records: Records) -> Iterator[Row]:
     layers, targets, functions = records
     for layer in layers:
-        named = [_name(target.target) for target in targets if target.kernel_name == layer.name]
+        named = [target.target.text for target in targets if target.kernel_name == layer.name]
         for target in named or [f"classes with kernel_layer_name = {layer.name!r}"]:
             when = f"{layer.device or 'any device'}, {layer.mode or 'any mode'}"
             yield target, layer.source.describe(), when, layer.origin
     for function in functions:
         when = f"{function.device or 'any device'}, {function.mode or 'any mode'}"
-        yield function.target, function.source.describe(), when, function.origin
+        yield function.target.text, function.source.describe(), when, function.origin
 
 
 def _table(rows: list[Row]) -> None:
@@ -118,10 +119,6 @@ def _table(rows: list[Row]) -> None:
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True)]
         print(f"  {cells[0]}  <-  {cells[1]}  {cells[2]}  {row[3]}")
-
-
-def _name(target: type | str) -> str:
-    return target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
 
 
 def _shown(value: object) -> str:
@@ -142,20 +139,19 @@ def _load(records: Records) -> int:
     ]:
         failed += not _try(f"kernel {name}", source.load)
     for target in targets:
-        if isinstance(target.target, str) and "*" not in target.target and target.target[:6] != "match:":
+        if isinstance(target.target, Name):
             failed += not _try(f"target {target.target}", _find, target.target)
     for function in functions:
-        if function.op is None:
+        if isinstance(function.target, Name):
             failed += not _try(f"target {function.target}", _find, function.target)
     return 1 if failed else 0
 
 
-def _find(target: str) -> None:
+def _find(target: Name) -> None:
     from importlib import import_module
 
-    module, _, name = target.partition(":")
-    found: object = import_module(module)
-    for part in name.split("."):
+    found: object = import_module(target.module)
+    for part in target.name.split("."):
         found = getattr(found, part)
 
 

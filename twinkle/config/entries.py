@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from twinkle.errors import ConfigError
+from twinkle.targets import Op
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from twinkle.modes import Mode
     from twinkle.records import FunctionKernel, LayerKernel, LayerTarget, Source
+    from twinkle.targets import Target
 
     Records = tuple[tuple[LayerKernel, ...], tuple[LayerTarget, ...], tuple[FunctionKernel, ...]]
 
@@ -131,7 +133,7 @@ class LayerEntry(Entry):
     """An entry of ``layers``.
 
     Attributes:
-        targets: Classes, ``module:Class``, patterns, and ``match:op`` for a match by structure.
+        targets: The layer classes that the kernel is for.
         attributes: What the kernel reads and its target lacks.
     """
 
@@ -139,7 +141,7 @@ class LayerEntry(Entry):
 
     kind = "layer"
 
-    targets: tuple[type | str, ...]
+    targets: tuple[Target, ...]
     attributes: Mapping[str, object]
 
     @property
@@ -157,19 +159,19 @@ class FunctionEntry(Entry):
     """An entry of ``functions``.
 
     Attributes:
-        target_module: The module that defines the function; ``match:op`` for a match by structure.
+        target_module: The module that defines the function, or the op that it is recognised as.
     """
 
     __slots__ = ("target_module",)
 
     kind = "function"
 
-    target_module: str
+    target_module: str | Op
 
     @property
     def key(self) -> Hashable:
         """Target, device and mode."""
-        name = None if self.target_module.startswith("match:") else self.name
+        name = None if isinstance(self.target_module, Op) else self.name
         return (self.target_module, name, self.device, self.mode)
 
     @property
@@ -225,15 +227,15 @@ def records_of(
 
     errors: list[ConfigError] = []
     layer_kernels: list[LayerKernel] = []
-    layer_targets: dict[tuple[object, str], LayerTarget] = {}
+    layer_targets: dict[tuple[Target, str], LayerTarget] = {}
     function_kernels: list[FunctionKernel] = []
     for layer in layers:
         if not layer.enabled:
             continue
         try:
             for target in layer.targets:
-                if isinstance(target, str) and target.startswith("match:"):
-                    check_op(target, layer)
+                if isinstance(target, Op):
+                    check_op(target.op, layer)
                 # The registry keeps the last of two records for one target.
                 layer_targets.setdefault(
                     (target, layer.name), LayerTarget(target, layer.name, origin=layer.origin)
@@ -255,8 +257,8 @@ def records_of(
         if not function.enabled:
             continue
         try:
-            if function.target_module.startswith("match:"):
-                check_op(function.target_module, function)
+            if isinstance(function.target_module, Op):
+                check_op(function.target_module.op, function)
             function_kernels.append(
                 FunctionKernel(
                     function.name,
@@ -274,13 +276,12 @@ def records_of(
     return tuple(layer_kernels), tuple(layer_targets.values()), tuple(function_kernels)
 
 
-def check_op(target: str, entry: Entry) -> None:
+def check_op(op: str, entry: Entry) -> None:
     """``match = "op"`` names an op that layers, or functions, are recognised as."""
     from twinkle.errors import suggest
     from twinkle.op_names import FUNCTION_OPS, LAYER_OPS
 
     ops = LAYER_OPS if entry.kind == "layer" else FUNCTION_OPS
-    op = target.partition(":")[2]
     if op not in ops:
         raise ConfigError(
             "unknown op",

@@ -12,11 +12,13 @@ from twinkle.devices import parse_device
 from twinkle.errors import ConfigError, suggest
 from twinkle.modes import Mode
 from twinkle.op_names import OPS, hint
-from twinkle.targets import parse_target
+from twinkle.targets import Class, parse_target
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from twinkle.targets import Target
 
     Check = Callable[[object, bool], object]
 
@@ -334,16 +336,16 @@ def _repo(value: object, objects: bool) -> object:
 
 
 def _target(value: object, objects: bool) -> object:
-    """One or several classes, ``module:Class`` or patterns, as a tuple."""
+    """One or several classes, ``module:Class`` or patterns, as a tuple of targets."""
     items = value if isinstance(value, (list, tuple)) else (value,)
     if not items:
         raise WrongError("no target", _TARGET, "name a class, or leave the key out")
-    kept: list[object] = []
+    kept: list[Target] = []
     for item in items:
         if objects and isinstance(item, type):
-            kept.append(item)
+            kept.append(Class(item))
         elif isinstance(item, str):
-            kept.append(_pattern(item))
+            kept.append(_named_target(item))
         else:
             raise WrongError("wrong type", _TARGET, "write module and class in quotes", found=shown(item))
     return tuple(dict.fromkeys(kept))
@@ -352,9 +354,9 @@ def _target(value: object, objects: bool) -> object:
 _TARGET = '"package.module:Class", a pattern of that form ("models.*.modeling_*:*MLP"), or a list'
 
 
-def _pattern(text: str) -> str:
+def _named_target(text: str) -> Target:
     try:
-        return parse_target(text).text
+        return parse_target(text)
     except ConfigError as error:
         fix = error.fix
         if fix is None and text.isidentifier():

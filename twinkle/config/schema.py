@@ -19,6 +19,7 @@ from twinkle.config.fields import (
 from twinkle.config.locations import Locations, dotted, printable
 from twinkle.config.one_source import check_source, keys_of, source_spec
 from twinkle.errors import ConfigError, suggest
+from twinkle.targets import Op
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -384,7 +385,7 @@ class _Validation:
         entry = LayerEntry(name, **self.common(path, kept, given, LayerEntry.kind))
         targets = kept.get("target", ())
         if "match" in kept:
-            targets = (*targets, f"match:{kept['match']}")
+            targets = (*targets, Op(kept["match"]))
         entry.targets = targets
         entry.attributes = kept.get("attributes", {})
         return entry
@@ -417,7 +418,7 @@ class _Validation:
                 fix='add target_module = "package.module"',
             )
         entry = FunctionEntry(name, **self.common(path, kept, given, FunctionEntry.kind))
-        entry.target_module = f"match:{kept['match']}" if "match" in kept else kept.get("target_module", "")
+        entry.target_module = Op(kept["match"]) if "match" in kept else kept.get("target_module", "")
         return entry
 
     # --- between entries ----------------------------------------------------------------------

@@ -172,6 +172,6 @@ class _Source:
 
 def _candidate(part: str, kernel: type[nn.Module], target: type) -> Candidate:
     source = _Source(part, kernel)
-    record = LayerKernel("causal_lm_loss", source, origin="embedded")
+    record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))

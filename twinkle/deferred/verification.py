@@ -105,7 +105,7 @@ class Verifications:
             return known
         grad = torch.is_grad_enabled()
         ok = True
-        if runtime.options.proofs(candidate.kernel.verify, kind="embedded"):
+        if runtime.options.proofs(candidate.kernel.verify, bound_by_name=False):
             verdict = proof.prove_loss(
                 weight.to(head.dtype),
                 None if bias is None else bias.to(head.dtype),

@@ -119,7 +119,13 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
         # Each place proves itself: the forward around it may not run twice.
         known[key] = LayerKernel(
-            name, FusedForward(draft, sites), device=where, verify="off", origin="embedded"
+            name,
+            FusedForward(draft, sites),
+            device=where,
+            verify="off",
+            origin="embedded",
+            chosen_by="twinkle",
+            recognised=True,
         )
     return known[key]
 
@@ -163,7 +169,7 @@ class FusedForward:
 
     def step(self, place: Place) -> FusedStep:
         """What the forward calls at a place, with nothing proven yet."""
-        proofs = runtime.options.proofs(None, kind="embedded")
+        proofs = runtime.options.proofs(None, bound_by_name=False)
         recall = runtime.options.recalls(None)
         if isinstance(place, SumThenLayer):
             return SumStep(self, proofs=proofs, recall=recall)

@@ -94,7 +94,7 @@ def unswapped(cls: type) -> type | str:
     dispatch = vars(core).get("__twinkle__")
     if dispatch is None:
         return core
-    if any(candidate.kernel.source.kind != "embedded" for candidate in dispatch.candidates):
+    if any(candidate.kernel.chosen_by != "twinkle" for candidate in dispatch.candidates):
         return f"{core.__name__} has a kernel of its own"
     plain: type = dispatch.target
     return plain

@@ -24,7 +24,7 @@ def rotation_of(function: Any) -> RotaryForm | str:
     A function that an embedded kernel was put in the place of is what it was before.
     """
     placed = placed_as(function)
-    if placed is not None and any(kind != "embedded" for kind in placed.kinds):
+    if placed is not None and not placed.chosen_by_twinkle:
         return "the rotation has a kernel of its own"
     function = plain_rotation(function)
     if isinstance(function, nn.Module) and hooked(function):

@@ -5,9 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-import sys
-
-from twinkle.errors import TwinkleWarning
+from twinkle.errors import warn
 from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
@@ -74,17 +72,7 @@ def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
         try:
             handler(failure)
         except Exception as second:
-            _warn(f"the failure handler raised {type(second).__name__}: {second}")
+            warn(f"the failure handler raised {type(second).__name__}: {second}")
     if strict:
         raise error
-    _warn(f"{failure}; the program goes on without it")
-
-
-def _warn(text: str) -> None:
-    import warnings
-
-    try:
-        warnings.warn(text, TwinkleWarning, stacklevel=4)
-    except Warning:
-        # Under -W error the warning is raised, here, in the middle of the program's import.
-        print(f"TwinkleWarning: {text}", file=sys.stderr)
+    warn(f"{failure}; the program goes on without it")

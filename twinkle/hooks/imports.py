@@ -24,7 +24,17 @@ if TYPE_CHECKING:
     from types import ModuleType
     from typing import Any
 
-__all__ = ["Installed", "Watch", "bypassed", "catch_up", "install", "missed", "uninstall", "watch_module"]
+__all__ = [
+    "Installed",
+    "Watch",
+    "Watches",
+    "bypassed",
+    "catch_up",
+    "install",
+    "missed",
+    "uninstall",
+    "watch_module",
+]
 
 
 class Watch:
@@ -61,9 +71,9 @@ class Watch:
     def cancel(self) -> None:
         """Do not call back any more; what the callback did stays done."""
         self.active = False
-        with _table().lock:
-            _table().watches = tuple(watch for watch in _table().watches if watch is not self)
-            _table().tell()
+        with _watches().lock:
+            _watches().all = tuple(watch for watch in _watches().all if watch is not self)
+            _watches().tell()
 
     def has_run(self, name: str, module: object) -> bool:
         """The callback ran for that very module object."""
@@ -72,7 +82,7 @@ class Watch:
 
     def claim(self, name: str, module: object, *, again: bool) -> bool:
         """Whether the caller is to run the callback; of several callers only one is."""
-        with _table().lock:
+        with _watches().lock:
             if not self.active or (self.has_run(name, module) and not again):
                 return False
             self._seen[name] = _reference(module)
@@ -90,68 +100,100 @@ class Watch:
 
 
 class Installed:
-    """The handle of :func:`install`: leaving its ``with`` block uninstalls."""
+    """The handle of :func:`install`: takes back what came in by it, and nothing of anybody else's.
+
+    That is the finder, where it was not in ``sys.meta_path`` before, and the watches begun since then.
+    Leaving a ``with`` block does the same.
+    """
+
+    def __init__(self, *, put_in: bool, before: tuple[Watch, ...]) -> None:
+        self._put_in = put_in
+        self._before = before
+        self._done = False
 
     def uninstall(self) -> None:
-        """Same as :func:`uninstall`."""
-        uninstall()
+        """Cancel those watches and take the finder out; a second call does nothing."""
+        if self._done:
+            return
+        self._done = True
+        watches = _watches()
+        with watches.lock:
+            for watch in watches.all:
+                if watch not in self._before:
+                    watch.cancel()
+            if self._put_in:
+                watches.take_finder_out()
 
     def __enter__(self) -> Installed:
         return self
 
     def __exit__(self, *_: object) -> None:
-        uninstall()
+        self.uninstall()
 
 
-class _Table:
-    """Who waits for what. Readers take the tuple; it is replaced, never changed."""
+class Watches:
+    """Who waits for which modules, and the finder that sees them come in.
+
+    Attributes:
+        lock: Held by whoever changes the table; taken anew in a forked child.
+        all: Readers take the tuple; it is replaced, never changed.
+        bypassed: The modules that came in without the finder, and past whom, in words.
+    """
 
     def __init__(self) -> None:
         self.lock = RLock()
-        self.watches: tuple[Watch, ...] = ()
+        self.all: tuple[Watch, ...] = ()
         self.finder = Finder(_loaded)
         self.bypassed: dict[str, str] = {}
 
     def close(self) -> None:
         """Take our finder out and cancel every watch."""
         with self.lock:
-            for at, finder in enumerate(sys.meta_path):
-                if finder is self.finder:
-                    del sys.meta_path[at]
-                    break
-            for watch in self.watches:
+            self.take_finder_out()
+            for watch in self.all:
                 watch.active = False
-            self.watches = ()
+            self.all = ()
             self.bypassed.clear()
             self.tell()
 
+    def take_finder_out(self) -> None:
+        """Modules that are imported from now on are not seen."""
+        for at, finder in enumerate(sys.meta_path):
+            if finder is self.finder:
+                del sys.meta_path[at]
+                break
+
     def tell(self) -> None:
         """Let the finder know what is watched."""
-        exact = [watch.name for watch in self.watches if not is_pattern(watch.name)]
-        patterns = [watch.name for watch in self.watches if is_pattern(watch.name)]
+        exact = [watch.name for watch in self.all if not is_pattern(watch.name)]
+        patterns = [watch.name for watch in self.all if is_pattern(watch.name)]
         self.finder.watch(exact, patterns)
 
     def after_fork(self) -> None:
+        """In a child: other threads hold locks there for ever, and search for nothing."""
         self.lock = RLock()
         self.finder.forget_threads()
 
 
-def _table() -> _Table:
-    return runtime.of(_Table)
+def _watches() -> Watches:
+    return runtime.of(Watches)
 
 
 def install() -> Installed:
     """Put our finder at the front of ``sys.meta_path``, if it is not in there."""
-    with _table().lock:
-        if not any(finder is _table().finder for finder in sys.meta_path):
-            sys.meta_path.insert(0, _table().finder)
+    watches = _watches()
+    with watches.lock:
+        put_in = not any(finder is watches.finder for finder in sys.meta_path)
+        if put_in:
+            sys.meta_path.insert(0, watches.finder)
+        before = watches.all
     runtime.session.remarks_at_report["imports"] = remarks
-    return Installed()
+    return Installed(put_in=put_in, before=before)
 
 
 def uninstall() -> None:
     """Take our finder out and cancel every watch; what callbacks did stays done."""
-    _table().close()
+    _watches().close()
 
 
 def watch_module(
@@ -179,9 +221,9 @@ def watch_module(
         strict: Let what the callback raises fail the import instead.
     """
     watch = Watch(name_or_pattern, callback, owner, strict)
-    with _table().lock:
-        _table().watches = (*_table().watches, watch)
-        _table().tell()
+    with _watches().lock:
+        _watches().all = (*_watches().all, watch)
+        _watches().tell()
     install()
     for name in watch.names_in(list(sys.modules)):
         _arrived(watch, name)
@@ -201,18 +243,18 @@ def catch_up() -> list[str]:
 
     Those of modules that are still being imported run at the end of that.
     """
-    _table().finder.suspicious = False
+    _watches().finder.suspicious = False
     names = missed()
     for watch, name, _ in _unseen():
         if name in names:
-            _table().bypassed.setdefault(name, _who_bypassed(name))
+            _watches().bypassed.setdefault(name, _who_bypassed(name))
         _arrived(watch, name)
     return names
 
 
 def bypassed() -> dict[str, str]:
     """The modules that were found to have come in without us, and past whom, in words."""
-    return dict(_table().bypassed)
+    return dict(_watches().bypassed)
 
 
 def remarks() -> list[str]:
@@ -226,7 +268,7 @@ def _unseen() -> list[tuple[Watch, str, object]]:
     modules = list(sys.modules)
     return [
         (watch, name, module)
-        for watch in _table().watches
+        for watch in _watches().all
         for name in watch.names_in(modules)
         if (module := sys.modules.get(name)) is not None and not watch.has_run(name, module)
     ]
@@ -246,7 +288,7 @@ def _arrived(watch: Watch, name: str) -> None:
     if module is None:
         return
     if is_lazy(module):
-        _table().finder.observe_lazy(module, name)
+        _watches().finder.observe_lazy(module, name)
     elif _is_initializing(module) and when_initialized(spec_of(module), lambda: _settled(name)):
         if not _is_initializing(module):  # it finished while we looked
             _settled(name)
@@ -258,19 +300,19 @@ def _settled(name: str) -> None:
     """An import that began before we could observe it has ended, well or not."""
     module = sys.modules.get(name)
     if module is not None:
-        _fire([watch for watch in _table().watches if watch.matches(name)], name, module, again=False)
+        _fire([watch for watch in _watches().all if watch.matches(name)], name, module, again=False)
 
 
 def _loaded(name: str, executed: ModuleType) -> None:
     """The finder saw the module being executed."""
     module = sys.modules.get(name)
     if module is not None:
-        watches = [watch for watch in _table().watches if watch.matches(name)]
+        watches = [watch for watch in _watches().all if watch.matches(name)]
         if watches:
             _fire(watches, name, module, again=True)
         if watches or "wrapt" in sys.modules:  # whose finder we may have walked past
             _notify(module if getattr(module, "__name__", None) == name else executed)
-    if _table().finder.suspicious:
+    if _watches().finder.suspicious:
         catch_up()
 
 
@@ -311,7 +353,7 @@ def _wrapt() -> Any:
 def _who_bypassed(name: str) -> str:
     before = []
     for finder in sys.meta_path:
-        if finder is _table().finder:
+        if finder is _watches().finder:
             break
         before.append(_kind(finder))
     loader = getattr(spec_of(sys.modules.get(name)), "loader", None)
@@ -334,7 +376,7 @@ def _reference(module: object) -> Callable[[], object]:
 
 
 def _after_fork() -> None:
-    _table().after_fork()
+    _watches().after_fork()
 
 
 if hasattr(os, "register_at_fork"):

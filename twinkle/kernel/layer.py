@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from twinkle.targets import Target
+
 __all__ = [
     "kernelize_model",
     "kernelized",
@@ -98,11 +100,12 @@ def register_external_layer(layer: type | str, kernel_name: str) -> None:
     from twinkle.errors import ConfigError
     from twinkle.records import LayerTarget
     from twinkle.runtime import runtime
-    from twinkle.targets import parse_target
+    from twinkle.targets import Class, parse_target
 
     where = caller()
+    target: Target
     if isinstance(layer, str):
-        layer = parse_target(layer, where=where).text
+        target = parse_target(layer, where=where)
     else:
         from torch import nn
 
@@ -114,9 +117,10 @@ def register_external_layer(layer: type | str, kernel_name: str) -> None:
                 expected='an nn.Module class, or "module:Class"',
                 fix="pass the class itself, not an instance" if isinstance(layer, nn.Module) else None,
             )
+        target = Class(layer)
     if not isinstance(kernel_name, str) or not kernel_name:
         raise ConfigError("not a kernel name", where=where, found=repr(kernel_name), expected="a string")
-    runtime.registry.add(layer_targets=(LayerTarget(layer, kernel_name, origin=where),))
+    runtime.registry.add(layer_targets=(LayerTarget(target, kernel_name, origin=where),))
     watch_new()
 
 

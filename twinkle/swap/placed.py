@@ -86,17 +86,17 @@ class PlacedAs(NamedTuple):
 
     Attributes:
         original: The function that stood there.
-        kinds: The ``kind`` of each kernel's source.
+        chosen_by_twinkle: Whether all of its kernels are Twinkle's own choice.
     """
 
     original: Any
-    kinds: tuple[str, ...]
+    chosen_by_twinkle: bool
 
 
 def placed_as(function: Any) -> PlacedAs | None:
     """The original and the kernels behind a function that Twinkle put in place; None for any other."""
     for placed in runtime.of(Placements).by_target.values():
         if placed.placement.implementation is function or placed.placement.placed is function:
-            kinds = tuple(candidate.kernel.source.kind for candidate in placed.chosen)
-            return PlacedAs(placed.placement.original, kinds)
+            ours = all(candidate.kernel.chosen_by == "twinkle" for candidate in placed.chosen)
+            return PlacedAs(placed.placement.original, ours)
     return None

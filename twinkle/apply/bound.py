@@ -1,19 +1,41 @@
-"""Kernels that were bound to an op, for what an instance of it is: its form, its names, its numbers."""
+"""A module and the kernels that are for it: what matching finds and planning starts from."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
-from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from twinkle.records import Source
+    from torch import nn
 
-__all__ = ["specialise"]
+    from twinkle.records import LayerKernel, LayerTarget, Source
+
+__all__ = ["Bound", "specialise"]
+
+
+class Bound(NamedTuple):
+    """One module of a model, and the kernels that are registered for it.
+
+    Attributes:
+        module: The module; nothing of it was touched.
+        cls: Its class without Twinkle.
+        target: The class that the registration means: ``cls`` or one it inherits ``forward`` from.
+        kernels: In registration order; those for an op are specialised for this module.
+        entry: The registration that bound them; None where the class names its kernel itself
+            (``kernel_layer_name``), and for embedded kernels.
+        asked_for: Whether a user registered them; embedded kernels stand in where nobody did.
+    """
+
+    module: nn.Module
+    cls: type
+    target: type
+    kernels: tuple[LayerKernel, ...]
+    entry: LayerTarget | None = None
+    asked_for: bool = True
 
 
 class _Specialised:
@@ -32,7 +54,7 @@ def specialise(
     device: str | None = None,
     sizes: tuple[Any, ...] = (),
 ) -> tuple[LayerKernel, ...]:
-    """The kernels as they are for one instance: the same ones for every instance with the same facts.
+    """Kernels that were registered for an op, as they are for one layer; layers with equal facts share them.
 
     Args:
         cls: Its class.
@@ -50,15 +72,6 @@ def specialise(
     made = known.get(key)
     if made is None:
         made = known[key] = tuple(
-            LayerKernel(
-                kernel.name,
-                source(kernel.source),
-                device=kernel.device or device,
-                mode=kernel.mode,
-                attributes=kernel.attributes,
-                verify=kernel.verify,
-                origin=kernel.origin,
-            )
-            for kernel in kernels
+            kernel.specialised(source(kernel.source), device=device) for kernel in kernels
         )
     return made

@@ -1,0 +1,113 @@
+"""Match: which kernels are registered for which modules of a model. Nothing is planned or touched here."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from twinkle.apply.bound import Bound, specialise
+from twinkle.runtime import runtime
+from twinkle.sources.specialised import SpecialisedSource
+from twinkle.swap.generated import original_of
+from twinkle.targets import Op, defining_match
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from twinkle.match.recognition import Recognition
+    from twinkle.records import LayerKernel, LayerTarget, Source
+
+__all__ = ["match"]
+
+
+def match(model: nn.Module, embedded_on: str | None) -> list[Bound]:
+    """The modules of a model that kernels are registered for, in the order of ``model.modules()``.
+
+    What is the same for all modules of a class is asked once.
+
+    Args:
+        model: Is only read.
+        embedded_on: The device of the embedded kernels, which are for modules that nothing else is
+            registered for; None where they are off.
+    """
+    rules: dict[type, Callable[[nn.Module], Bound | None] | None] = {}
+    found = []
+    for module in model.modules():
+        cls = type(module)
+        if cls not in rules:
+            rules[cls] = _rule(original_of(cls), embedded_on)
+        rule = rules[cls]
+        bound = rule(module) if rule is not None else None
+        if bound is not None:
+            found.append(bound)
+    return found
+
+
+def _rule(cls: type, embedded_on: str | None) -> Callable[[nn.Module], Bound | None] | None:
+    """How a module of a class is bound; None where no module of it is."""
+    registered = _registered(cls)
+    if registered is not None:
+        target, entry, kernels = registered
+        if entry is None or not isinstance(entry.target, Op):
+            return partial(_named, cls, target, kernels, entry)
+        from twinkle.match.structure import recognise
+
+        return partial(_recognised, cls, kernels, entry, recognise(cls))
+    if embedded_on is None:
+        return None
+    from twinkle.apply import embedded
+
+    return embedded.layer_rule(cls, embedded_on)
+
+
+def _registered(cls: type) -> tuple[type, LayerTarget | None, tuple[LayerKernel, ...]] | None:
+    """The target class, the registration and its kernels; the newest registration wins."""
+    for entry in reversed(runtime.registry.layer_targets):
+        target = _meant(cls, entry)
+        if target is not None:
+            kernels = runtime.registry.kernels_named(entry.kernel_name)
+            return (target, entry, kernels) if kernels else None
+    running = getattr(cls, "forward", None)
+    for base in cls.__mro__:
+        name = base.__dict__.get("kernel_layer_name")
+        if isinstance(name, str) and getattr(base, "forward", None) is running:
+            kernels = runtime.registry.kernels_named(name)
+            return (base, None, kernels) if kernels else None
+    return None
+
+
+def _meant(cls: type, entry: LayerTarget) -> type | None:
+    """The class that a registration means, where it means this one or what it inherits from."""
+    if not isinstance(entry.target, Op):
+        return defining_match(cls, entry.target)
+    from twinkle.match.structure import recognise
+
+    return cls if recognise(cls).op == entry.target.op else None
+
+
+def _named(
+    cls: type, target: type, kernels: tuple[LayerKernel, ...], entry: LayerTarget | None, module: nn.Module
+) -> Bound:
+    """A module of a class that was named."""
+    return Bound(module, cls, target, kernels, entry)
+
+
+def _recognised(
+    cls: type,
+    kernels: tuple[LayerKernel, ...],
+    entry: LayerTarget,
+    recognition: Recognition,
+    module: nn.Module,
+) -> Bound:
+    """A module of a class that is the op which kernels were registered for: specialised for the module."""
+    from twinkle.match.structure import check_instance
+
+    checked = check_instance(recognition, module)
+    facts = checked if isinstance(checked, dict) else str(checked)
+
+    def source(registered: Source) -> SpecialisedSource:
+        return SpecialisedSource(registered, str(recognition.op), recognition.form, facts)
+
+    return Bound(module, cls, cls, specialise(cls, kernels, facts, source), entry)
