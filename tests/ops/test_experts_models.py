@@ -133,7 +133,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own(family, implementation
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_fits_the_arguments_of_the_models_own(family):
     module, form, facts = found_in(build(family, "eager"))[0]
-    check_layer(layer_class(form, facts), type(module), instance=module)
+    check_layer(layer_class(form, facts), type(module), instances=[module])
 
 
 @pytest.mark.parametrize("family", FAMILIES)

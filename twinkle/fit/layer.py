@@ -13,7 +13,7 @@ from twinkle.fit.bytecode import function_of_member, reads_of, stored_names
 from twinkle.fit.signatures import arguments_text, mismatch, signature_of
 from twinkle.sources.adapters import explain_lacking
 
-__all__ = ["LayerCompatibility", "check_function", "check_layer", "read_layer", "settle_on"]
+__all__ = ["LayerCompatibility", "check_function", "check_layer"]
 
 _MISSING = object()
 # What the class statement itself puts in a class, what kernels say about themselves, and
@@ -115,7 +115,8 @@ def check_layer(
     target_class: type[nn.Module],
     *,
     attributes: Mapping[str, object] | None = None,
-    instance: nn.Module | None = None,
+    instances: Iterable[nn.Module] = (),
+    guarded: bool = False,
 ) -> LayerCompatibility:
     """Check that a layer kernel can stand in for a target.
 
@@ -123,29 +124,26 @@ def check_layer(
         kernel_class: What the source gave.
         target_class: The class whose instances it is for.
         attributes: Class attributes that the kernel reads and its target lacks.
-        instance: One of them, to tell which attributes there are; without it they are looked up
-            in the code of the target's constructors.
+        instances: Some of them, to tell which attributes there are; one that has all is enough. Without
+            any they are looked up in the code of the target's constructors.
+        guarded: The kernel is the target's own code on another path: nothing that it reads is demanded.
 
     Raises:
-        KernelError: It is no ``nn.Module`` class, lacks ``forward``, has an ``__init__`` of its own
+        KernelError: The kernel is no ``nn.Module`` class, lacks ``forward``, has an ``__init__`` of its own
             and no ``attributes``, has another signature, reads an attribute that neither the target
             nor ``attributes`` has, or has a member that the target has otherwise.
     """
-    kernel = read_layer(kernel_class, target_class, attributes=attributes)
-    settle_on(kernel, target_class, [instance] if instance is not None else [])
+    kernel = _check_class(kernel_class, target_class, attributes)
+    if guarded:
+        kernel.needs = frozenset()
+    _check_needs(kernel, target_class, instances)
     return kernel
 
 
-def settle_on(
+def _check_needs(
     kernel: LayerCompatibility, target_class: type[nn.Module], instances: Iterable[nn.Module]
 ) -> None:
-    """Check the attributes that a kernel reads against instances of its target; one that has all is enough.
-
-    Without an instance they are looked up in the code of the target's constructors.
-
-    Raises:
-        KernelError: No instance can take the kernel.
-    """
+    """Raise unless some instance, or without any the code of the target, has what a kernel reads."""
     problem, first = None, True
     for instance in instances:
         if first:
@@ -163,10 +161,10 @@ def settle_on(
         )
 
 
-def read_layer(
-    kernel_class: object, target_class: type[nn.Module], *, attributes: Mapping[str, object] | None = None
+def _check_class(
+    kernel_class: object, target_class: type[nn.Module], attributes: Mapping[str, object] | None
 ) -> LayerCompatibility:
-    """Check a kernel as :func:`check_layer` does, but for the attributes that instances must bring."""
+    """Check a kernel class against its target, but for the attributes that instances must bring."""
     attributes = dict(attributes or {})
     what = _qualified_name(kernel_class)
     if not isinstance(kernel_class, type):

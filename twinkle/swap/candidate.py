@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError, TwinkleError, warn
-from twinkle.fit.layer import LayerCompatibility, check_function, read_layer, settle_on
+from twinkle.fit.layer import LayerCompatibility, check_function, check_layer
 from twinkle.swap.code import adapt
 from twinkle.swap.dtype_keys import ANY, Proofs
 
@@ -209,12 +209,13 @@ class Candidate(BaseCandidate):
         try:
             with self._lock:
                 if self.rejected is None and target_class not in self._known:
-                    made = read_layer(loaded, target_class, attributes=self.kernel.attributes)
-                    if getattr(self.kernel.source, "guarded", False):
-                        # The target's own code: what an instance lacks it reads on another path.
-                        made.needs = frozenset()
-                    settle_on(made, target_class, instances)
-                    self._known[target_class] = made
+                    self._known[target_class] = check_layer(
+                        loaded,
+                        target_class,
+                        attributes=self.kernel.attributes,
+                        instances=instances,
+                        guarded=getattr(self.kernel.source, "guarded", False),
+                    )
                 return self._known.get(target_class)
         except Exception as error:
             self.fail(error)
