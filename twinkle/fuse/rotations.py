@@ -1,4 +1,4 @@
-"""What a function is that a fused kernel takes the place of: which rotary embedding."""
+"""Recognises the rotary embeddings that a fused kernel can compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["plain_rotation", "rotation_form", "rotation_of"]
 def rotation_of(function: Any) -> RotaryForm | str:
     """The rotary embedding that ``function(q, k, cos, sin)`` is, or in words why it is none.
 
-    A function that an embedded kernel was put in the place of is what it was before.
+    Of a function that Twinkle replaced by an embedded kernel, the original counts.
     """
     placed = placed_as(function)
     if placed is not None and any(kind != "embedded" for kind in placed.kinds):
@@ -51,13 +51,13 @@ def rotation_of(function: Any) -> RotaryForm | str:
 
 
 def rotation_form(function: Any) -> RotaryForm | None:
-    """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
+    """The form of rotary embedding of queries and keys that a function is, whatever its arguments."""
     plain = function_of(plain_rotation(function))
     found = recognise(plain) if plain is not None else None
     return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
 
 
 def plain_rotation(function: Any) -> Any:
-    """The function without the kernel that Twinkle put in its place."""
+    """The original of a function that Twinkle replaced, or the function itself."""
     placed = placed_as(function)
     return function if placed is None else placed.original
