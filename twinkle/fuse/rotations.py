@@ -51,7 +51,7 @@ def rotation_of(function: Any) -> RotaryForm | str:
 
 
 def rotation_form(function: Any) -> RotaryForm | None:
-    """The form of rotary embedding of queries and keys that a function is, whatever its arguments."""
+    """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
     plain = function_of(plain_rotation(function))
     found = recognise(plain) if plain is not None else None
     return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
