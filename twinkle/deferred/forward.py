@@ -115,7 +115,7 @@ class DeferringLinear(nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
+        """``input @ weight.T + bias``, ``[..., vocab]``; deferred where the model's forward asked for it."""
         for head, counted in reversed(_calls.heads):
             if head is self:
                 if torch.compiler.is_compiling():
@@ -189,7 +189,7 @@ class DeferringForward:
         return True
 
     def inside_graph(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The whole call while a larger graph is traced; its logits are operations of that graph."""
+        """The model's call while a larger graph is traced; its logits are operations of that graph."""
         head, _ = self.head_and_labels(model, args, kwargs) if self.recognised else (None, None)
         if head is None or not self.verified_ahead():
             return _with_logits(self.original(model, *args, **kwargs), TracedLogits.materialize)
@@ -200,7 +200,7 @@ class DeferringForward:
         return _with_logits(output, TracedLogits.materialize)
 
     def head_and_labels(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        """The head and the labels of a call; two times None where there are no labels or it cannot defer."""
+        """The head and the labels of a call; None and None without labels, or where the head cannot defer."""
         labels = _given(self.labels, args, kwargs)
         head = module_at(model, self.path) if labels is not None else None
         return (head, labels) if head is not None and reason_against(head) is None else (None, None)
@@ -212,7 +212,10 @@ class DeferringForward:
 
     @constant
     def verified_ahead(self) -> bool:
-        """The same before a graph is traced further, which keeps the answer as a constant."""
+        """Whether the loss was found right for the model's head, asked while a graph is traced.
+
+        The graph keeps the answer as a constant.
+        """
         model = self.owner()
         head = module_at(model, self.path) if model is not None else None
         if model is None or reason_against(head) is not None:
@@ -222,7 +225,7 @@ class DeferringForward:
 
 
 def _are_few(head: Any, labels: Any) -> bool:
-    """Whether logits are too few to gain by it: the steps of a deferred loss cost 1.4 ms."""
+    """Whether logits are so few that deferring them is slower: the steps of a deferred loss cost 1.4 ms."""
     if not (head.weight.is_cpu and isinstance(labels, torch.Tensor)) or uses_triton(head.weight):
         return False
     half = head.weight.element_size() == 2 or torch.is_autocast_enabled("cpu")
@@ -254,7 +257,7 @@ def _with_logits(output: Any, made_of: Callable[[TracedLogits], Tensor]) -> Any:
 
 
 def leave_to_python(outer: Any, within: tuple[Any, ...] = ()) -> None:
-    """Keep dynamo from starting a graph at ``outer``, and from looking at all into those ``within``.
+    """Mark ``outer`` so that dynamo starts no graph at it, and ``within`` so that it never traces them.
 
     Other frames that ``outer`` calls are still compiled, and a graph that started before ``outer`` traces
     it: ``torch.compiler.disable`` cannot say that.

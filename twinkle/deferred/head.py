@@ -56,7 +56,12 @@ class LabelCount:
             self._done.record()
 
     def bound(self, targets: Tensor, ignore_index: int) -> int | None:
-        """How many of ``targets``, these labels or fewer of them, count at most; None if unknown."""
+        """The most labels of ``targets`` that can count, or None if that is not known.
+
+        Args:
+            targets: These labels, or some of them replaced by ``ignore_index``.
+            ignore_index: Labels of this value do not count.
+        """
         if targets.numel() != self.size or ignore_index != self.ignore_index or not targets.is_cuda:
             return None
         self._done.synchronize()
@@ -175,7 +180,7 @@ class LiveHeads:
         self._hook = register_optimizer_step_pre_hook(self.before_step)
 
     def close(self) -> None:
-        """Take the hook out, unless logits of before are still deferred: they stay readable."""
+        """Take the hook out, unless heads are left that still need it to keep their weights."""
         if not self.heads:
             self._hook.remove()
 

@@ -144,6 +144,7 @@ class DeferredLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Not at the top: the handlers make objects of this class.
         from twinkle.deferred.functions import HANDLERS, METADATA, changes_in_place
 
         kwargs = kwargs or {}

@@ -136,7 +136,7 @@ def _worst(first: Verdict, second: Verdict) -> Verdict:
 
 
 class _FinerLoss(torch.autograd.Function):
-    """The loss in the dtype of the hidden states, with a piece of the weight in it at a time."""
+    """The loss in the higher precision of the hidden states, to which the weight is cast piece by piece."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:

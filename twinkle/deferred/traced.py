@@ -75,19 +75,19 @@ class TracedLogits:
         return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
 
     def size(self, dim: int | None = None) -> Any:
-        """The method of that name of a tensor."""
+        """As ``Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> Any:
-        """The method of that name of a tensor."""
+        """As ``Tensor.dim``."""
         return self.hidden.dim()
 
     def float(self) -> TracedLogits:
-        """The method of that name of a tensor."""
+        """As ``Tensor.float``."""
         return self._then(("to", torch.float32))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """The method of that name of a tensor."""
+        """As ``Tensor.to``."""
         if not kwargs and len(args) == 1:
             if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
                 return self._then(("to", args[0]))
@@ -96,11 +96,11 @@ class TracedLogits:
         return self.materialize().to(*args, **kwargs)
 
     def contiguous(self) -> TracedLogits:
-        """The method of that name of a tensor."""
+        """As ``Tensor.contiguous``."""
         return self
 
     def view(self, *shape: Any) -> Any:
-        """The method of that name of a tensor."""
+        """As ``Tensor.view``."""
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if len(sizes) < 2 or sizes[-1] != self.weight.shape[0]:
             return self.materialize().reshape(sizes)
@@ -109,7 +109,7 @@ class TracedLogits:
     reshape = view
 
     def tanh(self) -> TracedLogits:
-        """The method of that name of a tensor."""
+        """As ``Tensor.tanh``."""
         return self._then(("tanh", None))
 
     def __getitem__(self, index: Any) -> Any:

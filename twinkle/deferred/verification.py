@@ -29,7 +29,7 @@ __all__ = ["HeadType", "Verifications", "loss_verified", "softcap_verified"]
 
 
 class HeadType(NamedTuple):
-    """What heads have in common that one comparison is for.
+    """The dtype, device and shape of a head: one comparison holds for all heads of a type.
 
     Attributes:
         dtype: What their logits are computed in.
@@ -66,7 +66,7 @@ class Verifications:
         self.reporters: dict[HeadType, weakref.ref[Candidate]] = {}
 
     def known(self, head: HeadType, *, softcapped: bool) -> bool | None:
-        """The outcome that holds for a call now, or None before a comparison."""
+        """The outcome of the comparison that a call now depends on, or None before there is one."""
         with_grad = self.outcomes.get((head, softcapped, True))
         if with_grad or torch.is_grad_enabled():
             return with_grad

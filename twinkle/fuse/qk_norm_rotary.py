@@ -81,7 +81,7 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
 
 
 def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:
-    """The form of two norms and a rotation, whether or not there is a kernel; None where they are others.
+    """The form of two norms and a rotation, whether or not there is a kernel; None where they are none.
 
     Args:
         q_class: As for :func:`pair_of`, with all that follows.
@@ -137,7 +137,7 @@ class PairStep(FusedStep):
         return self.ready, self.fused
 
     def ready(self, owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
-        """Whether :meth:`fused` is to do the work of the norms as well.
+        """Whether the forward may leave both norms out, since :meth:`fused` computes them.
 
         Args:
             owner: The layer whose forward it is.
@@ -219,7 +219,7 @@ class PairStep(FusedStep):
     def traced(
         self, q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any]:
-        """The same while a compiler traces: the registered op, or the original steps."""
+        """Rotated queries and keys while a compiler traces: the registered op, or the original steps."""
         q_text, k_text = described(type(q_layer)), described(type(k_layer))
         rotation = self.rotation_name(q_text, k_text)
         if rotation:

@@ -96,7 +96,7 @@ class SumStep(FusedStep):
         return unfused(left, right, layer, factor)
 
     def traced(self, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
-        """The same while a compiler traces: the registered op, or the original steps."""
+        """The sum and the layer of it while a compiler traces: the registered op, or the original steps."""
         if factor is not None and type(factor) is not float:
             right, factor = right * factor, None
         text = described(type(layer))

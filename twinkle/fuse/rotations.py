@@ -1,4 +1,4 @@
-"""What a function is that a fused kernel takes the place of: which rotary embedding."""
+"""Recognises the rotary embeddings that a fused kernel can compute."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["plain_rotation", "rotation_form", "rotation_of"]
 def rotation_of(function: Any) -> RotaryForm | str:
     """The rotary embedding that ``function(q, k, cos, sin)`` is, or in words why it is none.
 
-    A function that an embedded kernel was put in the place of is what it was before.
+    Of a function that Twinkle replaced by an embedded kernel, the original counts.
     """
     placed = placed_as(function)
     if placed is not None and not placed.chosen_by_twinkle:
@@ -58,6 +58,6 @@ def rotation_form(function: Any) -> RotaryForm | None:
 
 
 def plain_rotation(function: Any) -> Any:
-    """The function without the kernel that Twinkle put in its place."""
+    """The original of a function that Twinkle replaced, or the function itself."""
     placed = placed_as(function)
     return function if placed is None else placed.original

@@ -1,4 +1,4 @@
-"""Sites: the op and form that a place of a forward is with given layers, and whether a kernel does it.
+"""Sites: places of a forward as ops, decided by the layers there, and whether a kernel computes them.
 
 The decision is one for an instance, whose layers are there (:mod:`twinkle.fuse.forward`), and for the text
 of a class, whose layers are those that ``__init__`` writes (:mod:`twinkle.fuse.survey`).
@@ -26,7 +26,7 @@ OPS = (SumStep.op, PairStep.op)
 
 
 class Site(NamedTuple):
-    """The op that a place of a forward is.
+    """A place of a forward as an op.
 
     Attributes:
         number: The index of the place in its forward.
@@ -49,7 +49,7 @@ def layers_of(place: Place) -> tuple[str, ...]:
 def site_of(
     number: int, place: Place, classes: Sequence[type | None], function: Callable[[str], Any]
 ) -> Site:
-    """The op that a place of a forward is, with layers of these classes.
+    """A place of a forward as an op, decided by the classes of its layers.
 
     Args:
         number: The index of the place in its forward.
