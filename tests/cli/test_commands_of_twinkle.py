@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import twinkle
-from twinkle.cli import _COMMANDS, main
+from twinkle.cli import COMMANDS, main
 from twinkle.cli.env import clash
 
 CONFIG = """\
@@ -55,7 +55,7 @@ def test_misspelt_command_is_an_error_with_a_suggestion(capsys):
     assert "did you mean 'run'?" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(_COMMANDS))
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([command, "--help"])

@@ -11,9 +11,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main"]
+__all__ = ["COMMANDS", "main"]
 
-_COMMANDS = {
+COMMANDS = {
     "check": "read a configuration and print what it binds",
     "download": "fetch the Hub kernels of a configuration",
     "env": "print versions, doors and variables, for a bug report",
@@ -29,7 +29,7 @@ usage: twinkle COMMAND …
 Faster PyTorch and transformers programs, without changing a line of them.
 
 commands:
-{chr(10).join(f"  {name:<10}{text}" for name, text in _COMMANDS.items())}
+{chr(10).join(f"  {name:<10}{text}" for name, text in COMMANDS.items())}
 
 examples:
   twinkle run train.py --lr 1e-4                     the embedded kernels, no configuration
@@ -62,10 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "--version":
         print(f"twinkle {__version__}")
         return 0
-    if command not in _COMMANDS:
+    if command not in COMMANDS:
         from twinkle.errors import suggest
 
-        hint = suggest(command, list(_COMMANDS)) or "twinkle --help lists the commands"
+        hint = suggest(command, list(COMMANDS)) or "twinkle --help lists the commands"
         print(f"twinkle: unknown command {command!r}; {hint}", file=sys.stderr)
         return 2
     from importlib import import_module
