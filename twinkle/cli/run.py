@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["main", "settings", "split"]
+__all__ = ["WITH_VALUE", "command_parser", "main", "settings", "split"]
 
 _USAGE = "twinkle run [options] [--] (script.py | directory | zip | -m module | -c code) …"
 _EPILOG = """\
@@ -31,7 +31,8 @@ A configuration that is wrong ends with exit code 2 before the program starts.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The options of ``twinkle run``; the program stands behind them."""
     parser = argparse.ArgumentParser(
         prog="twinkle run",
         usage=_USAGE,
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_WITH_VALUE = ("--config", "--kernels", "--report-file")
+WITH_VALUE = ("--config", "--kernels", "--report-file")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -71,7 +72,7 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         # `-` alone is a program on standard input; `-mname` and `-cpass` are as good as two words.
         if not word.startswith("-") or word == "-" or word[:2] in ("-m", "-c"):
             break
-        index += 2 if word in _WITH_VALUE else 1
+        index += 2 if word in WITH_VALUE else 1
     return list(words[:index]), list(words[index:])
 
 
@@ -100,7 +101,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         TwinkleError: The configuration is wrong, or no door of Twinkle opens.
     """
-    parser = _parser()
+    parser = command_parser()
     own, program = split(words)
     options = parser.parse_args(own)
     if not program or (program[0] in ("-m", "-c") and len(program) == 1):
