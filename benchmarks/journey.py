@@ -3,20 +3,22 @@
     python benchmarks/journey.py [--steps]
 
 Every function of Twinkle that is entered is a step, in the order of time. A *stay* is a run of steps in one
-file; a *climb* is a step from a room to a higher one (by the order in ``tests/test_layering.py``). The model
-is a Llama of two layers on the CPU: its MLP is bound by name, its norms by ``match``, and the embedded
-kernels are on. Everything is imported before, and recognised code is forgotten (``first``) or known from a
-model before (``again``). The symbolic executor counts as one file.
+file (or room). A *climb* leads from a stay in one room to a stay in a higher one, by the order in
+``tests/test_layering.py``: mostly a return and the next call. A *call up* is a function that calls one of a
+higher room, which no import allows: an object of that room was handed down.
+
+The model is a Llama of two layers on the CPU: its MLP is bound by name, its norms by ``match``, and the
+embedded kernels are on. Everything is imported before; recognised code is forgotten (``first``) or known from
+a model before (``again``). The symbolic executor counts as one file.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,7 +34,7 @@ from twinkle.kernel import register_kernels  # noqa: E402
 from twinkle.runtime import runtime  # noqa: E402
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from types import FrameType
 
 PACKAGE = str(Path(twinkle.__file__).parent) + "/"
@@ -87,28 +89,52 @@ def register() -> None:
     )
 
 
-def steps_of(call: Callable[[], Any]) -> list[str]:
-    """The file of each function of Twinkle that is entered during a call, relative to the package."""
-    files: list[str] = []
+class Step(NamedTuple):
+    """A function of Twinkle that is entered.
+
+    Attributes:
+        file: Its file, relative to the package.
+        caller: The file of the nearest function of Twinkle up the stack; empty where there is none.
+    """
+
+    file: str
+    caller: str
+
+
+def steps_of(call: Callable[[], Any]) -> list[Step]:
+    """The functions of Twinkle that are entered during a call, in the order of time."""
+    steps: list[Step] = []
 
     def entered(frame: FrameType, event: str, _: Any) -> None:
-        code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(PACKAGE) or code.co_name == "<module>":
+        if event != "call" or not is_ours(frame) or frame.f_code.co_name == "<module>":
             return
-        name = code.co_filename[len(PACKAGE) :]
-        files.append("match/symbolic" if name.startswith("match/symbolic/") else name)
+        caller = frame.f_back
+        while caller is not None and not is_ours(caller):
+            caller = caller.f_back
+        steps.append(Step(file_of(frame), "" if caller is None else file_of(caller)))
 
     sys.setprofile(entered)
     try:
         call()
     finally:
         sys.setprofile(None)
-    return files
+    return steps
 
 
-def stays_of(steps: Sequence[str]) -> list[str]:
-    """The files in the order of the visits."""
-    return [file for at, file in enumerate(steps) if at == 0 or file != steps[at - 1]]
+def is_ours(frame: FrameType) -> bool:
+    """Whether a function of Twinkle runs in that frame."""
+    return frame.f_code.co_filename.startswith(PACKAGE)
+
+
+def file_of(frame: FrameType) -> str:
+    """The file of a frame, relative to the package; the symbolic executor is one."""
+    name = frame.f_code.co_filename[len(PACKAGE) :]
+    return "match/symbolic" if name.startswith("match/symbolic/") else name
+
+
+def runs_of(names: Iterable[str]) -> list[str]:
+    """The names without repetitions in a row."""
+    return [name for name, _ in groupby(names)]
 
 
 def room_of(file: str) -> int:
@@ -116,18 +142,16 @@ def room_of(file: str) -> int:
     return ORDER.index(file.partition("/")[0].removesuffix(".py"))
 
 
-def figures(steps: Sequence[str]) -> dict[str, int]:
-    """Steps, stays, distinct files and climbs, and the same for the different ways between files."""
-    stays = stays_of(steps)
-    ways = Counter(pairwise(stays))
-    climbs = [way for way in ways if room_of(way[1]) > room_of(way[0])]
+def figures(steps: Sequence[Step]) -> dict[str, int]:
+    """The figures that the head of this file explains."""
+    stays = runs_of(step.file for step in steps)
     return {
         "steps": len(steps),
         "stays": len(stays),
         "files": len(set(stays)),
-        "climbs": sum(ways[way] for way in climbs),
-        "ways": len(ways),
-        "climbing ways": len(climbs),
+        "climbs": sum(room_of(there) > room_of(here) for here, there in pairwise(stays)),
+        "stays in rooms": len(runs_of(str(room_of(step.file)) for step in steps)),
+        "calls up": sum(bool(one.caller) and room_of(one.file) > room_of(one.caller) for one in steps),
     }
 
 
@@ -144,7 +168,7 @@ def main() -> None:
         steps = steps_of(lambda made=made: kernelize_layers(made))  # type: ignore[misc]
         print(f"{title}: " + ", ".join(f"{value} {name}" for name, value in figures(steps).items()))
         if options.steps:
-            print("\n".join(f"  {file}" for file in stays_of(steps)))
+            print("\n".join(f"  {file}" for file in runs_of(step.file for step in steps)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         object each time and imports it once.
         """
 
-        kind: str  # "code" | "local" | "installed" | "hub" | "embedded"
+        kind: str  # "code" | "local" | "installed" | "hub" | "match" | "embedded"
 
         def describe(self) -> str:
             """One line for the report: what it is and where it comes from."""
@@ -225,7 +225,7 @@ class Binding:
     """A kernel with a target, a device and a mode, and what became of it.
 
     Attributes:
-        kind: ``layer`` or ``function``.
+        scope: What is replaced: a ``layer`` or a ``function``.
         target: ``module:Class`` or ``module:function``.
         kernel: The kernel name (for a function, the function's name).
         source: The source in words, as it describes itself now.
@@ -244,20 +244,20 @@ class Binding:
         "device",
         "instances",
         "kernel",
-        "kind",
         "load_seconds",
         "mode",
         "notes",
         "origin",
         "proof",
         "reason",
+        "scope",
         "state",
         "target",
     )
 
     def __init__(
         self,
-        kind: str,
+        scope: str,
         target: str,
         kernel: str,
         source: Source | str,
@@ -266,7 +266,7 @@ class Binding:
         mode: Mode | None = None,
         origin: str = "",
     ) -> None:
-        self.kind = kind
+        self.scope = scope
         self.target = target
         self.kernel = kernel
         self._source = source

@@ -124,7 +124,11 @@ PLANNING = [
     ("twinkle.apply.functions.find", 1),
     ("twinkle.apply.functions.dispatcher", 1),
 ]
-COMMITTING = [("twinkle.swap.layers.Plan.commit", 2), ("twinkle.apply.functions.put", 1)]
+COMMITTING = [
+    ("twinkle.swap.layers.Plan.commit", 2),
+    ("twinkle.swap.instance.rebind", 2),
+    ("twinkle.apply.functions.put", 1),
+]
 
 
 def hooked(model: nn.Module) -> Any:

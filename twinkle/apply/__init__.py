@@ -1,1 +1,1 @@
-"""The way through the rooms: what is registered is matched, loaded, proved and put in place."""
+"""Lead kernels through the rooms: what is registered is matched, planned and put in place."""

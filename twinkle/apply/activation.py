@@ -90,7 +90,7 @@ def start(settings: Settings, *, door: str) -> None:
 
 
 def _plugin_records(settings: Settings) -> list[Records]:
-    """What the plugins named in the settings ask for; one that is broken is a remark, or an error."""
+    """The records of the plugins named in the settings; a broken plugin is a remark, or an error."""
     if not settings.plugins:
         return []
     from twinkle.config.schema import validate
@@ -229,7 +229,7 @@ def _watch_class(cls: type) -> None:
 
 
 def _on_model(model: Any) -> None:
-    """A model, or a layer that is a target itself, was constructed."""
+    """Kernelize a model, or a layer that is a target itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
 
     kernelize_layers(model)

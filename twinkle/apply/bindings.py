@@ -1,4 +1,4 @@
-"""One record a binding, from the moment it is registered."""
+"""The records of bindings, made when a kernel is registered and settled when its target appears."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def offer() -> None:
 
 
 def wanted(op: str | None) -> bool:
-    """The settings ask for that op's kernels."""
+    """Whether the settings ask for the embedded kernels of an op."""
     if op is None or op in runtime.options.disabled:
         return False
     return runtime.options.kernels == "auto" or op in runtime.options.kernels
@@ -90,7 +90,7 @@ def layer_rule(cls: type, where: str) -> Callable[[nn.Module], Bound | None] | N
 
 
 def _with_fused_places(cls: type, where: str, ops: Sequence[str], module: nn.Module) -> Bound | None:
-    """A layer whose forward has places for fused kernels: between layers of its own."""
+    """Bind a layer whose forward has places for fused kernels, between layers of its own."""
     if not module._modules:
         return None
     kernel = fused.layer_kernel(module, cls, where, ops)
@@ -105,7 +105,7 @@ def _as_recognised(
     kernels: tuple[LayerKernel, ...],
     module: nn.Module,
 ) -> Bound | None:
-    """A layer that is what its class was recognised as."""
+    """Bind a layer that is what its class was recognised as, and not merely of that class."""
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
         return None
@@ -142,9 +142,10 @@ def defer_logits(model: nn.Module) -> None:
 
 
 def _merge(binding: Binding) -> None:
-    """One record for the heads of all models of a class."""
+    """Count a record in with that of another model of the same class, where there is one."""
     for known in runtime.registry.bindings:
-        if (known.target, known.kernel, known.source) == (binding.target, binding.kernel, binding.source):
+        same = (known.target, known.kernel) == (binding.target, binding.kernel)
+        if same and known.source == binding.source:
             known.count(binding.instances)
             return
     runtime.registry.record(binding)

@@ -198,18 +198,16 @@ class FunctionPlan:
         self.chosen: list[FunctionCandidate] = []
 
     def choose(self, *, strict: bool) -> None:
-        """Find the implementation for the moment asked for; none leaves the original.
+        """Load what may run in the mode and on the device asked for, and keep the best of it.
 
         Raises:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
         placed = runtime.of(Placements).by_target.get(self.target)
+        if placed is not None and placed.placement.displaced:
+            placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
         try:
-            # Where the module was reloaded, or someone replaced ours, what stands there is the original now.
-            in_place = placed is not None and not placed.placement.displaced
-            original = (
-                placed.placement.original if placed and in_place else function_at(self.module, self.name)
-            )
+            original = placed.placement.original if placed else function_at(self.module, self.name)
         except TwinkleError as error:
             for kernel in self.kernels:
                 function_binding(kernel).set("failed", explain(error))
@@ -290,7 +288,7 @@ class FunctionPlan:
         return None
 
     def _place(self, mode: Mode | None, can_torch_compile: bool | None = None) -> int | None:
-        """The place among the moments that the mode asked for stands for; all of them must allow it."""
+        """The rank of a kernel's mode in the mode asked for; None where a part of that must not run it."""
         if self.mode is None:
             return 0
         places = [
@@ -319,7 +317,7 @@ class FunctionPlan:
             return
 
     def _dispatch(self, original: Any, usable: list[FunctionCandidate], *, strict: bool) -> None:
-        """Decide at each call; also where there is nothing to decide, for a guarded first call."""
+        """Choose a dispatcher, which decides at each call and guards the first one."""
         for candidate in usable:
             if strict or _is_for_any(candidate):
                 _resolve(candidate, original, strict=strict)

@@ -41,7 +41,7 @@ class _Candidates:
 
 
 class Wanted:
-    """The moment a request is about.
+    """The mode and device that kernels are asked for.
 
     Attributes:
         mode: The mode asked for, or ``None`` to follow each module.
@@ -191,7 +191,7 @@ def plan(bound: Iterable[Bound], wanted: Wanted, model: nn.Module) -> LayerPlans
     Raises:
         ApplyError: A module that was asked for has no kernel that can be used, and there is no fallback.
     """
-    plans = LayerPlans(wanted)
+    plans = LayerPlans()
     absent = absent_reason(wanted.device)
     model_device = None
     for one in bound:
@@ -215,8 +215,7 @@ class LayerPlans:
         swaps: In the order in which they are made.
     """
 
-    def __init__(self, wanted: Wanted) -> None:
-        self.wanted = wanted
+    def __init__(self) -> None:
         self.swaps: list[swap.Plan] = []
         self._groups: dict[tuple[type, tuple[LayerKernel, ...]], _Group] = {}
 
@@ -236,8 +235,9 @@ class LayerPlans:
     def commit(self, change: Change) -> None:
         """Make every swap, then bring the records up to date."""
         for made in self.swaps:
-            if made.commit():
-                change.did(made.undo)
+            if made.changes:
+                change.did(made.undo)  # first: a swap that fails half-way is taken back as well
+                made.commit()
         for group in self._groups.values():
             group.tell()
 
@@ -276,14 +276,14 @@ class _Group:
         return made
 
     def skip(self, reason: str, wanted: Wanted) -> None:
-        """The request is for a device that is not there: keep the originals."""
+        """Keep the originals: the device that was asked for, or that of every kernel, is absent."""
         for candidate in self.candidates:
             if candidate.binding.state in ("pending", "skipped"):
                 candidate.binding.set("skipped", reason)
         self._refuse(reason, wanted)
 
     def leave(self, reason: str, wanted: Wanted) -> None:
-        """One module cannot be swapped: keep the original there."""
+        """Keep the original of one module, which cannot be swapped."""
         for candidate in self.candidates:
             if candidate.rejected is None:
                 candidate.binding.note(reason)
@@ -312,7 +312,7 @@ class _Group:
         self._refuse("; ".join(refused) or f"no kernel is registered for {moment}", wanted, moment)
 
     def tell(self) -> None:
-        """Bring the records up to date with what was put in place."""
+        """Bring the records of the kernels up to date with what was put in place."""
         for candidate in self.candidates:
             if candidate.rejected is not None:
                 continue

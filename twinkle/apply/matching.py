@@ -90,7 +90,7 @@ def _meant(cls: type, entry: LayerTarget) -> type | None:
 def _named(
     cls: type, target: type, kernels: tuple[LayerKernel, ...], entry: LayerTarget | None, module: nn.Module
 ) -> Bound:
-    """A module of a class that was named."""
+    """Bind a module of a class that was named."""
     return Bound(module, cls, target, kernels, entry)
 
 
@@ -101,7 +101,7 @@ def _recognised(
     recognition: Recognition,
     module: nn.Module,
 ) -> Bound:
-    """A module of a class that is the op which kernels were registered for: specialised for the module."""
+    """Bind a module of a class that is recognised as an op: its kernels are specialised for the module."""
     from twinkle.match.structure import check_instance
 
     checked = check_instance(recognition, module)

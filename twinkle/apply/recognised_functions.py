@@ -40,7 +40,7 @@ class RecognisedFunction(NamedTuple):
 
 
 class _Functions:
-    """What was worked out before: the functions of modules, and the kernels made for them."""
+    """The recognised functions of modules, and the kernels that were made for them."""
 
     def __init__(self) -> None:
         self.recognised: dict[str, tuple[Any, list[RecognisedFunction]]] = {}
@@ -50,7 +50,7 @@ class _Functions:
 def register(
     model: nn.Module, offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None
 ) -> dict[str, bool]:
-    """Register kernels for the functions beside the classes of a model that were bound to their op.
+    """Register kernels for recognised functions in the modules that define the classes of a model.
 
     Args:
         model: The model.
@@ -80,7 +80,7 @@ def register(
 
 
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
-    """Register what was bound to the op of a function, unless something was bound to the function."""
+    """Register the kernels of an op for one function that is it, unless a user named the function."""
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
     if any(not kernel.recognised for kernel in named):
         return False
@@ -112,7 +112,7 @@ def specialise_function(
     *,
     device: str | None = None,
 ) -> FunctionKernel:
-    """A kernel that was bound to an op, for one function that is it; the same one each time.
+    """A kernel that was registered for an op, for one function that is it; the same one each time.
 
     Args:
         kernel: As registered.

@@ -58,7 +58,7 @@ class Finder:
         self._verdicts = dict.fromkeys(exact, True)
 
     def is_watched(self, name: str) -> bool:
-        """The name was asked for, exactly or by a pattern."""
+        """Whether a module of that name is watched, exactly or by a pattern."""
         verdicts = self._verdicts
         known = verdicts.get(name)
         if known is None:
@@ -69,7 +69,7 @@ class Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the finders behind us give for a watched name; ``None`` for any other."""
+        """The spec that the finders behind this one give for a watched name; ``None`` for any other."""
         verdicts = self._verdicts  # as is_watched() does it, without the time of a call
         watched = verdicts.get(fullname)
         if watched is None:
@@ -93,7 +93,7 @@ class Finder:
         """Nothing is cached that depends on the file system."""
 
     def forget_threads(self) -> None:
-        """In a forked child only the forking thread lives on."""
+        """Drop the searches of other threads, which do not live on in a forked child."""
         self._searching = {key for key in self._searching if key[1] == get_ident()}
 
     def observe_lazy(self, module: ModuleType, name: str) -> None:
@@ -106,7 +106,7 @@ class Finder:
     def _search(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None
     ) -> ModuleSpec | None:
-        """Ask the finders behind us.
+        """Ask the finders behind this one for a spec.
 
         Those before us have declined already. ``importlib.util.find_spec`` would ask them again and
         take the parent's import lock again, which deadlocks when ``pkg/__init__`` waits for a thread
@@ -140,14 +140,14 @@ class Finder:
             self._loaded(name, module)
 
     def executed(self, name: str, module: ModuleType) -> None:
-        """The loader of ``module`` has returned."""
+        """Report that a module was executed; a lazy one is reported when it loads."""
         if is_lazy(module):
             self.observe_lazy(module, name)
         else:
             self._loaded(name, module)
 
     def _was_bypassed(self, fullname: str) -> bool:
-        """Someone stands before us, and a module came in that we were not asked for."""
+        """Whether a module came in that this finder was not asked for, because another stands before it."""
         if self not in sys.meta_path:
             return False
         before = sys.meta_path[: sys.meta_path.index(self)]
@@ -268,7 +268,7 @@ def spec_of(module: object) -> Any:
 
 
 def is_lazy(module: object) -> bool:
-    """The module is one of ``importlib.util.LazyLoader`` and was not touched yet."""
+    """Whether a module is one of ``importlib.util.LazyLoader`` that was not touched yet."""
     kind = type(module)
     if kind.__name__ != "_LazyModule" or kind.__module__ != "importlib.util":
         return False
@@ -316,7 +316,7 @@ def _is_wrapts(finder: object) -> bool:
 
 
 def _find_legacy(finder: object, fullname: str, path: Sequence[str] | None) -> Any:
-    """A finder of before PEP 451, as Python 3.10 and 3.11 still accept it."""
+    """Ask a finder of before PEP 451, as Python 3.10 and 3.11 still accept it."""
     from importlib import _bootstrap
 
     legacy = getattr(_bootstrap, "_find_spec_legacy", None)

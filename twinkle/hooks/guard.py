@@ -1,4 +1,4 @@
-"""What becomes of a callback that raises: a hook never breaks the program.
+"""Failures of callbacks: recorded, told and warned of, and never an error of the program.
 
 Standard library only: this module is imported at interpreter start.
 """
@@ -57,7 +57,7 @@ def on_failure(handler: Callable[[Failure], object]) -> None:
 
 
 def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
-    """A callback raised, and this is its ``except`` block: record it, tell the handlers, warn once.
+    """Record what a callback raised, tell the handlers and warn once; called in its ``except`` block.
 
     Args:
         error: What it raised.

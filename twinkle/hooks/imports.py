@@ -59,11 +59,11 @@ class Watch:
         self._seen: dict[str, Callable[[], object]] = {}
 
     def matches(self, module: str) -> bool:
-        """The watch waits for a module of that name."""
+        """Whether the watch waits for a module of that name."""
         return module == self.name if self._patterns is None else self._patterns.match(module)
 
     def names_in(self, modules: list[str]) -> list[str]:
-        """Those of ``modules`` that the watch waits for."""
+        """The names among ``modules`` that the watch waits for."""
         if self._patterns is None:
             return [self.name] if self.name in sys.modules else []
         return [name for name in modules if self._patterns.match(name)]
@@ -76,7 +76,7 @@ class Watch:
             _watches().tell()
 
     def has_run(self, name: str, module: object) -> bool:
-        """The callback ran for that very module object."""
+        """Whether the callback ran for that very module object."""
         seen = self._seen.get(name)
         return seen is not None and seen() is module
 
@@ -283,7 +283,7 @@ def _is_initializing(module: object) -> bool:
 
 
 def _arrived(watch: Watch, name: str) -> None:
-    """The module is in ``sys.modules``, maybe unfinished, and the watch may not have seen it."""
+    """Call back for a module that is in ``sys.modules``: now, or when its import has ended."""
     module: Any = sys.modules.get(name)
     if module is None:
         return
@@ -297,14 +297,14 @@ def _arrived(watch: Watch, name: str) -> None:
 
 
 def _settled(name: str) -> None:
-    """An import that began before we could observe it has ended, well or not."""
+    """Call back at the end of an import that began before it could be observed."""
     module = sys.modules.get(name)
     if module is not None:
         _fire([watch for watch in _watches().all if watch.matches(name)], name, module, again=False)
 
 
 def _loaded(name: str, executed: ModuleType) -> None:
-    """The finder saw the module being executed."""
+    """Call back for a module that the finder saw being executed."""
     module = sys.modules.get(name)
     if module is not None:
         watches = [watch for watch in _watches().all if watch.matches(name)]

@@ -33,7 +33,7 @@ class Patterns:
         self._fullmatch: Callable[[str], object] | None = None
 
     def match(self, name: str) -> bool:
-        """One of the patterns means that name."""
+        """Whether one of the patterns means that name."""
         fullmatch = self._fullmatch
         if fullmatch is None:
             if not name.startswith(self._heads):
@@ -58,7 +58,7 @@ class Patterns:
 
 
 def _head(pattern: str) -> str:
-    """What stands before the first wildcard, up to a dot."""
+    """The part of a pattern before its first wildcard, up to a dot."""
     literal = pattern.replace("?", "*").partition("*")[0]
     return literal[: literal.rfind(".") + 1]
 

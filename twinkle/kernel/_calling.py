@@ -22,7 +22,7 @@ def caller() -> str:
 
 
 def given(**arguments: object) -> dict[str, object]:
-    """The arguments that were given."""
+    """The arguments that are not None, by name."""
     return {name: value for name, value in arguments.items() if value is not None}
 
 

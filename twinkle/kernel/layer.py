@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
 from twinkle.kernel._calling import caller, given, register_document
@@ -22,8 +23,6 @@ __all__ = [
     "register_layer_kernel",
     "unkernelize_model",
 ]
-
-from contextlib import contextmanager
 
 Model = TypeVar("Model", bound="nn.Module | None")
 

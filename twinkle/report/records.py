@@ -40,7 +40,7 @@ def snapshot(source: Registry | None = None) -> dict[str, object]:
         "configs": list(session.configs),
         "bindings": [
             {
-                "kind": binding.kind,
+                "kind": binding.scope,
                 "target": binding.target,
                 "kernel": binding.kernel,
                 "source": binding.source,
