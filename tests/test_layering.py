@@ -19,7 +19,6 @@ GROUND = (
     "modes",
     "devices",
     "targets",
-    "op_names",
     "records",
     "registry",
     "options",
@@ -30,6 +29,7 @@ GROUND = (
 
 ROOMS = (
     "ops",
+    "op_names",
     "match",
     "sources",
     "config",

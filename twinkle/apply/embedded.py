@@ -6,7 +6,6 @@ fused forwards alone are no layers and no functions, and have no document.
 
 from __future__ import annotations
 
-import pkgutil
 from typing import TYPE_CHECKING
 
 from twinkle.apply import documents
@@ -14,7 +13,8 @@ from twinkle.apply.recognised_functions import specialise_function
 from twinkle.apply.specialise import specialise
 from twinkle.fuse import forward as fused
 from twinkle.match.structure import check_instance, recognise
-from twinkle.ops.variants import covering, declined
+from twinkle.ops.backends import backend_for
+from twinkle.ops.catalog import document
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.targets import class_path
@@ -38,13 +38,12 @@ def offer() -> None:
     """
     if runtime.embedded.layer_targets:
         return
-    from twinkle.config.files import parse
-
-    where = "twinkle/ops/twinkle.toml"
-    text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
-    document, _ = parse(text.decode(), where)
     documents.register(
-        document, where=where, locate=lambda key: _ORIGIN, allow_objects=False, into=runtime.embedded
+        document(),
+        where="twinkle/ops/twinkle.toml",
+        locate=lambda key: _ORIGIN,
+        allow_objects=False,
+        into=runtime.embedded,
     )
 
 
@@ -75,20 +74,20 @@ def layer_kernels(module: nn.Module, cls: type, where: str) -> tuple[LayerKernel
         kernel = fused.layer_kernel(module, cls, where, [op for op in fused.OPS if wanted(op)])
         return () if kernel is None else (kernel,)
     kernels = _offered(found.op) if wanted(found.op) else ()
-    room = covering(found.op, found.form, where) if kernels else None
-    if room is None:
+    backend = backend_for(found.op, found.form, where) if kernels else None
+    if backend is None:
         return ()
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
         return ()
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
         return ()
-    if (why := declined(found.op, room, facts)) is not None:
+    if (why := backend.supports(found.form, facts=facts)) is not None:
         runtime.session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return ()
 
     def source(registered: Source) -> EmbeddedLayer:
-        return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
+        return EmbeddedLayer(str(found.op), found.form, facts, backend.name, registered)
 
     sizes = tuple(parameter.shape for parameter in module.parameters())
     return specialise(cls, kernels, facts, source, device=where, sizes=sizes)
@@ -131,12 +130,12 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
         where: The device the kernels are for.
     """
     op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
-    room = covering(op, form, where) if op is not None and wanted(op) else None
-    if room is None:
+    backend = backend_for(op, form, where) if op is not None and wanted(op) else None
+    if backend is None:
         return []
 
     def source(registered: Source) -> EmbeddedFunction:
-        return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
+        return EmbeddedFunction(str(op), form, facts, found.original, backend.name, registered)
 
     return [
         specialise_function(kernel, found, source, device=where)

@@ -350,7 +350,7 @@ def _embedded_device() -> str | None:
     """Where the embedded kernels run, when they were asked for."""
     if runtime.options.kernels == "off" or not runtime.options.kernels:
         return None
-    from twinkle.ops.variants import device
+    from twinkle.ops.backends import device
 
     return device()
 

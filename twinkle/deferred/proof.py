@@ -36,7 +36,7 @@ class _Loss:
     """What a question is asked about: see ``twinkle.proof.cache_key``."""
 
     op = "causal_lm_loss"
-    room = "layer"
+    backend = "triton_backend"
 
     class form:
         name = "first use"

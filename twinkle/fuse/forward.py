@@ -24,7 +24,7 @@ from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.fuse.steps import Step
 from twinkle.match.instance import read_path
 from twinkle.ops import launch
-from twinkle.ops.variants import covering
+from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
 
@@ -109,7 +109,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     sites = [
         site
         for site in sites_of(draft, owner)
-        if site.op in ops and site.reason is None and covering(site.op, site.form, where) is not None
+        if site.op in ops and site.reason is None and backend_for(site.op, site.form, where) is not None
     ]
     if not sites:
         return None

@@ -11,7 +11,7 @@ from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of,
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
 from twinkle.fuse.steps import stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.qk_norm_rotary import layer as op
+from twinkle.ops.qk_norm_rotary import triton_backend as op
 from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import RMSNormForm
@@ -72,7 +72,7 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
     form = _form(q.form, _ROTATIONS[rotation], between)
-    return Pair(q, k, form) if op.covers(form) else f"there is no kernel for {form.name}"
+    return op.supports(form) or Pair(q, k, form)
 
 
 def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:

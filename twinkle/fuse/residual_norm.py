@@ -10,8 +10,8 @@ from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import shown, stand_in, why_not
 from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.residual_norm.layer import run, way_for
 from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.residual_norm.triton_backend import run, way_for
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:

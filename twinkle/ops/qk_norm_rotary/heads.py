@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, route, through_definition
-from twinkle.ops.qk_norm_rotary import layer, reference
+from twinkle.ops.qk_norm_rotary import reference, triton_backend
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def way_for(
         k_weight: As ``q_weight``.
         cos: ``[batch, tokens, head_dim]``.
         sin: As ``cos``.
-        form: Which norm and which rotation; one that ``layer.covers``.
+        form: Which norm and which rotation; one that ``triton_backend.supports``.
     """
     if q.dim() != 4 or k.dim() != 4 or q.dtype != k.dtype:
         return DEFINITION
@@ -82,7 +82,7 @@ def _fits(
     if table[2] != width or table[1] != tokens or table[0] not in (1, batch):
         return False
     # What one program holds; the same limit as for the op on joined heads.
-    if heads * head_dim > layer.MOST or (q_weight is None) != (k_weight is None):
+    if heads * head_dim > triton_backend.MOST or (q_weight is None) != (k_weight is None):
         return False
     if q_weight is None or k_weight is None:
         return form.norm.weight == "none"
@@ -130,7 +130,7 @@ def run(
     rest = (q.shape[3], form.norm.name, form.rotary.name, form.over == "all")
     if way == STRAIGHT and torch.is_grad_enabled():
         return _straight(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
-    function: Any = layer._forward if way == STRAIGHT else layer._op
+    function: Any = triton_backend._forward if way == STRAIGHT else triton_backend._op
     return function(joined(q), joined(k), q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
 
 
@@ -142,7 +142,7 @@ class _Heads(torch.autograd.Function):
         q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
         ctx.save_for_backward(q, k, qw, kw, cos, sin)
         ctx.eps, ctx.rest = (q_eps, k_eps), rest
-        return layer._forward(joined(q), joined(k), *inputs[2:])
+        return triton_backend._forward(joined(q), joined(k), *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +151,10 @@ class _Heads(torch.autograd.Function):
         q_eps, k_eps = ctx.eps
         if torch.is_grad_enabled():
             form = QKNormRotaryForm(
-                "", layer._NORMS[norm], layer._ROTATIONS[rotation], "all" if over_all else "head"
+                "",
+                triton_backend._NORMS[norm],
+                triton_backend._ROTATIONS[rotation],
+                "all" if over_all else "head",
             )
             through = through_definition(
                 lambda q, k, qw, kw: reference.qk_norm_rotary(
@@ -162,7 +165,7 @@ class _Heads(torch.autograd.Function):
             )
             return (*through, *(None,) * 8)
         wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-        dq, dk, dqw, dkw = layer._backward(
+        dq, dk, dqw, dkw = triton_backend._backward(
             dq_out,
             dk_out,
             joined(q),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["covers", "layer_class", "rms_norm"]
+__all__ = ["layer_class", "rms_norm", "supports"]
 
 _LEAST, _LEAST_INFERENCE = 1 << 17, 1 << 19
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
@@ -32,17 +32,18 @@ Without gradients it is as fast at any size where several threads share the rows
 _NAMES = {form.name: form for form in FORMS}
 
 
-def covers(form: RMSNormForm) -> bool:
-    """Whether a form is computed here: those whose statistics and product are float32 throughout."""
-    return (
-        form.compute in ("float32", "promoted")
-        and form.gate == "none"
-        and form.groups != "always"
-        and form.weight_place == "after"
-    )
+def supports(
+    form: RMSNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why a form is not computed here, or None: its statistics and product are to be float32 throughout."""
+    if form.compute not in ("float32", "promoted"):
+        return f"not faster than the definition where it computes in {form.compute}"
+    if form.gate == "none" and form.groups != "always" and form.weight_place == "after":
+        return None
+    return f"nothing for gates, groups, or a weight before the norm ({form.name})"
 
 
-_COVERED = frozenset(name for name, form in _NAMES.items() if covers(form))
+_SUPPORTED = frozenset(name for name, form in _NAMES.items() if supports(form) is None)
 
 
 def rms_norm(
@@ -75,7 +76,7 @@ def rms_norm(
     """
     if (
         pays(x, _LEAST)
-        and form.name in _COVERED
+        and form.name in _SUPPORTED
         and group_size is None
         and straight(x, weight)
         and (weight is None or weight.shape == x.shape[-1:])
@@ -199,7 +200,7 @@ def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
 
     Args:
         form: Where it rounds.
-        facts: As for ``twinkle.ops.rms_norm.layer.layer_class``.
+        facts: As for ``twinkle.ops.rms_norm.triton_backend.layer_class``.
 
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.

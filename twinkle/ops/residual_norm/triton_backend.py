@@ -1,4 +1,4 @@
-"""Residual add and norm as one function with the signature of its definition."""
+"""Residual add and norm by Triton, as one function with the signature of its definition."""
 
 from __future__ import annotations
 
@@ -9,24 +9,28 @@ import torch
 from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
-from twinkle.ops.rms_norm.layer import covers as covers_norm
-from twinkle.ops.rms_norm.layer import fits, result_dtype
+from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["covers", "residual_norm", "run", "way_for"]
+__all__ = ["residual_norm", "run", "supports", "way_for"]
 
 _FORMS = {form.name: form for form in FORMS}
 _LLAMA = ResidualNormForm("rms_norm_llama", _FORMS["llama"])
 
 
-def covers(form: ResidualNormForm) -> bool:
-    """Whether there is a kernel for a form: behind every RMSNorm that has one."""
-    return isinstance(form.norm, RMSNormForm) and form.norm.name in _FORMS and covers_norm(form.norm)
+def supports(
+    form: ResidualNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form, or None: there is one behind every RMSNorm that has one."""
+    if isinstance(form.norm, RMSNormForm) and form.norm.name in _FORMS:
+        return triton_backend.supports(form.norm, device)
+    return f"there is no kernel for {form.name}"
 
 
 def residual_norm(
@@ -71,10 +75,10 @@ def way_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNo
         weight: ``[hidden]`` or None.
         form: Which norm.
     """
-    if x.dtype != residual.dtype or x.shape != residual.shape or not covers(form):
+    if x.dtype != residual.dtype or x.shape != residual.shape or supports(form) is not None:
         return DEFINITION
     way = route(x, residual, weight)
-    if way != DEFINITION and fits(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+    if way != DEFINITION and triton_backend.accepts(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
         return way
     return DEFINITION
 
@@ -189,7 +193,7 @@ def _derivative(ctx: Any, dh: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    y = like(x, result_dtype(x, weight, _FORMS[norm]))[0]
+    y = like(x, triton_backend.result_dtype(x, weight, _FORMS[norm]))[0]
     return torch.empty_like(y, dtype=x.dtype), y
 
 

@@ -1,4 +1,4 @@
-"""Norms of queries and keys and their rotation as one function with the signature of its definition."""
+"""Norms of queries and keys and their rotation by Triton, with the signature of their definition."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, ro
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm import reference as norms
-from twinkle.ops.rms_norm.layer import covers as covers_norm
-from twinkle.ops.rms_norm.layer import result_dtype
+from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rotary import reference as rotations
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["covers", "qk_norm_rotary"]
+__all__ = ["qk_norm_rotary", "supports"]
 
 _NORMS = {form.name: form for form in norms.FORMS}
 _ROTATIONS = {form.name: form for form in rotations.FORMS}
@@ -29,13 +29,19 @@ MOST = 16384
 """Elements of one token's heads that a program holds."""
 
 
+def supports(
+    form: QKNormRotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form, or None: half-split pairs of all channels."""
+    return None if _is_supported(form) else f"there is no kernel for {form.name}"
+
+
 @functools.cache
-def covers(form: QKNormRotaryForm) -> bool:
-    """Whether there is a kernel for a form: half-split pairs of all channels."""
+def _is_supported(form: QKNormRotaryForm) -> bool:
     rotation = form.rotary
     return (
         form.norm.name in _NORMS
-        and covers_norm(form.norm)
+        and triton_backend.supports(form.norm) is None
         and form.norm.compute not in ("input", "fused")
         and rotation.name in _ROTATIONS
         and rotation.pairs == "half"
@@ -82,8 +88,8 @@ def qk_norm_rotary(
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
         come before heads, as after the definition's transpose.
     """
-    way = route(q, k, q_weight, k_weight, cos, sin) if covers(form) else DEFINITION
-    if way != DEFINITION and _fits(q, k, q_weight, k_weight, cos, sin, head_dim, form):
+    way = route(q, k, q_weight, k_weight, cos, sin) if _is_supported(form) else DEFINITION
+    if way != DEFINITION and _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, form):
         if form.norm.weight == "none":
             q_weight = k_weight = None
         names = (form.norm.name, form.rotary.name, form.over == "all")
@@ -96,7 +102,7 @@ def qk_norm_rotary(
     )
 
 
-def _fits(
+def _accepts(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor | None,
@@ -130,7 +136,7 @@ def _dtypes(
     q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str
 ) -> tuple[torch.dtype, ...]:
     """Of the norm's result, of the products of the rotation, of the result."""
-    between = result_dtype(q, weight, _NORMS[norm])
+    between = triton_backend.result_dtype(q, weight, _NORMS[norm])
     form = _ROTATIONS[rotation]
     compute = torch.promote_types(between, cos.dtype) if form.compute == "input" else torch.float32
     return between, compute, between if form.cast != "none" else compute

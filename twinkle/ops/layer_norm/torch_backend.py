@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["covers", "layer_class", "layer_norm"]
+__all__ = ["layer_class", "layer_norm", "supports"]
 
 _LEAST = 1 << 15
 """Elements from which torch's elementwise ops use several threads."""
 
 
-def covers(form: LayerNormForm) -> bool:
-    """Whether torch's kernel stands for a form: one written out in float32 and rounded at its end."""
-    return form.written == "out" and form.compute == "float32" and form.cast == "after_weight"
+def supports(
+    form: LayerNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why torch's kernel is not for a form, or None: one written out in float32 and rounded at its end."""
+    if form.written == "out" and form.compute == "float32" and form.cast == "after_weight":
+        return None
+    return f"torch's own kernel is what it calls, or rounds elsewhere ({form.name})"
 
 
 def layer_norm(
@@ -44,7 +48,7 @@ def layer_norm(
             as do other dtypes than that of ``x``, and everything under autocast.
         bias: As ``weight``.
         eps: Added to the variance.
-        form: One that :func:`covers` says yes to.
+        form: One that :func:`supports` has nothing against.
 
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
@@ -79,7 +83,7 @@ def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: One that :func:`covers` says yes to.
+        form: One that :func:`supports` has nothing against.
         facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
             ``forward``, or the number itself.
 
