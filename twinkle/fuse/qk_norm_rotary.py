@@ -10,9 +10,9 @@ from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
 from twinkle.fuse.steps import stand_in, why_not
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.qk_norm_rotary import triton_backend as op
-from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
+from twinkle.ops.qk_norm_rotary.heads import joined, path_for, run, split
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import RMSNormForm
 from twinkle.ops.rotary.reference import FORMS
@@ -145,9 +145,9 @@ def pair_step(
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
             if u is not None and v is not None:
-                way = way_for(q, k, u[0], v[0], cos, sin, pair.form)
-                if way == STRAIGHT:
-                    return run(way, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
+                path = path_for(q, k, u[0], v[0], cos, sin, pair.form)
+                if path is EAGER:
+                    return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
         else:
             done = _first(owner, key, q, k, q_layer, k_layer, cos, sin)
             if done is not None:
@@ -177,8 +177,8 @@ def pair_step(
             a, b = numbers_of(u, q_layer), numbers_of(v, k_layer)
             form = _form(u.form, _ROTATIONS[rotation], between)
             fits = a is not None and b is not None
-            if fits and way_for(q, k, a[0], b[0], cos, sin, form) == OP:  # type: ignore[index]
-                return run(OP, q, k, a[0], b[0], a[1], b[1], cos, sin, form)  # type: ignore[index]
+            if fits and path_for(q, k, a[0], b[0], cos, sin, form) is CUSTOM_OP:  # type: ignore[index]
+                return run(CUSTOM_OP, q, k, a[0], b[0], a[1], b[1], cos, sin, form)  # type: ignore[index]
         return _original(q, k, q_layer, k_layer, function, cos, sin)
 
     def _first(
@@ -191,7 +191,7 @@ def pair_step(
         if why is not None or u is None or v is None:
             step.note(owner, why or "a norm lacks its weight or eps")
             return None
-        if way_for(q, k, u[0], v[0], cos, sin, pair.form) != STRAIGHT:
+        if path_for(q, k, u[0], v[0], cos, sin, pair.form) is not EAGER:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
             step.note(
                 owner, f"no kernel for {tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)} of {dtypes}"
@@ -212,16 +212,16 @@ def pair_step(
             a, b = numbers_of(pair.q, q_bare), numbers_of(pair.k, k_bare)
             assert a is not None
             assert b is not None
-            way = way_for(q, k, a[0], b[0], cos_, sin_, pair.form)
-            if way == DEFINITION:
+            path = path_for(q, k, a[0], b[0], cos_, sin_, pair.form)
+            if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
-            return run(way, q, k, a[0], b[0], a[1], b[1], cos_, sin_, pair.form)
+            return run(path, q, k, a[0], b[0], a[1], b[1], cos_, sin_, pair.form)
 
         done: tuple[Any, Any] | None = step.first(
             owner,
             key,
             pair,
-            lambda: run(STRAIGHT, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
+            lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
             lambda: (
                 EmbeddedLayer(step.op, pair.form, {"q_eps": u[1], "k_eps": v[1], "table": cos.itemsize}),
                 original,

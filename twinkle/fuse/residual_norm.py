@@ -9,9 +9,9 @@ import torch
 from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import shown, stand_in, why_not
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.residual_norm.reference import ResidualNormForm
-from twinkle.ops.residual_norm.triton_backend import run, way_for
+from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -65,9 +65,9 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             found = numbers_of(kind.norm, layer)
             if found is not None:
                 form = kind.form if factor is None else kind.scaled
-                way = way_for(right, left, found[0], form)
-                if way == STRAIGHT:
-                    return run(way, right, left, found[0], found[1], form, factor)
+                path = path_for(right, left, found[0], form)
+                if path is EAGER:
+                    return run(path, right, left, found[0], found[1], form, factor)
         elif kind is None:
             done = _first(owner, left, right, layer, factor)
             if done is not None:
@@ -87,8 +87,8 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             found = numbers_of(norm, layer)
             if found is not None:
                 form = forms_of(norm)[0 if factor is None else 1]
-                if way_for(right, left, found[0], form) == OP:
-                    return run(OP, right, left, found[0], found[1], form, factor)
+                if path_for(right, left, found[0], form) is CUSTOM_OP:
+                    return run(CUSTOM_OP, right, left, found[0], found[1], form, factor)
         return _original(left, right, layer, factor)
 
     def _first(owner: Any, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any] | None:
@@ -102,7 +102,7 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
             return None
         form = kind.form if factor is None else kind.scaled
         weight, eps = found
-        if way_for(right, left, weight, form) != STRAIGHT:
+        if path_for(right, left, weight, form) is not EAGER:
             step.note(owner, f"no kernel for {shown(left)} + {shown(right)}")
             return None
 
@@ -112,16 +112,16 @@ def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
         def kernel(holder: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
             there = numbers_of(kind.norm, holder.get_submodule("0"))
             assert there is not None
-            way = way_for(right, left, there[0], form)
-            if way == DEFINITION:
+            path = path_for(right, left, there[0], form)
+            if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
-            return run(way, right, left, *there, form, factor)
+            return run(path, right, left, *there, form, factor)
 
         done: tuple[Any, Any] | None = step.first(
             owner,
             (type(layer), left.dtype, right.dtype),
             kind,
-            lambda: run(STRAIGHT, right, left, weight, eps, form, factor),
+            lambda: run(EAGER, right, left, weight, eps, form, factor),
             lambda: (
                 EmbeddedLayer(step.op, form, {"eps": eps, "scale": factor}),
                 original,

@@ -16,7 +16,7 @@ from twinkle.ops.gated_mlp.activation import (
     gated_linear,
 )
 from twinkle.ops.gated_mlp.reference import FORMS, GatedMLPForm
-from twinkle.ops.launch import STRAIGHT, route
+from twinkle.ops.launch import EAGER, dispatch_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -131,7 +131,7 @@ def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
         and down.weight.requires_grad  # a frozen layer keeps no input in the first place
         and not torch.is_autocast_enabled(g.device.type)
         and down.weight.dtype == g.dtype
-        and route(g, u, down.weight, down.bias) == STRAIGHT
+        and dispatch_path(g, u, down.weight, down.bias) == EAGER
     )
 
 

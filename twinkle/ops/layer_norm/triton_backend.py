@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from twinkle.ops.build import forward_class
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["layer_class", "layer_norm", "supports"]
 
 WIDEST = 65536
+_kernels = lazy_module("twinkle.ops.layer_norm.triton")
 _LEAST = 1 << 23
 """Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
 _FUSED = next(form for form in FORMS if form.name == "fused")
@@ -61,8 +62,8 @@ def layer_norm(
 ) -> Tensor:
     """``(x - mean(x)) / sqrt(var(x) + eps) · w + b`` in float32, rounded once; see ``reference.layer_norm``.
 
-    Small inputs, several dimensions, other dtypes and everything that :func:`twinkle.ops.launch.route` keeps
-    from a kernel go to torch's own function.
+    Small inputs, several dimensions, other dtypes and everything that
+    :func:`twinkle.ops.launch.dispatch_path` keeps from a kernel go to torch's own function.
 
     Args:
         x: ``[..., hidden]``, up to 65536 wide for the kernel.
@@ -79,15 +80,13 @@ def layer_norm(
         bias = None
         weight = None if form.affine == "none" else weight
     if pays(x, _LEAST) and not x.is_nested:
-        way = route(x, weight, bias)
-        if way != DEFINITION and _accepts(x, weight, bias, form, normalized_shape):
-            if way != STRAIGHT:
+        path = dispatch_path(x, weight, bias)
+        if path is not REFERENCE and _accepts(x, weight, bias, form, normalized_shape):
+            if path is not EAGER:
                 return _op(x, weight, bias, eps)[0]
             if torch.is_grad_enabled():
-                return _straight(x, weight, bias, eps)
-            from twinkle.ops.layer_norm import triton as kernels
-
-            return kernels.forward(x, weight, bias, eps, stats=False)[0]
+                return _eager(x, weight, bias, eps)
+            return _kernels().forward(x, weight, bias, eps, stats=False)[0]
     if form is _FUSED:  # what small inputs take, so straight
         return nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
     if form.written == "out":
@@ -123,7 +122,7 @@ def _accepts(
     return True
 
 
-def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What the kernel computes, whichever the form: in float32, rounded once."""
     with torch.autocast(x.device.type, enabled=False):
         w, b = (None if p is None else p.float() for p in (weight, bias))
@@ -131,36 +130,8 @@ def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: floa
         return h.to(x.dtype)
 
 
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        from twinkle.ops.layer_norm import triton as kernels
-
-        y, stats = kernels.forward(x, weight, bias, eps)
-        ctx.save_for_backward(x, weight, bias, stats)
-        ctx.eps = eps
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from twinkle.ops.layer_norm import triton as kernels
-
-        x, weight, bias, stats = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            definition = functools.partial(_exactly, eps=ctx.eps)
-            return (*through_definition(definition, (x, weight, bias), (dy,)), None)
-        dx, dw, db, _ = ctx.needs_input_grad
-        found = kernels.backward(dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db)
-        return (*found, None)
-
-
-_straight = apply_of(_LayerNorm)
-
-
-def _op_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.layer_norm import triton as kernels
-
-    return kernels.forward(x, weight, bias, eps)
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return _kernels().forward(x, weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -168,21 +139,18 @@ def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     return x.new_empty(x.shape), x.new_empty((2, rows), dtype=torch.float32)
 
 
-def _op_backward(
+def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    from twinkle.ops.layer_norm import triton as kernels
-
-    found = kernels.backward(
-        dy, x, weight, bias, stats, input_grad=wanted[0], weight_grad=wanted[1], bias_grad=wanted[2]
+) -> tuple[Tensor | None, ...]:
+    dx, dw, db = wanted
+    return _kernels().backward(  # type: ignore[no-any-return]
+        dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db
     )
-    first, second, third = (x.new_empty(0) if made is None else made for made in found)
-    return first, second, third
 
 
 def _fake_backward(
@@ -192,44 +160,34 @@ def _fake_backward(
     bias: Tensor | None,
     stats: Tensor,
     wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    first, second, third = (
-        p.new_empty(p.shape) if p is not None and is_wanted else x.new_empty(0)
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        p.new_empty(p.shape) if p is not None and is_wanted else None
         for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
     )
-    return first, second, third
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, _ = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(x, weight, bias, output[1])
-
-
-def _derivative(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return None, None, None, None
+def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, stats = ctx.saved_tensors
-    wanted = [
-        p is not None and need for p, need in zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
-    ]
-    found = _backward_op(dy, x, weight, bias, stats, wanted)
+    dx, dw, db, _ = ctx.needs_input_grad
+    wanted = [dx, weight is not None and dw, bias is not None and db]
+    found = function(dy, x, weight, bias, stats, wanted)
     return (*(made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True)), None)
 
 
-_backward_op = define(
-    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, bool[] wanted)"
-    " -> (Tensor, Tensor, Tensor)",
-    _op_backward,
-    _fake_backward,
-)
-_op = define(
+_eager, _op = define_op(
+    "_LayerNorm",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    _op_forward,
+    _forward,
     _fake_forward,
-    setup=_setup,
-    backward=_derivative,
+    backward_schema="layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    tensors=3,
+    auxiliary=True,
+    gradients=_gradients,
+    reference=_exactly,
 )
 
 

@@ -6,7 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
+from twinkle.ops.launch import (
+    EAGER,
+    REFERENCE,
+    DispatchPath,
+    define_op,
+    dispatch_path,
+    lazy_module,
+    like,
+    through_definition,
+)
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 from twinkle.ops.rms_norm import triton_backend
@@ -18,8 +27,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["residual_norm", "run", "supports", "way_for"]
+__all__ = ["path_for", "residual_norm", "run", "supports"]
 
+_kernels = lazy_module("twinkle.ops.residual_norm.triton")
 _FORMS = {form.name: form for form in FORMS}
 _LLAMA = ResidualNormForm("rms_norm_llama", _FORMS["llama"])
 
@@ -60,14 +70,14 @@ def residual_norm(
     Returns:
         The sum and the normalised sum.
     """
-    way = way_for(x, residual, weight, form)
-    if way != DEFINITION:
-        return run(way, x, residual, weight, eps, form, scale)
+    path = path_for(x, residual, weight, form)
+    if path is not REFERENCE:
+        return run(path, x, residual, weight, eps, form, scale)
     return reference.residual_norm(x, residual, weight, eps, form=form, bias=bias, scale=scale)
 
 
-def way_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNormForm) -> int:
-    """How to compute with these tensors; see :func:`twinkle.ops.launch.route`.
+def path_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNormForm) -> DispatchPath:
+    """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
     Args:
         x: As for :func:`residual_norm`, with all that follows.
@@ -76,15 +86,15 @@ def way_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNo
         form: Which norm.
     """
     if x.dtype != residual.dtype or x.shape != residual.shape or supports(form) is not None:
-        return DEFINITION
-    way = route(x, residual, weight)
-    if way != DEFINITION and triton_backend.accepts(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
-        return way
-    return DEFINITION
+        return REFERENCE
+    path = dispatch_path(x, residual, weight)
+    if path is not REFERENCE and triton_backend.accepts(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+        return path
+    return REFERENCE
 
 
 def run(
-    way: int,
+    path: DispatchPath,
     x: Tensor,
     residual: Tensor,
     weight: Tensor | None,
@@ -92,23 +102,21 @@ def run(
     form: ResidualNormForm,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, for what :func:`way_for` found (and not for `DEFINITION`)."""
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
     if form.norm.weight == "none":  # type: ignore[union-attr]
         weight = None
     factor = scale if form.scaled else None
-    if way == STRAIGHT and not torch.is_grad_enabled():
+    if path is EAGER and not torch.is_grad_enabled():
         return _forward(x, residual, weight, eps, form.norm.name, factor)
-    if way == STRAIGHT:
-        return _straight(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+    if path is EAGER:
+        return _eager(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
     return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
 
 
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.residual_norm import triton as kernels
-
-    y, total = kernels.forward(x, weight, eps, _FORMS[norm], residual, scale)
+    y, total = _kernels().forward(x, weight, eps, _FORMS[norm], residual, scale)
     assert total is not None
     return total, y
 
@@ -122,52 +130,19 @@ def _backward(
     norm: str,
     scale: float | None,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from twinkle.ops.residual_norm import triton as kernels
-
-    dx, dr, dw = kernels.backward(dy, h, weight, eps, _FORMS[norm], dh, scale, weight_grad)
-    return dx, h.new_empty(0) if dr is dx else dr, h.new_empty(0) if dw is None else dw
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dr, dw = _kernels().backward(dy, h, weight, eps, _FORMS[norm], dh, scale, weight_grad)
+    return dx, None if dr is dx else dr, dw
 
 
-class _ResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        weight: Tensor | None,
-        eps: float,
-        norm: str,
-        scale: float | None,
-    ) -> tuple[Tensor, Tensor]:
-        h, y = _forward(x, residual, weight, eps, norm, scale)
-        ctx.save_for_backward(h, weight)
-        ctx.rest = (eps, norm, scale)
-        ctx.set_materialize_grads(False)
-        return h, y
-
-    @staticmethod
-    def backward(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        h, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            eps, norm, scale = ctx.rest
-            form = _FORMS[norm]
-            through = through_definition(
-                lambda h, w: (
-                    h * 1,
-                    rms_norm(h, w, eps, form=form, normalized_shape=h.shape[-1:], with_weight=w is not None),
-                ),
-                (h, weight),
-                (dh, dy),
-            )
-            dr = through[0]
-            return dr if dr is None or scale is None else dr * scale, dr, through[1], None, None, None
-        return _gradients(_backward, dh, dy, h, weight, ctx)
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(results[0], inputs[2])
+    ctx.rest = inputs[3:]
+    ctx.set_materialize_grads(False)
 
 
-def _gradients(
-    function: Any, dh: Tensor | None, dy: Tensor | None, h: Tensor, weight: Tensor | None, ctx: Any
-) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, function: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
     scale = ctx.rest[2]
     if dy is None:
         dx = dh if dh is None or scale is None else dh * scale
@@ -177,17 +152,15 @@ def _gradients(
     return dx, dx if scale is None else dr, dw if wanted else None, None, None, None
 
 
-_straight = apply_of(_ResidualNorm)
+def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    eps, norm, scale = ctx.rest
 
+    def definition(h: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = rms_norm(h, w, eps, form=_FORMS[norm], normalized_shape=h.shape[-1:], with_weight=w is not None)
+        return h * 1, y
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, _, weight, *ctx.rest = inputs
-    ctx.save_for_backward(output[0], weight)
-
-
-def _derivative(ctx: Any, dh: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight = ctx.saved_tensors
-    return _gradients(_backward_op, dh, dy, h, weight, ctx)
+    dr, dw = through_definition(definition, ctx.saved_tensors, (dh, dy))
+    return dr if dr is None or scale is None else dr * scale, dr, dw, None, None, None
 
 
 def _fake_forward(
@@ -206,23 +179,23 @@ def _fake_backward(
     norm: str,
     scale: float | None,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     dx = like(h)[0]
-    dw = torch.empty_like(weight) if weight is not None and weight_grad else h.new_empty(0)
-    return dx, h.new_empty(0) if scale is None else torch.empty_like(dx), dw
+    dw = torch.empty_like(weight) if weight is not None and weight_grad else None
+    return dx, None if scale is None else torch.empty_like(dx), dw
 
 
-_backward_op = define(
-    "residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, str norm, "
-    "float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-_op = define(
+_eager, _op = define_op(
+    "_ResidualNorm",
     "residual_norm(Tensor x, Tensor residual, Tensor? weight, float eps, str norm, float? scale)"
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    setup=_setup,
-    backward=_derivative,
+    backward_schema="residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, "
+    "str norm, float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    keep=_keep,
+    gradients=_gradients,
+    again=_again,
 )

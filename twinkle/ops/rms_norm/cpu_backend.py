@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class
 from twinkle.ops.launch import like, rows_of, through_definition
-from twinkle.ops.plain import chunk_rows, chunks, pays, straight
+from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -78,7 +78,7 @@ def rms_norm(
         pays(x, _LEAST)
         and form.name in _SUPPORTED
         and group_size is None
-        and straight(x, weight)
+        and runs_eagerly(x, weight)
         and (weight is None or weight.shape == x.shape[-1:])
     ):
         if form.weight == "none" or not with_weight:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, like
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["accepts", "layer_class", "result_dtype", "rms_norm", "supports"]
 
 WIDEST = 65536
+_kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _FORMS = {form.name: form for form in FORMS}
 _LLAMA = _FORMS["llama"]
 
@@ -76,14 +77,14 @@ def rms_norm(
     Returns:
         ``[..., hidden]``.
     """
-    way = route(x, weight) if eps is not None else DEFINITION
-    if way != DEFINITION and accepts(x, weight, form, group_size, normalized_shape):
+    path = dispatch_path(x, weight) if eps is not None else REFERENCE
+    if path is not REFERENCE and accepts(x, weight, form, group_size, normalized_shape):
         if form.weight == "none" or not with_weight:
             weight = None
-        if way == STRAIGHT and not torch.is_grad_enabled():
-            return _op_forward(x, weight, eps, form.name)  # type: ignore[arg-type]
-        if way == STRAIGHT:
-            return _straight(x, weight, eps, form)
+        if path is EAGER and not torch.is_grad_enabled():
+            return _forward(x, weight, eps, form.name)  # type: ignore[arg-type]
+        if path is EAGER:
+            return _eager(x, weight, eps, form.name)
         return _op(x, weight, eps, form.name)
     return reference.rms_norm(
         x,
@@ -117,49 +118,15 @@ def accepts(
     return form.compute != "input" or not torch.is_autocast_enabled(x.device.type)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
-        from twinkle.ops.rms_norm import triton as kernels
-
-        ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.form = eps, form
-        return kernels.forward(x, weight, eps, form)[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from twinkle.ops.rms_norm import triton as kernels
-
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            definition = functools.partial(
-                reference.rms_norm,
-                eps=ctx.eps,
-                form=ctx.form,
-                normalized_shape=x.shape[-1:],
-                with_weight=weight is not None,
-            )
-            return (*through_definition(definition, (x, weight), (dy,)), None, None)
-        dx, _, dw = kernels.backward(dy, x, weight, ctx.eps, ctx.form, weight_grad=ctx.needs_input_grad[1])
-        return dx, dw, None, None
+def _forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
+    return _kernels().forward(x, weight, eps, _FORMS[form])[0]
 
 
-_straight = apply_of(_RMSNorm)
-
-
-def _op_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    from twinkle.ops.rms_norm import triton as kernels
-
-    return kernels.forward(x, weight, eps, _FORMS[form])[0]
-
-
-def _op_backward(
+def _backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.rms_norm import triton as kernels
-
-    dx, _, dw = kernels.backward(dy, x, weight, eps, _FORMS[form], weight_grad=weight_grad)
-    return dx, dw if dw is not None else x.new_empty(0)
+) -> tuple[Tensor, Tensor | None]:
+    dx, _, dw = _kernels().backward(dy, x, weight, eps, _FORMS[form], weight_grad=weight_grad)
+    return dx, dw
 
 
 def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
@@ -185,35 +152,41 @@ def result_dtype(x: Tensor, weight: Tensor | None, form: RMSNormForm) -> torch.d
 
 def _fake_backward(
     dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     wanted = weight is not None and weight_grad
-    return like(x)[0], torch.empty_like(weight) if wanted else x.new_empty(0)
+    return like(x)[0], torch.empty_like(weight) if wanted else None
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.form = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _derivative(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     wanted = weight is not None and ctx.needs_input_grad[1]
-    dx, dw = _backward_op(dy, x, weight, ctx.eps, ctx.form, wanted)
+    dx, dw = function(dy, x, weight, *ctx.rest, wanted)
     return dx, dw if wanted else None, None, None
 
 
-_backward_op = define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, bool weight_grad)"
-    " -> (Tensor, Tensor)",
-    _op_backward,
-    _fake_backward,
-)
-_op = define(
+def _reference(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
+    return reference.rms_norm(
+        x,
+        weight,
+        eps,
+        form=_FORMS[form],
+        normalized_shape=x.shape[-1:],
+        with_weight=weight is not None,
+    )
+
+
+_eager, _op = define_op(
+    "_RMSNorm",
     "rms_norm(Tensor x, Tensor? weight, float eps, str form) -> Tensor",
-    _op_forward,
+    _forward,
     _fake_forward,
-    setup=_setup,
-    backward=_derivative,
+    backward_schema="rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, "
+    "bool weight_grad) -> (Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    tensors=2,
+    gradients=_gradients,
+    reference=_reference,
 )
 
 

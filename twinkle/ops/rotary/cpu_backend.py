@@ -10,10 +10,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.plain import pays, straight
+from twinkle.ops.plain import pays, runs_eagerly
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
-from twinkle.ops.rotary.triton_backend import _again, _compute, _empty, _out_dtype, _plan, maker_of
+from twinkle.ops.rotary.triton_backend import (
+    _compute,
+    _empty,
+    _out_dtype,
+    _plan,
+    gradients_with_graph,
+    maker_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -66,7 +73,7 @@ def rotary(
     if (
         pays(q, _LEAST if grad or form.part == "all" or q.dtype == torch.float32 else _NEVER)
         and form.name in _SUPPORTED
-        and straight(q, k, cos, sin, v)
+        and runs_eagerly(q, k, cos, sin, v)
         and not (grad and (cos.requires_grad or sin.requires_grad))
     ):
         plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
@@ -187,7 +194,7 @@ class _Rotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dk = dk if ctx.two else None
         if torch.is_grad_enabled():
-            return (*_again(ctx, cos, sin, dq, dk), None, None, None, None, None)
+            return (*gradients_with_graph(ctx, cos, sin, dq, dk), None, None, None, None, None)
         name, tokens_first, dtype = ctx.rest
         form = _FORMS[name]
         found: list[Tensor | None] = []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.build import plain_function
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, through_definition
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["function_for", "maker_of", "rotary", "supports"]
 
+_kernels = lazy_module("twinkle.ops.rotary.triton")
 _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
 _ONE = ("half", "first_half", "first_half_repeated", "repeated")
@@ -69,12 +70,12 @@ def rotary(
     Returns:
         A tensor for a form of one tensor, else a tuple.
     """
-    way = route(q, k, cos, sin, v) if form.name in _SUPPORTED else DEFINITION
-    if way != DEFINITION and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+    path = dispatch_path(q, k, cos, sin, v) if form.name in _SUPPORTED else REFERENCE
+    if path is not REFERENCE and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
         plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
         if plan is not None:
             cos, sin, tokens_first = plan
-            turned: Callable[..., Any] = _straight if way == STRAIGHT else _op
+            turned: Callable[..., Any] = _eager if path is EAGER else _op
             if form.tensors == 1:
                 return turned(q, None, cos, sin, form.name, tokens_first, q.dtype)[0]
             results = turned(q, k, cos, sin, form.name, tokens_first, q.dtype)
@@ -145,12 +146,12 @@ def _plan(
     return cos, sin, heads == -2
 
 
-def _straight(
+def _eager(
     q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, dtype: torch.dtype
 ) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
         return _forward(q, k, cos, sin, form, tokens_first, dtype)
-    return _turned(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
+    return _differentiable(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
 
 
 def _four(x: Tensor, tokens_first: bool) -> Tensor:
@@ -195,8 +196,6 @@ def _launch(
     inputs: torch.dtype,
     back: bool,
 ) -> None:
-    from twinkle.ops.rotary import triton as kernels
-
     compute = _compute(inputs, cos.dtype, form)
     half = cos.shape[-1] if form.tables in ("half", "repeated") else cos.shape[-1] // 2
     if cos.stride(-1) != 1 or sin.stride(-1) != 1:
@@ -206,7 +205,7 @@ def _launch(
     assert first is not None
     assert first_out is not None
     repeat = cos.shape[0] == 1 and first.shape[0] != 1
-    kernels.turn(
+    _kernels().turn(
         first,
         second,
         first_out,
@@ -249,42 +248,33 @@ def _backward(
     return q_out, k_out if k_out is not None else dq.new_empty(0)
 
 
-class _Rotary(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor | None,
-        cos: Tensor,
-        sin: Tensor,
-        form: str,
-        tokens_first: bool,
-        query: torch.dtype,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
-        ctx.rest = (form, tokens_first, q.dtype)
-        ctx.two = k is not None
-        ctx.shapes = (q.shape, None if k is None else k.shape, query)
-        ctx.set_materialize_grads(False)
-        return _forward(q, k, cos, sin, form, tokens_first, query)
-
-    @staticmethod
-    def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        none = (None,) * 5
-        if torch.is_grad_enabled():
-            return (*_again(ctx, cos, sin, dq, dk if ctx.two else None), *none)
-        dk = dk if ctx.two else None
-        if dq is None:
-            return (None, None if dk is None else _backward(dk, None, cos, sin, *ctx.rest)[0], *none)
-        gradients = _backward(dq, dk, cos, sin, *ctx.rest)
-        return (gradients[0], None if dk is None else gradients[1], *none)
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+    q, k, cos, sin, form, tokens_first, query = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.rest = (form, tokens_first, q.dtype)
+    ctx.two = k is not None
+    ctx.shapes = (q.shape, None if k is None else k.shape, query)
+    ctx.set_materialize_grads(False)
 
 
-_turned = apply_of(_Rotary)
+def _gradients(ctx: Any, function: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    none = (None,) * 5
+    dk = dk if ctx.two else None
+    if dq is None:
+        return (None, None if dk is None else function(dk, None, cos, sin, *ctx.rest)[0], *none)
+    found = function(dq, dk, cos, sin, *ctx.rest)
+    return (found[0], None if dk is None else found[1], *none)
 
 
-def _again(ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None) -> list[Tensor | None]:
+def _again(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return (*gradients_with_graph(ctx, cos, sin, dq, dk if ctx.two else None), *(None,) * 5)
+
+
+def gradients_with_graph(
+    ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None
+) -> list[Tensor | None]:
     """Gradients with a graph. The rotation is linear, so it matters nothing where they are taken."""
     form, tokens_first, dtype = ctx.rest
     *shapes, query = ctx.shapes
@@ -338,32 +328,19 @@ def _fake_backward(
     return _empty(dq, inputs), dq.new_empty(0) if dk is None else _empty(dk, inputs)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, cos, sin, form, tokens_first, _ = inputs
-    ctx.save_for_backward(cos, sin)
-    ctx.rest = (form, tokens_first, q.dtype)
-    ctx.two = k is not None
-
-
-def _derivative(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    gradients = _backward_op(dq, dk if ctx.two else None, cos, sin, *ctx.rest)
-    return (gradients[0], gradients[1] if ctx.two else None, None, None, None, None, None)
-
-
-_backward_op = define(
-    "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, bool tokens_first, "
-    "ScalarType inputs) -> (Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-_op = define(
+_differentiable, _op = define_op(
+    "_Rotary",
     "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str form, bool tokens_first, ScalarType query)"
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    setup=_setup,
-    backward=_derivative,
+    backward_schema="rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, "
+    "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    keep=_keep,
+    gradients=_gradients,
+    again=_again,
 )
 
 
