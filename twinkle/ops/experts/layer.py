@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from twinkle.ops.backends import layer_for
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.experts import op, reference
 from twinkle.ops.experts.gating import gating_of
 from twinkle.ops.experts.reference import FORMS, ExpertsForm
@@ -154,6 +153,20 @@ class Experts(nn.Module):
         return layer_for("experts", form, facts)
 
 
+@once_for(
+    "x",
+    "indices",
+    "weights",
+    "gate_up",
+    "down",
+    "gate_up_bias",
+    "down_bias",
+    "num_experts",
+    "limit",
+    "alpha",
+    "activation",
+    "implementation",
+)
 def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -169,35 +182,15 @@ def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     Raises:
         ValueError: There is no kernel for the activation, or another one was asked for by name.
     """
-    known = (
-        "x",
-        "indices",
-        "weights",
-        "gate_up",
-        "down",
-        "gate_up_bias",
-        "down_bias",
-        "num_experts",
-        "limit",
-        "alpha",
-    )
     if (why := supports(form, facts=facts)) is not None:
         raise ValueError(why)
-    values = {name: value for name, value in facts.items() if name in known}
-    return _layer_class(
-        form, facts.get("activation", "silu"), facts.get("implementation"), tuple(sorted(values.items()))
-    )
-
-
-@functools.cache
-def _layer_class(
-    form: ExpertsForm, activation: str, implementation: str | None, facts: tuple[tuple[str, Any], ...]
-) -> type[nn.Module]:
+    objects = {"form": form, "activation": facts.get("activation", "silu")}
+    objects["implementation"] = facts.get("implementation")
     return forward_class(
         f"Experts_{form.name}",
         experts,
-        dict(facts),
+        {name: value for name, value in facts.items() if name not in objects},
         inputs=("x", "indices", "weights"),
         optional=("indices", "weights"),  # gpt_oss gives them the default None
-        constants={"form": form, "activation": activation, "implementation": implementation},
+        constants=objects,
     )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.gated_mlp.activation import (
     ACTIVATIONS,
     gated_activation,
@@ -131,10 +130,23 @@ def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
         and down.weight.requires_grad  # a frozen layer keeps no input in the first place
         and not torch.is_autocast_enabled(g.device.type)
         and down.weight.dtype == g.dtype
-        and dispatch_path(g, u, down.weight, down.bias) == EAGER
+        and dispatch_path(g, u, down.weight, down.bias) is EAGER
     )
 
 
+@once_for(
+    "x",
+    "gate",
+    "up",
+    "down",
+    "gate_up",
+    "dropout",
+    "norm",
+    "limit",
+    "gate_scale",
+    "output_scale",
+    "activation",
+)
 def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -149,20 +161,12 @@ def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]
     Raises:
         ValueError: There is no kernel for the activation.
     """
-    known = ("x", "gate", "up", "down", "gate_up", "dropout", "norm", "limit", "gate_scale", "output_scale")
     if (why := supports(form, facts=facts)) is not None:
         raise ValueError(why)
-    values = {name: value for name, value in facts.items() if name in known}
-    return _layer_class(form, facts["activation"], tuple(sorted(values.items())))
-
-
-@functools.cache
-def _layer_class(form: GatedMLPForm, activation: str, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    values = {"gate": None, "up": None, **dict(facts)}
     return forward_class(
         f"GatedMLP_{form.name}",
         gated_mlp,
-        values,
+        {"gate": None, "up": None, **{name: value for name, value in facts.items() if name != "activation"}},
         inputs=("x",),
-        constants={"form": form, "activation": activation},
+        constants={"form": form, "activation": facts["activation"]},
     )

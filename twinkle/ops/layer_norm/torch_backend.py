@@ -5,13 +5,12 @@ Layers that call it already are left alone there, and so is ``nn.LayerNorm``.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.layer_norm.reference import LayerNormForm
 from twinkle.ops.plain import pays
@@ -79,6 +78,7 @@ def _waits(x: Tensor) -> bool:
     )
 
 
+@once_for("x", "weight", "bias", "eps")
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -90,13 +90,7 @@ def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: LayerNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    values = {name: value for name, value in facts if name in ("x", "weight", "bias", "eps")}
-    values = {"weight": None, "bias": None, **values}
+    values = {"weight": None, "bias": None, **facts}
     return forward_class(
         f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
     )

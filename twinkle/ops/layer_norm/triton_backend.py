@@ -9,13 +9,12 @@ A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of t
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
@@ -191,6 +190,7 @@ _eager, _op = define_op(
 )
 
 
+@once_for("x", "weight", "bias", "eps", "normalized_shape")
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -202,13 +202,7 @@ def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: LayerNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    known = ("x", "weight", "bias", "eps", "normalized_shape")
-    values = {"weight": None, "bias": None, **{name: value for name, value in facts if name in known}}
+    values = {"weight": None, "bias": None, **facts}
     return forward_class(
         f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
     )

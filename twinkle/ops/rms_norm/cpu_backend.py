@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import like, rows_of, through_definition
 from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
@@ -195,6 +195,7 @@ class _RMSNorm(torch.autograd.Function):
             return (*_backward(dy, x, weight, roots, ctx.form, ctx.needs_input_grad[1]), None, None)
 
 
+@once_for("x", "weight", "eps", "group_size", "with_weight")
 def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -205,18 +206,10 @@ def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    known = ("x", "weight", "eps", "group_size", "with_weight")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("weight", None)
     return forward_class(
         f"RMSNorm_{form.name}",
         rms_norm,
-        values,
+        {"weight": None, **facts},
         inputs=("x",),
         constants={"form": form},
         absent_ok=("weight",) if form.optional_weight else (),

@@ -8,13 +8,12 @@ A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of t
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, like
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
@@ -190,6 +189,7 @@ _eager, _op = define_op(
 )
 
 
+@once_for("x", "weight", "eps", "gate", "activation", "group_size", "with_weight", "normalized_shape")
 def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -201,18 +201,10 @@ def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    known = ("x", "weight", "eps", "gate", "activation", "group_size", "with_weight", "normalized_shape")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("weight", None)
     return forward_class(
         f"RMSNorm_{form.name}",
         rms_norm,
-        values,
+        {"weight": None, **facts},
         inputs=("x", "gate"),
         optional=("gate",),
         constants={"form": form},

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.build import plain_function
+from twinkle.ops.build import once_for, plain_function
 from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, through_definition
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
@@ -351,17 +350,11 @@ def maker_of(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     original, or its value) and the original. It returns the same function for the same arguments.
     """
 
-    @functools.cache
-    def make(form: RotaryForm, facts: tuple[tuple[str, Any], ...], original: Callable[..., Any]) -> Any:
-        known = ("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
-        values = {name: value for name, value in facts if name in known}
-        values.setdefault("k", None)
-        return plain_function(original, function, values, constants={"form": form})
-
+    @once_for("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
     def function_for(
         form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
     ) -> Callable[..., Any]:
-        return make(form, tuple(sorted(facts.items())), original)  # type: ignore[no-any-return]
+        return plain_function(original, function, {"k": None, **facts}, constants={"form": form})
 
     return function_for
 
