@@ -108,9 +108,8 @@ def _measure(name: str, build: bool, out: dict) -> None:
 
 def _try(value: object, found: object, out: dict) -> None:
     import torch
-
-    from twinkle.match.trial import trial
-    from twinkle.match.trial_loss import trial_loss
+    from trial import trial
+    from trial_loss import trial_loss
 
     if found.op == "causal_lm_loss":
         outcomes = {str(dtype): trial_loss(value, found, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -218,7 +217,7 @@ def run(jobs: int, build: bool) -> dict:
 
     # Imported before the fork, once for all workers.
     importlib.import_module("transformers.modeling_utils")
-    importlib.import_module("twinkle.match.trial_loss")
+    importlib.import_module("trial_loss")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

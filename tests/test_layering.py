@@ -20,7 +20,6 @@ GROUND = (
     "modes",
     "devices",
     "targets",
-    "op_names",
     "records",
     "registry",
     "options",
@@ -31,6 +30,7 @@ GROUND = (
 
 ROOMS = (
     "ops",
+    "op_names",
     "match",
     "sources",
     "config",

@@ -7,14 +7,14 @@ import torch
 from rounding import assert_near, rounding_bound
 
 from twinkle.ops import machine, plain
-from twinkle.ops.rms_norm import cpu as norm_cpu
+from twinkle.ops.rms_norm import cpu_backend as norm_cpu
 from twinkle.ops.rms_norm import reference as norm_reference
-from twinkle.ops.rotary import cpu as rotary_cpu
+from twinkle.ops.rotary import cpu_backend as rotary_cpu
 from twinkle.ops.rotary import reference as rotary_reference
 from twinkle.proof.compare import compare
 
-NORMS = {form.name: form for form in norm_reference.FORMS if norm_cpu.covers(form)}
-ROTATIONS = {form.name: form for form in rotary_reference.FORMS if rotary_cpu.covers(form)}
+NORMS = {form.name: form for form in norm_reference.FORMS if norm_cpu.supports(form) is None}
+ROTATIONS = {form.name: form for form in rotary_reference.FORMS if rotary_cpu.supports(form) is None}
 LLAMA, HALF = NORMS["llama"], ROTATIONS["half"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24

@@ -17,7 +17,7 @@ transformers = pytest.importorskip("transformers")
 
 from twinkle.fit.layer import check_layer  # noqa: E402
 from twinkle.match.structure import check_instance, recognise  # noqa: E402
-from twinkle.ops.experts.layer import covers, layer_class  # noqa: E402
+from twinkle.ops.experts.layer import layer_class, supports  # noqa: E402
 from twinkle.proof.compare import compare  # noqa: E402
 
 SMALL = {
@@ -65,7 +65,7 @@ def found_in(model):
     found = []
     for module in model.modules():
         recognition = recognise(type(module))
-        if recognition.op == "experts" and covers(recognition.form):
+        if recognition.op == "experts" and supports(recognition.form) is None:
             facts = check_instance(recognition, module)
             assert isinstance(facts, dict), facts
             found.append((module, recognition.form, facts))

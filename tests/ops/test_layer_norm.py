@@ -9,29 +9,31 @@ from torch import nn
 
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops import machine
+from twinkle.ops.backends import backend_for
 from twinkle.ops.layer_norm import reference
-from twinkle.ops.layer_norm.everywhere import covers, layer_class, layer_norm
 from twinkle.ops.layer_norm.samples import cases
-from twinkle.ops.variants import covering
+from twinkle.ops.layer_norm.torch_backend import layer_class, layer_norm, supports
 from twinkle.proof.compare import compare
 
-FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
 COHERE = FORMS["cohere"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FORMS)
 def test_every_form_is_as_near_to_the_exact_result_as_its_definition(name, dtype):
-    for case in cases(FORMS[name], dtype, torch.device("cpu"), "everywhere"):
+    for case in cases(FORMS[name], dtype, torch.device("cpu"), "torch_backend"):
         verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
         assert verdict.ok, (case.shape, verdict)
 
 
 def test_forms_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
     monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
-    left = {form.name for form in reference.FORMS if covering("layer_norm", form, "cpu") is None}
+    left = {form.name for form in reference.FORMS if backend_for("layer_norm", form, "cpu") is None}
     assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
-    assert all(covering("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda"))
+    assert all(
+        backend_for("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda")
+    )
 
 
 @pytest.mark.parametrize("case", ["a weight for each head", "a weight in float32", "float64", "autocast"])

@@ -12,7 +12,7 @@ from torch import nn
 from twinkle.apply.layers import kernelize_layers
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.ops import launch
-from twinkle.ops.layer_norm import layer
+from twinkle.ops.layer_norm import triton_backend
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ OPERATIONS = 400
 @pytest.fixture
 def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where triton runs, with every embedded kernel wanted, at every size."""
-    monkeypatch.setattr(layer, "_LEAST", 0)
+    monkeypatch.setattr(triton_backend, "_LEAST", 0)
     runtime.options.kernels = "auto"
     runtime.options.verify = "auto"
     return kernels

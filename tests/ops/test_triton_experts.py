@@ -6,13 +6,15 @@ import pytest
 import torch
 from rounding import assert_near, rounding_bound
 
-from twinkle.ops.experts import cpu, products, reference
+from twinkle.ops.experts import cpu_backend, products, reference
 from twinkle.ops.experts.gating import gating_of
-from twinkle.ops.experts.layer import covers, declines, experts, layer_class
+from twinkle.ops.experts.layer import experts, layer_class, supports
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
 # The kernels know no difference between a form and its unpadded one.
-FORMS = {form.name: form for form in reference.FORMS if covers(form) and "_unpadded" not in form.name}
+FORMS = {
+    form.name: form for form in reference.FORMS if supports(form) is None and "_unpadded" not in form.name
+}
 PLAIN = FORMS["plain"]
 EXPERTS, HIDDEN, INTER = 4, 20, 12
 HERE = torch.device("cpu")
@@ -305,12 +307,12 @@ def test_a_layer_for_the_names_of_any_class(device):
 
 
 def test_what_is_left_alone():
-    assert "unknown:Swish" in declines({"activation": "unknown:Swish"})
-    assert "sonicmoe" in declines({"implementation": "sonicmoe"})
-    assert declines({"implementation": "grouped_mm"}) is None
-    assert "grouped_mm" in cpu.declines({"implementation": "grouped_mm"})
-    assert cpu.declines({"implementation": "eager"}) is None
-    assert not any(covers(form) for form in reference.FORMS if form.norm or form.float32)
+    assert "unknown:Swish" in supports(PLAIN, "cuda", {"activation": "unknown:Swish"})
+    assert "sonicmoe" in supports(PLAIN, "cuda", {"implementation": "sonicmoe"})
+    assert supports(PLAIN, "cuda", {"implementation": "grouped_mm"}) is None
+    assert "grouped_mm" in cpu_backend.supports(PLAIN, "cpu", {"implementation": "grouped_mm"})
+    assert cpu_backend.supports(PLAIN, "cpu", {"implementation": "eager"}) is None
+    assert all(supports(form) for form in reference.FORMS if form.norm or form.float32)
     with pytest.raises(ValueError, match="no kernel for the activation 'unknown:Swish'"):
         layer_class(PLAIN, {"activation": "unknown:Swish"})
 

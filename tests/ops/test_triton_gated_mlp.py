@@ -9,7 +9,8 @@ from torch import nn
 
 from twinkle.ops.gated_mlp import activation as gated
 from twinkle.ops.gated_mlp import reference
-from twinkle.ops.gated_mlp.layer import GatedMLP, gated_mlp, layer_class
+from twinkle.ops.gated_mlp.layer import GatedMLP
+from twinkle.ops.gated_mlp.triton_backend import gated_mlp, layer_class
 
 VARIANTS = {
     "plain": ("none", None, None, False),

@@ -7,13 +7,13 @@ import torch
 from rounding import assert_near, rounding_bound, terms
 from torch import nn
 
-from twinkle.ops.layer_norm import layer, reference
-from twinkle.ops.layer_norm.layer import covers, declines, layer_class, layer_norm
+from twinkle.ops.backends import backend_for
+from twinkle.ops.layer_norm import reference, triton_backend
 from twinkle.ops.layer_norm.samples import cases
-from twinkle.ops.variants import covering
+from twinkle.ops.layer_norm.triton_backend import layer_class, layer_norm, supports
 from twinkle.proof.compare import compare
 
-FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
 FUSED, COHERE = FORMS["fused"], FORMS["cohere"]
 
 
@@ -25,7 +25,7 @@ def operations(width: int) -> int:
 @pytest.fixture
 def at_any_size(kernels, monkeypatch):
     """The device, with a kernel for small inputs as well."""
-    monkeypatch.setattr(layer, "_LEAST", 0)
+    monkeypatch.setattr(triton_backend, "_LEAST", 0)
     return kernels
 
 
@@ -148,7 +148,7 @@ def test_a_mean_far_from_zero_costs_no_digits(at_any_size, width):
     "case", ["small", "wider", "two dimensions", "weight in float32", "float64", "one shape"]
 )
 def test_what_the_kernel_is_not_for_runs_the_definition(kernels, monkeypatch, half, case):
-    monkeypatch.setattr(layer, "_LEAST", (1 << 30) if case == "small" else 0)
+    monkeypatch.setattr(triton_backend, "_LEAST", (1 << 30) if case == "small" else 0)
     x, w, b = (random(kernels, *s) for s in ((2, 4, 8), (8,), (8,)))
     shape: tuple[int, ...] = (8,)
     if case == "wider":
@@ -363,18 +363,20 @@ def test_a_layer_for_the_names_of_any_class(at_any_size):
 
 
 def test_only_one_normalised_dimension_is_taken():
-    assert declines({"normalized_shape": (4, 8)}) == "it normalises over 2 dimensions"
-    assert declines({"normalized_shape": (8,)}) is None
-    assert declines({}) is None
+    assert supports(FUSED, "cuda", {"normalized_shape": (4, 8)}) == "it normalises over 2 dimensions"
+    assert supports(FUSED, "cuda", {"normalized_shape": (8,)}) is None
+    assert supports(FUSED, "cuda", {}) is None
 
 
 def test_a_device_of_triton_gets_its_kernel_and_a_cpu_what_torch_has(kernels, monkeypatch):
-    left = {form.name for form in reference.FORMS if covering("layer_norm", form, kernels.type) is None}
-    assert all(covering("layer_norm", form, kernels.type) == "layer" for form in FORMS.values())
+    left = {form.name for form in reference.FORMS if backend_for("layer_norm", form, kernels.type) is None}
+    assert {backend_for("layer_norm", form, kernels.type).name for form in FORMS.values()} == {
+        "triton_backend"
+    }
     assert "out_float32_both_mean_square_divide_before_weight" in left
     monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
-    assert covering("layer_norm", FUSED, "cpu") is None
-    assert covering("layer_norm", COHERE, "cpu") == "everywhere"
+    assert backend_for("layer_norm", FUSED, "cpu") is None
+    assert backend_for("layer_norm", COHERE, "cpu").name == "torch_backend"
 
 
 @pytest.mark.gpu

@@ -7,9 +7,10 @@ import torch
 from rounding import assert_near, terms
 
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.layer import apply_rotary_pos_emb, covers, function_for, rotary
+from twinkle.ops.rotary.layer import apply_rotary_pos_emb
+from twinkle.ops.rotary.triton_backend import function_for, rotary, supports
 
-FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
 HALF = FORMS["half"]
 BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
 

@@ -245,7 +245,7 @@ def test_a_proof_with_gradients_holds_without_and_not_the_other_way(kept: Path) 
 def test_a_users_own_kernel_is_compared_each_time(kept: Path) -> None:
     class Mine:
         kind = "function"
-        op, form, facts, room = "rms_norm", forms("rms_norm")[0], {}, "layer"
+        op, form, facts, backend = "rms_norm", forms("rms_norm")[0], {}, "triton_backend"
 
     made, module, x = sample()
     for _ in range(2):

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from twinkle.ops.cases import cases, forms
+from twinkle.ops.catalog import find_op
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
@@ -341,7 +342,9 @@ def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.Mon
         return type("Planted", (nn.Module,), {"forward": forward})
 
     monkeypatch.setattr(EmbeddedLayer, "load", load)
-    monkeypatch.setattr(embedded, "covering", lambda op, form, device: "layer")
+    monkeypatch.setattr(
+        embedded, "backend_for", lambda op, form, device: find_op(op).backend("triton_backend")
+    )
     monkeypatch.setattr(runtime.options, "kernels", "auto")
     model = nn.Sequential(Norm())
     plain = Norm()

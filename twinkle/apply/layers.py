@@ -149,7 +149,7 @@ def _embedded_device() -> str | None:
     """The device of the embedded kernels, where they were asked for."""
     if runtime.options.kernels == "off" or not runtime.options.kernels:
         return None
-    from twinkle.ops.variants import device
+    from twinkle.ops.backends import device
 
     return device()
 

@@ -11,7 +11,7 @@ from twinkle.config.files import parse
 from twinkle.config.locations import Locations, printable
 from twinkle.config.schema import validate
 from twinkle.errors import ConfigError, suggest
-from twinkle.op_names import OPS, slip
+from twinkle.op_names import slip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
     for name in names:
         near = None if name in labels else slip(name)
         if near:
+            from twinkle.op_names import OPS
+
             raise _error(
                 "TWINKLE_DISABLE",
                 "unknown op",

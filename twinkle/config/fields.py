@@ -11,7 +11,7 @@ from twinkle.config.locations import printable
 from twinkle.devices import parse_device
 from twinkle.errors import ConfigError, suggest
 from twinkle.modes import Mode
-from twinkle.op_names import OPS, hint
+from twinkle.op_names import hint
 from twinkle.targets import Class, parse_target
 
 TYPE_CHECKING = False
@@ -204,10 +204,12 @@ def _trust(value: object, objects: bool) -> object:
 
 
 def _kernels(value: object, objects: bool) -> object:
+    if isinstance(value, str) and value in ("auto", "off"):
+        return value
+    from twinkle.op_names import OPS  # reads the records of the ops
+
     expected = f"auto, off or a list of {', '.join(OPS)}"
     if isinstance(value, str):
-        if value in ("auto", "off"):
-            return value
         fix = f'write kernels = ["{value}"]' if value in OPS else hint(value) or 'write kernels = "auto"'
         raise WrongError("unknown value", expected, fix)
     kept = _names(expected, str.isidentifier)(value, objects)

@@ -23,7 +23,7 @@ from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.match.instance import read_path
 from twinkle.ops import launch
-from twinkle.ops.variants import covering
+from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
 
@@ -114,7 +114,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     sites = [
         site
         for site in sites_of(draft, owner)
-        if site.op in ops and site.reason is None and covering(site.op, site.form, where) is not None
+        if site.op in ops and site.reason is None and backend_for(site.op, site.form, where) is not None
     ]
     if not sites:
         return None

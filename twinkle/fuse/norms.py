@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 from twinkle.match.structure import recognise
-from twinkle.ops.rms_norm.layer import covers
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.triton_backend import supports
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.tensors import constant
 
@@ -62,7 +62,7 @@ def norm_of(cls: type) -> Norm | str:
     if found.op != "rms_norm":
         return f"{name} is not recognised as an RMSNorm"
     form, facts = found.form, found.facts
-    if not covers(form) or form.groups != "none" or found.guards:
+    if supports(form) is not None or form.groups != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({form.name})"
     if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight and eps"

@@ -9,9 +9,9 @@ import torch
 from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.qk_norm_rotary import layer as op
-from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
+from twinkle.ops.qk_norm_rotary import triton_backend as op
+from twinkle.ops.qk_norm_rotary.heads import joined, path_for, run, split
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import RMSNormForm
 from twinkle.ops.rotary.reference import FORMS
@@ -77,7 +77,7 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
     form = _form(q.form, _ROTATIONS[rotation], between)
-    return Pair(q, k, form) if op.covers(form) else f"there is no kernel for {form.name}"
+    return op.supports(form) or Pair(q, k, form)
 
 
 def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:
@@ -193,8 +193,8 @@ class PairStep(FusedStep):
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
             if u is not None and v is not None:
-                path = way_for(q, k, u[0], v[0], cos, sin, pair.form)
-                if path == STRAIGHT:
+                path = path_for(q, k, u[0], v[0], cos, sin, pair.form)
+                if path is EAGER:
                     return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
         else:
             done = self.first_call(owner, key, q, k, q_layer, k_layer, cos, sin)
@@ -226,8 +226,8 @@ class PairStep(FusedStep):
             q_norm, k_norm = norm_from(q_text), norm_from(k_text)
             u, v = numbers_of(q_norm, q_layer), numbers_of(k_norm, k_layer)
             form = _form(q_norm.form, _ROTATIONS[rotation], self.between)
-            if u is not None and v is not None and way_for(q, k, u[0], v[0], cos, sin, form) == OP:
-                return run(OP, q, k, u[0], v[0], u[1], v[1], cos, sin, form)
+            if u is not None and v is not None and path_for(q, k, u[0], v[0], cos, sin, form) is CUSTOM_OP:
+                return run(CUSTOM_OP, q, k, u[0], v[0], u[1], v[1], cos, sin, form)
         return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
 
     @constant
@@ -276,7 +276,7 @@ class PairStep(FusedStep):
         if reason is not None or u is None or v is None:
             self.note(owner, reason or "a norm lacks its weight or eps")
             return None
-        if way_for(q, k, u[0], v[0], cos, sin, pair.form) != STRAIGHT:
+        if path_for(q, k, u[0], v[0], cos, sin, pair.form) is not EAGER:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
             shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)}"
             self.note(owner, f"no kernel for {shapes} of {dtypes}")
@@ -285,7 +285,7 @@ class PairStep(FusedStep):
             owner,
             key,
             pair,
-            lambda: run(STRAIGHT, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
+            lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
             lambda: self.comparison(pair, q, k, q_layer, k_layer, key[2], cos, sin),
         )
         if done is not None:
@@ -327,8 +327,8 @@ class PairStep(FusedStep):
 
         def kernel(layers: nn.Module, q: Tensor, k: Tensor) -> Any:
             (q_weight, q_eps), (k_weight, k_eps) = _numbers(pair, *layers.children())
-            path = way_for(q, k, q_weight, k_weight, cos_, sin_, pair.form)
-            if path == DEFINITION:
+            path = path_for(q, k, q_weight, k_weight, cos_, sin_, pair.form)
+            if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
             return run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos_, sin_, pair.form)
 

@@ -8,9 +8,9 @@ import torch
 
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.residual_norm.layer import run, way_for
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ class SumStep(FusedStep):
             numbers = numbers_of(forms.norm, layer)
             if numbers is not None:
                 form = forms.form if factor is None else forms.scaled
-                path = way_for(right, left, numbers[0], form)
-                if path == STRAIGHT:
+                path = path_for(right, left, numbers[0], form)
+                if path is EAGER:
                     return run(path, right, left, numbers[0], numbers[1], form, factor)
         return unfused(left, right, layer, factor)
 
@@ -106,8 +106,8 @@ class SumStep(FusedStep):
             if numbers is not None:
                 forms = forms_of(norm)
                 form = forms.form if factor is None else forms.scaled
-                if way_for(right, left, numbers[0], form) == OP:
-                    return run(OP, right, left, numbers[0], numbers[1], form, factor)
+                if path_for(right, left, numbers[0], form) is CUSTOM_OP:
+                    return run(CUSTOM_OP, right, left, numbers[0], numbers[1], form, factor)
         return unfused(left, right, layer, factor)
 
     def first_call(
@@ -121,14 +121,14 @@ class SumStep(FusedStep):
             return None
         forms = forms_of(norm)
         form = forms.form if factor is None else forms.scaled
-        if way_for(right, left, numbers[0], form) != STRAIGHT:
+        if path_for(right, left, numbers[0], form) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(left)} + {tensor_text(right)}")
             return None
         done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
             (type(layer), left.dtype, right.dtype),
             forms,
-            lambda: run(STRAIGHT, right, left, *numbers, form, factor),
+            lambda: run(EAGER, right, left, *numbers, form, factor),
             lambda: self.comparison(norm, form, left, right, layer, factor),
         )
         if done is not None:
@@ -151,8 +151,8 @@ class SumStep(FusedStep):
 
         def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
             weight, eps = _numbers(norm, layers.get_submodule("0"))
-            path = way_for(right, left, weight, form)
-            if path == DEFINITION:
+            path = path_for(right, left, weight, form)
+            if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
             return run(path, right, left, weight, eps, form, factor)
 

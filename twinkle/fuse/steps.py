@@ -172,7 +172,7 @@ class FusedStep:
         bindings += [
             binding
             for binding in runtime.registry.bindings
-            if (binding.kind, binding.target) == ("function", name)
+            if (binding.scope, binding.target) == ("function", name)
         ]
         for binding in bindings:
             if binding.state == "pending":

@@ -18,15 +18,15 @@ from types import FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from twinkle.match import templates
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.causal_lm import recognise_head
 from twinkle.match.instance import read_instance
-from twinkle.match.near_misses import hearts, near_misses
+from twinkle.match.near_misses import near_misses, ops_with_core
 from twinkle.match.recognition import NearMiss, Reason, Recognition
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
+from twinkle.match.templates import holes, templates
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 from twinkle.runtime import runtime
 
@@ -112,7 +112,7 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
             made = Recognition(target, head.op, head.form, head.facts, head.instance_facts)
             return replace(made, _nearest=lambda: head.near) if head.near else made
     run.cls = None
-    if not hearts(term):
+    if not ops_with_core(term):
         return Recognition(target)  # and the terms need not be kept
     why = "; ".join(run.effects) or None
     return Recognition(target, reason=why, _nearest=partial(near_misses, term, run))
@@ -161,14 +161,14 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
         dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part)))
     )
     key = shape_key(term)
-    for op in hearts(term):
-        for template in templates.templates(op):
-            bound = unify(template.term, term, templates.ROLES[op]) if template.key == key else None
+    for op in ops_with_core(term):
+        for template in templates(op):
+            bound = unify(template.term, term, holes(op)) if template.key == key else None
             if bound is not None and _plausible(bound, run.cls):
                 facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
-                return Recognition(target, op, template.form, facts, instance_facts, guards)
+                return Recognition(target, op.name, template.form, facts, instance_facts, guards)
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
 import re
@@ -15,7 +16,28 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-__all__ = ["forward_class", "plain_function"]
+__all__ = ["forward_class", "once_for", "plain_function"]
+
+
+def once_for(*known: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a maker of kernels give the same one for the same variant and facts.
+
+    Args:
+        known: The facts that it looks at; it is given no others.
+    """
+
+    def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.cache
+        def made(form: Any, facts: tuple[tuple[str, Any], ...], *rest: Any) -> Any:
+            return make(form, dict(facts), *rest)
+
+        @functools.wraps(make)
+        def call(form: Any, facts: Mapping[str, Any], *rest: Any) -> Any:
+            return made(form, tuple((name, facts[name]) for name in known if name in facts), *rest)
+
+        return call
+
+    return decorate
 
 
 def forward_class(

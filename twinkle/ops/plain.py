@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "straight"]
+__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "runs_eagerly"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -58,7 +58,7 @@ def pays(tensor: Tensor, least: int) -> bool:
     return count >= least or (_sizes.every and count > 0)
 
 
-def straight(*tensors: Tensor | None) -> bool:
+def runs_eagerly(*tensors: Tensor | None) -> bool:
     """Whether an implementation with in-place steps may run: plain CPU tensors, outside every transform.
 
     Under a compiler the definition is what it fuses best; tracers, fake modes, the transforms of

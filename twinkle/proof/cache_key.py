@@ -8,6 +8,7 @@ import importlib.util
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ class Source(Protocol):
     op: str
     form: Any
     facts: dict[str, Any]
-    room: str
+    backend: str
 
 
 def cache_key(
@@ -66,7 +67,7 @@ def cache_key(
     return {
         "op": source.op,
         "form": source.form.name,
-        "room": source.room,
+        "backend": source.backend,
         "kernel": version,
         "facts": {
             name: value
@@ -115,7 +116,7 @@ def kernel_version(op: str) -> str | None:
             if name in seen:
                 continue
             seen.add(name)
-            files = sorted((_PACKAGE / "ops" / name).rglob("*.py"))
+            files = _files_of(name)
             if name == op and not files:
                 return None
             for path in files:
@@ -130,8 +131,17 @@ def kernel_version(op: str) -> str | None:
 
 # Where an op is run and compared, beside its own folder.
 _RUN_BY = {"causal_lm_loss": ("deferred",)}
+
+
+def _files_of(op: str) -> list[Path]:
+    """The modules in the folder of an op: in this package, or where else ops were added from."""
+    folders = (_PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
+    found = (sorted((folder / op).rglob("*.py")) for folder in folders)
+    return next((files for files in found if files), [])
+
+
 # Files that no kernel and no comparison depends on.
-_BESIDE = ("samples", "verify", "cache")
+_BESIDE = ("samples", "recognition", "verify", "cache")
 
 
 def device_name(device: torch.device) -> str:
