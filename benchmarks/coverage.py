@@ -1,7 +1,9 @@
 """What is recognised in every model family of the installed transformers, and whether it is right.
 
-    python benchmarks/coverage.py --write docs/coverage.md      the table, from scratch (minutes)
-    python benchmarks/coverage.py --json result.json            the same as data
+    python benchmarks/coverage.py --write docs/coverage.md      the page and the data beside it (minutes)
+    python benchmarks/coverage.py --from benchmarks/results/coverage.json --write docs/coverage.md
+                                                                the page alone, from the data
+    python benchmarks/coverage.py --json result.json            every single recognition
     python benchmarks/coverage.py --no-build                    without building models
     python benchmarks/coverage.py --no-build --totals           this transformers, for the table of versions
 
@@ -21,10 +23,15 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 OPS = (
     "rms_norm",
@@ -43,6 +50,7 @@ LIGER = {"rms_norm": 51, "gated_mlp": 45, "rotary": 36, "causal_lm_loss": 51, "l
 BUILDS, SECONDS = 4, 30
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = RESULTS / "coverage-versions.json"
+DATA = RESULTS / "coverage.json"
 
 
 def family(name: str) -> str:
@@ -100,9 +108,8 @@ def _measure(name: str, build: bool, out: dict) -> None:
 
 def _try(value: object, found: object, out: dict) -> None:
     import torch
-
-    from twinkle.match.trial import trial
-    from twinkle.match.trial_loss import trial_loss
+    from trial import trial
+    from trial_loss import trial_loss
 
     if found.op == "causal_lm_loss":
         outcomes = {str(dtype): trial_loss(value, found, dtype) for dtype in (torch.float32, torch.bfloat16)}
@@ -210,7 +217,7 @@ def run(jobs: int, build: bool) -> dict:
 
     # Imported before the fork, once for all workers.
     importlib.import_module("transformers.modeling_utils")
-    importlib.import_module("twinkle.match.trial_loss")
+    importlib.import_module("trial_loss")
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -245,119 +252,188 @@ def totals(results: list) -> dict:
     return found
 
 
-def text(data: dict) -> str:
+def summary(data: dict) -> dict:
+    """What the page and the data beside it hold: totals, and the variants of each family by op."""
     results = data["modules"]
-    wrong = [row for result in results for row in result["wrong"]]
-    not_run = [row for result in results for row in result["not_run"]]
-    built = [(result["module"], *row) for result in results for row in result["built"]]
+    built = [row for result in results for row in result["built"]]
     refused = collections.Counter((row[2], _kind(row[3])) for result in results for row in result["refused"])
-    tried = sum(op not in INSIDE for result in results for _, op, _, _ in result["rows"])
-    lines = [
-        "# Coverage",
-        "",
-        f"What `twinkle match --all` recognises in transformers {data['transformers']}, by structure.",
-        "Written by `python benchmarks/coverage.py --write docs/coverage.md`.",
-        "",
-        "| op | families | classes and functions | model types in liger-kernel 0.8.5 |",
-        "|---|---|---|---|",
-    ]
-    for op in OPS:
-        total = data["totals"][op]
-        lines.append(f"| `{op}` | {total['families']} | {total['definitions']} | {LIGER.get(op, '–')} |")
-    wired = ", ".join(
-        f"`{op}` in {total['wired']} families ({total['wired_definitions']} classes)"
-        for op, total in data["totals"].items()
-        if op in INSIDE
+    not_run = dict.fromkeys((row[0], row[2]) for result in results for row in result["not_run"])
+    found: dict = {True: {}, False: {}}
+    for result in results:
+        for _, op, variant, kernel in result["rows"]:
+            variants = found[bool(kernel)].setdefault(family(result["module"]), {}).setdefault(op, [])
+            if variant not in variants:
+                variants.append(variant)
+    return {
+        "transformers": data["transformers"],
+        "modules": len(results),
+        "totals": data["totals"],
+        "tried": sum(op not in INSIDE for result in results for _, op, _, _ in result["rows"]),
+        "wrong": [
+            dict(zip(("target", "op", "variant", "case", "found"), row, strict=True))
+            for result in results
+            for row in result["wrong"]
+        ],
+        "not_run": [{"target": target, "variant": variant} for target, variant in not_run],
+        "instances": {
+            "built": sum(row[1] is None for row in built),
+            "of": len(built),
+            "families_with_torch_layer_norm": len(
+                {family(result["module"]) for result in results if "layer_norm" in result["of_torch"]}
+            ),
+            "left_alone": [
+                {"op": op, "reason": reason, "modules": count}
+                for (op, reason), count in refused.most_common(20)
+            ],
+        },
+        "errors": [
+            {"module": result["module"], "error": result["error"]} for result in results if result["error"]
+        ],
+        "families": _by_family(found[True]),
+        "families_without_kernel": _by_family(found[False]),
+    }
+
+
+def _by_family(found: dict) -> dict:
+    return {name: {op: found[name][op] for op in OPS if op in found[name]} for name in sorted(found)}
+
+
+def dump(found: dict) -> str:
+    """A summary as JSON, one line a family."""
+    lines = []
+    for key, value in found.items():
+        text = json.dumps(value)
+        if key.startswith("families"):
+            rows = (f"  {json.dumps(name)}: {json.dumps(ops)}" for name, ops in value.items())
+            text = "{\n" + ",\n".join(rows) + "\n }"
+        lines.append(f" {json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def page(found: dict) -> str:
+    """A summary as the page ``docs/coverage.md``."""
+    totals = found["totals"]
+    rows = (
+        f"| `{op}` | {totals[op]['families']} | {totals[op]['definitions']} | {LIGER.get(op, '–')} |"
+        for op in OPS
     )
-    lines += [
-        "",
-        "`residual_norm` and `qk_norm_rotary` are places inside a forward, found in its statements. A kernel",
-        f"takes the place of {wired};",
-        "for the norms (mostly LayerNorm) and rotations of the others there is none.",
-        "",
-        "## Is it right?",
-        "",
-        f"Of {tried} recognitions, code and reference of the form ran on the same random inputs on the CPU:",
-        "in float32, in bfloat16, and in bfloat16 with float32 weights or tables.",
-        f"**{len(wrong)}** differ in a bit or in dtype.",
-        "",
-        "`residual_norm` and `qk_norm_rotary` are made of a sum, norms and a rotation, tried where they are",
-        "defined. A `causal_lm_loss` runs the class's own forward over a stand-in for all below its head.",
-        "",
+    taken = (
+        f"A kernel takes the place of `{op}` in {totals[op]['wired']} families"
+        f" ({totals[op]['wired_definitions']} classes)."
+        for op in INSIDE
+    )
+    blocks = [
+        "<!-- Generated by: python benchmarks/coverage.py --write docs/coverage.md -->",
+        "# Coverage",
+        _prose(f"""
+            Twinkle recognises the code of transformers {found["transformers"]} by its structure, in
+            {found["modules"]} modeling modules. This page has the totals.
+        """),
+        f"""\
+- `twinkle match --all` prints every class and function of the transformers that is installed.
+- `twinkle match transformers.models.qwen3` prints those of one family.
+- [{DATA.name}](../benchmarks/results/{DATA.name}) lists the variants of every family by op. The command
+  that generates this page writes it as well.""",
+        _table("| op | families | classes and functions | model types in liger-kernel 0.8.5 |", rows),
+        """\
+- **families** counts the folders of `transformers.models` in which at least one class or function is
+  recognised as the op.
+- **classes and functions** counts the definitions that are recognised.
+- **model types in liger-kernel** counts those for which liger-kernel has the op on by default.""",
+        _prose(f"""
+            `residual_norm` and `qk_norm_rotary` are places inside a forward, found in its statements.
+            {" ".join(taken)} The others hold a norm (mostly LayerNorm) or a rotation for which there is no
+            kernel; the data has them under `families_without_kernel`.
+        """),
+        *_right(found),
+        *_instances(found["instances"]),
     ]
-    lines += [
-        f"- wrong: `{target}` as {op} {form}, {case}: {found}" for target, op, form, case, found in wrong
-    ]
-    if not_run:
-        lines += ["Not run, because the stand-in does not satisfy the rest of their forward:", ""]
-        seen = dict.fromkeys((target, form) for target, _, form, _, _ in not_run)
-        lines += [f"- `{target}` ({form})" for target, form in seen]
-        lines.append("")
-    if built:
-        of_torch = {family(result["module"]) for result in results if "layer_norm" in result["of_torch"]}
-        done = [row for row in built if row[2] is None]
-        lines += [
-            "## Instances",
-            "",
-            f"{len(done)} of {len(built)} model classes could be built from a small config on meta;",
-            f"the rest need a config that its defaults do not give. Models of {len(of_torch)} families hold",
-            "`torch.nn.LayerNorm`, which is recognised as well and gets the kernel of `layer_norm` on a GPU;",
-            "the tables count only classes that families define. Modules whose class is recognised and that",
-            "are left alone:",
-            "",
-            "| op | reason | modules |",
-            "|---|---|---|",
+    if found["errors"]:
+        blocks += [
+            "These modules could not be imported on the machine of this run:",
+            "\n".join(f"- `{row['module']}`: {row['error']}" for row in found["errors"]),
         ]
-        lines += [f"| `{op}` | {reason} | {count} |" for (op, reason), count in refused.most_common(20)]
-        lines.append("")
-    errors = [(result["module"], result["error"]) for result in results if result["error"]]
-    if errors:
-        lines += ["Modules that could not be imported here:", ""]
-        lines += [f"- `{module}`: {error}" for module, error in errors]
-        lines.append("")
-    lines += versions(data)
+    blocks += _versions(found)
     if (RESULTS / "families-cpu.json").is_file():
         import families
 
-        lines += families.section(json.loads((RESULTS / "families-cpu.json").read_text())).splitlines()
-        lines.append("")
-    lines += [
-        "## By family",
-        "",
-        "Forms in parentheses are recognised inside a forward, and no kernel takes their place.",
-        "",
-        "| family | " + " | ".join(f"`{op}`" for op in OPS) + " |",
-        "|---" * (len(OPS) + 1) + "|",
+        blocks.append(families.section(json.loads((RESULTS / "families-cpu.json").read_text())).rstrip())
+    return "\n\n".join(blocks) + "\n"
+
+
+def _right(found: dict) -> list:
+    """How often code and reference differ, as blocks of Markdown."""
+    blocks = [
+        "## Is it right?",
+        _prose(f"""
+            {found["tried"]} recognitions were tried: the code and the reference of its variant ran on the
+            same random inputs, on the CPU, in float32, in bfloat16, and in bfloat16 with float32 weights or
+            tables. **{len(found["wrong"])}** differ in a bit or in dtype.
+        """),
+        _prose("""
+            The sum, the norms and the rotation of a `residual_norm` or `qk_norm_rotary` are tried where they
+            are defined. A `causal_lm_loss` runs the forward of its class over a stand-in for all layers below
+            the head.
+        """),
     ]
-    table: dict = {}
-    for result in results:
-        for _, op, form, kernel in result["rows"]:
-            shown = form if kernel else f"({form})"
-            table.setdefault(family(result["module"]), {}).setdefault(op, {})[shown] = None
-    for name in sorted(table):
-        cells = ["<br>".join(table[name].get(op, ())) for op in OPS]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    wrong = [
+        f"- wrong: `{row['target']}` as {row['op']} {row['variant']}, {row['case']}: {row['found']}"
+        for row in found["wrong"]
+    ]
+    if wrong:
+        blocks.append("\n".join(wrong))
+    if found["not_run"]:
+        blocks += [
+            "These did not run, because the stand-in does not satisfy the rest of their forward:",
+            "\n".join(f"- `{row['target']}` ({row['variant']})" for row in found["not_run"]),
+        ]
+    return blocks
 
 
-def versions(data: dict) -> list:
-    """The totals of the versions of transformers that were looked at, as Markdown."""
+def _instances(found: dict) -> list:
+    """What the modules of whole models are, as blocks of Markdown."""
+    if not found["of"]:
+        return []
+    rows = (f"| `{row['op']}` | {row['reason']} | {row['modules']} |" for row in found["left_alone"])
+    return [
+        "## Instances",
+        _prose(f"""
+            {found["built"]} of {found["of"]} model classes could be built from a small config on the meta
+            device. The others need a config that its defaults do not give. Models of
+            {found["families_with_torch_layer_norm"]} families hold `torch.nn.LayerNorm`, which is recognised
+            as well and gets the kernel of `layer_norm` on a GPU. The totals above count only classes that
+            families define.
+        """),
+        "These modules are left alone although their class is recognised:",
+        _table("| op | reason | modules |", rows),
+    ]
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 110, break_long_words=False, break_on_hyphens=False)
+
+
+def _table(head: str, rows: Iterable[str]) -> str:
+    return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *rows])
+
+
+def _versions(found: dict) -> list:
+    """The totals of the versions of transformers that were looked at, as blocks of Markdown."""
     others = json.loads(VERSIONS.read_text()) if VERSIONS.is_file() else {}
-    others[data["transformers"]] = {"modules": len(data["modules"]), "totals": data["totals"]}
-    lines = [
-        "## Other versions of transformers",
-        "",
-        "Families by op. Before 5.0 experts are lists of layers, which is no op; before 5.18 their one-hot",
-        "has no room for a slot without expert (`unpadded` forms).",
-        "",
-        "| transformers | modules | " + " | ".join(f"`{op}`" for op in OPS) + " |",
-        "|---|---" + "|---" * len(OPS) + "|",
-    ]
+    others[found["transformers"]] = {"modules": found["modules"], "totals": found["totals"]}
+    rows = []
     for version in sorted(others, key=lambda text: [int(part) for part in text.split(".")]):
         one = others[version]
         counts = (str(one["totals"].get(op, {}).get("families", 0)) for op in OPS)
-        lines.append(f"| {version} | {one['modules']} | " + " | ".join(counts) + " |")
-    return [*lines, ""]
+        rows.append(f"| {version} | {one['modules']} | " + " | ".join(counts) + " |")
+    return [
+        "## Other versions of transformers",
+        _prose("""
+            The table counts families by op. Before 5.0 experts are lists of layers, which is no op.
+            Before 5.18 their one-hot has no room for a slot without expert (variants `unpadded`).
+        """),
+        _table("| transformers | modules | " + " | ".join(f"`{op}`" for op in OPS) + " |", rows),
+    ]
 
 
 def _kind(reason: str) -> str:
@@ -370,30 +446,33 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", metavar="FILE", help="the table as Markdown")
-    parser.add_argument("--json", metavar="FILE", help="everything as JSON")
+    parser.add_argument("--write", metavar="FILE", help=f"the page as Markdown, and its data as {DATA.name}")
+    parser.add_argument("--json", metavar="FILE", help="every single recognition as JSON")
     parser.add_argument("--totals", action="store_true", help=f"put the totals into {VERSIONS.name}")
-    parser.add_argument("--from", dest="given", metavar="FILE", help="what --json wrote, and look at nothing")
+    parser.add_argument(
+        "--from", dest="given", metavar="FILE", help=f"look at nothing: {DATA.name}, or --json's"
+    )
     parser.add_argument("--no-build", action="store_true", help="build no models")
     parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 4))
     options = parser.parse_args()
-    if options.given:
-        data = json.loads(Path(options.given).read_text())
-    else:
-        data = run(options.jobs, not options.no_build)
+    data = (
+        json.loads(Path(options.given).read_text())
+        if options.given
+        else run(options.jobs, not options.no_build)
+    )
+    found = data if "families" in data else summary(data)
     if options.totals:
         known = json.loads(VERSIONS.read_text()) if VERSIONS.is_file() else {}
-        known[data["transformers"]] = {"modules": len(data["modules"]), "totals": data["totals"]}
+        known[found["transformers"]] = {"modules": found["modules"], "totals": found["totals"]}
         VERSIONS.write_text(json.dumps(known, indent=1) + "\n")
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(data, file, indent=1)
+        Path(options.json).write_text(json.dumps(data, indent=1) + "\n")
     if options.write:
-        with open(options.write, "w") as file:
-            file.write(text(data))
-    wrong = sum(len(result["wrong"]) for result in data["modules"])
-    print(json.dumps({**data["totals"], "wrong": wrong}))
-    return 1 if wrong else 0
+        Path(options.write).write_text(page(found))
+        if data is not found:
+            DATA.write_text(dump(found))
+    print(json.dumps({**found["totals"], "wrong": len(found["wrong"])}))
+    return 1 if found["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from twinkle.ops.layer_norm import everywhere as layer_norm_everywhere
 from twinkle.ops.layer_norm import reference as layer_norm_reference
-from twinkle.ops.rms_norm import cpu as norm_cpu
+from twinkle.ops.layer_norm import torch_backend as layer_norm_torch
+from twinkle.ops.rms_norm import cpu_backend as norm_cpu
 from twinkle.ops.rms_norm import reference as norm_reference
-from twinkle.ops.rotary import cpu as rotary_cpu
+from twinkle.ops.rotary import cpu_backend as rotary_cpu
 from twinkle.ops.rotary import reference as rotary_reference
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def layer_norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
         (x, w),
         2,
         lambda x, w: layer_norm_reference.layer_norm(x, w, None, EPS, form=COHERE),
-        lambda x, w: layer_norm_everywhere.layer_norm(x, w, None, EPS, form=COHERE),
+        lambda x, w: layer_norm_torch.layer_norm(x, w, None, EPS, form=COHERE),
     )
 
 

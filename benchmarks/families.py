@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import time
 import warnings
 from pathlib import Path
@@ -208,11 +209,20 @@ def section(data: dict[str, Any]) -> str:
     lines = [
         HEADING,
         "",
-        'Tiny models with `kernels = "auto"` and without, on the same weights and tokens: the loss and the',
-        "gradient of every parameter. Written by `python benchmarks/families.py --write docs/coverage.md`.",
-        "A difference is the norm of the difference over the norm of the gradient (of a parameter whose",
-        "gradient is below a thousandth of the whole model's, over that thousandth); it is to be at most",
-        f"{TOLERANCE:g}, or at most twice the original's own error against the next finer dtype.",
+        _prose("""
+            Tiny models run with `kernels = "auto"` and without, on the same weights and tokens. Compared are
+            the loss and the gradient of every parameter.
+            `python benchmarks/families.py --write docs/coverage.md` writes this section;
+            [families-cpu.json](../benchmarks/results/families-cpu.json) has every class
+            with its ops and differences, and why a class is left out.
+        """),
+        "",
+        _prose(f"""
+            A difference is the norm of the difference over the norm of the gradient. Where the gradient of a
+            parameter is below a thousandth of the whole model's, it is over that thousandth instead. A
+            difference may be at most {TOLERANCE:g}, or at most twice the original's own error against the
+            next finer dtype.
+        """),
         "",
         "| run | classes | with kernels | differ | left out | largest difference: loss, gradient |",
         "|---|---|---|---|---|---|",
@@ -240,34 +250,19 @@ def section(data: dict[str, Any]) -> str:
             odd = [line for line in r["not_active"] if " pending: " not in line]
             if odd:
                 lines.append(f"- {label}, `{r['class']}`: {'; '.join(odd)}")
-    by_class: dict[str, dict[str, Any]] = {}
-    for label, one in data["runs"].items():
-        for r in one["results"]:
-            by_class.setdefault(r["class"], {"family": r["family"]})[label] = r
-    labels = list(data["runs"])
     lines += [
         "",
-        "| class | family | " + " | ".join(f"ops, {label} | largest difference" for label in labels) + " |",
-        "|---|---" + "|---|---" * len(labels) + "|",
+        _prose("""
+            A class is left out where the model cannot be built from a small configuration or fed with tokens.
+            With `--distinct` it is also left out where another class has the same kernels, and with
+            `--seconds` where the time is up.
+        """),
     ]
-    for name in sorted(by_class, key=str.lower):
-        cells = []
-        for label in labels:
-            r = by_class[name].get(label)
-            cells += [", ".join(r["active"]) or "none", f"{r['gradient_off']:.0e}"] if r else ["not run", "–"]
-        lines.append(f"| {name} | {by_class[name]['family']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "Left out, because the model cannot be built from a small configuration or fed with tokens:",
-        "",
-    ]
-    reasons: dict[str, str] = {}
-    for one in data["runs"].values():
-        for name, reason in one["left_out"].items():
-            if name not in by_class:
-                reasons.setdefault(name, reason)
-    lines += [f"- `{name}`: {reason}" for name, reason in sorted(reasons.items())]
     return "\n".join(lines) + "\n"
+
+
+def _prose(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), 110, break_long_words=False, break_on_hyphens=False)
 
 
 def put_section(path: Path, text: str, heading: str = HEADING) -> None:

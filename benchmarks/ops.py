@@ -26,14 +26,14 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from twinkle.ops.gated_mlp.activation import gated_activation
-from twinkle.ops.layer_norm import layer as layer_norm_layer
 from twinkle.ops.layer_norm import reference as layer_norm_reference
+from twinkle.ops.layer_norm import triton_backend as layer_norm_backend
 from twinkle.ops.qk_norm_rotary import reference as qk_reference
-from twinkle.ops.qk_norm_rotary.layer import qk_norm_rotary
+from twinkle.ops.qk_norm_rotary.triton_backend import qk_norm_rotary
 from twinkle.ops.residual_norm import reference as residual_reference
-from twinkle.ops.residual_norm.layer import residual_norm
+from twinkle.ops.residual_norm.triton_backend import residual_norm
 from twinkle.ops.rms_norm import reference as norm_reference
-from twinkle.ops.rms_norm.layer import rms_norm
+from twinkle.ops.rms_norm.triton_backend import rms_norm
 from twinkle.ops.rotary import reference as rotary_reference
 from twinkle.ops.rotary.layer import apply_rotary_pos_emb
 
@@ -99,7 +99,7 @@ def layer_norm_case(rows: int, width: int) -> Case:
         return F.layer_norm(x, (width,), w, b, EPS)
 
     def ours(x, w, b):
-        return layer_norm_layer.layer_norm(x, w, b, EPS, form=FUSED, normalized_shape=(width,))
+        return layer_norm_backend.layer_norm(x, w, b, EPS, form=FUSED, normalized_shape=(width,))
 
     providers = {"eager": eager, "torch.compile": _compiled(eager), "twinkle": ours}
     try:

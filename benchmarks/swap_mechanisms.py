@@ -25,7 +25,7 @@ from twinkle.modes import Mode
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.functions import dispatcher
-from twinkle.swap.layers import swap_in
+from twinkle.swap.layers import plan
 
 
 class Layer(nn.Module):
@@ -122,7 +122,7 @@ def _generated(*wanted: tuple[str | None, str | None]) -> Callable[[], nn.Module
 
     def make() -> nn.Module:
         module = Layer()
-        swap_in(module, candidates)
+        plan(module, candidates).commit()
         return module
 
     return make

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+import random
+import sys
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +15,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from twinkle.registry import Registry
+
+
+def _share_the_cores() -> None:
+    """Workers beside each other have one thread of torch each, and so have the programs they start.
+
+    Two threads of two workers on two cores wait for each other at the end of every operator.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ and "OMP_NUM_THREADS" not in os.environ:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        torch.set_num_threads(1)
 
 
 def _import_triton_for_its_interpreter() -> None:
@@ -32,9 +44,56 @@ def _import_triton_for_its_interpreter() -> None:
         os.environ["TRITON_INTERPRET"] = given
 
 
+_share_the_cores()
 _import_triton_for_its_interpreter()
 # Proofs of the tests are no business of the user's cache, nor the other way round.
 os.environ["TWINKLE_CACHE"] = "off"
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def pytest_collectstart() -> None:
+    """What a test file draws while it is imported does not follow from the files before it."""
+    _seed()
+
+
+def _settings() -> dict[str, Any]:
+    """What a process has one of, and the next test would find changed."""
+    found = {
+        "threads of torch": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "default device": torch.get_default_device(),
+        "gradients": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic or a warning": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "precision of products": torch.get_float32_matmul_precision(),
+    }
+    options = sys.modules.get("twinkle.apply.options")
+    if options is not None:
+        found |= {f"option {name}": value for name, value in vars(options.options).items()}
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_another_test() -> Iterator[None]:
+    """Each test starts from the same random numbers and the same settings, alone or after any other.
+
+    Random numbers that went on from test to test gave a half precision head in one order of the tests, and in
+    no other, for which the proof of the loss says no.
+    """
+    _seed()
+    before = _settings()
+    yield
+    after = _settings()
+    # An option that is not there before was read for the first time: it has its default, unless left behind.
+    left = {name: (before[name], value) for name, value in after.items() if before.get(name, value) != value}
+    torch.set_num_threads(before["threads of torch"])
+    torch.set_default_dtype(before["default dtype"])
+    assert not left, f"the test leaves settings behind (before, after): {left}"
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ PACKAGE = Path(twinkle.__file__).parent
 GROUND = (
     "_version",
     "errors",
+    "codegen",
     "_environment",
     "modes",
     "devices",
     "targets",
-    "op_names",
     "records",
     "registry",
     "options",
@@ -30,6 +30,7 @@ GROUND = (
 
 ROOMS = (
     "ops",
+    "op_names",
     "match",
     "sources",
     "config",
@@ -49,7 +50,7 @@ ROOF = ("_bootstrap", "kernel", "runner", "_start", "cli", "__init__", "__main__
 
 ORDER = (*GROUND, *ROOMS, *ROOF)
 
-NOTHING_BUT = {"ops": {"errors"}}
+NOTHING_BUT = {"ops": {"errors", "codegen"}}
 """Rooms that may import less than what stands before them."""
 
 

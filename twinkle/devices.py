@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from twinkle.errors import ConfigError, suggest
 
-__all__ = ["DEVICES", "absent_reason", "parse_device", "torch_type"]
+__all__ = ["DEVICES", "absent_reason", "current_type", "parse_device", "torch_type"]
 
 DEVICES = ("cpu", "cuda", "rocm", "mps", "npu", "xpu")
 
 
 def parse_device(value: object, *, where: str | None = None) -> str | None:
-    """The kind of a device: ``"cuda:0"`` and ``torch.device("cuda", 0)`` are ``"cuda"``.
+    """Read the name of a device type: ``"cuda:0"`` and ``torch.device("cuda", 0)`` are ``"cuda"``.
 
     ``None`` and ``"auto"`` mean any device and give ``None``.
 
@@ -22,14 +22,14 @@ def parse_device(value: object, *, where: str | None = None) -> str | None:
     """
     if value is None:
         return None
-    kind = value if isinstance(value, str) else getattr(value, "type", None)
+    text = value if isinstance(value, str) else getattr(value, "type", None)
     expected = ", ".join(DEVICES)
-    if not isinstance(kind, str):
+    if not isinstance(text, str):
         raise ConfigError("unknown device", where=where, found=repr(value), expected=expected)
-    name, _, index = kind.strip().lower().partition(":")
+    name, _, index = text.strip().lower().partition(":")
     if name == "auto" and not index:
         return None
-    if name not in DEVICES or (index and not index.isdigit()) or kind.endswith(":"):
+    if name not in DEVICES or (index and not index.isdigit()) or text.endswith(":"):
         raise ConfigError(
             "unknown device",
             where=where,
@@ -41,7 +41,7 @@ def parse_device(value: object, *, where: str | None = None) -> str | None:
 
 
 def torch_type(device: str) -> str:
-    """What ``tensor.device.type`` says of a tensor on such a device (``rocm`` answers to ``cuda``)."""
+    """The ``tensor.device.type`` of a tensor on such a device: ``cuda`` for ``rocm``, else the same name."""
     return "cuda" if device == "rocm" else device
 
 
@@ -65,7 +65,7 @@ def absent_reason(device: str | None) -> str | None:
 
 
 def current_type(torch_device_type: str) -> str:
-    """The device word for what ``tensor.device.type`` says on this build of torch."""
+    """The device name for a ``tensor.device.type``: ``cuda`` is ``rocm`` on a build of torch for ROCm."""
     if torch_device_type == "cuda":
         import torch
 

@@ -1,4 +1,4 @@
-"""The modes a kernel is registered for, and which kernel goes first in which situation.
+"""The modes a kernel is registered for, and the order of kernels in a mode.
 
 Standard library only: this module is imported at interpreter start.
 """
@@ -13,7 +13,7 @@ _WORDS = ("train", "inference", "compile")
 
 
 class Mode:
-    """When a kernel may run: some of ``train``, ``inference`` and ``compile``.
+    """The moments a kernel may run in: some of ``train``, ``inference`` and ``compile``.
 
     ``compile`` alone means the model's current mode, whichever it is, under ``torch.compile``.
     Modes are equal when they say the same, in whatever order they were written.
@@ -77,7 +77,7 @@ class Mode:
 def rank(
     mode: Mode | None, *, training: bool, compiling: bool, can_torch_compile: bool | None = None
 ) -> int | None:
-    """How well a kernel registered for ``mode`` suits the moment: smaller first, ``None`` never.
+    """Rank a kernel registered for ``mode`` in a situation: smaller first, ``None`` never.
 
     The order is that of the ``kernels`` package (inference may use a training kernel, never the
     reverse; a kernel for any mode comes last). Under ``torch.compile`` the kernels registered for
@@ -88,7 +88,7 @@ def rank(
         mode: What the kernel was registered for; ``None`` is any mode.
         training: The layer is in training mode, or gradients are recorded for a function.
         compiling: ``torch.compile`` is tracing.
-        can_torch_compile: What the kernel says of itself; ``None`` when it says nothing.
+        can_torch_compile: The kernel's flag of that name; ``None`` where it has none.
     """
     if compiling and can_torch_compile is False:
         return None

@@ -1,48 +1,53 @@
-"""The ops that code is recognised as, and what others call them.
+"""The names of the ops as users write them, and what a misspelt one was meant to be.
 
-Standard library only: this module is imported at interpreter start when a configuration names an op.
+``LAYER_OPS`` may stand behind ``match =`` of a layer, ``FUNCTION_OPS`` of a function; ``OPS`` are all. They
+come from the records of the ops (:mod:`twinkle.ops.catalog`), which are read when one of the names is first
+asked for.
 """
 
 from __future__ import annotations
 
 from twinkle.errors import suggest
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    LAYER_OPS: tuple[str, ...]
+    FUNCTION_OPS: tuple[str, ...]
+    OPS: tuple[str, ...]
+
 __all__ = ["FUNCTION_OPS", "LAYER_OPS", "OPS", "hint", "slip"]
 
-# What a whole layer can be: these may stand behind `match =`.
-LAYER_OPS = (
-    "rms_norm",
-    "layer_norm",
-    "gated_mlp",
-    "causal_lm_loss",
-    "experts",
-)
-FUNCTION_OPS = ("rotary",)
-OPS = (*LAYER_OPS, *FUNCTION_OPS, "residual_norm", "qk_norm_rotary")
-
-# What others call an op, where no spelling leads to our name.
-_OTHER_NAMES = {
-    "cross_entropy": "causal_lm_loss",
-    "fused_linear_cross_entropy": "causal_lm_loss",
-    "geglu": "gated_mlp",
-    "mlp": "gated_mlp",
-    "moe": "experts",
-    "rope": "rotary",
-    "swiglu": "gated_mlp",
+_KINDS = {
+    "LAYER_OPS": ("layer",),
+    "FUNCTION_OPS": ("function",),
+    "OPS": ("layer", "function", "inside"),
 }
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    if name not in _KINDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from twinkle.ops.catalog import all_ops
+
+    return tuple(op.name for kind in _KINDS[name] for op in all_ops() if op.kind == kind)
 
 
 def hint(name: str) -> str | None:
     """``did you mean …`` for a name that should be an op and is none."""
-    meant = _OTHER_NAMES.get(name.lower())
-    return f"did you mean {meant!r}?" if meant else suggest(name[:40].lower(), OPS)
+    from twinkle.ops.catalog import all_ops
+
+    for op in all_ops():
+        if name.lower() in op.aliases:
+            return f"did you mean {op.name!r}?"
+    return suggest(name[:40].lower(), __getattr__("OPS"))
 
 
 def slip(name: str) -> str | None:
     """The op that a name is one letter or two from, if it is none itself."""
     import difflib
 
-    if name in OPS:
+    names = __getattr__("OPS")
+    if name in names:
         return None
-    near = difflib.get_close_matches(name[:40], OPS, n=1, cutoff=0.8)
+    near = difflib.get_close_matches(name[:40], names, n=1, cutoff=0.8)
     return near[0] if near else None

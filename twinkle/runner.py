@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 
-from twinkle._environment import absolute
+from twinkle._environment import absolute, check_path
 from twinkle.errors import ConfigError, TwinkleError
 
 TYPE_CHECKING = False
@@ -71,7 +71,7 @@ def split_command(orig_argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def is_our_command(orig_argv: Sequence[str]) -> bool:
-    """This interpreter was started for ``twinkle …`` or ``python -m twinkle …``."""
+    """Whether this interpreter was started for ``twinkle …`` or ``python -m twinkle …``."""
     _, program = split_command(orig_argv)
     return program[:2] == ["-m", "twinkle"] or os.path.basename(program[0] if program else "") == "twinkle"
 
@@ -90,7 +90,7 @@ def pth_folders() -> list[str]:
 
 
 def door_paths() -> list[str]:
-    """What ``PYTHONPATH`` lacks for a new interpreter to find Twinkle and a door of it; often nothing."""
+    """The entries that ``PYTHONPATH`` needs for a new interpreter to find Twinkle and a door; often none."""
     paths = []
     if not pth_folders():
         checkout = os.path.join(os.path.dirname(_PACKAGE), "sitecustomize_template")
@@ -132,9 +132,10 @@ def config_variable(paths: Sequence[str], environ: Mapping[str, str]) -> str:
     """The value of ``TWINKLE_CONFIG`` for the configs that were typed, absolute: children change directory.
 
     Raises:
-        ConfigError: A path that the variable cannot hold.
+        ConfigError: A path that the variable cannot hold, or a value that is no path.
     """
     for path in paths:
+        check_path("--config", path, "the path of a TOML file, or auto for the defaults without one")
         if os.pathsep in path:
             raise ConfigError(
                 f"the path of a config may not contain {os.pathsep!r}",

@@ -5,6 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
+import os
 from _thread import RLock
 
 from twinkle.options import Options
@@ -54,6 +55,10 @@ class Runtime:
         self.session = Session()
         self._states: dict[type, object] = {}
 
+    def _in_child(self) -> None:
+        # The thread that held the lock, if any did, is not in this process.
+        self._lock = RLock()
+
     def of(self, kind: type[State]) -> State:
         """The one object of that class in this runtime; made, without arguments, at the first question."""
         state = self._states.get(kind)
@@ -82,3 +87,5 @@ class Runtime:
 
 
 runtime = Runtime()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=runtime._in_child)

@@ -111,7 +111,7 @@ class Program:
             env=environ,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
         if check:

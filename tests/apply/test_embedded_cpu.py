@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from rounding import rounding_bound, terms
 
 if TYPE_CHECKING:
     from .conftest import Program
@@ -67,11 +68,14 @@ def test_losses_and_gradients_of_whole_models_are_those_of_the_original(program:
         our_loss, our_gradient = torch.load(file.with_name(file.name.replace("plain", "ours")))
         off = float((our_gradient - exact).norm() / exact.norm())
         if "float32" in file.name:
-            assert our_loss == pytest.approx(loss, rel=1e-6)
-            assert off < 1e-5
+            # A dozen products over 64 to 512 terms, there and back.
+            same = 2 * rounding_bound(torch.float32, 24 * terms(512))
+            assert our_loss == pytest.approx(loss, rel=same)
+            assert off < same
         else:
-            assert our_loss == pytest.approx(loss, rel=2e-2)
-            assert off <= 1.2 * float((gradient - exact).norm() / exact.norm())
+            # What a proof allows a kernel: twice the error of the original.
+            assert our_loss == pytest.approx(loss, rel=rounding_bound(torch.bfloat16, 6))
+            assert off <= 2 * float((gradient - exact).norm() / exact.norm())
 
 
 def test_autocast_and_a_compiler_see_the_same_model(program: Program) -> None:
@@ -89,8 +93,8 @@ def test_autocast_and_a_compiler_see_the_same_model(program: Program) -> None:
     """
     done = program.run(MODEL + textwrap.dedent(text), **CPU)
     low, compiled = json.loads(done.stdout.splitlines()[-1])
-    assert low < 0.05
-    assert compiled < 1e-4
+    assert low < rounding_bound(torch.bfloat16, 16)
+    assert compiled < 2 * rounding_bound(torch.float32, 12 * terms(512))
 
 
 def test_ops_are_taken_one_by_one(program: Program) -> None:

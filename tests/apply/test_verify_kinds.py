@@ -18,7 +18,7 @@ from twinkle.kernel import (
     register_function_kernel,
     register_layer_kernel,
 )
-from twinkle.swap.call_kind import ANY, Proofs, dtype_key_of
+from twinkle.swap.dtype_keys import ANY, Proofs, dtype_key_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -166,12 +166,12 @@ def test_a_trace_of_a_proven_kernel_is_no_call() -> None:
 def test_what_no_tensor_tells_of_is_taken_once_anything_was_proven() -> None:
     proofs = Proofs(1)
     assert dtype_key_of("no tensor") == ANY
-    assert proofs.owed(ANY, grad=False)
-    proofs.passed(dtype_key_of(X), grad=False)
-    assert not proofs.owed(ANY, grad=False)
-    assert proofs.owed(ANY, grad=True)
+    assert proofs.pending(ANY, grad=False)
+    proofs.record_pass(dtype_key_of(X), grad=False)
+    assert not proofs.pending(ANY, grad=False)
+    assert proofs.pending(ANY, grad=True)
 
 
 def test_without_comparisons_every_kind_is_trusted() -> None:
-    assert Proofs(0).trusted(grad=True) is None
-    assert not Proofs(0).owed((torch.float16, None), grad=True)
+    assert Proofs(0).proven_keys(grad=True) is None
+    assert not Proofs(0).pending((torch.float16, None), grad=True)

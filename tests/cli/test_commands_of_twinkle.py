@@ -9,7 +9,7 @@ import pytest
 
 import twinkle
 from twinkle.cli import COMMANDS, main
-from twinkle.cli.clash import clash
+from twinkle.cli.env import clash
 
 CONFIG = """\
 [twinkle]

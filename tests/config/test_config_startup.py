@@ -54,7 +54,26 @@ def test_a_usual_file_is_read_with_modules_of_ours_alone(path: Path) -> None:
 
 def test_of_ours_only_the_rooms_that_checking_needs_are_imported(path: Path) -> None:
     rooms = {name.split(".")[1] for name in loaded(path) if name.startswith("twinkle.")}
-    assert rooms == {"config", "devices", "errors", "modes", "op_names", "targets"}
+    assert rooms == {"_environment", "config", "devices", "errors", "modes", "op_names", "sources", "targets"}
+    assert {name for name in loaded(path) if name.startswith("twinkle.sources.")} == {
+        "twinkle.sources.code",
+        "twinkle.sources.spec",
+    }
+
+
+def test_a_document_without_kernels_imports_no_source(path: Path) -> None:
+    code = "\n".join(
+        [
+            f"import sys; sys.path.insert(0, {str(PACKAGE)!r})",
+            "from twinkle import config; config.load([sys.argv[1]], {})",
+            "print([name for name in sys.modules if name.startswith('twinkle.sources')])",
+        ]
+    )
+    path.write_text("[twinkle]\nkernels = 'auto'\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", code, str(path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_a_file_beyond_plain_toml_is_read_by_tomllib(path: Path) -> None:

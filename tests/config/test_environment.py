@@ -212,3 +212,46 @@ def test_variables_of_others_and_our_own_internal_ones_are_no_remark() -> None:
 def test_every_variable_is_documented() -> None:
     text = (Path(config.__file__).parents[2] / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert [name for name in VARIABLES if f"`{name}`" not in text] == []
+
+
+SWITCHES = ("1", "0", "true", "false", "yes", "no", "on", "off", "True", " 1 ")
+PATHS = {
+    "TWINKLE_CACHE": "a directory, or off to keep no verdicts",
+    "TWINKLE_CONFIG": "the path of a TOML file, or auto for the defaults without one",
+    "TWINKLE_LOCK": "the path of a twinkle.lock",
+    "TWINKLE_REPORT": "the path of a JSON file",
+}
+NO_CACHE = ("0", "false", "no", "off")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"), [(variable, value) for variable in PATHS for value in SWITCHES]
+)
+def test_a_switch_where_a_path_is_meant_is_a_mistake(variable: str, value: str, tmp_path: Path) -> None:
+    word = value.strip()
+    (tmp_path / word).write_text("")  # a file of that name makes it no path
+    if variable == "TWINKLE_CACHE" and word in NO_CACHE:
+        assert config.load([], {variable: value}, cwd=str(tmp_path)).warnings == []
+        return
+    with pytest.raises(ConfigError) as caught:
+        config.load([], {variable: value}, cwd=str(tmp_path))
+    error = caught.value
+    assert error.what == f"{variable}: not a path"
+    assert error.where == f"environment variable {variable}"
+    assert word in str(error.found)
+    assert error.expected == PATHS[variable]
+    assert error.fix == f"write ./{word} if a file of that name is meant"
+
+
+def test_a_path_of_a_configuration_that_is_a_switch_is_refused_wherever_it_is_given(tmp_path: Path) -> None:
+    (tmp_path / "1").write_text("")
+    with pytest.raises(ConfigError, match="the configuration: not a path"):
+        config.load(["1"], {}, cwd=str(tmp_path))
+
+
+def test_a_file_with_the_name_of_a_switch_is_named_by_a_path(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / "1").write_text("")
+    (tmp_path / "1").chmod(0o644)
+    environ = {"TWINKLE_CONFIG": "./1", "TWINKLE_REPORT": "./on", "TWINKLE_LOCK": "./0"}
+    assert config.load([], environ, cwd=str(tmp_path)).report == f"{tmp_path}/./on"

@@ -173,14 +173,9 @@ def test_func_name_overrides_the_key_of_a_function() -> None:
 
 
 def test_a_function_of_a_local_package_may_have_a_name_of_its_own() -> None:
-    spec = (
-        checked(
-            '[functions.f]\ntarget_module = "m"\nrepo_path = "kernels"\npackage_name = "my_kernels.fast:g"\n'
-        )
-        .functions[0]
-        .spec
-    )
-    assert spec == {"repo_path": "kernels", "package_name": "my_kernels.fast", "func_name": "g"}
+    text = '[functions.f]\ntarget_module = "m"\nrepo_path = "kernels"\npackage_name = "my_kernels.fast:g"\n'
+    source: Any = checked(text).functions[0].source(False)
+    assert (source.kind, source.package, source.name) == ("local", "my_kernels.fast", "g")
 
 
 def test_match_is_kept_as_a_target() -> None:

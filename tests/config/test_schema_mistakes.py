@@ -441,3 +441,11 @@ def test_a_function_is_bound_by_name_or_by_structure_and_not_both() -> None:
 def test_two_functions_for_one_op_are_refused_whatever_they_are_called() -> None:
     text = "[functions.f]\nfunc_impl = 'k:f'\nmatch = 'rotary'\n"
     assert mistake(text + text.replace("functions.f", "functions.g")).what.startswith("two kernels for")
+
+
+def test_a_report_that_is_a_switch_is_no_path() -> None:
+    error = mistake("[twinkle]\nreport = '1'\n")
+    assert error.what == "report: not a path"
+    assert error.where == "t.toml:2 (twinkle.report)"
+    assert error.expected == "the path of a JSON file"
+    assert error.fix == 'write "./1" if a file of that name is meant'

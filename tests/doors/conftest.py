@@ -52,7 +52,7 @@ class Door:
         else:
             environ |= self.environ
             command = [self.python, *options, *self.prefix, *program]
-        keywords.setdefault("timeout", 60)
+        keywords.setdefault("timeout", 240)
         keywords.setdefault("stdin", None if "input" in keywords else subprocess.DEVNULL)
         if keywords["stdin"] is None:
             del keywords["stdin"]

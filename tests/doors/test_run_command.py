@@ -79,11 +79,11 @@ def test_our_options_end_where_the_program_begins(words, own, program):
 def test_every_option_with_a_value_is_known_to_the_split():
     takes_value = {
         option
-        for action in command._parser()._actions
+        for action in command.command_parser()._actions
         for option in action.option_strings
         if action.nargs is None
     }
-    assert takes_value == set(command._WITH_VALUE)
+    assert takes_value == set(command.WITH_VALUE)
 
 
 def test_no_config_is_auto():
@@ -109,7 +109,7 @@ def test_path_that_the_variable_cannot_hold_is_refused():
 def test_options_become_variables(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--strict", "--kernels", "rms_norm", "--report", "--report-file", "r.json"]
-    assert command.settings(command._parser().parse_args(words), {}) == {
+    assert command.settings(command.command_parser().parse_args(words), {}) == {
         "TWINKLE_CONFIG": "auto",
         "TWINKLE_KERNELS": "rms_norm",
         "TWINKLE_LOG": "info",
@@ -136,6 +136,17 @@ def test_wrong_config_ends_with_2_and_the_program_is_not_started(doors, text, sa
     assert done.stderr.startswith("twinkle: ")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("--report-file", "1"), ("--config", "on"), ("--config=off",)])
+def test_switch_in_place_of_a_path_ends_with_2(doors, words, tmp_path):
+    door = type(doors["run"])(doors["run"].folder, ("-m", "twinkle", "run"))
+    done = door.run(*words, "-c", "print('ran')", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    option, _, value = "=".join(words).partition("=")
+    assert f"twinkle: {option}: not a path" in done.stderr
+    assert f"write ./{value} if a file of that name is meant" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("off", [{"TWINKLE_DISABLE": "1"}, {"TWINKLE_USE_KERNELS": "0"}])

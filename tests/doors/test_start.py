@@ -52,6 +52,18 @@ def test_wrong_config_warns_once_and_the_program_runs(doors, tmp_path):
     assert "missing.toml" in done.stderr
 
 
+@pytest.mark.parametrize("name", ["pth", "sitecustomize"])
+@pytest.mark.parametrize("variable", ["TWINKLE_CONFIG", "TWINKLE_REPORT", "TWINKLE_LOCK", "TWINKLE_CACHE"])
+def test_switch_in_place_of_a_path_warns_and_the_program_runs(doors, name, variable, tmp_path):
+    environ = {**doors[name].environ, variable: "1"}
+    done = type(doors[name])(doors[name].folder, **environ).run("-c", "print('ran')", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "ran\n")
+    assert done.stderr.count("twinkle is not active") == 1
+    assert f"{variable}: not a path" in done.stderr
+    assert "write ./1 if a file of that name is meant" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("off", [{"TWINKLE_DISABLE": "1"}, {"TWINKLE_USE_KERNELS": "0"}])
 def test_off_switch_closes_the_door_before_the_config_is_read(doors, off, tmp_path):
     door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=str(tmp_path / "missing.toml"), **off)

@@ -51,7 +51,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
 def python(tmp_path: Path) -> Callable[..., str]:
     """Run a program in an interpreter of its own; returns what it prints, fails if it fails or hangs."""
 
-    def run(source: str, *arguments: str, timeout: float = 60, path: str = "") -> str:
+    def run(source: str, *arguments: str, timeout: float = 240, path: str = "") -> str:
         program = tmp_path / "program.py"
         program.write_text(textwrap.dedent(source))
         folders = os.pathsep.join(

@@ -58,7 +58,7 @@ def test_a_child_forked_while_another_thread_registers_is_not_locked(python, wri
         os.waitpid(child, 0)
         """,
         path=str(folder),
-        timeout=30,
+        timeout=240,
     )
     assert out == "patched"
 
@@ -69,7 +69,7 @@ def test_a_subprocess_is_watched_through_the_environment(python, write):
         """
         import subprocess, sys
         print(subprocess.run([sys.executable, "-c", "import tw_target; print(tw_target.value)"],
-                             capture_output=True, text=True, timeout=30).stdout.strip())
+                             capture_output=True, text=True, timeout=240).stdout.strip())
         """,
         path=str(folder),
     )

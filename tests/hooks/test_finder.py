@@ -327,6 +327,6 @@ def test_a_target_runs_as_a_program(write, tmp_path):
         capture_output=True,
         text=True,
         env={"PYTHONPATH": f"{tmp_path}:{root}", "PATH": sysconfig.get_path("scripts")},
-        timeout=60,
+        timeout=240,
     )
     assert done.stdout == "tw_program tw_program.py\n", done.stderr

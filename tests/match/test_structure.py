@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from twinkle.match.structure import check_instance, recognise
-from twinkle.match.trial import trial
 
 
 class Odd(nn.Module):
@@ -121,11 +120,11 @@ def test_rounding_is_part_of_the_form(cls, form):
 
 @pytest.mark.parametrize("cls", [Odd, Late, Offset, Divided, Branching, Gate, DirectGate])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_of_the_form_gives_the_same_bits(cls, dtype):
+def test_the_reference_of_the_form_gives_the_same_bits(cls, dtype, trial):
     assert trial(cls, recognise(cls), dtype).equal
 
 
-def test_a_trial_tells_a_wrong_form_apart():
+def test_a_trial_tells_a_wrong_form_apart(trial):
     found = recognise(Odd)
     wrong = recognise(Late)
     outcome = trial(
@@ -256,7 +255,7 @@ def turned(sine, cosine, k, q):
     return q * cosine + torch.cat((-x2, x1), dim=-1) * sine, k * cosine + torch.cat([-y2, y1], -1) * sine
 
 
-def test_arguments_are_told_apart_by_use_not_by_place():
+def test_arguments_are_told_apart_by_use_not_by_place(trial):
     found = recognise(turned)
     assert {role: found.facts[role] for role in ("q", "k", "cos", "sin")} == {
         "q": "q",
@@ -283,7 +282,7 @@ def multimodal(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
     return q_out, k_out
 
 
-def test_multimodal_sections_are_a_form_of_rotary():
+def test_multimodal_sections_are_a_form_of_rotary(trial):
     found = recognise(multimodal)
     assert (found.op, found.form.name) == ("rotary", "sections")
     assert trial(multimodal, found).equal

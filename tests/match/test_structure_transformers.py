@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -112,7 +114,7 @@ def test_the_linear_layer_of_a_composed_head_is_found():
     assert facts["head"] == "cls.predictions.decoder"
 
 
-def test_a_model_is_matched_in_fifty_milliseconds():
+def test_a_model_is_matched_in_little_more_time_than_its_file_is_parsed():
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -122,10 +124,19 @@ def test_a_model_is_matched_in_fifty_milliseconds():
         model = Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=2))
     for layer in warm.modules():
         recognise(type(layer))
-    started = time.process_time()
+    source = inspect.getsource(sys.modules[type(model).__module__])
+
+    def parsed() -> float:
+        started = time.thread_time()
+        ast.parse(source)
+        return time.thread_time() - started
+
+    unit = min(parsed() for _ in range(5))
+    started = time.thread_time()
     for layer in model.modules():
         recognise(type(layer))
-    assert time.process_time() - started < 0.05
+    # Four times as long, 14 ms, where this was written; it is once in a process, so there is no best of five.
+    assert time.thread_time() - started < 25 * unit
 
 
 def test_the_command_prints_form_and_facts(capsys):

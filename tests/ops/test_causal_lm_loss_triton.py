@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from rounding import assert_near, rounding_bound, terms
 
 from twinkle.ops.causal_lm_loss import chunks
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
@@ -82,8 +83,8 @@ def test_kernel_equals_the_plain_path(row_losses, form, vocab, scale):
     losses, right = torch.full((2, 3), torch.nan, device=device()).unbind(0)
     row_losses(found, bias, labels, losses, factor, form, True)
     chunks._plain_row_losses(expected, bias, labels, right, factor, form, True)
-    torch.testing.assert_close(losses, right, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+    assert_near(losses, right, terms(vocab) + 30)
+    assert_near(found, expected, terms(vocab) + 30)
 
 
 def test_logits_stay_where_no_gradient_is_wanted(row_losses):
@@ -156,7 +157,8 @@ def test_gpu_errs_no_more_than_twice_as_much(dtype, vocab):
         outcome(linear_cross_entropy, dtype),
     )
     for right, other, mine in zip(exact, theirs, ours, strict=True):
-        assert (mine - right).norm() <= 2 * (other - right).norm() + 1e-6 * right.norm()
+        room = rounding_bound(dtype if dtype == torch.float32 else torch.float16, 1, right.norm().item())
+        assert (mine - right).norm() <= 2 * (other - right).norm() + room
 
 
 @pytest.mark.gpu
@@ -170,9 +172,9 @@ def test_gpu_leaves_out_ignored_rows_and_tells_a_wrong_bound():
     labels[::2] = -100
     whole = linear_cross_entropy(hidden, weight, labels)
     part = linear_cross_entropy(hidden, weight, labels, most_rows=1600)
-    torch.testing.assert_close(whole, part)
-    torch.testing.assert_close(
-        torch.autograd.grad(whole, hidden), torch.autograd.grad(part, hidden), rtol=1e-4, atol=1e-6
+    assert_near(whole, part, terms(1000) + terms(1500) + 64)
+    assert_near(
+        torch.autograd.grad(whole, hidden), torch.autograd.grad(part, hidden), terms(1000) + terms(1500) + 64
     )
     assert linear_cross_entropy(hidden, weight, labels, most_rows=1000).isnan()
 

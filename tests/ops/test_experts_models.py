@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from rounding import assert_near, rounding_bound
 
 transformers = pytest.importorskip("transformers")
 
 from twinkle.fit.layer import check_layer  # noqa: E402
 from twinkle.match.structure import check_instance, recognise  # noqa: E402
-from twinkle.ops.experts.layer import covers, layer_class  # noqa: E402
+from twinkle.ops.experts.layer import layer_class, supports  # noqa: E402
 from twinkle.proof.compare import compare  # noqa: E402
 
 SMALL = {
@@ -38,6 +39,8 @@ SMALL = {
 }
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "olmoe")
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+OPERATIONS = 600
+"""Behind a number of a model and its gradients: ten products over 8 to 48 columns, there and back."""
 
 
 def build(family, implementation):
@@ -62,7 +65,7 @@ def found_in(model):
     found = []
     for module in model.modules():
         recognition = recognise(type(module))
-        if recognition.op == "experts" and covers(recognition.form):
+        if recognition.op == "experts" and supports(recognition.form) is None:
             facts = check_instance(recognition, module)
             assert isinstance(facts, dict), facts
             found.append((module, recognition.form, facts))
@@ -88,11 +91,11 @@ def step(model, call=None):
 
 
 def assert_same(ours, theirs):
-    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=0)
+    assert_near(ours[0], theirs[0], OPERATIONS)
     assert ours[1].keys() == theirs[1].keys()
     for name, gradient in theirs[1].items():
         off = (ours[1][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
-        assert off < 1e-5, name
+        assert off < 2 * rounding_bound(torch.float32, OPERATIONS), name
 
 
 @pytest.fixture(params=["torch", "triton"])
@@ -130,7 +133,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own(family, implementation
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_fits_the_arguments_of_the_models_own(family):
     module, form, facts = found_in(build(family, "eager"))[0]
-    check_layer(layer_class(form, facts), type(module), instance=module)
+    check_layer(layer_class(form, facts), type(module), instances=[module])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -146,7 +149,8 @@ def test_autocast_goes_where_the_models_own_goes(family):
             indices, weights = torch.rand(12, 4).topk(2).indices, torch.rand(12, 2)
             result = module(x, indices, weights)
             assert layer_class(form, facts).forward(module, x, indices, weights).dtype == result.dtype
-        assert (mine - theirs).norm() <= 0.02 * theirs.norm()
+        # Two layers of three products in bfloat16; norms are in float32.
+        assert (mine - theirs).norm() <= rounding_bound(torch.bfloat16, 6, theirs.norm().item())
 
 
 @pytest.mark.slow

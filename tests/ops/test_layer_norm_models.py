@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from rounding import assert_near
 from torch import nn
 
 from twinkle.apply.layers import kernelize_layers
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.ops import launch
-from twinkle.ops.layer_norm import layer
+from twinkle.ops.layer_norm import triton_backend
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -26,10 +27,14 @@ FAMILIES = {
 }
 
 
+OPERATIONS = 400
+"""Behind a number of a model and its gradients: a dozen products over 8 to 24 columns, there and back."""
+
+
 @pytest.fixture
 def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where triton runs, with every embedded kernel wanted, at every size."""
-    monkeypatch.setattr(layer, "_LEAST", 0)
+    monkeypatch.setattr(triton_backend, "_LEAST", 0)
     runtime.options.kernels = "auto"
     runtime.options.verify = "auto"
     return kernels
@@ -96,10 +101,12 @@ def test_loss_and_gradients_are_those_of_the_original(
     counted.clear()
     step(model, inputs)
     assert counted.count("forward") == counted.count("backward") == len(norms(model))
-    torch.testing.assert_close(ours, loss, rtol=1e-5, atol=1e-6)
+    assert_near(ours, loss, OPERATIONS)
     assert after.keys() == gradients.keys()
+    # Some are nothing but rounding: attention does not change with the bias of its keys.
+    largest = max(gradient.abs().max().item() for gradient in gradients.values())
     for parameter, gradient in gradients.items():
-        torch.testing.assert_close(after[parameter], gradient, rtol=1e-4, atol=1e-5, msg=parameter)
+        assert_near(after[parameter], gradient, OPERATIONS, magnitude=largest)
     unkernelize_model(model)
     assert {type(norm) for norm in norms(model)} == {nn.LayerNorm}
 
@@ -120,7 +127,7 @@ def test_layers_of_torch_in_a_model_of_ones_own(
     x = torch.randn(2, 4, 8, device=device)
     expected = norm(x)
     kernelize_layers(nn.Sequential(norm))
-    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+    assert_near(norm(x), expected, OPERATIONS)
     assert bool(counted) is swapped
 
 
@@ -142,7 +149,7 @@ def test_a_subclass_counts_by_its_forward(
     norm, x = cls(8, device=device), torch.randn(2, 4, 8, device=device)
     expected = norm(x)
     kernelize_layers(nn.Sequential(norm))
-    torch.testing.assert_close(norm(x), expected, rtol=1e-5, atol=1e-5)
+    assert_near(norm(x), expected, OPERATIONS)
     assert bool(counted) is swapped
 
 
@@ -171,7 +178,7 @@ def test_the_fast_path_of_torchs_encoder_stays(device: torch.device, monkeypatch
         encoder.train()
         results.append(found)
     assert len(calls) == 4
-    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    assert_near(results[1], results[0], OPERATIONS)
 
 
 @pytest.mark.parametrize("by", ["name", "structure"])
@@ -185,7 +192,7 @@ def test_the_layer_of_the_pack_is_bound(
     norm, x = nn.LayerNorm(8, device=device), torch.randn(2, 4, 8, device=device)
     expected = norm(x)
     model = kernelize_model(nn.Sequential(norm), device=device.type, use_fallback=False)
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+    assert_near(model(x), expected, OPERATIONS)
     assert "forward" in counted
     assert [binding.state for binding in clean_registry.bindings] == ["active"]
 

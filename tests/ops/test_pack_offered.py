@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,8 @@ import twinkle.ops
 from twinkle.apply.layers import kernelize_layers, unkernelize
 from twinkle.kernel import register_kernels
 from twinkle.op_names import FUNCTION_OPS, LAYER_OPS
+from twinkle.ops import catalog
+from twinkle.ops.catalog import find_op
 from twinkle.ops.rms_norm.layer import RMSNorm
 from twinkle.runtime import runtime
 
@@ -95,11 +96,13 @@ def test_the_document_has_every_op_that_is_a_layer_or_a_function(
     section: str, maker: str, ops: tuple[str, ...]
 ) -> None:
     def makes_some(op: str) -> bool:
-        rooms = [f"twinkle.ops.{op}.{room}" for room in ("layer", "everywhere")]
-        there = [importlib.import_module(room) for room in rooms if importlib.util.find_spec(room)]
-        return any(hasattr(room, maker) for room in there)
+        return any(hasattr(backend.load(), maker) for backend in find_op(op).backends)
 
     assert {spec["match"] for spec in document()[section].values()} == {op for op in ops if makes_some(op)}
+
+
+def test_the_document_to_copy_is_the_one_that_auto_registers() -> None:
+    assert document() == catalog.document()
 
 
 def test_auto_registers_the_document_and_nothing_among_what_the_user_registered(

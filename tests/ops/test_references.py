@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
 
-from twinkle.match import templates
+from twinkle.match.templates import template_ops, templates
 from twinkle.ops.causal_lm_loss.reference import CausalLMLossForm, causal_lm_loss
 from twinkle.ops.experts.reference import FORMS as EXPERTS
 from twinkle.ops.experts.reference import experts
@@ -22,25 +21,23 @@ from twinkle.ops.rotary.reference import rotary
 LLAMA = next(form for form in NORMS if form.name == "llama")
 
 
-@pytest.mark.parametrize("op", templates.OPS)
+@pytest.mark.parametrize("op", template_ops(), ids=lambda op: op.name)
 def test_every_form_is_distinct_for_the_matcher(op):
-    forms = importlib.import_module(f"twinkle.ops.{op}.reference").FORMS
     seen = {}
-    for template in templates.templates(op):
+    for template in templates(op):
         seen.setdefault(id(template.term), set()).add(template.form.name)
     assert all(len(names) == 1 for names in seen.values())
-    assert {name for names in seen.values() for name in names} == {form.name for form in forms}
+    assert {name for names in seen.values() for name in names} == {form.name for form in op.variants}
 
 
-@pytest.mark.parametrize("op", templates.OPS)
+@pytest.mark.parametrize("op", template_ops(), ids=lambda op: op.name)
 def test_names_of_forms_are_unique(op):
-    forms = importlib.import_module(f"twinkle.ops.{op}.reference").FORMS
-    assert len({form.name for form in forms}) == len(forms)
+    assert len({form.name for form in op.variants}) == len(op.variants)
 
 
-@pytest.mark.parametrize("op", templates.OPS)
+@pytest.mark.parametrize("op", template_ops(), ids=lambda op: op.name)
 def test_forms_are_frozen(op):
-    form = importlib.import_module(f"twinkle.ops.{op}.reference").FORMS[0]
+    form = op.variants[0]
     with pytest.raises(dataclasses.FrozenInstanceError):
         form.name = "other"
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import across_a_boundary, assert_near, terms
 
-from twinkle.ops.qk_norm_rotary import layer as qk
 from twinkle.ops.qk_norm_rotary import reference as qk_reference
-from twinkle.ops.residual_norm import layer as residual
+from twinkle.ops.qk_norm_rotary import triton_backend as qk
 from twinkle.ops.residual_norm import reference as residual_reference
+from twinkle.ops.residual_norm import triton_backend as residual
 from twinkle.ops.rms_norm.reference import FORMS as NORMS
 from twinkle.ops.rotary.reference import FORMS as ROTATIONS
 
@@ -16,14 +17,14 @@ NORM = {form.name: form for form in NORMS}
 ROTATION = {form.name: form for form in ROTATIONS}
 
 
-def compare(ours, theirs, wanted, rtol, atol):
+def compare(ours, theirs, wanted, operations, dtype=torch.float32):
     torch.manual_seed(1)
     gradients = [torch.randn(y.shape).to(y) for y in theirs]
     found = torch.autograd.grad(ours, wanted, gradients)
     expected = torch.autograd.grad(theirs, wanted, gradients)
     for a, b in zip((*ours, *found), (*theirs, *expected), strict=True):
         assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+        assert_near(a, b, operations, dtype=dtype)
 
 
 def residual_inputs(device, dtype=torch.float32, width=100):
@@ -42,7 +43,7 @@ def test_residual_norm_equals_its_definition(kernels, name, scaled, width):
     ours = residual.residual_norm(x, r, weight, 1e-6, form=form, scale=0.22)
     theirs = residual_reference.residual_norm(x, r, weight, 1e-6, form=form, scale=0.22)
     assert type(ours[0].grad_fn).__name__ == "_ResidualNormBackward"
-    compare(ours, theirs, [x, r] if weight is None else [x, r, w], 1e-4, 2e-5)
+    compare(ours, theirs, [x, r] if weight is None else [x, r, w], 2 * terms(width) + 30)
 
 
 def test_residual_norm_rounds_where_its_definition_rounds(kernels, half):
@@ -53,7 +54,7 @@ def test_residual_norm_rounds_where_its_definition_rounds(kernels, half):
     )
     assert torch.equal(h, h2)
     torch.testing.assert_close(y, y2, rtol=2 * torch.finfo(half).eps, atol=0)
-    assert float((y != y2).float().mean()) < 0.01
+    assert float((y != y2).float().mean()) < across_a_boundary(half, terms(100) + 12)
 
 
 @pytest.mark.parametrize("only", [0, 1])
@@ -70,7 +71,7 @@ def test_residual_norm_with_one_result_used(kernels, only, scaled):
     for a, b in zip(found, expected, strict=True):
         assert (a is None) == (b is None)
         if b is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            assert_near(a, b, 2 * terms(100) + 30)
 
 
 def test_residual_norm_second_derivatives(kernels):
@@ -83,7 +84,7 @@ def test_residual_norm_second_derivatives(kernels):
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, r, w))
 
     for a, b in zip(second(residual.residual_norm), second(residual_reference.residual_norm), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        assert_near(a, b, 4 * (2 * terms(100) + 30))
 
 
 @pytest.mark.parametrize("scale", [None, 0.5])
@@ -108,7 +109,7 @@ def qk_inputs(
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "unweighted", "t5", "statistics"])
 def test_qk_norm_rotary_equals_its_definition(kernels, half, name, rotation, over):
     form = qk_reference.QKNormRotaryForm("", NORM[name], ROTATION[rotation], over)
-    assert qk.covers(form)
+    assert qk.supports(form) is None
     width = 12 if rotation == "split_half" else 24
     for dtype, tables in ((torch.float32, torch.float32), (half, half), (half, torch.float32)):
         inputs = qk_inputs(kernels, over, dtype, tables, width)
@@ -120,9 +121,9 @@ def test_qk_norm_rotary_equals_its_definition(kernels, half, name, rotation, ove
         )
         assert type(ours[0].grad_fn).__name__ == "_QKNormRotaryBackward"
         assert [y.stride() for y in ours] == [y.stride() for y in theirs]
-        eps = torch.finfo(dtype).eps
-        atol = 2e-5 if dtype == torch.float32 else 16 * eps
-        compare(ours, theirs, wanted, 1e-4 if dtype == torch.float32 else 8 * eps, atol)
+        # Half precision is rounded to after norm, weight, two products and their sum, there and back.
+        normed = 24 if over == "head" else 24 * 3
+        compare(ours, theirs, wanted, 2 * terms(normed) + 40 if dtype == torch.float32 else 10, dtype)
 
 
 def test_qk_norm_rotary_opcheck_and_fullgraph(kernels):

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import across_a_boundary, assert_near, rounding_bound, terms
 
 from twinkle.ops.rms_norm import reference
-from twinkle.ops.rms_norm.layer import covers, layer_class, rms_norm
+from twinkle.ops.rms_norm.triton_backend import layer_class, rms_norm, supports
 
-FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
 LLAMA = FORMS["llama"]
+
+
+def operations(width: int) -> int:
+    """Behind a number of a norm or its gradient: two sums over the row, one over few rows, a dozen others."""
+    return 2 * terms(width) + 24
 
 
 def ulps(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -41,9 +47,9 @@ def test_float32_equals_the_definition_to_a_few_ulps(kernels, name):
     y, g, gradients = run(rms_norm, x, w, form=form, **shape)
     assert used_kernel(y)
     y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=form, **shape)
-    torch.testing.assert_close(y, y2, rtol=1e-6, atol=1e-6)
+    assert_near(y, y2, operations(200))
     for a, b in zip(gradients, gradients2, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        assert_near(a, b, operations(200))
 
 
 @pytest.mark.parametrize("weight_dtype", ["half", "float32"])
@@ -61,13 +67,13 @@ def test_half_precision_rounds_where_the_definition_rounds(kernels, half, name, 
     assert used_kernel(y)
     assert (y.dtype, y.stride()) == (y2.dtype, y2.stride())
     if y.dtype == torch.float32:
-        torch.testing.assert_close(y, y2, rtol=2e-6, atol=1e-6)
+        assert_near(y, y2, operations(200))
     elif form.compute == "input":
-        assert ulps(y, y2) <= 4
+        assert ulps(y, y2) <= 6  # six roundings on either side, half a unit each
     else:
         # Sums in another order move few values across a rounding boundary.
         assert ulps(y, y2) <= 2
-        assert float((y != y2).float().mean()) < 0.01
+        assert float((y != y2).float().mean()) < across_a_boundary(half, operations(200))
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "t5", "unweighted"])
@@ -80,7 +86,7 @@ def test_half_precision_gradients_are_as_near_to_the_exact_ones(kernels, half, n
     _, _, theirs = run(reference.rms_norm, x, w, g, form=form)
     _, _, exact = run(reference.rms_norm, x.double(), None if w is None else w.double(), g, form=form)
     for a, b, c in zip(ours, theirs, exact, strict=True):
-        assert (a - c).norm() <= 1.1 * (b - c).norm()
+        assert (a - c).norm() <= (b - c).norm() + rounding_bound(half, 1, c.norm().item())
 
 
 @pytest.mark.parametrize("width", [1, 3, 128, 130, 4096, 8200, 20000, 65536])
@@ -90,9 +96,11 @@ def test_every_width_up_to_65536(kernels, width):
     y, g, gradients = run(rms_norm, x, w, form=LLAMA)
     assert used_kernel(y)
     y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=LLAMA)
-    torch.testing.assert_close(y, y2, rtol=1e-5, atol=1e-5)
+    root = x.square().mean(-1, keepdim=True).rsqrt()
+    largest = (g * w * root).abs().max().item()  # before the part along the input is taken off
+    assert_near(y, y2, operations(width))
     for a, b in zip(gradients, gradients2, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_near(a, b, operations(width), magnitude=largest)
 
 
 def test_a_wider_row_goes_through_the_definition(kernels):
@@ -124,7 +132,7 @@ def test_inputs_that_are_not_contiguous(kernels, kind):
     }[kind]()
     w = torch.randn(x.shape[-1], device=kernels)
     y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA)
-    torch.testing.assert_close(y, y2)
+    assert_near(y, y2, operations(64))
     if kind == "transposed":
         assert y.stride() == y2.stride()
 
@@ -134,7 +142,7 @@ def test_a_gradient_that_is_expanded(kernels):
     w = torch.randn(32, device=kernels)
     (ours,) = torch.autograd.grad(rms_norm(x, w, 1e-6).sum(), x)
     (theirs,) = torch.autograd.grad(reference.rms_norm(x, w, 1e-6, form=LLAMA).sum(), x)
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    assert_near(ours, theirs, operations(32))
 
 
 def test_rows_of_zeros_without_eps_hurt_nobody_else(kernels):
@@ -194,7 +202,7 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
         return torch.autograd.grad(g.square().sum(), (x, w))
 
     for a, b in zip(second(rms_norm), second(reference.rms_norm), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert_near(a, b, 4 * operations(64))
 
 
 def test_autocast_changes_nothing(kernels, half):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rounding import assert_near, terms
 
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.layer import apply_rotary_pos_emb, covers, function_for, rotary
+from twinkle.ops.rotary.layer import apply_rotary_pos_emb
+from twinkle.ops.rotary.triton_backend import function_for, rotary, supports
 
-FORMS = {form.name: form for form in reference.FORMS if covers(form)}
+FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
 HALF = FORMS["half"]
 BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
 
@@ -142,7 +144,7 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
         return torch.autograd.grad(sum(x.square().sum() for x in g), (q, k))
 
     for a, b in zip(second(rotary), second(reference.rotary), strict=True):
-        torch.testing.assert_close(a, b)
+        assert_near(a, b, 4 * (3 + 4) + 3 * terms(BATCH * HEADS * TOKENS * DIM))
 
 
 def test_opcheck(kernels):

@@ -20,7 +20,7 @@ from twinkle.proof.first_use import prove
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedLayer
 
-QUESTION = {"op": "rms_norm", "form": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
+KEY = {"op": "rms_norm", "form": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
 RIGHT = Verdict(True, "error 1e-3", errors=(1e-3, 2e-3, float("nan"), float("nan")))
 
 
@@ -34,22 +34,34 @@ def again(cache: ProofCache) -> ProofCache:
 
 
 def test_a_verdict_is_found_again_with_its_date(cache: ProofCache) -> None:
-    cache.keep(QUESTION, RIGHT)
-    found = again(cache).find(QUESTION)
+    cache.keep(KEY, RIGHT)
+    found = again(cache).verdict_of(KEY)
     assert found is not None
     assert found.ok
     assert found.errors[:2] == RIGHT.errors[:2]
     assert str(found).startswith(f"proven (cached, {found.date}): error")
 
 
-def test_another_question_has_no_answer(cache: ProofCache) -> None:
-    cache.keep(QUESTION, RIGHT)
-    assert again(cache).find({**QUESTION, "dtype": "float16"}) is None
+def test_another_key_has_no_verdict(cache: ProofCache) -> None:
+    cache.keep(KEY, RIGHT)
+    assert again(cache).verdict_of({**KEY, "dtype": "float16"}) is None
+
+
+def test_a_verdict_with_gradients_is_recalled_where_none_are_compared(cache: ProofCache) -> None:
+    cache.keep(KEY, RIGHT)
+    forward_alone = {**KEY, "gradients": False}
+    assert cache.verdict_of(forward_alone) is None
+    assert cache.recall(forward_alone) is not None
+
+
+def test_a_verdict_without_gradients_is_not_recalled_for_a_call_with_them(cache: ProofCache) -> None:
+    cache.keep({**KEY, "gradients": False}, RIGHT)
+    assert cache.recall(KEY) is None
 
 
 def test_a_comparison_that_broke_off_is_not_kept(cache: ProofCache) -> None:
-    cache.keep(QUESTION, Verdict(False, "out of memory", conclusive=False))
-    assert again(cache).find(QUESTION) is None
+    cache.keep(KEY, Verdict(False, "out of memory", conclusive=False))
+    assert again(cache).verdict_of(KEY) is None
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99, "proofs": {}}', "\0\0", '{"proofs": 3}'])
@@ -60,20 +72,20 @@ def test_a_damaged_file_is_one_line_in_the_log(
     cache.path.parent.mkdir()
     cache.path.write_text(text)
     with caplog.at_level(logging.WARNING, "twinkle"):
-        assert cache.find(QUESTION) is None
-        cache.keep(QUESTION, RIGHT)
+        assert cache.verdict_of(KEY) is None
+        cache.keep(KEY, RIGHT)
     assert len(caplog.records) == 1
-    assert again(cache).find(QUESTION) is not None, "and a good one takes its place"
+    assert again(cache).verdict_of(KEY) is not None, "and a good one takes its place"
 
 
 def test_a_damaged_entry_is_none(cache: ProofCache) -> None:
-    cache.keep(QUESTION, RIGHT)
+    cache.keep(KEY, RIGHT)
     assert cache.path is not None
     document = json.loads(cache.path.read_text())
     for entry in document["proofs"].values():
         del entry["errors"]
     cache.path.write_text(json.dumps(document))
-    assert again(cache).find(QUESTION) is None
+    assert again(cache).verdict_of(KEY) is None
 
 
 def test_a_directory_that_cannot_be_written_is_one_line_in_the_log(
@@ -82,8 +94,8 @@ def test_a_directory_that_cannot_be_written_is_one_line_in_the_log(
     (tmp_path / "file").write_text("")
     cache = ProofCache(tmp_path / "file" / "proofs.json")
     with caplog.at_level(logging.WARNING, "twinkle"):
-        cache.keep(QUESTION, RIGHT)
-        cache.keep(QUESTION, RIGHT)
+        cache.keep(KEY, RIGHT)
+        cache.keep(KEY, RIGHT)
     assert len(caplog.records) == 1
 
 
@@ -113,6 +125,7 @@ def test_the_oldest_go_when_there_are_too_many(cache: ProofCache, monkeypatch: p
     ("environ", "expected"),
     [
         ({"TWINKLE_CACHE": "off"}, None),
+        ({"TWINKLE_CACHE": "1"}, None),
         ({"TWINKLE_CACHE": "/c"}, Path("/c/proofs.json")),
         ({"XDG_CACHE_HOME": "/x"}, Path("/x/twinkle/proofs.json")),
         ({"XDG_CACHE_HOME": "relative"}, Path("~/.cache/twinkle/proofs.json").expanduser()),
@@ -125,8 +138,8 @@ def test_where_the_file_is(environ: dict[str, str], expected: Path | None) -> No
 
 def test_without_a_file_nothing_is_kept() -> None:
     cache = ProofCache(None)
-    cache.keep(QUESTION, RIGHT)
-    assert cache.find(QUESTION) is None
+    cache.keep(KEY, RIGHT)
+    assert cache.verdict_of(KEY) is None
     assert cache.clear() == 0
 
 
@@ -232,7 +245,7 @@ def test_a_proof_with_gradients_holds_without_and_not_the_other_way(kept: Path) 
 def test_a_users_own_kernel_is_compared_each_time(kept: Path) -> None:
     class Mine:
         kind = "function"
-        op, form, facts, room = "rms_norm", forms("rms_norm")[0], {}, "layer"
+        op, form, facts, backend = "rms_norm", forms("rms_norm")[0], {}, "triton_backend"
 
     made, module, x = sample()
     for _ in range(2):
@@ -279,7 +292,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
     kernel_version.cache_clear()
 
 
-def test_no_source_no_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_no_source_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import twinkle.proof.cache_key as module
 
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
@@ -293,14 +306,14 @@ def test_no_source_no_question(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 def test_the_report_says_that_a_verdict_is_from_before(kept: Path, clean_registry: Any) -> None:
     from twinkle.records import Binding, LayerKernel
     from twinkle.swap.candidate import Candidate
-    from twinkle.swap.layers import swap_in
+    from twinkle.swap.layers import plan
 
     for _ in range(2):
         made, module, x = sample()
         source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
         binding = Binding("layer", "program:Norm", "rms_norm", source)
         kernel = LayerKernel("rms_norm", source, chosen_by="twinkle")
-        swap_in(module, [Candidate(kernel, binding, proofs=1, recall=True)])
+        plan(module, [Candidate(kernel, binding, proofs=1, recall=True)]).commit()
         module(x)
     assert binding.state == "active"
     assert binding.proof.startswith("proven (cached, ")

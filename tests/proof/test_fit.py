@@ -38,7 +38,7 @@ def kernel(forward: Any, **members: Any) -> type[nn.Module]:
 
 
 def fits(kernel_class: Any, target: Any = Norm, *, instance: bool = True, **options: Any) -> Any:
-    return check_layer(kernel_class, target, instance=target() if instance else None, **options)
+    return check_layer(kernel_class, target, instances=[target()] if instance else [], **options)
 
 
 with_and_without_instance = pytest.mark.parametrize("instance", [True, False], ids=["instance", "class only"])

@@ -17,12 +17,13 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from twinkle.ops.cases import cases, forms
+from twinkle.ops.catalog import find_op
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.swap.candidate import Candidate, FunctionCandidate
 from twinkle.swap.functions import dispatcher
-from twinkle.swap.layers import swap_in
+from twinkle.swap.layers import plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,7 +168,7 @@ def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple
     kernel = LayerKernel(op, source, chosen_by="twinkle")
     binding = Binding("layer", "program:Layer", op, source)
     proofs = runtime.options.proofs(None, bound_by_name=kernel.bound_by_name)
-    swap_in(sample.module, [Candidate(kernel, binding, proofs=proofs)])
+    plan(sample.module, [Candidate(kernel, binding, proofs=proofs)]).commit()
     return sample.module, binding, sample.args
 
 
@@ -246,7 +247,8 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
 
     source._made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
     binding = Binding("layer", "program:Layer", op, source)
-    swap_in(sample.module, [Candidate(LayerKernel(op, source, chosen_by="twinkle"), binding, proofs=1)])
+    candidate = Candidate(LayerKernel(op, source, chosen_by="twinkle"), binding, proofs=1)
+    plan(sample.module, [candidate]).commit()
     expected = case(op, LAYERS[op])[1].module(*sample.args)
     rejected(lambda: sample.module(*sample.args), expected, binding)
     assert "gradient off by" in binding.proof
@@ -306,7 +308,7 @@ def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_c
     binding = Binding("layer", "program:Layer", "rms_norm", source)
     candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
     for module in (sample.module, small):
-        swap_in(module, [candidate])
+        plan(module, [candidate]).commit()
     rejected(lambda: sample.module(*sample.args), case("rms_norm", "llama")[1].module(*sample.args), binding)
 
 
@@ -340,7 +342,9 @@ def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.Mon
         return type("Planted", (nn.Module,), {"forward": forward})
 
     monkeypatch.setattr(EmbeddedLayer, "load", load)
-    monkeypatch.setattr(embedded, "covering", lambda op, form, device: "layer")
+    monkeypatch.setattr(
+        embedded, "backend_for", lambda op, form, device: find_op(op).backend("triton_backend")
+    )
     monkeypatch.setattr(runtime.options, "kernels", "auto")
     model = nn.Sequential(Norm())
     plain = Norm()

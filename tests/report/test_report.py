@@ -98,7 +98,7 @@ def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
     )
 
 

@@ -214,7 +214,7 @@ def test_liger_rms_norm_loads_and_fits_the_norm_of_a_llama():
         default_name="RMSNorm",
         base_dir=None,
     )
-    fit = check_layer(source.load(), LlamaRMSNorm, instance=LlamaRMSNorm(8))
+    fit = check_layer(source.load(), LlamaRMSNorm, instances=[LlamaRMSNorm(8)])
     assert fit.members["casting_mode"] == "llama"
 
 
@@ -235,7 +235,7 @@ def test_liger_swiglu_fits_an_mlp_without_attributes():
 
     source = layer("liger_kernel.transformers:LigerSwiGLUMLP")
     config = LlamaConfig(hidden_size=32, intermediate_size=64)
-    check_layer(source.load(), LlamaMLP, instance=LlamaMLP(config))
+    check_layer(source.load(), LlamaMLP, instances=[LlamaMLP(config)])
 
 
 @liger

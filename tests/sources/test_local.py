@@ -224,6 +224,6 @@ if __name__ == "__main__":
     )
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     run = subprocess.run(
-        [sys.executable, program], capture_output=True, text=True, check=True, env=environ, timeout=100
+        [sys.executable, program], capture_output=True, text=True, check=True, env=environ, timeout=240
     )
     assert run.stdout == "[0, 1, 4, 9]\n"

@@ -12,6 +12,7 @@ import threading
 import pytest
 
 from twinkle.errors import SourceError
+from twinkle.runtime import runtime
 from twinkle.sources import packages
 
 
@@ -215,7 +216,7 @@ def test_threads_that_need_each_other_s_imports_do_not_wait_for_ever(write_repo,
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_forked_in_the_middle_of_an_import_can_import(write_repo, function):
     repo = write_repo({"my_kernels/__init__.py": "def f(): return 5\n"})
-    with packages._lock:
+    with runtime.of(packages.Imports).lock:
         child = os.fork()
         if child == 0:
             try:

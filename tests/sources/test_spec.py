@@ -12,16 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from twinkle import config
+from twinkle.config import fields
 from twinkle.errors import ConfigError
 from twinkle.sources import from_spec
+from twinkle.sources import spec as sources
+from twinkle.sources.code import CodeSource
 
 
 def layer(**spec: object):
-    return from_spec(spec, kind="layer", default_name="Fast", base_dir=None, where="here")
+    """The source of a layer that is registered with these keys."""
+    document = {"layers": {"Fast": spec}}
+    return config.validate(document, where="here", allow_objects=True).layers[0].source(False)
 
 
 def function(default_name: str = "silu", **spec: object):
-    return from_spec(spec, kind="function", default_name=default_name, base_dir=None, where="here")
+    """The source of a function that is registered with these keys."""
+    document = {"functions": {default_name: {"target_module": "m", **spec}}}
+    return config.validate(document, where="here", allow_objects=True).functions[0].source(False)
 
 
 class Layer(torch.nn.Module):
@@ -65,7 +73,7 @@ class Layer(torch.nn.Module):
 def test_a_combination_that_cannot_be_right_is_a_config_error(spec):
     with pytest.raises(ConfigError) as caught:
         layer(**spec)
-    assert caught.value.where == "here"
+    assert "here (layers.Fast" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +140,10 @@ def test_versions_in_every_writing_are_registered(version):
 
 @pytest.mark.parametrize("version", [True, -1, 0.1, "", "one", ">=", ">=1,", [1]])
 def test_a_malformed_version_is_refused_at_registration(version):
-    with pytest.raises(ConfigError, match="malformed version"):
+    with pytest.raises(ConfigError, match="version"):
         layer(repo_id="a/b", version=version)
+    with pytest.raises(ConfigError, match="malformed version"):
+        from_spec({"repo_id": "a/b", "version": version}, kind="layer", default_name="Fast", base_dir=None)
 
 
 def test_a_path_as_repo_id_is_told_about_repo_path():
@@ -169,8 +179,39 @@ KEYS = st.sampled_from(
 @given(spec=st.dictionaries(KEYS, VALUES, max_size=5), kind=st.sampled_from(["layer", "function"]))
 def test_anything_is_a_source_or_a_config_error(spec, kind):
     with contextlib.suppress(ConfigError):
-        source = from_spec(spec, kind=kind, default_name="n", base_dir=None, where="here")
+        source = layer(**spec) if kind == "layer" else function(**spec)
         assert isinstance(source.describe(), str)
+
+
+@pytest.mark.parametrize(("kind", "keys"), [("layer", fields.LAYER_KEYS), ("function", fields.FUNCTION_KEYS)])
+def test_every_key_of_a_source_has_its_values_checked(kind, keys):
+    assert set(sources.source_keys(kind)) <= set(keys)
+
+
+def test_a_new_source_is_one_record(monkeypatch):
+    """Its rules, their messages and the object that is built all come from the record."""
+    made = []
+
+    def build(registration):
+        made.append((registration.keys["wheel"], registration.name, registration.where))
+        return CodeSource(Layer, kind=registration.kind)
+
+    rule = sources.SourceRule(
+        "wheel", build, kinds=("layer",), needs={"package_name": ("the package in it", "p")}
+    )
+    monkeypatch.setattr(sources, "SOURCES", (*sources.SOURCES, rule))
+    monkeypatch.setitem(fields.LAYER_KEYS, "wheel", lambda value, objects: value)
+    assert layer(wheel="k.whl", package_name="p").kind == "code"
+    assert made == [("k.whl", "Fast", "here (layers.Fast)")]
+    for spec, message in (
+        ({"wheel": "k.whl"}, "wheel without package_name"),
+        ({"wheel": "k.whl", "package_name": "p", "version": 1}, "version has no meaning beside wheel"),
+        ({"wheel": "k.whl", "repo_id": "a/b"}, "two sources for one kernel: both repo_id and wheel"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            layer(**spec)
+    with pytest.raises(ConfigError, match="unknown key 'wheel'"):
+        function(wheel="k.whl", func_impl=len)
 
 
 def test_registering_imports_next_to_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 from twinkle.modes import Mode
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.swap.candidate import Candidate, FunctionCandidate
+from twinkle.swap.layers import Plan, matches, placed, plan
 
 
 class Source:
@@ -94,6 +96,37 @@ def function_candidate(
     return FunctionCandidate(kernel, binding, strict=strict)
 
 
+def swap_in(
+    module: nn.Module,
+    candidates: Iterable[Candidate],
+    *,
+    target: type[nn.Module] | None = None,
+    pinned: Mode | None = None,
+) -> bool:
+    """Plan and commit; false where the module is left alone, and the bindings then say why."""
+    if target is not None and not matches(module, target):
+        return False
+    candidates = tuple(candidates)
+    made = plan(module, candidates, pinned=pinned)
+    if isinstance(made, str):
+        for one in candidates:
+            one.binding.note(made)
+        return False
+    made.commit()
+    return True
+
+
+def is_swapped(module: nn.Module) -> bool:
+    return placed(module) is not None
+
+
+def resolve_now(module: nn.Module) -> None:
+    """Load the kernels that a swapped module would run, ahead of its first forward."""
+    dispatch = placed(module)
+    assert dispatch is not None
+    Plan(module, dispatch).resolve()
+
+
 class Kit:
     """What the tests of this room use, in one fixture (test files import nothing from each other)."""
 
@@ -103,6 +136,9 @@ class Kit:
     candidate = staticmethod(candidate)
     function_candidate = staticmethod(function_candidate)
     kernel_times = staticmethod(kernel_times)
+    swap_in = staticmethod(swap_in)
+    is_swapped = staticmethod(is_swapped)
+    resolve_now = staticmethod(resolve_now)
 
     def __init__(self) -> None:
         torch.manual_seed(0)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from twinkle.swap.layers import swap_in, swap_out
+from twinkle.swap.layers import swap_out
 
 
 class Graphs:
@@ -53,7 +53,7 @@ class Cosine(nn.Module):
 def swapped(kit: Any, *candidates: Any) -> Any:
     model = kit.Model()
     for gate in model.children():
-        swap_in(gate, candidates)
+        kit.swap_in(gate, candidates)
     return model
 
 
@@ -72,7 +72,7 @@ def test_the_kernel_is_in_the_graph(kit: Any, graphs: Any, device: str | None, r
 
 def test_a_single_layer_compiles(kit: Any, graphs: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(Tanh, device="cpu")])
+    kit.swap_in(gate, [kit.candidate(Tanh, device="cpu")])
     compiled = graphs.compile(gate)
     compiled(kit.x)
     assert "tanh" in graphs
@@ -84,7 +84,7 @@ def test_a_builtin_layer_compiles(kit: Any, graphs: Any) -> None:
             return torch.tanh(nn.functional.linear(input, self.weight, self.bias))
 
     linear = nn.Linear(4, 4)
-    swap_in(linear, [kit.candidate(Kernel, device="cpu")])
+    kit.swap_in(linear, [kit.candidate(Kernel, device="cpu")])
     graphs.compile(nn.Sequential(linear))(kit.x)
     assert "tanh" in graphs
 
@@ -102,7 +102,7 @@ def test_many_layers_and_shapes_stay_below_the_recompilation_limit(kit: Any, gra
     wanted = kit.candidate(Tanh, device="cpu")
     model = nn.Sequential(*(kit.Gate() for _ in range(12)))
     for gate in model:
-        swap_in(gate, [wanted])
+        kit.swap_in(gate, [wanted])
     compiled = graphs.compile(model)
     for rows in (2, 3, 5, 7):
         compiled(torch.ones(rows, 4))
@@ -115,7 +115,7 @@ def test_swapping_in_and_out_is_seen_by_a_compiled_model(kit: Any, graphs: Any) 
     before = compiled(kit.x)
     assert "tanh" not in graphs
     for gate in model.children():
-        swap_in(gate, [kit.candidate(Tanh)])
+        kit.swap_in(gate, [kit.candidate(Tanh)])
     compiled(kit.x)
     assert "tanh" in graphs
     for gate in model.children():

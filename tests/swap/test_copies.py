@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.swap.layers import is_swapped, swap_in, swap_out
+from twinkle.swap.layers import swap_out
 
 MODULE = """
 import torch
@@ -107,7 +107,7 @@ def read_elsewhere(kind: str, path: Path) -> list[str]:
 def test_a_deep_copy_keeps_the_kernel(kit: Any) -> None:
     model = kit.Model()
     wanted = kit.candidate(kit.GateKernel)
-    swap_in(model.first, [wanted])
+    kit.swap_in(model.first, [wanted])
     twin = copy.deepcopy(model)
     assert type(twin.first) is type(model.first)
     assert twin.first.proj.weight is not model.first.proj.weight
@@ -117,15 +117,15 @@ def test_a_deep_copy_keeps_the_kernel(kit: Any) -> None:
 
 def test_a_shallow_copy_keeps_the_kernel_and_shares_the_state(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     twin = copy.copy(gate)
-    assert is_swapped(twin)
+    assert kit.is_swapped(twin)
     assert twin.proj is gate.proj
 
 
 def test_a_copy_and_its_original_are_taken_out_one_by_one(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     twin = copy.deepcopy(gate)
     swap_out(gate)
     assert (kit.factor(gate), kit.factor(twin)) == (1, 2)
@@ -133,17 +133,17 @@ def test_a_copy_and_its_original_are_taken_out_one_by_one(kit: Any) -> None:
 
 def test_a_deep_copy_of_a_layer_that_refers_to_itself(kit: Any, gates: Any) -> None:
     gate = gates.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     twin = copy.deepcopy(gate)
     assert twin.me[0] is twin
 
 
 def test_a_class_with_a_deepcopy_of_its_own_is_asked(kit: Any, gates: Any) -> None:
     gate = gates.Copied()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     twin = copy.deepcopy(gate)
     assert twin.copied
-    assert is_swapped(twin)
+    assert kit.is_swapped(twin)
 
 
 @pytest.mark.parametrize("name", ["Stateful", "Reduced", "New", "NewByName"])
@@ -151,9 +151,9 @@ def test_a_deep_copy_goes_the_classs_own_way(kit: Any, gates: Any, name: str) ->
     cls = getattr(gates, name)
     gate, plain = cls(), cls()
     plain.load_state_dict(gate.state_dict())
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     twin, expected = copy.deepcopy(gate), copy.deepcopy(plain)
-    assert is_swapped(twin)
+    assert kit.is_swapped(twin)
     assert {k: v for k, v in twin.__dict__.items() if isinstance(v, (int, bool))} == {
         k: v for k, v in expected.__dict__.items() if isinstance(v, (int, bool))
     }
@@ -166,7 +166,7 @@ def test_a_pickle_is_of_the_original_class(kit: Any, gates: Any, name: str, prot
     gate = getattr(gates, name)()
     if protocol < 2 and name == "NewByName":
         pytest.skip("no keyword arguments before protocol 2")
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     loaded = pickle.loads(pickle.dumps(gate, protocol))
     assert type(loaded) is type(gate).__mro__[2]
     assert torch.equal(loaded(kit.x), gates.Gate.forward(gate, kit.x))
@@ -177,7 +177,7 @@ def test_pickle_and_torch_save_are_readable_without_twinkle(kit: Any, gates: Any
     expected = f"{model(torch.ones(1, 4)).sum().item()}"
     wanted = kit.candidate(kit.GateKernel, device="cpu")
     for gate in model:
-        swap_in(gate, [wanted])
+        kit.swap_in(gate, [wanted])
     model(kit.x)
     (tmp_path / "model.pickle").write_bytes(pickle.dumps(model))
     torch.save(model, tmp_path / "model.pt")
@@ -189,7 +189,7 @@ def test_a_module_that_shares_parts_is_pickled_with_them_shared(kit: Any, gates:
     model = nn.Sequential(gates.Gate(), gates.Gate())
     model[1].proj = model[0].proj
     for gate in model:
-        swap_in(gate, [kit.candidate(kit.GateKernel)])
+        kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     loaded = pickle.loads(pickle.dumps(model))
     assert loaded[0].proj is loaded[1].proj
     assert loaded[0].me[0] is loaded[0]
@@ -201,7 +201,7 @@ def test_a_registered_reducer_of_the_class_is_asked(kit: Any, gates: Any) -> Non
     copyreg.pickle(gates.Gate, lambda gate: (str, ("reduced",)))
     try:
         gate = gates.Gate()
-        swap_in(gate, [kit.candidate(kit.GateKernel)])
+        kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
         assert pickle.loads(pickle.dumps(gate)) == "reduced"
     finally:
         del copyreg.dispatch_table[gates.Gate]
@@ -211,7 +211,7 @@ def test_a_spawned_worker_gets_the_original(kit: Any, gates: Any) -> None:
     from multiprocessing.reduction import ForkingPickler
 
     gate = gates.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     buffer = ForkingPickler.dumps(gate)
     assert type(pickle.load(io.BytesIO(bytes(buffer)))) is gates.Gate
 
@@ -228,13 +228,13 @@ def test_a_parametrized_swapped_module_is_copied(kit: Any) -> None:
             return nn.functional.linear(input, self.weight, self.bias) + 1
 
     linear = nn.Linear(4, 4)
-    swap_in(linear, [kit.candidate(Kernel)])
+    kit.swap_in(linear, [kit.candidate(Kernel)])
     parametrize.register_parametrization(linear, "weight", Double())
     twin = copy.deepcopy(linear)
     assert torch.equal(twin(kit.x), linear(kit.x))
-    assert is_swapped(twin)
+    assert kit.is_swapped(twin)
     parametrize.remove_parametrizations(linear, "weight")
-    assert is_swapped(linear)
+    assert kit.is_swapped(linear)
     swap_out(linear)
     assert type(linear) is nn.Linear
 
@@ -253,10 +253,10 @@ def test_a_parametrized_module_is_swapped_below_its_parametrization(kit: Any) ->
     linear = nn.Linear(4, 4)
     parametrize.register_parametrization(linear, "weight", Half())
     before, expected = type(linear), linear(kit.x) + 1
-    swap_in(linear, [kit.candidate(Kernel)])
+    kit.swap_in(linear, [kit.candidate(Kernel)])
     assert torch.equal(linear(kit.x), expected)
     swap_out(linear)
     assert type(linear) is before
-    swap_in(linear, [kit.candidate(Kernel)])
+    kit.swap_in(linear, [kit.candidate(Kernel)])
     parametrize.remove_parametrizations(linear, "weight")
     assert torch.equal(linear(kit.x), expected)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from twinkle.modes import Mode
-from twinkle.swap.layers import is_swapped, matches, original_class, swap_in, swap_out
+from twinkle.swap.layers import matches, original_class, swap_out
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_ddp(kit: Any, mesh: Any) -> None:
     model = kit.Model()
     expected = expected_of(kit, model)
     for gate in model.children():
-        swap_in(gate, [kit.candidate(kit.GateKernel)])
+        kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     wrapped = nn.parallel.DistributedDataParallel(model)
     out = wrapped(kit.x)
     torch.testing.assert_close(out, expected)
@@ -52,7 +52,7 @@ def test_fully_shard_after_the_swap(kit: Any, mesh: Any, ran: bool) -> None:
     model = kit.Model()
     expected = expected_of(kit, model)
     for gate in model.children():
-        swap_in(gate, [kit.candidate(kit.GateKernel)])
+        kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     if ran:
         model(kit.x)
     for gate in model.children():
@@ -60,7 +60,7 @@ def test_fully_shard_after_the_swap(kit: Any, mesh: Any, ran: bool) -> None:
     fully_shard(model, mesh=mesh)
     torch.testing.assert_close(model(kit.x), expected)
     model(kit.x).sum().backward()
-    assert is_swapped(model.first)
+    assert kit.is_swapped(model.first)
     assert model.first.proj.weight.grad is not None
 
 
@@ -73,7 +73,7 @@ def test_fully_shard_before_the_swap(kit: Any, mesh: Any) -> None:
     assert matches(model.first, kit.Gate)
     wanted = kit.candidate(kit.GateKernel)
     for gate in model.children():
-        assert swap_in(gate, [wanted], target=kit.Gate)
+        assert kit.swap_in(gate, [wanted], target=kit.Gate)
     torch.testing.assert_close(model(kit.x), expected)
     model(kit.x).sum().backward()
     assert type(model.first) is type(model.second)
@@ -87,7 +87,7 @@ def test_fully_shard_before_the_swap(kit: Any, mesh: Any) -> None:
 def test_a_class_that_fsdp_made_over_ours_goes_with_the_kernel(kit: Any, mesh: Any) -> None:
     plain, model = kit.Model(), kit.Model()
     fully_shard(plain.first, mesh=mesh)
-    swap_in(model.first, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(model.first, [kit.candidate(kit.GateKernel)])
     fully_shard(model.first, mesh=mesh)
     model(kit.x)
     assert swap_out(model.first)
@@ -100,11 +100,11 @@ def test_swapping_twice_under_fsdp_is_swapping_once(kit: Any, mesh: Any) -> None
     fully_shard(gate, mesh=mesh)
     before = type(gate)
     first, second = kit.candidate(kit.kernel_times(3)), kit.candidate(kit.kernel_times(5))
-    swap_in(gate, [first])
+    kit.swap_in(gate, [first])
     once = type(gate)
-    swap_in(gate, [first])
+    kit.swap_in(gate, [first])
     assert type(gate) is once
-    swap_in(gate, [second])
+    kit.swap_in(gate, [second])
     torch.testing.assert_close(gate(kit.x), 5 * torch.sigmoid(gate.proj(kit.x)) * kit.x)
     swap_out(gate)
     assert type(gate) is before
@@ -116,7 +116,7 @@ def test_a_pin_ends_under_fsdp(kit: Any, mesh: Any) -> None:
         kit.candidate(kit.kernel_times(3), mode="train"),
         kit.candidate(kit.kernel_times(5), mode="inference"),
     ]
-    swap_in(gate, kernels, pinned=Mode.parse("inference"))
+    kit.swap_in(gate, kernels, pinned=Mode.parse("inference"))
     fully_shard(gate, mesh=mesh)
     first = gate(kit.x)
     gate.train()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError, TwinkleWarning
-from twinkle.swap.layers import is_swapped, plan, resolve_now, swap_in
+from twinkle.swap.layers import plan
 
 
 class Raises(nn.Module):
@@ -21,7 +21,7 @@ class Raises(nn.Module):
 
 def test_a_kernel_that_raises_at_its_first_call_is_quarantined(kit: Any) -> None:
     gate, wanted = kit.Gate(), kit.candidate(Raises)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     with pytest.warns(TwinkleWarning, match="not on a Sunday"):
         assert kit.factor(gate) == 1
     assert wanted.binding.state == "quarantined"
@@ -31,8 +31,8 @@ def test_a_kernel_that_raises_at_its_first_call_is_quarantined(kit: Any) -> None
 
 def test_the_warning_comes_once(kit: Any) -> None:
     model, wanted = kit.Model(), kit.candidate(Raises)
-    swap_in(model.first, [wanted])
-    swap_in(model.second, [wanted])
+    kit.swap_in(model.first, [wanted])
+    kit.swap_in(model.second, [wanted])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model(kit.x)
@@ -42,7 +42,7 @@ def test_the_warning_comes_once(kit: Any) -> None:
 
 def test_warnings_as_errors_do_not_end_the_program(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(Raises)])
+    kit.swap_in(gate, [kit.candidate(Raises)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert kit.factor(gate) == 1
@@ -50,7 +50,7 @@ def test_warnings_as_errors_do_not_end_the_program(kit: Any) -> None:
 
 def test_the_next_candidate_runs_after_a_quarantine(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(Raises), kit.candidate(kit.kernel_times(5))])
+    kit.swap_in(gate, [kit.candidate(Raises), kit.candidate(kit.kernel_times(5))])
     with pytest.warns(TwinkleWarning):
         gate(kit.x)
     assert kit.factor(gate) == 5
@@ -58,7 +58,7 @@ def test_the_next_candidate_runs_after_a_quarantine(kit: Any) -> None:
 
 def test_an_error_of_the_originals_is_not_blamed_on_the_kernel(kit: Any) -> None:
     gate, wanted = kit.Gate(), kit.candidate(kit.GateKernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         gate(torch.ones(2, 7))
     assert caught.value.__context__ is None
@@ -73,7 +73,7 @@ def test_some_errors_are_not_the_kernels(kit: Any, error: BaseException) -> None
             raise error
 
     gate, wanted = kit.Gate(), kit.candidate(Kernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     with pytest.raises(type(error)):
         gate(kit.x)
     assert wanted.rejected is None
@@ -81,7 +81,7 @@ def test_some_errors_are_not_the_kernels(kit: Any, error: BaseException) -> None
 
 def test_strict_raises_what_the_kernel_raises(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(Raises, strict=True)])
+    kit.swap_in(gate, [kit.candidate(Raises, strict=True)])
     with pytest.raises(ValueError, match="Sunday"):
         gate(kit.x)
 
@@ -89,7 +89,7 @@ def test_strict_raises_what_the_kernel_raises(kit: Any) -> None:
 @pytest.mark.parametrize("error", [ImportError("no such thing"), SystemExit(3), RuntimeError("boom")])
 def test_a_source_that_fails_leaves_the_original(kit: Any, error: BaseException) -> None:
     gate, wanted = kit.Gate(), kit.candidate(error)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     with pytest.warns(TwinkleWarning):
         assert kit.factor(gate) == 1
     assert wanted.binding.state == "failed"
@@ -104,7 +104,7 @@ def test_a_strict_candidate_raises_when_resolved(kit: Any) -> None:
     assert not isinstance(made, str)
     with pytest.raises(KernelError, match="must be a class"):
         made.resolve()
-    assert not is_swapped(gate)
+    assert not kit.is_swapped(gate)
 
 
 def test_a_dead_candidate_is_the_reason_of_a_plan(kit: Any) -> None:
@@ -116,8 +116,8 @@ def test_a_dead_candidate_is_the_reason_of_a_plan(kit: Any) -> None:
 def test_retiring_turns_a_running_kernel_off_everywhere(kit: Any) -> None:
     one, other, wanted = kit.Gate(), kit.Gate(), kit.candidate(kit.GateKernel)
     other.eval()
-    swap_in(one, [wanted])
-    swap_in(other, [wanted])
+    kit.swap_in(one, [wanted])
+    kit.swap_in(other, [wanted])
     assert kit.factor(one) == 2
     with pytest.warns(TwinkleWarning, match="rounds otherwise"):
         wanted.reject("quarantined", "rounds otherwise")
@@ -140,11 +140,11 @@ def test_an_instance_that_lacks_what_the_kernel_reads_keeps_its_original(kit: An
 
     with_weight, without, later, wanted = Scaled(True), Scaled(False), Scaled(False), kit.candidate(Kernel)
     for module in (without, with_weight):
-        swap_in(module, [wanted])
+        kit.swap_in(module, [wanted])
     assert torch.equal(without(kit.x), kit.x)
     assert torch.equal(with_weight(kit.x), 6 * kit.x)
-    assert not swap_in(later, [wanted])
-    assert (is_swapped(without), is_swapped(with_weight)) == (False, True)
+    assert not kit.swap_in(later, [wanted])
+    assert (kit.is_swapped(without), kit.is_swapped(with_weight)) == (False, True)
     assert wanted.binding.instances == 1
     assert "reads self.weight" in wanted.binding.notes[0]
 
@@ -160,7 +160,7 @@ def test_two_kernels_may_have_members_of_the_same_name(kit: Any) -> None:
                 return (2 + self.helper()) * torch.sigmoid(self.proj(x)) * x
 
         wanted.kernel.source.thing = Reads
-    swap_in(gate, [first, second])
+    kit.swap_in(gate, [first, second])
     assert [kit.factor(gate.train()), kit.factor(gate.eval()), kit.factor(gate.train())] == [3, 4, 3]
 
 
@@ -173,7 +173,7 @@ def test_two_kernels_with_members_that_cannot_be_told_apart(kit: Any) -> None:
         kit.candidate(kit.kernel_times(1, forward=forward, helper=lambda self, n=n: n), mode=mode)
         for n, mode in ((3, "train"), (5, "inference"))
     )
-    swap_in(gate, [first, second])
+    kit.swap_in(gate, [first, second])
     assert kit.factor(gate.train()) == 3
     with pytest.warns(TwinkleWarning, match="helper"):
         assert kit.factor(gate.eval()) == 3  # the training kernel is next in line
@@ -182,7 +182,7 @@ def test_two_kernels_with_members_that_cannot_be_told_apart(kit: Any) -> None:
 
 def test_threads_load_once_and_all_get_a_result(kit: Any) -> None:
     gate, wanted = kit.Gate(), kit.candidate(kit.GateKernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     start, results = threading.Barrier(8), []
 
     def run() -> None:
@@ -200,7 +200,7 @@ def test_threads_load_once_and_all_get_a_result(kit: Any) -> None:
 
 def test_a_kernel_that_runs_its_target_while_it_loads(kit: Any) -> None:
     gate, wanted = kit.Gate(), kit.candidate(kit.GateKernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     inside = []
     load = wanted.kernel.source.load
 
@@ -226,7 +226,7 @@ def test_constants_of_a_kernel_loaded_in_inference_mode_are_usable_later(kit: An
         return Kernel
 
     wanted.kernel.source.load = load
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     with torch.inference_mode():
         gate(kit.x)
     gate(kit.x).sum().backward()
@@ -235,16 +235,16 @@ def test_constants_of_a_kernel_loaded_in_inference_mode_are_usable_later(kit: An
 
 def test_resolve_now_does_not_raise_for_a_candidate_that_is_not_strict(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(ImportError("gone"))])
+    kit.swap_in(gate, [kit.candidate(ImportError("gone"))])
     with pytest.warns(TwinkleWarning, match="gone"):
-        resolve_now(gate)
+        kit.resolve_now(gate)
     assert kit.factor(gate) == 1
 
 
 def test_threads_that_meet_a_bad_kernel_all_get_the_originals_result(kit: Any) -> None:
     gates, wanted = [kit.Gate() for _ in range(4)], [kit.candidate(Raises), kit.candidate(RuntimeError("no"))]
     for index, gate in enumerate(gates):
-        swap_in(gate, wanted if index % 2 else wanted[::-1])
+        kit.swap_in(gate, wanted if index % 2 else wanted[::-1])
     start, results = threading.Barrier(8), []
 
     def run(gate: Any) -> None:
@@ -269,7 +269,7 @@ def test_a_traceback_shows_the_generated_line(kit: Any) -> None:
             raise ValueError("always")
 
     gate = Grumpy()
-    swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
     with pytest.raises(ValueError, match="always") as caught:
         gate(kit.x)
     assert "return _tw_original(self, x)" in "".join(traceback.format_exception(caught.value))

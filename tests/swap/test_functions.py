@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError, TwinkleWarning
-from twinkle.swap.functions import dispatcher, find, put, take_out
+from twinkle.swap.functions import dispatcher, function_at, put, take_out
 
 SOURCE = '''
 """A module to patch."""
@@ -141,7 +141,7 @@ def test_what_cannot_be_called_is_refused(ops: Any, name: str) -> None:
 @pytest.mark.parametrize(("name", "hint"), [("scael", "scale"), ("Ops.mehtod", "method"), ("Oops.x", "Ops")])
 def test_a_misspelt_name_gets_a_hint(ops: Any, name: str, hint: str) -> None:
     with pytest.raises(KernelError, match=f"did you mean '{hint}'"):
-        find(ops, name)
+        function_at(ops, name)
 
 
 def test_another_signature_is_refused(ops: Any) -> None:
@@ -246,7 +246,7 @@ def test_the_tensor_need_not_come_first(kit: Any, ops: Any) -> None:
 
 def test_a_method_can_be_dispatched(kit: Any, ops: Any) -> None:
     wanted = kit.function_candidate(lambda self, x: ("kernel", x), device="cpu")
-    put(ops, "Ops.method", dispatcher(find(ops, "Ops.method"), [wanted]))
+    put(ops, "Ops.method", dispatcher(function_at(ops, "Ops.method"), [wanted]))
     assert ops.Ops().method(kit.x)[0] == "kernel"
     assert ops.Ops().method(1)[0] == "original"
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twinkle.swap.functions import dispatcher
-from twinkle.swap.layers import placed, swap_in
+from twinkle.swap.layers import placed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +29,7 @@ def test_a_module_is_followed_to_the_gpu_and_back(kit: Any) -> None:
         kit.candidate(kit.kernel_times(3), device="cuda"),
         kit.candidate(kit.kernel_times(5), device="cpu"),
     )
-    swap_in(gate, [on_gpu, on_cpu])
+    kit.swap_in(gate, [on_gpu, on_cpu])
     assert ratio(kit, gate) == 5
     assert on_gpu.kernel.source.loads == 0
     gate.to("cuda")
@@ -43,7 +43,7 @@ def test_a_module_is_followed_to_the_gpu_and_back(kit: Any) -> None:
 def test_rocm_and_cuda_kernels_are_told_apart(kit: Any) -> None:
     gate = kit.Gate().cuda()
     own, other = ("rocm", "cuda") if torch.version.hip else ("cuda", "rocm")
-    swap_in(
+    kit.swap_in(
         gate,
         [kit.candidate(kit.kernel_times(3), device=other), kit.candidate(kit.kernel_times(5), device=own)],
     )
@@ -52,7 +52,7 @@ def test_rocm_and_cuda_kernels_are_told_apart(kit: Any) -> None:
 
 def test_modes_are_followed_on_the_gpu(kit: Any) -> None:
     gate = kit.Gate().cuda()
-    swap_in(
+    kit.swap_in(
         gate,
         [
             kit.candidate(kit.kernel_times(3), device="cuda", mode="train"),
@@ -65,7 +65,7 @@ def test_modes_are_followed_on_the_gpu(kit: Any) -> None:
 def test_compiled_on_the_gpu(kit: Any) -> None:
     torch._dynamo.reset()
     gate = kit.Gate().cuda()
-    swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
     x = kit.x.cuda()
     out = torch.compile(gate, backend="aot_eager", fullgraph=True)(x)
     torch.testing.assert_close(out, kit.GateKernel.forward(gate, x))
@@ -84,7 +84,7 @@ def test_a_kernel_is_launched_on_the_gpu_of_its_tensors(kit: Any, device: str | 
     gates = [kit.Gate().to(f"cuda:{index}") for index in (0, 1)]
     wanted = kit.candidate(Launched, device=device)
     for gate in gates:
-        swap_in(gate, [wanted])
+        kit.swap_in(gate, [wanted])
     for current in (0, 1):
         with torch.cuda.device(current):
             for index in (0, 1, 0, 1):
@@ -115,7 +115,7 @@ def test_layers_of_one_model_on_two_gpus(kit: Any) -> None:
         model.second, kit.GateKernel.forward(model.first, kit.x.to("cuda:0")).to("cuda:1")
     )
     for gate in model.children():
-        swap_in(gate, [wanted])
+        kit.swap_in(gate, [wanted])
     for _ in range(2):
         torch.testing.assert_close(model(kit.x.to("cuda:0")), expected)
     assert placed(model.first) is placed(model.second)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from twinkle.swap.layers import is_swapped, plan, swap_in, swap_out
+from twinkle.swap.layers import plan, swap_out
 
 
 def hook_like_accelerate(module: Any) -> Any:
@@ -94,7 +94,7 @@ def outputs(kit: Any, gate: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_wrapper_from_before_stays_and_the_kernel_runs_beneath(kit: Any, wrap: Any) -> None:
     gate = kit.Gate()
     wrapper = wrap(gate)
-    assert swap_in(gate, [kit.candidate(kit.GateKernel)])
+    assert kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     assert gate.__dict__["forward"] is wrapper
     for _ in range(2):
         assert torch.equal(gate(kit.x), outputs(kit, gate)[1])
@@ -105,7 +105,7 @@ def test_a_wrapper_from_before_stays_when_the_kernel_goes(kit: Any, wrap: Any) -
     gate = kit.Gate()
     wrapper = wrap(gate)
     before = dict(gate.__dict__)
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     gate(kit.x)
     swap_out(gate)
     assert gate.__dict__["forward"] is wrapper
@@ -117,7 +117,7 @@ def test_a_wrapper_from_before_stays_when_the_kernel_goes(kit: Any, wrap: Any) -
 @pytest.mark.parametrize("ran", [True, False])
 def test_a_wrapper_put_on_later_loses_the_kernel_when_it_is_taken_out(kit: Any, wrap: Any, ran: bool) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     if ran:
         gate(kit.x)
     wrapper = wrap(gate)
@@ -130,7 +130,7 @@ def test_a_wrapper_put_on_later_loses_the_kernel_when_it_is_taken_out(kit: Any, 
 def test_an_accelerate_hook_from_before_can_be_removed_first(kit: Any) -> None:
     gate = kit.Gate()
     hook_like_accelerate(gate)
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     unhook_like_accelerate(gate)
     assert kit.factor(gate) == 2
     swap_out(gate)
@@ -140,7 +140,7 @@ def test_an_accelerate_hook_from_before_can_be_removed_first(kit: Any) -> None:
 
 def test_an_accelerate_hook_from_after_can_be_removed_last(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     hook_like_accelerate(gate)
     swap_out(gate)
     unhook_like_accelerate(gate)
@@ -150,16 +150,16 @@ def test_an_accelerate_hook_from_after_can_be_removed_last(kit: Any) -> None:
 def test_a_wrapper_follows_other_candidates(kit: Any) -> None:
     gate = kit.Gate()
     hook_like_accelerate(gate)
-    swap_in(gate, [kit.candidate(kit.kernel_times(3))])
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(3))])
     gate(kit.x)
-    swap_in(gate, [kit.candidate(kit.kernel_times(5))])
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(5))])
     torch.testing.assert_close(gate(kit.x), 5 * kit.Gate.forward(gate, kit.x) + 1)
 
 
 def test_a_wrapper_follows_modes(kit: Any) -> None:
     gate = kit.Gate()
     hook_like_accelerate(gate)
-    swap_in(
+    kit.swap_in(
         gate,
         [
             kit.candidate(kit.kernel_times(3), mode="train"),
@@ -183,7 +183,7 @@ def test_a_forward_that_goes_elsewhere_is_left_alone_with_a_reason(kit: Any) -> 
     assert isinstance(made, str)
     assert "forward of its own" in made
     assert "test_instance" in made
-    assert not swap_in(gate, [wanted])
+    assert not kit.swap_in(gate, [wanted])
     assert (kit.factor(gate), type(gate)) == (7, kit.Gate)
 
 
@@ -196,7 +196,7 @@ def test_a_wrapper_bound_to_another_module_is_left_alone(kit: Any) -> None:
 def test_an_instance_forward_that_is_the_classs_own_is_swapped(kit: Any) -> None:
     gate = kit.Gate()
     gate.forward = gate.forward  # what is left behind by accelerate's remove_hook_from_module
-    assert swap_in(gate, [kit.candidate(kit.GateKernel)])
+    assert kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     assert kit.factor(gate) == 2
     swap_out(gate)
     assert kit.factor(gate) == 1
@@ -214,14 +214,14 @@ def test_accelerates_own_hooks(kit: Any) -> None:
     hooks.add_hook_to_module(before, Plus())
     wrapper = before.__dict__["forward"]
     for gate in (before, after):
-        assert swap_in(gate, [wanted])
+        assert kit.swap_in(gate, [wanted])
     hooks.add_hook_to_module(after, Plus())
     assert before.__dict__["forward"] is wrapper
     for gate in (before, after):
         assert torch.equal(gate(kit.x), outputs(kit, gate)[1])
     hooks.remove_hook_from_module(before)
     swap_out(after)
-    assert is_swapped(before)
+    assert kit.is_swapped(before)
     assert kit.factor(before) == 2
     assert torch.equal(after(kit.x), outputs(kit, after)[0])
     hooks.remove_hook_from_module(after)

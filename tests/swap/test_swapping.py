@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from typing import Any
@@ -10,20 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.swap.layers import (
-    is_swapped,
-    matches,
-    placed,
-    plan,
-    restore,
-    swap_in,
-    swap_out,
-)
+from twinkle.modes import Mode
+from twinkle.runtime import runtime
+from twinkle.swap.layers import matches, placed, plan, restore, swap_out
 
 
 def test_swapping_out_restores_the_very_class(kit: Any, gate: Any) -> None:
     before = dict(gate.__dict__)
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     gate(kit.x)
     assert swap_out(gate)
     assert type(gate) is kit.Gate
@@ -37,25 +32,25 @@ def test_swapping_out_what_is_not_swapped_is_false(gate: Any) -> None:
 
 def test_swapping_twice_is_swapping_once(kit: Any, gate: Any) -> None:
     wanted = kit.candidate(kit.GateKernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     cls = type(gate)
-    assert swap_in(gate, [wanted])
+    assert kit.swap_in(gate, [wanted])
     assert type(gate) is cls
     assert wanted.binding.instances == 1
 
 
 def test_equal_candidates_are_the_same_swap(kit: Any, gate: Any) -> None:
     wanted = kit.candidate(kit.GateKernel)
-    swap_in(gate, [wanted])
+    kit.swap_in(gate, [wanted])
     cls = type(gate)
-    swap_in(gate, [type(wanted)(wanted.kernel, wanted.binding)])
+    kit.swap_in(gate, [type(wanted)(wanted.kernel, wanted.binding)])
     assert type(gate) is cls
 
 
 def test_other_candidates_take_the_place_of_the_first(kit: Any, gate: Any) -> None:
     first, second = kit.candidate(kit.kernel_times(3)), kit.candidate(kit.kernel_times(5))
-    swap_in(gate, [first])
-    swap_in(gate, [second])
+    kit.swap_in(gate, [first])
+    kit.swap_in(gate, [second])
     assert kit.factor(gate) == 5
     assert (first.binding.instances, second.binding.instances) == (0, 1)
     swap_out(gate)
@@ -65,14 +60,14 @@ def test_other_candidates_take_the_place_of_the_first(kit: Any, gate: Any) -> No
 def test_modules_share_one_class(kit: Any) -> None:
     model = kit.Model()
     wanted = kit.candidate(kit.GateKernel)
-    swap_in(model.first, [wanted])
-    swap_in(model.second, [wanted])
+    kit.swap_in(model.first, [wanted])
+    kit.swap_in(model.second, [wanted])
     assert type(model.first) is type(model.second)
 
 
 def test_another_module_of_the_class_is_not_affected(kit: Any, gate: Any) -> None:
     other = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     gate(kit.x)
     assert type(other) is kit.Gate
     assert kit.factor(other) == 1
@@ -80,8 +75,8 @@ def test_another_module_of_the_class_is_not_affected(kit: Any, gate: Any) -> Non
 
 def test_two_models_with_different_kernels(kit: Any, gate: Any) -> None:
     other = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.kernel_times(3))])
-    swap_in(other, [kit.candidate(kit.kernel_times(5))])
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(3))])
+    kit.swap_in(other, [kit.candidate(kit.kernel_times(5))])
     assert (kit.factor(gate), kit.factor(other)) == (3, 5)
     swap_out(gate)
     assert (kit.factor(gate), kit.factor(other)) == (1, 5)
@@ -106,13 +101,13 @@ def test_a_plan_says_that_no_kernel_is_left(kit: Any, gate: Any) -> None:
 
 
 def test_restore_brings_an_earlier_swap_back(kit: Any, gate: Any) -> None:
-    swap_in(gate, [kit.candidate(kit.kernel_times(3))])
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(3))])
     before = placed(gate)
-    swap_in(gate, [kit.candidate(kit.kernel_times(5))])
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(5))])
     restore(gate, before)
     assert kit.factor(gate) == 3
     restore(gate, None)
-    assert not is_swapped(gate)
+    assert not kit.is_swapped(gate)
 
 
 def test_a_subclass_that_keeps_forward_matches(kit: Any) -> None:
@@ -121,7 +116,7 @@ def test_a_subclass_that_keeps_forward_matches(kit: Any) -> None:
 
     gate = Named()
     assert matches(gate, kit.Gate)
-    assert swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
+    assert kit.swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
     assert kit.factor(gate) == 2
     assert isinstance(gate, Named)
 
@@ -132,7 +127,7 @@ def test_a_subclass_that_overrides_forward_is_left_alone(kit: Any) -> None:
             return x
 
     gate = Own()
-    assert not swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
+    assert not kit.swap_in(gate, [kit.candidate(kit.GateKernel)], target=kit.Gate)
     assert type(gate) is Own
 
 
@@ -144,7 +139,7 @@ def test_a_base_class_of_the_target_is_left_alone(kit: Any, gate: Any) -> None:
 
 
 def test_a_swapped_module_still_matches(kit: Any, gate: Any) -> None:
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     assert matches(gate, kit.Gate)
 
 
@@ -164,20 +159,20 @@ def test_a_subclass_registry_does_not_hear_of_generated_classes(kit: Any) -> Non
             return x * 2
 
     layer = Layer()
-    assert swap_in(layer, [kit.candidate(Kernel)])
+    assert kit.swap_in(layer, [kit.candidate(Kernel)])
     assert heard == [Layer]
 
 
 def test_a_lazy_module_is_left_alone_with_a_reason(kit: Any) -> None:
     wanted = kit.candidate(kit.GateKernel)
     lazy = nn.LazyLinear(3)
-    assert not swap_in(lazy, [wanted])
+    assert not kit.swap_in(lazy, [wanted])
     assert "first forward" in wanted.binding.notes[0]
 
 
 def test_no_reference_cycle_keeps_a_module_alive(kit: Any) -> None:
     gate = kit.Gate()
-    swap_in(gate, [kit.candidate(kit.GateKernel)])
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     gate(kit.x)
     gone = weakref.ref(gate)
     gc.disable()
@@ -198,7 +193,7 @@ def test_generated_classes_go_with_their_target(kit: Any) -> None:
             return x
 
     module = Passing()
-    swap_in(module, [kit.candidate(Kernel)])
+    kit.swap_in(module, [kit.candidate(Kernel)])
     module(kit.x)
     gone = weakref.ref(Passing)
     del module, Passing
@@ -214,7 +209,7 @@ def test_a_builtin_layer_can_be_swapped(kit: Any) -> None:
 
     linear = nn.Linear(4, 2)
     expected = linear(kit.x) + 1
-    swap_in(linear, [kit.candidate(LinearKernel)])
+    kit.swap_in(linear, [kit.candidate(LinearKernel)])
     assert torch.equal(linear(kit.x), expected)
 
 
@@ -225,6 +220,24 @@ def test_alike_modules_share_a_plan(kit: Any) -> None:
     assert made.also(model.second)
     assert not made.also(other)
     made.commit()
-    assert (is_swapped(model.first), is_swapped(model.second), is_swapped(other)) == (True, True, False)
+    assert (kit.is_swapped(model.first), kit.is_swapped(model.second), kit.is_swapped(other)) == (
+        True,
+        True,
+        False,
+    )
     made.undo()
-    assert not is_swapped(model.second)
+    assert not kit.is_swapped(model.second)
+
+
+def test_a_swapped_module_outlives_a_reset_of_the_runtime(kit: Any, gate: Any, clean_registry: Any) -> None:
+    original = type(gate)
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(3))], pinned=Mode.parse("inference"))
+    gate(kit.x)
+    runtime.reset()
+    assert kit.factor(gate) == 3
+    assert kit.factor(copy.deepcopy(gate)) == 3
+    assert kit.factor(gate.eval()) == 3
+    kit.swap_in(gate, [kit.candidate(kit.kernel_times(5))])
+    assert kit.factor(gate) == 5
+    swap_out(gate)
+    assert type(gate) is original

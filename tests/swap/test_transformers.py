@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.swap.layers import is_swapped, swap_in, swap_out
+from twinkle.swap.layers import swap_out
 
 transformers = pytest.importorskip("transformers")
 
@@ -54,7 +54,7 @@ def swap_all(kit: Any, model: Any, **options: Any) -> list[Any]:
     swapped = []
     for target, kernel in ((Qwen2MLP, MLPKernel), (Qwen2RMSNorm, NormKernel)):
         wanted = kit.candidate(kernel, **options)
-        swapped += [m for m in model.modules() if swap_in(m, [wanted], target=target)]
+        swapped += [m for m in model.modules() if kit.swap_in(m, [wanted], target=target)]
     return swapped
 
 
@@ -82,7 +82,7 @@ def test_a_deep_copy_runs_the_kernels(kit: Any, model: Any) -> None:
     swap_all(kit, model)
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS).logits, model(IDS).logits)
-    assert is_swapped(twin.model.layers[0].mlp)
+    assert kit.is_swapped(twin.model.layers[0].mlp)
 
 
 def test_a_pickle_of_a_layer_is_of_the_original(kit: Any, model: Any) -> None:
@@ -208,13 +208,13 @@ def test_peft(kit: Any, model: Any, order: str) -> None:
     adapted = peft.get_peft_model(model, config)
     if order == "after":
         swap_all(kit, adapted)
-    assert is_swapped(model.model.layers[0].mlp)
+    assert kit.is_swapped(model.model.layers[0].mlp)
     assert not torch.allclose(adapted(IDS).logits, before)
     adapted(IDS, labels=IDS).loss.backward()
     grads = [p.grad for n, p in adapted.named_parameters() if "lora_B" in n]
     assert all(grad is not None for grad in grads)
     merged = adapted.merge_and_unload()
-    assert is_swapped(merged.model.layers[0].mlp)
+    assert kit.is_swapped(merged.model.layers[0].mlp)
     merged(IDS)
 
 

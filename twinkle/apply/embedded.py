@@ -6,7 +6,6 @@ fused forwards alone are no layers and no functions, and have no document.
 
 from __future__ import annotations
 
-import pkgutil
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,8 @@ from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.recognised_functions import specialise_function
 from twinkle.fuse import forward as fused
 from twinkle.match.structure import check_instance, recognise
-from twinkle.ops.variants import covering, declined
+from twinkle.ops.backends import backend_for
+from twinkle.ops.catalog import document
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.targets import Op, class_path
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from twinkle.apply.recognised_functions import RecognisedFunction
     from twinkle.match.recognition import Recognition
+    from twinkle.ops.backends import Backend
     from twinkle.records import Binding, FunctionKernel, LayerKernel, Source
 
 __all__ = ["defer_logits", "function_kernels", "layer_rule", "offer"]
@@ -42,14 +43,9 @@ def offer() -> None:
     """
     if runtime.embedded.layer_targets:
         return
-    from twinkle.config.files import parse
-
-    where = "twinkle/ops/twinkle.toml"
-    text = pkgutil.get_data("twinkle.ops", "twinkle.toml") or b""
-    document, _ = parse(text.decode(), where)
     documents.register(
-        document,
-        where=where,
+        document(),
+        where="twinkle/ops/twinkle.toml",
         locate=lambda key: _ORIGIN,
         allow_objects=False,
         into=runtime.embedded,
@@ -81,12 +77,12 @@ def layer_rule(cls: type, where: str) -> Callable[[nn.Module], Bound | None] | N
         ops = [op for op in fused.OPS if wanted(op)]
         return partial(_with_fused_places, cls, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
-    room = covering(found.op, found.form, where) if kernels else None
-    if room is None:
+    backend = backend_for(found.op, found.form, where) if kernels else None
+    if backend is None:
         return None
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
         return None
-    return partial(_as_recognised, cls, where, found, room, kernels)
+    return partial(_as_recognised, cls, where, found, backend, kernels)
 
 
 def _with_fused_places(cls: type, where: str, ops: Sequence[str], module: nn.Module) -> Bound | None:
@@ -101,7 +97,7 @@ def _as_recognised(
     cls: type,
     where: str,
     found: Recognition,
-    room: str,
+    backend: Backend,
     kernels: tuple[LayerKernel, ...],
     module: nn.Module,
 ) -> Bound | None:
@@ -109,12 +105,12 @@ def _as_recognised(
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
         return None
-    if (why := declined(str(found.op), room, facts)) is not None:
+    if (why := backend.supports(found.form, facts=facts)) is not None:
         runtime.session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return None
 
     def source(registered: Source) -> EmbeddedLayer:
-        return EmbeddedLayer(str(found.op), found.form, facts, room, registered)
+        return EmbeddedLayer(str(found.op), found.form, facts, backend.name, registered)
 
     sizes = tuple(parameter.shape for parameter in module.parameters())
     made = specialise(cls, kernels, facts, source, device=where, sizes=sizes)
@@ -159,12 +155,12 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
         where: The device the kernels are for.
     """
     op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
-    room = covering(op, form, where) if op is not None and wanted(op) else None
-    if room is None:
+    backend = backend_for(op, form, where) if op is not None and wanted(op) else None
+    if backend is None:
         return []
 
     def source(registered: Source) -> EmbeddedFunction:
-        return EmbeddedFunction(str(op), form, facts, found.original, room, registered)
+        return EmbeddedFunction(str(op), form, facts, found.original, backend.name, registered)
 
     return [
         specialise_function(kernel, found, source, device=where)

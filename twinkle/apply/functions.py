@@ -14,7 +14,7 @@ from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
 from twinkle.swap import aliases
 from twinkle.swap.candidate import FunctionCandidate, explain
-from twinkle.swap.functions import dispatcher, find, put
+from twinkle.swap.functions import dispatcher, function_at, put
 from twinkle.swap.placed import Placed, Placements
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ class FunctionPlan:
         if placed is not None and placed.placement.displaced:
             placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
         try:
-            original = placed.placement.original if placed else find(self.module, self.name)
+            original = placed.placement.original if placed else function_at(self.module, self.name)
         except TwinkleError as error:
             for kernel in self.kernels:
                 function_binding(kernel).set("failed", explain(error))

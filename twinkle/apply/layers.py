@@ -149,7 +149,7 @@ def _embedded_device() -> str | None:
     """The device of the embedded kernels, where they were asked for."""
     if runtime.options.kernels == "off" or not runtime.options.kernels:
         return None
-    from twinkle.ops.variants import device
+    from twinkle.ops.backends import device
 
     return device()
 
@@ -298,7 +298,7 @@ class _Group:
         training, compiling = wanted.training(module), wanted.compiling
         refused: list[str] = []
         for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
-            fit = candidate.fit(self.cls, (module,))
+            fit = candidate.compatibility(self.cls, (module,))
             problem = candidate.rejected if fit is None else fit.problem_with(module)
             if problem is None and fit is not None:
                 if fit.can_torch_compile is False and compiling:
@@ -316,7 +316,7 @@ class _Group:
         for candidate in self.candidates:
             if candidate.rejected is not None:
                 continue
-            if self.placed and candidate.known_fit(self.cls) is not None:
+            if self.placed and candidate.known_compatibility(self.cls) is not None:
                 candidate.mark_active()
             elif self.placed:
                 candidate.mark_pending()

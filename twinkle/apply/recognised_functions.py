@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twinkle import op_names
 from twinkle.apply.bindings import function_binding
 from twinkle.match.structure import recognise
-from twinkle.match.symbolic.source import function_of
-from twinkle.op_names import FUNCTION_OPS
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 from twinkle.targets import Name
@@ -148,6 +148,6 @@ def _recognised(namespace: Any, name: str) -> Iterable[RecognisedFunction]:
         if isinstance(value, type) or not callable(value):
             continue
         recognition = recognise(value)
-        if recognition.target.startswith(f"{name}:") and recognition.op in FUNCTION_OPS:
+        if recognition.target.startswith(f"{name}:") and recognition.op in op_names.FUNCTION_OPS:
             # `kernels` puts a module in the place of the functions it decorates.
-            yield RecognisedFunction(name, attribute, function_of(value) or value, recognition)
+            yield RecognisedFunction(name, attribute, function_of_callable(value) or value, recognition)

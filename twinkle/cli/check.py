@@ -85,7 +85,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def _records(settings: Settings) -> Iterator[Records]:
-    """What the configuration binds, then what each of its plugins does."""
+    """The records of the configuration, then those of each of its plugins."""
     yield settings.records()
     if not settings.plugins:
         return

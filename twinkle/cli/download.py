@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+
+from twinkle.cli.lock import hub_parser, sources_by_lock
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["main", "parser"]
+    from twinkle.sources.hub.source import HubSource
+
+__all__ = ["main"]
 
 _EPILOG = """\
 examples:
@@ -21,54 +24,49 @@ the build for this machine. Nothing is imported. Afterwards HF_HUB_OFFLINE=1 wor
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of ``twinkle download``."""
-    options = argparse.ArgumentParser(
-        prog="twinkle download",
-        description="Fill the cache with the Hub kernels of a configuration.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    options.add_argument("config", nargs="*", metavar="FILE", help="a twinkle.toml; the later one wins")
-    options.add_argument("--lock", metavar="FILE", help="the lock, in place of the one beside each file")
-    return options
-
-
 def main(words: Sequence[str]) -> int:
     """Fetch what a configuration takes from the Hub.
 
     Raises:
         TwinkleError: The configuration is wrong, or a kernel cannot be had.
     """
-    from twinkle.cli.lock import hub_sources
-    from twinkle.sources.hub.load import resolve_tree
-    from twinkle.sources.hub.lockfile import Lock
-    from twinkle.sources.hub.make_lock import by_lock, fetch_locked
+    from twinkle.sources.hub.lockfile import named_lock
 
-    options = parser().parse_args(words)
-    sources = hub_sources(options.config)
-    if not sources:
-        print("twinkle: the configuration takes no kernel from the Hub: there is nothing to fetch")
-        return 0
-    for path, group in by_lock(sources, options.lock or os.environ.get("TWINKLE_LOCK")).items():
-        if options.lock or os.environ.get("TWINKLE_LOCK") or os.path.lexists(path):
-            lock = Lock.read(path)
-            for source in group:
-                lock.find(source.request)
-            for _, kernel in sorted(lock.kernels.items()):
-                fetched = fetch_locked(kernel, path)
-                state = f"{fetched} fetched" if fetched else "all there"
-                print(f"{kernel.repo_id} {kernel.requested} at {kernel.commit[:12]}: {state}")
-            continue
-        seen: set[tuple[str, str]] = set()
-        for source in group:
-            key = (source.request.repo_id, source.request.key)
-            if key in seen:
-                continue
-            seen.add(key)
-            for request, resolved in resolve_tree(source.request, source.trust, None):
-                at = resolved.commit[:12] if resolved.commit else str(resolved.variant_dir)
-                print(f"{request.repo_id} {request.key} at {at}: {resolved.variant_dir.name}")
-                for note in resolved.notes:
-                    print(f"  {note}")
+    parser = hub_parser("download", "Fill the cache with the Hub kernels of a configuration.", _EPILOG)
+    options = parser.parse_args(words)
+    given = named_lock(options.lock)
+    for path, sources in sources_by_lock(options.config, given, to="fetch").items():
+        if given or os.path.lexists(path):
+            _fetch_locked(path, sources)
+        else:
+            _fetch_asked(sources)
     return 0
+
+
+def _fetch_locked(path: str, sources: Sequence[HubSource]) -> None:
+    """Fetch every build that a lock lists, and say how many were not there."""
+    from twinkle.sources.hub.lockfile import Lock
+    from twinkle.sources.hub.make_lock import fetch_locked
+
+    lock = Lock.read(path)
+    for source in sources:
+        lock.find(source.request)
+    for _, kernel in sorted(lock.kernels.items()):
+        fetched = fetch_locked(kernel, path)
+        state = f"{fetched} fetched" if fetched else "all there"
+        print(f"{kernel.repo_id} {kernel.requested} at {kernel.commit[:12]}: {state}")
+
+
+def _fetch_asked(sources: Sequence[HubSource]) -> None:
+    """Fetch the builds for this machine, with the kernels they depend on."""
+    from twinkle.sources.hub.load import resolve_tree
+
+    unique: dict[tuple[str, str], HubSource] = {}
+    for source in sources:
+        unique.setdefault((source.request.repo_id, source.request.key), source)
+    for source in unique.values():
+        for request, resolved in resolve_tree(source.request, source.trust, None):
+            at = resolved.commit[:12] if resolved.commit else str(resolved.variant_dir)
+            print(f"{request.repo_id} {request.key} at {at}: {resolved.variant_dir.name}")
+            for note in resolved.notes:
+                print(f"  {note}")

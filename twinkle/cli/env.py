@@ -10,14 +10,15 @@ import sys
 from twinkle import runner
 from twinkle._environment import VARIABLES
 from twinkle._version import __version__
-from twinkle.cli.clash import clash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["main"]
+__all__ = ["clash", "main"]
 
+# Another distribution with an import package named twinkle: the one installed last has overwritten the other.
+_RIVAL = "twinkle-kit"
 _PACKAGES = ("torch", "triton", "transformers", "kernels", "wrapt", "huggingface_hub", "accelerate")
 
 
@@ -71,3 +72,25 @@ def _doors() -> Iterator[str]:
     blocked = sys.flags.ignore_environment or sys.flags.no_site
     shut = blocked and runner.door_paths()
     yield f"twinkle run        {'no: python runs with -E, -I or -S' if shut else 'yes'}"
+
+
+def clash(paths: list[str] | None = None) -> str | None:
+    """What is wrong when the other distribution named ``twinkle`` is installed, found by its folder's name.
+
+    Args:
+        paths: Where to look; ``sys.path`` by default.
+    """
+    prefix = _RIVAL.replace("-", "_") + "-"
+    for folder in sys.path if paths is None else paths:
+        try:
+            names = os.listdir(folder or os.curdir)
+        except OSError:
+            continue
+        for name in names:
+            if name.startswith(prefix) and name.endswith(".dist-info"):
+                return (
+                    f"{_RIVAL} is installed in {folder}, and its import package is called `twinkle` too: the "
+                    "two overwrite each other's files. Keep them in separate environments; here, "
+                    f"`pip uninstall {_RIVAL} twinkle-kernel` and `pip install twinkle-kernel` mend it."
+                )
+    return None

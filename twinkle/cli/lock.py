@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from twinkle.sources.hub.lockfile import Lock
     from twinkle.sources.hub.source import HubSource
 
-__all__ = ["hub_sources", "main", "parser"]
+__all__ = ["hub_parser", "main", "sources_by_lock"]
 
 _EPILOG = """\
 examples:
@@ -27,16 +27,47 @@ With a lock beside its configuration a Hub kernel is loaded only as it was locke
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options of ``twinkle lock``."""
+def hub_parser(command: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """The options that the commands about Hub kernels share: configurations and a lock."""
     options = argparse.ArgumentParser(
-        prog="twinkle lock",
-        description="Pin the Hub kernels of a configuration to commits and digests.",
-        epilog=_EPILOG,
+        prog=f"twinkle {command}",
+        description=description,
+        epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("config", nargs="*", metavar="FILE", help="a twinkle.toml; the later one wins")
     options.add_argument("--lock", metavar="FILE", help="the lock, in place of the one beside each file")
+    return options
+
+
+def sources_by_lock(paths: Sequence[str], given: str | None, *, to: str) -> dict[str, list[HubSource]]:
+    """The Hub sources of configuration files and of the variables, by the path of their lock.
+
+    Says so on stdout where there are none.
+
+    Args:
+        paths: The configuration files.
+        given: The lock to use in place of those beside the files.
+        to: What the command would do with them.
+
+    Raises:
+        ConfigError: The configuration cannot be right.
+    """
+    from twinkle import config
+    from twinkle.sources.hub.make_lock import by_lock
+    from twinkle.sources.hub.source import HubSource
+
+    settings = config.load(paths, os.environ, cwd=os.getcwd())
+    layers, _, functions = settings.records()
+    every = [*(kernel.source for kernel in layers), *(kernel.source for kernel in functions)]
+    sources = [source for source in every if isinstance(source, HubSource)]
+    if not sources:
+        print(f"twinkle: the configuration takes no kernel from the Hub: there is nothing to {to}")
+    return by_lock(sources, given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    options = hub_parser("lock", "Pin the Hub kernels of a configuration to commits and digests.", _EPILOG)
     options.add_argument("--check", action="store_true", help="write nothing; exit 1 when it is out of date")
     options.add_argument(
         "--variant", action="append", default=[], metavar="NAME", help="lock this build as well; repeatable"
@@ -45,37 +76,18 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def hub_sources(paths: Sequence[str]) -> list[HubSource]:
-    """The Hub sources of configuration files and of the variables.
-
-    Raises:
-        ConfigError: The configuration cannot be right.
-    """
-    from twinkle import config
-    from twinkle.sources.hub.source import HubSource
-
-    settings = config.load(paths, os.environ, cwd=os.getcwd())
-    layers, _, functions = settings.records()
-    sources = [*(kernel.source for kernel in layers), *(kernel.source for kernel in functions)]
-    return [source for source in sources if isinstance(source, HubSource)]
-
-
 def main(words: Sequence[str]) -> int:
     """Write or check the locks of a configuration.
 
     Raises:
         TwinkleError: The configuration is wrong, or a kernel cannot be locked.
     """
-    from twinkle.sources.hub.lockfile import Lock
-    from twinkle.sources.hub.make_lock import by_lock, make_lock
+    from twinkle.sources.hub.lockfile import Lock, named_lock
+    from twinkle.sources.hub.make_lock import make_lock
 
-    options = parser().parse_args(words)
-    sources = hub_sources(options.config)
-    if not sources:
-        print("twinkle: the configuration takes no kernel from the Hub: there is nothing to lock")
-        return 0
+    options = _parser().parse_args(words)
     outdated = 0
-    for path, group in by_lock(sources, options.lock or os.environ.get("TWINKLE_LOCK")).items():
+    for path, group in sources_by_lock(options.config, named_lock(options.lock), to="lock").items():
         before = Lock.read(path) if os.path.lexists(path) else None
         lock = make_lock(
             path, group, before=before, variants=options.variant, all_variants=options.all_variants

@@ -7,14 +7,14 @@ import os
 import sys
 
 from twinkle import runner
-from twinkle._environment import absolute
-from twinkle.cli.clash import clash
+from twinkle._environment import absolute, check_path
+from twinkle.cli.env import clash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["main", "settings", "split"]
+__all__ = ["WITH_VALUE", "command_parser", "main", "settings", "split"]
 
 _USAGE = "twinkle run [options] [--] (script.py | directory | zip | -m module | -c code) …"
 _EPILOG = """\
@@ -31,7 +31,8 @@ A configuration that is wrong ends with exit code 2 before the program starts.
 """
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The options of ``twinkle run``; the program stands behind them."""
     parser = argparse.ArgumentParser(
         prog="twinkle run",
         usage=_USAGE,
@@ -58,11 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_WITH_VALUE = ("--config", "--kernels", "--report-file")
+WITH_VALUE = ("--config", "--kernels", "--report-file")
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Where our options end and the program begins; all that follows is the program's own."""
+    """Split a command line into the options of ``twinkle run`` and the program with its arguments."""
     index = 0
     while index < len(words):
         word = words[index]
@@ -71,15 +72,15 @@ def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
         # `-` alone is a program on standard input; `-mname` and `-cpass` are as good as two words.
         if not word.startswith("-") or word == "-" or word[:2] in ("-m", "-c"):
             break
-        index += 2 if word in _WITH_VALUE else 1
+        index += 2 if word in WITH_VALUE else 1
     return list(words[:index]), list(words[index:])
 
 
 def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[str, str]:
-    """The ``TWINKLE_*`` variables that say what the options said.
+    """The ``TWINKLE_*`` variables that the options stand for.
 
     Raises:
-        ConfigError: A path that a variable cannot hold.
+        ConfigError: A path that a variable cannot hold, or a value that is no path.
     """
     result = {"TWINKLE_CONFIG": runner.config_variable(options.config, environ)}
     if options.kernels is not None:
@@ -89,6 +90,7 @@ def settings(options: argparse.Namespace, environ: Mapping[str, str]) -> dict[st
     if options.report:
         result["TWINKLE_LOG"] = "info"
     if options.report_file is not None:
+        check_path("--report-file", options.report_file, "the path of a JSON file")
         result["TWINKLE_REPORT"] = absolute(options.report_file)
     return result
 
@@ -99,7 +101,7 @@ def main(words: Sequence[str]) -> int:
     Raises:
         TwinkleError: The configuration is wrong, or no door of Twinkle opens.
     """
-    parser = _parser()
+    parser = command_parser()
     own, program = split(words)
     options = parser.parse_args(own)
     if not program or (program[0] in ("-m", "-c") and len(program) == 1):

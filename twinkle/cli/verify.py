@@ -66,12 +66,13 @@ def main(words: Sequence[str]) -> int:
         return _clear()
 
     # Torch is imported only now: `--help` should not wait for it.
-    from twinkle.ops.cases import OPS
+    from twinkle.ops.cases import sampled_ops
     from twinkle.proof import verify as rerun
 
-    unknown = [op for op in options.op or () if op not in OPS]
+    ops = sampled_ops()
+    unknown = [op for op in options.op or () if op not in ops]
     if unknown:
-        parser.error(f"--op {unknown[0]}: there are {', '.join(OPS)}")
+        parser.error(f"--op {unknown[0]}: there are {', '.join(ops)}")
     here = rerun.devices()
     chosen = [d for d in here if not options.device or {str(d), d.type} & set(options.device)]
     absent = [w for w in options.device or () if all(w not in (str(d), d.type) for d in here)]
@@ -84,7 +85,7 @@ def main(words: Sequence[str]) -> int:
     interrupted = False
     progress = _Progress()
     try:
-        todo = rerun.parts(chosen, ops=options.op or OPS, dtypes=dtypes)
+        todo = rerun.parts(chosen, ops=options.op or ops, dtypes=dtypes)
         for number, part in enumerate(todo):
             progress.show(part, number, len(todo))
             rows.extend(rerun.rerun(part, seed=seed))

@@ -1,4 +1,4 @@
-"""configure: what did the user ask for?
+"""Configuration: the settings and entries that files and variables ask for.
 
 ``twinkle.toml`` and the ``TWINKLE_`` variables become :class:`Settings`: one set of values and the
 entries whose records fill the registry. The dict given to ``register_kernels`` passes the same
@@ -13,6 +13,7 @@ import os
 
 from twinkle.config.entries import Checked, records_of
 from twinkle.config.environment import (
+    check_config_path,
     check_disabled,
     checked_variables,
     config_paths,
@@ -34,7 +35,7 @@ __all__ = ["Checked", "Settings", "load", "switched_off", "validate"]
 
 
 class Settings:
-    """What files and variables ask for, put together.
+    """The merged settings and entries of all configuration files and variables.
 
     Attributes:
         mode: The mode kernels are chosen for, or ``None`` to follow each model.
@@ -112,7 +113,7 @@ class Settings:
         self.functions = tuple(functions.values())
 
     def is_disabled(self, *names: str) -> bool:
-        """Any of these names of one kernel, op or function was turned off."""
+        """Whether one of these names of a kernel, op or function is turned off."""
         return self.off or any(name in self.disable for name in names)
 
     def left_out(self) -> list[tuple[Entry, str]]:
@@ -145,7 +146,7 @@ def load(
     *,
     cwd: str | None = None,
 ) -> Settings:
-    """Read files and variables.
+    """Read configuration files and variables into one set of settings.
 
     Args:
         paths: Configuration files, later ones win; ``"auto"`` stands for the defaults without a
@@ -166,6 +167,7 @@ def load(
     for name in names:
         if name == "auto":
             continue
+        check_config_path(name, environ)
         # Not normalised: "link/../twinkle.toml" is not "twinkle.toml".
         path = os.path.join(cwd, os.path.expanduser(name))
         document, locations = read(path, name)

@@ -1,4 +1,4 @@
-"""What a validated document holds: layer and function entries, and the records they become."""
+"""The entries of a validated document, and the records that are made of them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = 20
 
 
 class SeveralConfigErrors(ConfigError):
-    """All the mistakes of one document, listed in one message.
+    """Several mistakes of one document, listed in one message.
 
     Attributes:
         errors: One :class:`~twinkle.errors.ConfigError` each.
@@ -50,12 +50,12 @@ class SeveralConfigErrors(ConfigError):
 
     @property
     def reason(self) -> str:
-        """All of it on one line, as it stands in a report."""
+        """The mistakes on one line, as a report shows them."""
         return " | ".join(error.reason for error in self.errors[:SHOWN])
 
 
 def raise_all(errors: list[ConfigError]) -> None:
-    """Raise the one error as it is, or several as one; nothing when there is none."""
+    """Raise the errors: one as it is, several as one; return where there is none."""
     if len(errors) == 1:
         raise errors[0]
     if errors:
@@ -103,16 +103,16 @@ class Entry:
 
     @property
     def key(self) -> Hashable:
-        """Two entries with the same key are the same binding; the later one counts."""
+        """The identity of the binding: of two entries with one key the later counts."""
         raise NotImplementedError
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The names by which ``TWINKLE_DISABLE`` may call it."""
+        """The names under which ``TWINKLE_DISABLE`` turns the entry off."""
         raise NotImplementedError
 
     def source(self, trust_remote_code: object) -> Source:
-        """Where the implementation comes from.
+        """The source of the implementation.
 
         Raises:
             ConfigError: The keys cannot be right together.
@@ -181,7 +181,7 @@ class FunctionEntry(Entry):
 
 
 class Checked:
-    """A document without mistakes.
+    """A document that passed every check.
 
     Attributes:
         settings: The ``[twinkle]`` table: only what was given, as checked values.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
+from twinkle._environment import FALSE, TRUE, check_path
 from twinkle.config.entries import Checked
 from twinkle.config.fields import SETTING_KEYS, WrongError, shown
 from twinkle.config.files import parse
 from twinkle.config.locations import Locations, printable
 from twinkle.config.schema import validate
 from twinkle.errors import ConfigError, suggest
-from twinkle.op_names import OPS, slip
+from twinkle.op_names import slip
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "VARIABLES",
+    "check_config_path",
     "check_disabled",
     "checked_variables",
     "config_paths",
@@ -41,18 +43,21 @@ _SETTINGS = {
 }
 _TABLES = {"TWINKLE_FUNCTIONS": "functions", "TWINKLE_LAYERS": "layers"}
 
+# What a variable that takes one path names.
+_PATHS = {
+    "TWINKLE_CACHE": "a directory, or off to keep no verdicts",
+    "TWINKLE_LOCK": "the path of a twinkle.lock",
+    "TWINKLE_REPORT": "the path of a JSON file",
+}
+
 VARIABLES = (
     *_SETTINGS,
     *_TABLES,
-    "TWINKLE_CACHE",
+    *(variable for variable in _PATHS if variable not in _SETTINGS),
     "TWINKLE_CONFIG",
     "TWINKLE_DISABLE",
-    "TWINKLE_LOCK",
     "TWINKLE_USE_KERNELS",
 )
-
-_TRUE = ("1", "true", "yes", "on")
-_FALSE = ("0", "false", "no", "off")
 
 
 def config_paths(environ: Mapping[str, str]) -> list[str]:
@@ -61,11 +66,26 @@ def config_paths(environ: Mapping[str, str]) -> list[str]:
     return [part for part in text.split(os.pathsep) if part.strip()]
 
 
+def check_config_path(name: str, environ: Mapping[str, str]) -> None:
+    """Refuse the path of a configuration that looks like a switch, wherever it was given.
+
+    Raises:
+        ConfigError: It is ``1``, ``true``, ``off`` or the like.
+    """
+    given = name in config_paths(environ)
+    check_path(
+        "TWINKLE_CONFIG" if given else "the configuration",
+        name,
+        "the path of a TOML file, or auto for the defaults without one",
+        where="environment variable TWINKLE_CONFIG" if given else printable(name),
+    )
+
+
 def switched_off(environ: Mapping[str, str]) -> bool:
-    """The off switch: ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0``. Never raises."""
+    """Whether ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0`` turns Twinkle off; never raises."""
     return (
-        environ.get("TWINKLE_DISABLE", "").strip().lower() in _TRUE
-        or environ.get("TWINKLE_USE_KERNELS", "").strip().lower() in _FALSE
+        environ.get("TWINKLE_DISABLE", "").strip().lower() in TRUE
+        or environ.get("TWINKLE_USE_KERNELS", "").strip().lower() in FALSE
     )
 
 
@@ -79,13 +99,13 @@ def disabled(environ: Mapping[str, str]) -> tuple[str, ...]:
     if use:
         _boolean("TWINKLE_USE_KERNELS", use)
     text = environ.get("TWINKLE_DISABLE", "").strip()
-    if text.lower() in _TRUE or text.lower() in _FALSE:
+    if text.lower() in TRUE or text.lower() in FALSE:
         return ()
     return tuple(dict.fromkeys(_listed(text)))
 
 
 def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
-    """A name in ``TWINKLE_DISABLE`` that is nearly that of an op is a slip, and would disable nothing.
+    """Refuse a misspelt op in ``TWINKLE_DISABLE``, which would disable nothing.
 
     Args:
         names: What :func:`disabled` gave. Other names may be those of kernels registered later.
@@ -97,6 +117,8 @@ def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
     for name in names:
         near = None if name in labels else slip(name)
         if near:
+            from twinkle.op_names import OPS
+
             raise _error(
                 "TWINKLE_DISABLE",
                 "unknown op",
@@ -107,7 +129,7 @@ def check_disabled(names: tuple[str, ...], labels: Collection[str]) -> None:
 
 
 def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> list[Checked]:
-    """What the variables say, as documents that come after those of the files.
+    """The documents that the variables make; they come after those of the files.
 
     Raises:
         ConfigError: A variable cannot be read; the message names it.
@@ -118,6 +140,11 @@ def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> 
         if text:
             document, locations = _table(variable, section, text)
             found.append(validate({section: document}, locate=locations, base_dir=cwd))
+    for variable, expected in _PATHS.items():
+        text = environ.get(variable, "").strip()
+        if variable == "TWINKLE_CACHE" and text.lower() in FALSE:
+            continue
+        check_path(variable, text, expected, where=f"environment variable {variable}")
     settings: dict[str, object] = {}
     origins: dict[str, str] = {}
     for variable, (key, form) in _SETTINGS.items():
@@ -138,7 +165,7 @@ def checked_variables(environ: Mapping[str, str], *, cwd: str | None = None) -> 
 
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
-    """A remark on every ``TWINKLE_`` variable that nothing reads.
+    """Remarks on the ``TWINKLE_`` variables that nothing reads.
 
     It is no error: the environment is shared with other programs. ``TWINKLE__`` with two underscores
     is ours, for what a parent tells its children.
@@ -169,9 +196,9 @@ def _error(variable: str, what: str, found: str, expected: str, fix: str) -> Con
 
 def _boolean(variable: str, text: str) -> bool:
     word = text.lower()
-    if word in _TRUE:
+    if word in TRUE:
         return True
-    if word in _FALSE:
+    if word in FALSE:
         return False
     raise _error(
         variable,
@@ -187,19 +214,19 @@ def _listed(text: str) -> list[str]:
 
 
 def _read(variable: str, text: str, form: str) -> object:
-    """The value that a file would have for this text."""
+    """Convert the text of a variable to the value that a file would have."""
     if form == "boolean":
         return _boolean(variable, text)
     if form == "boolean or list":
         word = text.lower()
-        return word in _TRUE if word in _TRUE or word in _FALSE else _listed(text)
+        return word in TRUE if word in TRUE or word in FALSE else _listed(text)
     if form == "word or list":
         return text if text in ("auto", "off") else _listed(text)
     return text
 
 
 def _table(variable: str, section: str, text: str) -> tuple[dict[str, Any], Locations]:
-    """Inline TOML (``MyMLP = { … }``, also over several lines and with headers) or a JSON object."""
+    """Parse inline TOML (``MyMLP = { … }``, also over several lines and with headers) or a JSON object."""
     if text.startswith("{"):
         document = _json(variable, text)
         return document, Locations(variable)

@@ -1,4 +1,4 @@
-"""What each key of a configuration may hold.
+"""Checks of single values: what each key of a configuration may hold.
 
 A check takes a value and whether Python objects are allowed (they are in ``register_kernels``, not in
 a file), and returns the value to keep or raises :class:`WrongError`.
@@ -6,11 +6,12 @@ a file), and returns the value to keep or raises :class:`WrongError`.
 
 from __future__ import annotations
 
+from twinkle._environment import is_switch
 from twinkle.config.locations import printable
 from twinkle.devices import parse_device
 from twinkle.errors import ConfigError, suggest
 from twinkle.modes import Mode
-from twinkle.op_names import OPS, hint
+from twinkle.op_names import hint
 from twinkle.targets import Class, parse_target
 
 TYPE_CHECKING = False
@@ -53,7 +54,7 @@ class WrongError(Exception):
 
 
 def is_table(value: object, objects: bool = False) -> bool:
-    """A dict, or from Python any mapping."""
+    """Whether a value is a table: a dict, or from Python any mapping."""
     if isinstance(value, dict):
         return True
     # isinstance(value, Mapping) would import collections.abc at interpreter start.
@@ -62,12 +63,12 @@ def is_table(value: object, objects: bool = False) -> bool:
 
 
 def is_dotted(text: str) -> bool:
-    """``a.b.c``: identifiers with dots between them."""
+    """Whether a text is identifiers joined by dots, such as ``a.b.c``."""
     return all(part.isidentifier() for part in text.split("."))
 
 
 def shown(value: object) -> str:
-    """A value and its type, short and printable."""
+    """A value and its type for a message, short and printable."""
     if value is None:
         return "None"
     try:
@@ -115,6 +116,14 @@ def _text(expected: str, example: str) -> Check:
         return value
 
     return check
+
+
+def _report(value: object, objects: bool) -> object:
+    expected = "the path of a JSON file"
+    path = _text(expected, 'a path such as "report.json"')(value, objects)
+    if is_switch(str(path)):
+        raise WrongError("not a path", expected, f'write "./{path}" if a file of that name is meant')
+    return path
 
 
 def _boolean(value: object, objects: bool) -> object:
@@ -166,7 +175,7 @@ def _mode(value: object, objects: bool) -> object:
 
 
 def _names(expected: str, accept: Callable[[str], bool]) -> Check:
-    """A list of names; ``accept`` judges one."""
+    """Make a check of a list of names; ``accept`` judges one name."""
 
     def check(value: object, objects: bool) -> object:
         if not isinstance(value, (list, tuple)):
@@ -180,7 +189,7 @@ def _names(expected: str, accept: Callable[[str], bool]) -> Check:
 
 
 def _repository(name: str) -> bool:
-    """``owner/name``, or ``owner`` alone."""
+    """Whether a text is ``owner/name`` or ``owner``."""
     parts = name.split("/")
     return len(parts) <= 2 and all(
         part[:1].isalnum() and all(char.isalnum() or char in "_.-" for char in part) for part in parts
@@ -195,10 +204,12 @@ def _trust(value: object, objects: bool) -> object:
 
 
 def _kernels(value: object, objects: bool) -> object:
+    if isinstance(value, str) and value in ("auto", "off"):
+        return value
+    from twinkle.op_names import OPS  # reads the records of the ops
+
     expected = f"auto, off or a list of {', '.join(OPS)}"
     if isinstance(value, str):
-        if value in ("auto", "off"):
-            return value
         fix = f'write kernels = ["{value}"]' if value in OPS else hint(value) or 'write kernels = "auto"'
         raise WrongError("unknown value", expected, fix)
     kept = _names(expected, str.isidentifier)(value, objects)
@@ -234,7 +245,7 @@ def _repo_path(value: object, objects: bool) -> object:
         value = value.__fspath__()  # type: ignore[attr-defined]
     if not isinstance(value, str):
         raise _wrong_type(expected, "write the folder in quotes")
-    if not value or "\0" in value:
+    if not value.strip() or "\0" in value:
         raise WrongError("not a path", expected, "write the folder, relative to the configuration file")
     return value
 
@@ -281,7 +292,7 @@ def _attributes(value: object, objects: bool) -> object:
 
 
 def _object_reference(what: str, example: str) -> Callable[[str], str]:
-    """``module:attribute`` (or ``module.attribute``) by its syntax."""
+    """Make a check of the syntax ``module:attribute`` or ``module.attribute``."""
 
     def check(value: str) -> str:
         module, colon, attribute = value.partition(":")
@@ -441,7 +452,7 @@ SETTING_KEYS: dict[str, Check] = {
     "log": _choice(*LOG_LEVELS),
     "mode": _mode,
     "plugins": _plugins,
-    "report": _text("the path of a JSON file", 'a path such as "report.json"'),
+    "report": _report,
     "strict": _boolean,
     "trust_remote_code": _trust,
     "use_fallback": _boolean,

@@ -1,4 +1,4 @@
-"""Reads a configuration file, or says exactly why not.
+"""Reading a configuration file, with an error for everything that can be wrong with one.
 
 A configuration names code to run, so a file that someone else can write is refused, and a path is
 opened once and judged by what was opened.
@@ -78,7 +78,7 @@ def parse(text: str, name: str, *, prefix: tuple[str | int, ...] = ()) -> tuple[
 
 
 def _judge(text: str, locations: Locations) -> dict[str, Any]:
-    """What ``tomllib`` makes of a text that the scan could not read by itself."""
+    """Parse with ``tomllib`` a text that the scan cannot read by itself."""
     try:
         import tomllib
     except ImportError:
@@ -127,7 +127,7 @@ def _syntax_error(text: str, name: str, message: str) -> ConfigError:
 
 
 def _syntax_fix(line: str) -> str:
-    """The usual mistakes by the look of the line."""
+    """A fix for the usual syntax mistakes, judged by the line."""
     key, equals, value = line.partition("=")
     value = value.partition("#")[0].strip()
     if not equals and ":" in line and not line.lstrip().startswith("["):
@@ -233,7 +233,7 @@ def _too_large(name: str, size: int) -> ConfigError:
 
 
 def _similar(path: str) -> str | None:
-    """A file of nearly that name in the same directory."""
+    """A file with a similar name in the same directory, for a suggestion."""
     from twinkle.errors import suggest
 
     folder, base = os.path.split(path)
@@ -287,7 +287,7 @@ def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> N
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """The group has nobody in it but the owner, as umask 002 supposes."""
+    """Whether the group has no member but the owner, as umask 002 supposes."""
     from twinkle.sources.permissions import is_private_group
 
     return is_private_group(status.st_uid, status.st_gid)

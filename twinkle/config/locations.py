@@ -1,4 +1,4 @@
-"""Says where a key of a configuration stands, the way messages write it: ``file:line (key)``."""
+"""The places of the keys of a configuration, as messages write them: ``file:line (key)``."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ class Locations:
         return 1
 
     def __call__(self, path: Path) -> str:
-        """``file:line (key)``."""
+        """The place of a key: ``file:line (key)``."""
         line = self.line(path)
         place = self.name if line is None else f"{self.name}:{line}"
         return f"{place} ({dotted(path)})" if path else place
 
 
 def dotted(path: Path) -> str:
-    """``layers.MyMLP[0].target``: a key path as TOML and people write it."""
+    """A key path as TOML writes it: ``layers.MyMLP[0].target``."""
     text = ""
     for key in path:
         if isinstance(key, int):

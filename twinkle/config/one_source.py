@@ -1,7 +1,7 @@
-"""A kernel has exactly one source, and beside it only the keys that mean something there.
+"""The check that a kernel has exactly one source, and beside it only keys that mean something there.
 
-``from_spec`` of twinkle.sources holds to the same rules; here every mistake of a document is found
-at once, at the line of its key.
+The rules are the records of ``twinkle.sources.spec``. That module is imported with the first kernel of a
+document, not before: a start without one does not need it.
 """
 
 from __future__ import annotations
@@ -14,111 +14,143 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any, Protocol
 
+    from twinkle.sources.spec import SourceRule
+
     Path = tuple[str | int, ...]
 
     class Wrong(Protocol):
-        """Notes one mistake."""
+        """The callback for each mistake found in a document."""
 
         def __call__(
             self, path: Path, what: str, *, found: str | None = None, expected: str, fix: str
         ) -> None:
-            """Note it."""
+            """Report the mistake of the key at ``path``."""
             ...
 
 
-__all__ = ["SOURCE_KEYS", "check_source", "keys_of"]
-
-_IMPLEMENTATIONS = {"layers": ("layer_impl",), "functions": ("func_impl", "repo")}
-
-# What may stand beside each source; nothing may stand beside the others.
-_BESIDE: dict[str, tuple[str, ...]] = {
-    "repo_path": ("package_name", "layer_name"),
-    "package_name": ("layer_name",),
-    "repo_id": ("layer_name", "version", "revision", "trust_remote_code"),
-}
-_OF_A_SOURCE = ("package_name", "layer_name", "version", "revision", "trust_remote_code")
-
-SOURCE_KEYS = {
-    "layers": ("layer_impl", "repo_path", "repo_id", *_OF_A_SOURCE),
-    "functions": (
-        *("func_impl", "repo", "repo_path", "repo_id"),
-        *(key for key in _OF_A_SOURCE if key != "layer_name"),
-    ),
-}
+__all__ = ["check_source", "keys_of", "source_spec"]
 
 
 def check_source(
-    path: Path, kept: Mapping[str, Any], given: Mapping[Any, object], section: str, wrong: Wrong
+    path: Path, kept: Mapping[str, Any], given: Mapping[Any, object], kind: str, wrong: Wrong
 ) -> None:
-    """Note through ``wrong`` what is not right about where the kernel comes from.
+    """Report through ``wrong`` what cannot be right about where a kernel comes from.
 
     Args:
         path: Where the spec stands.
         kept: Its values that passed their own check.
         given: All its values.
-        section: ``layers`` or ``functions``.
+        kind: ``layer`` or ``function``.
         wrong: Takes a path, what is wrong, and ``found``, ``expected`` and ``fix``.
     """
-    ways = (*_IMPLEMENTATIONS[section], "repo_path", "repo_id")
-    found = [key for key in ways if key in given]
-    expected = f"one of {', '.join((*ways, 'package_name'))}"
-    if len(found) > 1:
-        wrong(
-            (*path, found[1]),
-            f"two sources for one kernel: both {found[0]} and {found[1]}",
-            found=", ".join(f"{key} = {shown(given[key])}" for key in found),
-            expected=expected,
-            fix=f"keep {found[0]} or {found[1]}, not both",
-        )
+    from twinkle.sources.spec import named_sources
+
+    named = named_sources(given, kind)
+    if len(named) != 1:
+        _not_one_source(path, given, kind, named, wrong)
         return
-    if not found and "package_name" not in given:
+    _check_needs(path, given, named[0], wrong)
+    _check_one_of(path, given, wrong)
+    _check_one_name(path, kept, given, wrong)
+    _check_company(path, given, kind, named[0], wrong)
+
+
+def source_spec(kept: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The values that a source is built from; ``attributes`` and ``device`` decide on classes and builds."""
+    from twinkle.sources.spec import source_keys
+
+    return {key: kept[key] for key in (*source_keys(kind), "attributes", "device") if key in kept}
+
+
+def _not_one_source(
+    path: Path, given: Mapping[Any, object], kind: str, named: list[SourceRule], wrong: Wrong
+) -> None:
+    from twinkle.sources.spec import SOURCES
+
+    keys = [rule.key for rule in SOURCES if kind in rule.kinds]
+    expected = f"one of {', '.join(keys)}"
+    if not named:
         wrong(
             path,
             "the kernel has no source",
             found=keys_of(given),
             expected=expected,
-            fix=f'add {ways[0]} = "module:name", or repo_path and package_name',
+            fix=f'add {keys[0]} = "module:name", or repo_path and package_name',
         )
         return
-    way = found[0] if found else "package_name"
-    if way == "repo_path" and "package_name" not in given:
-        wrong(
-            (*path, "repo_path"),
-            "repo_path without package_name",
-            found=f"repo_path = {shown(given['repo_path'])}",
-            expected="package_name, the package in that folder",
-            fix='add package_name = "the_package"',
-        )
-    if "version" in given and "revision" in given:
-        wrong(
-            (*path, "revision"),
-            "both version and revision",
-            found=f"version = {shown(given['version'])}, revision = {shown(given['revision'])}",
-            expected="one of them, or neither for the newest",
-            fix="keep version or revision, not both",
-        )
+    first, second = named[0].key, named[1].key
+    wrong(
+        (*path, second),
+        f"two sources for one kernel: both {first} and {second}",
+        found=_values(given, *(rule.key for rule in named)),
+        expected=expected,
+        fix=f"keep {first} or {second}, not both",
+    )
+
+
+def _check_needs(path: Path, given: Mapping[Any, object], source: SourceRule, wrong: Wrong) -> None:
+    for key, (meaning, example) in source.needs.items():
+        if key not in given:
+            wrong(
+                (*path, source.key),
+                f"{source.key} without {key}",
+                found=_values(given, source.key),
+                expected=f"{key}, {meaning}",
+                fix=f'add {key} = "{example}"',
+            )
+
+
+def _check_one_of(path: Path, given: Mapping[Any, object], wrong: Wrong) -> None:
+    from twinkle.sources.spec import SOURCES
+
+    for rule in SOURCES:
+        both = [key for key in rule.one_of if key in given]
+        if len(both) > 1:
+            wrong(
+                (*path, both[1]),
+                f"both {both[0]} and {both[1]}",
+                found=_values(given, *both),
+                expected="one of them, or neither for the newest",
+                fix=f"keep {both[0]} or {both[1]}, not both",
+            )
+
+
+def _check_one_name(path: Path, kept: Mapping[str, Any], given: Mapping[Any, object], wrong: Wrong) -> None:
     inside = kept.get("package_name", "").partition(":")[2]
     if inside and given.get("layer_name", inside) != inside:
         wrong(
             (*path, "layer_name"),
             "two names for one kernel",
-            found=f"package_name = {shown(given['package_name'])}, layer_name = {shown(given['layer_name'])}",
+            found=_values(given, "package_name", "layer_name"),
             expected="the name in one of them",
             fix="remove layer_name",
         )
-    beside = (way, *_BESIDE.get(way, ()))
-    for key in _OF_A_SOURCE:
-        if key not in given or key in beside or (key == "trust_remote_code" and not given[key]):
+
+
+def _check_company(
+    path: Path, given: Mapping[Any, object], kind: str, source: SourceRule, wrong: Wrong
+) -> None:
+    """Refuse keys of other sources; keys that no kernel of this kind has are reported as unknown."""
+    from twinkle.sources.spec import source_keys
+
+    known = source_keys(kind)
+    companions = [key for key in source.companions if key in known]
+    for key in known:
+        if key not in given or key == source.key or key in companions:
             continue
-        if key not in SOURCE_KEYS[section]:
-            continue  # reported as unknown
+        if key == "trust_remote_code" and not given[key]:  # says what holds without it
+            continue
         wrong(
             (*path, key),
-            f"{key} has no meaning beside {way}",
-            found=f"{key} = {shown(given[key])}",
-            expected=f"{', '.join(beside[1:]) or 'no other key'} beside {way}",
+            f"{key} has no meaning beside {source.key}",
+            found=_values(given, key),
+            expected=f"{', '.join(companions) or 'no other key'} beside {source.key}",
             fix=f"remove {key}",
         )
+
+
+def _values(given: Mapping[Any, object], *keys: str) -> str:
+    return ", ".join(f"{key} = {shown(given[key])}" for key in keys)
 
 
 def keys_of(given: Mapping[Any, object]) -> str:

@@ -1,4 +1,4 @@
-"""The one validator: for files, for the environment and for the dict given to ``register_kernels``.
+"""The validator of documents: of files, of variables and of the dict given to ``register_kernels``.
 
 Everything is checked before anything is registered, all mistakes are reported together, and the
 document is never changed: what is kept are copies.
@@ -17,7 +17,7 @@ from twinkle.config.fields import (
     shown,
 )
 from twinkle.config.locations import Locations, dotted, printable
-from twinkle.config.one_source import SOURCE_KEYS, check_source, keys_of
+from twinkle.config.one_source import check_source, keys_of, source_spec
 from twinkle.errors import ConfigError, suggest
 from twinkle.targets import Op
 
@@ -170,7 +170,7 @@ class _Validation:
         )
 
     def copied(self, table: Any) -> dict[Any, Any]:
-        """A plain dict of a mapping; from Python, ``None`` is as good as absent."""
+        """A copy of a mapping as a dict, without the ``None`` that Python code may give."""
         return {
             key: table[key]
             for key in table.keys()  # noqa: SIM118 (any mapping)
@@ -209,7 +209,7 @@ class _Validation:
     def checked(
         self, path: Path, table: Mapping[Any, object], keys: Mapping[str, Check], section: str
     ) -> dict[str, Any]:
-        """The values of ``table`` that are right, each mistake being noted."""
+        """The values of ``table`` that pass their checks; the others are reported."""
         kept = {}
         for key, value in table.items():
             check = keys.get(key) if isinstance(key, str) else None
@@ -252,63 +252,76 @@ class _Validation:
         if table is None:
             return
         if isinstance(table, (list, tuple)):
-            for index, spec in enumerate(table):
-                if is_table(spec, self.objects):
-                    yield (section, index), None, self.copied(spec)
-                else:
-                    self.no_spec((section, index), section, spec)
-            return
-        if not is_table(table, self.objects):
-            fix = f"write [{section}.NAME] and its keys below it"
+            yield from self.listed((section,), None, table)
+        elif is_table(table, self.objects):
+            for key, value in self.without_stray_keys(section, keys, self.copied(table)).items():
+                yield from self.named(section, keys, key, value)
+        else:
             self.wrong(
                 (section,),
                 f"{section}: wrong type",
                 found=shown(table),
                 expected="a table of names, or a list of specs",
-                fix=fix,
+                fix=f"write [{section}.NAME] and its keys below it",
+            )
+
+    def listed(
+        self, path: Path, name: str | None, specs: list[object] | tuple[object, ...]
+    ) -> Iterator[tuple[Path, str | None, dict[Any, Any]]]:
+        """The specs of a list, which stand under one name or carry their own."""
+        for index, spec in enumerate(specs):
+            if is_table(spec, self.objects):
+                yield (*path, index), name, self.copied(spec)
+            else:
+                self.no_spec((*path, index), str(path[0]), spec)
+
+    def named(
+        self, section: str, keys: Mapping[str, Check], name: object, value: object
+    ) -> Iterator[tuple[Path, str | None, dict[Any, Any]]]:
+        """The spec under a name, or the several in a list."""
+        if not isinstance(name, str) or not name or not name.isprintable():
+            self.wrong(
+                (section,),
+                "not a name",
+                found=shown(name),
+                expected="a printable name",
+                fix="rename the table",
             )
             return
-        named = self.copied(table)
+        path = (section, name)
+        if isinstance(value, (list, tuple)) and value:
+            yield from self.listed(path, name, value)
+        elif not is_table(value, self.objects):
+            self.no_spec(path, section, value)
+        else:
+            spec = self.copied(value)
+            if spec and all(key not in keys and is_table(inner) for key, inner in spec.items()):
+                self.dotted_name(section, name, str(next(iter(spec))))
+            else:
+                yield path, name, spec
+
+    def without_stray_keys(
+        self, section: str, keys: Mapping[str, Check], table: dict[Any, Any]
+    ) -> dict[Any, Any]:
+        """The names of a section; keys of a kernel that stand among them are one mistake."""
         stray = [
             key
-            for key, value in named.items()
+            for key, value in table.items()
             if key in keys and not isinstance(value, (list, tuple)) and not is_table(value, self.objects)
         ]
         if stray:
-            self.without_name(section, stray[0], named[stray[0]])
-        for key, value in named.items():
-            if key in stray:
-                continue
-            path = (section, key)
-            if not isinstance(key, str) or not key or not key.isprintable():
-                self.wrong(
-                    (section,),
-                    "not a name",
-                    found=shown(key),
-                    expected="a printable name",
-                    fix="rename the table",
-                )
-            elif is_table(value, self.objects):
-                spec = self.copied(value)
-                inside = next(iter(spec), None)
-                if all(name not in keys and is_table(inner) for name, inner in spec.items()) and spec:
-                    self.wrong(
-                        (*path, str(inside)),
-                        "a name with a dot stands without quotes",
-                        found=f"a table {dotted((*path, str(inside)))} in {dotted(path)}",
-                        expected=_EXAMPLE[section],
-                        fix=f'write [{section}."{printable(key)}.{printable(str(inside))}"]',
-                    )
-                else:
-                    yield path, key, spec
-            elif isinstance(value, (list, tuple)) and value:
-                for index, spec in enumerate(value):
-                    if is_table(spec, self.objects):
-                        yield (*path, index), key, self.copied(spec)
-                    else:
-                        self.no_spec((*path, index), section, spec)
-            else:
-                self.no_spec(path, section, value)
+            self.without_name(section, stray[0], table[stray[0]])
+        return {key: value for key, value in table.items() if key not in stray}
+
+    def dotted_name(self, section: str, name: str, inside: str) -> None:
+        path = (section, name)
+        self.wrong(
+            (*path, inside),
+            "a name with a dot stands without quotes",
+            found=f"a table {dotted((*path, inside))} in {dotted(path)}",
+            expected=_EXAMPLE[section],
+            fix=f'write [{section}."{printable(name)}.{printable(inside)}"]',
+        )
 
     def without_name(self, section: str, key: str, value: object) -> None:
         what = "your kernel" if section == "layers" else "the function"
@@ -330,23 +343,14 @@ class _Validation:
             fix=f"write [{section}.{name}] and its keys below it",
         )
 
-    def common(self, path: Path, kept: dict[str, Any], given: Mapping[Any, object], section: str) -> Any:
+    def common(self, path: Path, kept: dict[str, Any], given: Mapping[Any, object], kind: str) -> Any:
         """The arguments that both kinds of entry take."""
-        check_source(path, kept, given, section, self.wrong)
-        spec = {key: kept[key] for key in SOURCE_KEYS[section] if key in kept}
-        for key in ("attributes", "device"):  # sources choose builds and wrap classes by these
-            if key in kept:
-                spec[key] = kept[key]
-        package, colon, inside = spec.get("package_name", "").partition(":")
-        if colon and "repo_path" in spec:
-            # In a folder as in an installed package, "package:name" names what it is called there.
-            spec["package_name"] = package
-            spec["layer_name" if section == "layers" else "func_name"] = inside
+        check_source(path, kept, given, kind, self.wrong)
         return {
             "device": kept.get("device"),
             "mode": kept.get("mode"),
             "verify": kept.get("verify"),
-            "spec": spec,
+            "spec": source_spec(kept, kind),
             "base_dir": self.base_dir,
             "enabled": kept.get("enabled", True),
             "origin": self.locate(path),
@@ -355,7 +359,7 @@ class _Validation:
     def name(
         self, path: Path, name: str | None, kept: Mapping[str, Any], given: Mapping[Any, object], key: str
     ) -> str:
-        """The name in the spec, or the one its table has."""
+        """The name of an entry: from its spec, else from its table."""
         if key in given and "name" in given:
             self.wrong(
                 (*path, "name"),
@@ -378,7 +382,7 @@ class _Validation:
     def layer(self, path: Path, name: str | None, given: dict[Any, Any]) -> LayerEntry:
         kept = self.checked(path, given, LAYER_KEYS, "layers")
         name = self.name(path, name, kept, given, "kernel_name")
-        entry = LayerEntry(name, **self.common(path, kept, given, "layers"))
+        entry = LayerEntry(name, **self.common(path, kept, given, LayerEntry.kind))
         targets = kept.get("target", ())
         if "match" in kept:
             targets = (*targets, Op(kept["match"]))
@@ -413,14 +417,14 @@ class _Validation:
                 expected="the module that defines the function, or match and an op",
                 fix='add target_module = "package.module"',
             )
-        entry = FunctionEntry(name, **self.common(path, kept, given, "functions"))
+        entry = FunctionEntry(name, **self.common(path, kept, given, FunctionEntry.kind))
         entry.target_module = Op(kept["match"]) if "match" in kept else kept.get("target_module", "")
         return entry
 
     # --- between entries ----------------------------------------------------------------------
 
     def once(self, entries: tuple[Entry, ...]) -> None:
-        """No two kernels for one target, device and mode."""
+        """Refuse two kernels for one target, device and mode."""
         first: dict[object, Entry] = {}
         for entry in entries:
             known = first.setdefault(entry.key, entry)

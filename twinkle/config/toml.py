@@ -1,4 +1,4 @@
-"""Reads TOML without importing anything, and notes where each key stands.
+"""A TOML reader that imports nothing and records where each key stands.
 
 ``tomllib`` costs 12 to 23 ms at interpreter start (it imports ``re``, ``typing``, ``datetime``), more
 than the whole start-up may take, and it gives no line numbers. :func:`scan` walks the text once. A
@@ -34,7 +34,7 @@ class _OddError(Exception):
 
 
 class Scan:
-    r"""What one walk over a text found.
+    r"""The result of one walk over a text.
 
     Attributes:
         document: The tables, or ``None`` when only ``tomllib`` can say what the text means.
@@ -133,7 +133,7 @@ class _Scanner:
         self.offsets[path] = start
 
     def step_in(self, table: dict[str, Any], path: Path, key: str, start: int) -> tuple[dict[str, Any], Path]:
-        """One level down on the way to a header, through a table or the last of an array of them."""
+        """Descend one level of a header, into a table or the last table of an array."""
         path = (*path, key)
         there = table.get(key)
         if there is None:
@@ -258,7 +258,7 @@ class _Scanner:
                 return table
 
     def word(self) -> Any:
-        """A boolean or a number; anything else up to the next delimiter is left to ``tomllib``."""
+        """Read a boolean or a number; leave anything else up to the next delimiter to ``tomllib``."""
         text, start = self.text, self.at
         at = start
         while at < self.size and text[at] not in ",]}# \t\n":
@@ -358,7 +358,7 @@ class _Scanner:
         self.at = at
 
     def skip_blank(self) -> None:
-        """Past spaces, line ends and comments."""
+        """Skip spaces, line ends and comments."""
         text, at = self.text, self.at
         while at < self.size:
             char = text[at]
@@ -372,7 +372,7 @@ class _Scanner:
         self.at = at
 
     def skip_inline(self) -> None:
-        """Past spaces inside an inline table; line ends there are TOML 1.1."""
+        """Skip spaces inside an inline table; line ends there are TOML 1.1."""
         self.skip_space()
         if self.text[self.at : self.at + 1] in ("\n", "#"):
             self.plain = False

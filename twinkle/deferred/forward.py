@@ -1,4 +1,4 @@
-"""The forwards that defer: that of a head, and that of the model around it when it was given labels."""
+"""The forward of a head that defers its logits, and that of the model around it, which says when."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.head import Head, LabelCount
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.traced import TracedLogits
-from twinkle.deferred.verification import is_trusted
+from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.plain import pays
 from twinkle.swap.tensors import constant
@@ -23,16 +24,23 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["DeferringLinear", "at", "defer", "deferring_model", "leave_to_python", "reason_against"]
+__all__ = [
+    "DeferringForward",
+    "DeferringLinear",
+    "defer",
+    "leave_to_python",
+    "module_at",
+    "reason_against",
+]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LEAST, _LEAST_HALF = 1 << 20, 1 << 16
-"""Logits from which on deferring them is not slower on a CPU: that many in float32 take 4 MiB, and a chunk
-may have four times as many. In half precision what is computed with them costs more."""
+"""The fewest logits that are deferred on a CPU: with fewer it is slower. 2^20 in float32 take 4 MiB, and a
+chunk may have four times as many. In half precision what is computed with them costs more."""
 
 
 class _Calls(threading.local):
-    """The heads whose output is wanted deferred, of the forwards this thread is in."""
+    """The heads that are to defer, of the forwards that this thread is in."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[nn.Module, LabelCount | None]] = []
@@ -44,10 +52,12 @@ _calls = _Calls()
 def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     """Why the output of a head cannot be deferred, or None if it can.
 
-    With ``loaded=False`` its weight may still be on ``meta``, as while ``from_pretrained`` builds a model.
-
     Its weight has to be there still, whole and unchanged, when the loss is computed after the head, and
     nothing else may be computed by the head or hang on it.
+
+    Args:
+        head: What stands where the model has its head.
+        loaded: False while ``from_pretrained`` builds the model: the weight may be on ``meta`` then.
     """
     if not isinstance(head, nn.Module):
         return "the model has no output head"
@@ -76,7 +86,7 @@ def _is_linear(cls: Any) -> bool:
 
 
 def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Tensor:
-    """The output of ``head(hidden)``, to be computed when someone looks.
+    """The output of ``head(hidden)``, to be computed when it is read.
 
     Args:
         head: An ``nn.Linear``; see :func:`reason_against`.
@@ -84,7 +94,7 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
         counted: How many labels of the call count, on its way from the device.
 
     Returns:
-        Deferred logits, or logits where the two do not go together.
+        Deferred logits; plain logits where device or dtype of the two differ.
     """
     autocast = torch.is_autocast_enabled(hidden.device.type)
     same = hidden.device == head.weight.device and (hidden.dtype == head.weight.dtype or autocast)
@@ -96,7 +106,7 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
 
 
 class DeferringLinear(nn.Module):
-    """The kernel of a head: what ``nn.Linear`` gives, deferred inside a forward that was given labels."""
+    """A layer kernel for a head: ``nn.Linear``, deferred inside a forward that was given labels."""
 
     can_torch_compile = True
     has_backward = True
@@ -105,7 +115,7 @@ class DeferringLinear(nn.Module):
     bias: Tensor | None
 
     def forward(self, input: Tensor) -> Tensor:
-        """As ``nn.Linear``."""
+        """``input @ weight.T + bias``, ``[..., vocab]``; deferred where the model's forward asked for it."""
         for head, counted in reversed(_calls.heads):
             if head is self:
                 if torch.compiler.is_compiling():
@@ -114,90 +124,108 @@ class DeferringLinear(nn.Module):
         return F.linear(input, self.weight, self.bias)
 
 
-def deferring_model(
-    forward: Callable[..., Any],
-    path: str,
-    labels: dict[str, int | None],
-    *,
-    recognised: bool,
-    bends: bool,
-    owner: Callable[[], nn.Module | None],
-) -> type[nn.Module]:
-    """The kernel of a model: ``forward`` with its head deferring where labels are given.
+class DeferringForward:
+    """The forward of a causal language model, with its head deferring where labels are given.
 
-    Under a compiler it stays a frame of Python's own, and the graph starts in ``forward``: logits leave
-    the graph as hidden states. Inside a larger graph they are operations of it, which are left out where
-    nothing uses them.
+    Under a compiler it stays a frame of Python's own, and the graph starts in the original forward: logits
+    leave the graph as hidden states. Inside a larger graph they are operations of it, which are left out
+    where nothing uses them.
 
     Args:
-        forward: That of the model.
-        path: Of its head.
+        original: The forward of the model's class.
+        path: Of the head.
         labels: The parameters that labels come in by, and where they stand among those after ``self``.
-        recognised: Whether it is known what ``forward`` does between head and loss; without that nothing
+        recognised: Whether it is known what ``original`` does between head and loss; without that nothing
             is deferred under a compiler.
-        bends: Whether it bounds its logits, as far as is known.
+        softcapped: Whether it soft-caps its logits, as far as is known.
         owner: Gives the model, while there is one: a larger graph is traced without it at hand.
     """
 
-    def head_of(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given = _given(labels, args, kwargs)
-        head = at(self, path) if given is not None else None
-        return (head, given) if head is not None and reason_against(head) is None else (None, None)
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        path: str,
+        labels: dict[str, int | None],
+        *,
+        recognised: bool,
+        softcapped: bool,
+        owner: Callable[[], nn.Module | None],
+    ) -> None:
+        self.original = original
+        self.path = path
+        self.labels = labels
+        self.recognised = recognised
+        self.softcapped = softcapped
+        self.owner = owner
 
-    def proven(self: Any, head: Any, given: Any) -> bool:
-        tokens = given.numel() if isinstance(given, torch.Tensor) else 0
-        return is_trusted(self, head, tokens, bends=bends)
+    def layer_class(self) -> type[nn.Module]:
+        """A layer kernel with this forward, for the class of the model."""
+        original, begin, inside_graph = self.original, self.begin, self.inside_graph
 
-    @constant
-    def proven_ahead() -> bool:
-        from torch.utils._python_dispatch import _disable_current_modes
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return inside_graph(self, args, kwargs)
+            if not begin(self, args, kwargs):
+                return original(self, *args, **kwargs)
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                _end()
+            return _finish(output)
 
-        model = owner()
-        head = at(model, path) if model is not None else None
-        if model is None or reason_against(head) is not None:
-            return False
-        with torch.inference_mode(False), _disable_current_modes():
-            return proven(model, head, None)
+        leave_to_python(forward, within=(begin, _end, _finish))
+        flags = {"can_torch_compile": True, "has_backward": True}
+        return type("DeferringCausalLM", (nn.Module,), {"forward": forward, **flags})
 
-    def begin(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        head, given = head_of(self, args, kwargs)
-        if head is None or _are_few(head, given) or not proven(self, head, given):
+    def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Let the head defer from here to :func:`_end`; False where the logits are to be computed."""
+        head, labels = self.head_and_labels(model, args, kwargs)
+        if head is None or _are_few(head, labels) or not self.verified(model, head, labels):
             # One may be left over from a call that failed in a graph.
             _calls.heads.clear()
             return False
-        ahead = recognised and isinstance(given, torch.Tensor) and given.is_cuda
-        _calls.heads.append((head, LabelCount(given) if ahead else None))
+        ahead = self.recognised and isinstance(labels, torch.Tensor) and labels.is_cuda
+        _calls.heads.append((head, LabelCount(labels) if ahead else None))
         return True
 
-    def inside_graph(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        head, _ = head_of(self, args, kwargs) if recognised else (None, None)
-        if head is None or not proven_ahead():
-            return _with_logits(forward(self, *args, **kwargs), TracedLogits.materialize)
+    def inside_graph(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's call while a larger graph is traced; its logits are operations of that graph."""
+        head, _ = self.head_and_labels(model, args, kwargs) if self.recognised else (None, None)
+        if head is None or not self.verified_ahead():
+            return _with_logits(self.original(model, *args, **kwargs), TracedLogits.materialize)
         _calls.heads.append((head, None))
         # Not in a `try`: dynamo cannot go on after a graph break within one.
-        output = forward(self, *args, **kwargs)
+        output = self.original(model, *args, **kwargs)
         _calls.heads.pop()
         return _with_logits(output, TracedLogits.materialize)
 
-    def deferring(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return inside_graph(self, args, kwargs)
-        if not begin(self, args, kwargs):
-            return forward(self, *args, **kwargs)
-        try:
-            output = forward(self, *args, **kwargs)
-        finally:
-            _end()
-        return _finish(output)
+    def head_and_labels(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The head and the labels of a call; None and None without labels, or where the head cannot defer."""
+        labels = _given(self.labels, args, kwargs)
+        head = module_at(model, self.path) if labels is not None else None
+        return (head, labels) if head is not None and reason_against(head) is None else (None, None)
 
-    deferring.__name__ = "forward"
-    leave_to_python(deferring, within=(begin, _end, _finish))
-    flags = {"can_torch_compile": True, "has_backward": True}
-    return type("DeferringCausalLM", (nn.Module,), {"forward": deferring, **flags})
+    def verified(self, model: Any, head: Any, labels: Any) -> bool:
+        """Whether the loss from hidden states was found right for the head."""
+        tokens = labels.numel() if isinstance(labels, torch.Tensor) else 0
+        return loss_verified(model, head, tokens, softcapped=self.softcapped)
+
+    @constant
+    def verified_ahead(self) -> bool:
+        """Whether the loss was found right for the model's head, asked while a graph is traced.
+
+        The graph keeps the answer as a constant.
+        """
+        model = self.owner()
+        head = module_at(model, self.path) if model is not None else None
+        if model is None or reason_against(head) is not None:
+            return False
+        with torch.inference_mode(False), _disable_current_modes():
+            return self.verified(model, head, None)
 
 
 def _are_few(head: Any, labels: Any) -> bool:
-    """Whether logits are few enough to be computed as ever: the steps of a deferred loss cost 1.4 ms."""
+    """Whether logits are so few that deferring them is slower: the steps of a deferred loss cost 1.4 ms."""
     if not (head.weight.is_cpu and isinstance(labels, torch.Tensor)) or uses_triton(head.weight):
         return False
     half = head.weight.element_size() == 2 or torch.is_autocast_enabled("cpu")
@@ -214,11 +242,11 @@ def _finish(output: Any) -> Any:
 
 
 def _deferred(logits: TracedLogits) -> Tensor:
-    return DeferredLogits(Head(logits.weight, logits.bias, logits.hidden), logits.hidden, logits.steps)
+    return DeferredLogits(Head(logits.weight, logits.bias, logits.hidden), logits.hidden, logits.pointwise)
 
 
 def _with_logits(output: Any, made_of: Callable[[TracedLogits], Tensor]) -> Any:
-    """The output of a model with logits in the place of those that were traced."""
+    """The output of a model with its traced logits replaced by what ``made_of`` makes of them."""
     if isinstance(output, tuple):
         return tuple(made_of(part) if isinstance(part, TracedLogits) else part for part in output)
     if isinstance(output, dict):
@@ -229,10 +257,14 @@ def _with_logits(output: Any, made_of: Callable[[TracedLogits], Tensor]) -> Any:
 
 
 def leave_to_python(outer: Any, within: tuple[Any, ...] = ()) -> None:
-    """Keep dynamo from starting a graph at ``outer``, and from looking at all into those ``within``.
+    """Mark ``outer`` so that dynamo starts no graph at it, and ``within`` so that it never traces them.
 
-    Frames that ``outer`` calls otherwise are still compiled, and in a graph that started before it
-    ``outer`` is traced as ever: that is what ``torch.compiler.disable`` cannot say.
+    Other frames that ``outer`` calls are still compiled, and a graph that started before ``outer`` traces
+    it: ``torch.compiler.disable`` cannot say that.
+
+    Args:
+        outer: A function.
+        within: Functions that it calls.
     """
     frames = torch._C._dynamo.eval_frame
     try:
@@ -254,7 +286,7 @@ def _given(labels: dict[str, int | None], args: tuple[Any, ...], kwargs: dict[st
     return None
 
 
-def at(model: nn.Module, path: str) -> Any:
+def module_at(model: nn.Module, path: str) -> Any:
     """The module at a path, or None."""
     found: Any = model
     for part in path.split("."):

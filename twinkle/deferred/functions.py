@@ -1,4 +1,4 @@
-"""What deferred logits answer without being computed.
+"""The torch functions that deferred logits answer without being computed.
 
 A handler gets the arguments of the function it stands for, and gives ``NotImplemented`` where the
 logits have to be computed after all.
@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from twinkle.deferred.head import apply_steps
+from twinkle.deferred.head import apply_pointwise
 from twinkle.deferred.logits import DeferredLogits
-from twinkle.deferred.verification import may_bend
+from twinkle.deferred.verification import softcap_verified
 from twinkle.errors import TwinkleWarning
 from twinkle.ops.causal_lm_loss.chunks import chunk_rows
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
@@ -35,7 +35,7 @@ def _getter(name: str) -> Any:
     return getattr(_T, name).__get__
 
 
-# What the tensor itself says rightly though it has no memory.
+# What torch answers rightly for a tensor without memory.
 METADATA = frozenset(
     [
         *(_getter(n) for n in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta")),
@@ -78,8 +78,8 @@ def _cast(logits: DeferredLogits, dtype: torch.dtype, *, copy: bool = False) -> 
     if dtype not in _FLOATS:
         return NotImplemented
     if dtype == logits.dtype:
-        return logits.derive(logits._hidden, logits._steps) if copy else logits
-    return logits.derive(logits._hidden, (*logits._steps, ("to", dtype)))
+        return logits.derive(logits._hidden, logits._pointwise) if copy else logits
+    return logits.derive(logits._hidden, (*logits._pointwise, ("to", dtype)))
 
 
 @_handles(_T.float)
@@ -156,7 +156,7 @@ def _view(logits: Any, *shape: Any, **kwargs: Any) -> Any:
         return NotImplemented
     rows = sizes[:-1]
     hidden = logits._hidden.reshape(*rows, logits._hidden.shape[-1])
-    return logits.derive(hidden, logits._steps, lambda real: real.reshape(*rows, vocab))
+    return logits.derive(hidden, logits._pointwise, lambda real: real.reshape(*rows, vocab))
 
 
 @_handles(_T.__getitem__)
@@ -165,7 +165,7 @@ def _rows(logits: Any, index: Any) -> Any:
         return NotImplemented
     hidden = logits._hidden[index]
     plain = not any(isinstance(part, torch.Tensor) for part in _parts(index))
-    return logits.derive(hidden, logits._steps, (lambda real: real[index]) if plain else None)
+    return logits.derive(hidden, logits._pointwise, (lambda real: real[index]) if plain else None)
 
 
 def of_whole_rows(dim: int, index: Any) -> bool:
@@ -197,10 +197,10 @@ def _is_whole(part: Any) -> bool:
 @_handles(_T.detach, torch.detach)
 def _detach(logits: Any) -> Any:
     if not logits.records_grad:
-        return logits.derive(logits._hidden, logits._steps, lambda real: real.detach())
+        return logits.derive(logits._hidden, logits._pointwise, lambda real: real.detach())
     hidden = logits._hidden.detach()
     with torch.no_grad():
-        made = DeferredLogits(logits._head.detached(), hidden, logits._steps)
+        made = DeferredLogits(logits._head.detached(), hidden, logits._pointwise)
     return logits.adopt(made, lambda real: real.detach())
 
 
@@ -216,7 +216,7 @@ def _mul(logits: Any, other: Any, **kwargs: Any) -> Any:
     number = _number(other)
     if number is None or kwargs:
         return NotImplemented
-    return logits.derive(logits._hidden, (*logits._steps, ("mul", number)))
+    return logits.derive(logits._hidden, (*logits._pointwise, ("mul", number)))
 
 
 @_handles(_T.div, _T.__truediv__, torch.div, torch.true_divide, torch.divide, _T.divide, _T.true_divide)
@@ -224,12 +224,12 @@ def _div(logits: Any, other: Any, **kwargs: Any) -> Any:
     number = _number(other)
     if not number or kwargs:
         return NotImplemented
-    return logits.derive(logits._hidden, (*logits._steps, ("div", number)))
+    return logits.derive(logits._hidden, (*logits._pointwise, ("div", number)))
 
 
 @_handles(_T.tanh, torch.tanh)
 def _tanh(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else logits.derive(logits._hidden, (*logits._steps, ("tanh", None)))
+    return NotImplemented if kwargs else logits.derive(logits._hidden, (*logits._pointwise, ("tanh", None)))
 
 
 def _in_place(name: str) -> Callable[..., Any]:
@@ -237,7 +237,7 @@ def _in_place(name: str) -> Callable[..., Any]:
         number = None if name == "tanh" else _number(other)
         if kwargs or (name != "tanh" and not number) or len(logits.relatives()) > 1:
             return NotImplemented
-        logits._steps = (*logits._steps, (name, number))
+        logits._pointwise = (*logits._pointwise, (name, number))
         return logits
 
     return change
@@ -323,12 +323,12 @@ def _cross_entropy(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
     dtype = torch.float32 if wide else input.dtype
     with torch.autocast(input.device.type, enabled=False):
         operands = input._head.operands(input._hidden)
-        return cross_entropy(operands, input._steps, dtype, most_rows, target, *args, **kwargs)
+        return cross_entropy(operands, input._pointwise, dtype, most_rows, target, *args, **kwargs)
 
 
 def cross_entropy(
     operands: tuple[Tensor, Tensor, Tensor | None],
-    steps: Any,
+    pointwise: Any,
     dtype: torch.dtype,
     most_rows: Callable[[int], int | None],
     target: Any,
@@ -339,20 +339,20 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Any:
-    """``F.cross_entropy`` of logits that are not there, or ``NotImplemented`` where it needs them.
+    """``F.cross_entropy`` of logits that are not computed, or ``NotImplemented`` where it needs them.
 
     Args:
-        operands: Hidden states, weight and bias of the head.
-        steps: What was done to the logits since.
+        operands: Hidden states ``[tokens, hidden]``, weight ``[vocab, hidden]`` and bias of the head.
+        pointwise: What was done to the logits after the head.
         dtype: Of the loss.
         most_rows: Given ``ignore_index``, how many labels count at most; None if that is not known.
-        target: As the rest, that of ``F.cross_entropy``.
-        weight: ...
-        size_average: ...
-        ignore_index: ...
-        reduce: ...
-        reduction: ...
-        label_smoothing: ...
+        target: Class numbers, ``[tokens]``; all from here on as for ``F.cross_entropy``.
+        weight: Of the classes; with one the logits are needed.
+        size_average: Deprecated; with it the logits are needed.
+        ignore_index: Labels of this value do not count.
+        reduce: Deprecated; with it the logits are needed.
+        reduction: ``mean``, ``sum`` or ``none``.
+        label_smoothing: From 0 to 1.
     """
     hidden, head_weight, bias = operands
     if any(given is not None for given in (weight, size_average, reduce)):
@@ -363,10 +363,10 @@ def cross_entropy(
         return NotImplemented
     if hidden.dtype != head_weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
         return NotImplemented
-    folded = fold(steps)
+    folded = fold(pointwise)
     if folded is None or reduction not in ("mean", "sum", "none"):
         return NotImplemented
-    if folded[2] and not may_bend(head_weight, bias, hidden.shape[0]):
+    if folded[2] and not softcap_verified(head_weight, bias, hidden.shape[0]):
         return NotImplemented
     loss = of_rows(
         hidden,
@@ -384,10 +384,13 @@ def cross_entropy(
     return loss.to(dtype)
 
 
-def fold(steps: Any) -> tuple[float, float, bool] | None:
-    """Steps as ``post * tanh(pre * x)`` or ``pre * x``; None where they are something else."""
+def fold(pointwise: Any) -> tuple[float, float, bool] | None:
+    """The factors ``(pre, post, True)`` of ``post * tanh(pre * x)`` or ``(pre, 1, False)`` of ``pre * x``.
+
+    None where pointwise operations are something else; casts are passed over.
+    """
     pre, post, tanh = 1.0, 1.0, False
-    for name, value in steps:
+    for name, value in pointwise:
         if name == "tanh":
             if tanh:
                 return None
@@ -408,7 +411,9 @@ def _argmax(logits: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) 
     best = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
     with torch.no_grad():
         for start in range(0, rows.shape[0], size):
-            part = apply_steps(logits._head.logits(rows[start : start + size]).detach(), logits._steps)
+            part = apply_pointwise(
+                logits._head.logits(rows[start : start + size]).detach(), logits._pointwise
+            )
             best[start : start + size] = part.argmax(-1)
     best = best.view(logits.shape[:-1])
     return best.unsqueeze(-1) if keepdim else best

@@ -1,4 +1,4 @@
-"""What deferred logits stand on: the head's weight as it was, and the logits of any rows."""
+"""The head of deferred logits: its weight as it was at the call, and the logits of any rows."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from twinkle.runtime import runtime
+
 if TYPE_CHECKING:
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount", "apply_steps"]
+__all__ = ["Head", "LabelCount", "LiveHeads", "PointwiseOp", "apply_pointwise"]
 
-# What has been done to the logits since the head: ("mul", 0.5), ("div", 30.0), ("tanh", None), ("to", dtype).
-Step = tuple[str, "float | torch.dtype | None"]
+PointwiseOp = tuple[str, "float | torch.dtype | None"]
+"""One thing done to the logits since the head: ("mul", 0.5), ("div", 30.0), ("tanh", None), ("to", dtype)."""
 
 
-def apply_steps(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
-    """The steps as the program would have done them, roundings included."""
-    for name, value in steps:
+def apply_pointwise(logits: Tensor, ops: tuple[PointwiseOp, ...]) -> Tensor:
+    """The logits after pointwise operations, which round as in the program."""
+    for name, value in ops:
         if name == "to":
             logits = logits.to(value)
         elif name == "tanh":
@@ -33,10 +35,10 @@ def apply_steps(logits: Tensor, steps: tuple[Step, ...]) -> Tensor:
 
 
 class LabelCount:
-    """How many labels count, asked for at the start of a forward.
+    """How many labels are not ignored, counted on the GPU at the start of a forward.
 
-    The answer has long arrived when the loss wants it, so asking does not wait for the device to finish
-    the forward.
+    The number has reached the host when the loss needs it, so that reading it does not wait for the device
+    to finish the forward.
 
     Args:
         labels: On a GPU.
@@ -54,7 +56,12 @@ class LabelCount:
             self._done.record()
 
     def bound(self, targets: Tensor, ignore_index: int) -> int | None:
-        """How many of ``targets``, these labels or fewer of them, count at most; None if unknown."""
+        """The most labels of ``targets`` that can count, or None if that is not known.
+
+        Args:
+            targets: These labels, or some of them replaced by ``ignore_index``.
+            ignore_index: Labels of this value do not count.
+        """
         if targets.numel() != self.size or ignore_index != self.ignore_index or not targets.is_cuda:
             return None
         self._done.synchronize()
@@ -87,27 +94,27 @@ class Head:
         self._frozen = False
         self._hidden = hidden
         self._versions = self._now()
-        _watch(self)
+        runtime.of(LiveHeads).heads.add(self)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the logits as they come out of the head."""
+        """The dtype of the logits as they come out of the head."""
         return self.weight.dtype if self.autocast is None else self.autocast
 
     def detached(self) -> Head:
-        """The same without gradients."""
+        """The same head for logits without gradients."""
         twin = object.__new__(Head)
         twin.__dict__.update(self.__dict__)
         twin.grad, twin.weight = False, self.weight.detach()
         twin.bias = None if self.bias is None else self.bias.detach()
-        _live.add(twin)
+        runtime.of(LiveHeads).heads.add(twin)
         return twin
 
     def check(self) -> None:
         """Raise if the logits can no longer be computed.
 
         Raises:
-            RuntimeError: Weight or hidden states were changed, or freed, behind our back.
+            RuntimeError: Weight or hidden states were changed in place, or freed.
         """
         if self._frozen:
             return
@@ -142,7 +149,11 @@ class Head:
             return F.linear(*self.operands(hidden))
 
     def freeze(self, copies: dict[Any, Tensor]) -> None:
-        """Keep the weight as it is now."""
+        """Keep copies of weight and bias as they are now.
+
+        Args:
+            copies: Those made so far, which other heads share.
+        """
         if self._frozen or self._now() != self._versions:
             return
         self.weight = _copy(self.weight, copies)
@@ -161,24 +172,25 @@ def _copy(tensor: Tensor, copies: dict[Any, Tensor]) -> Tensor:
     return copies[key]
 
 
-_live: weakref.WeakSet[Head] = weakref.WeakSet()
-_hooked = False
+class LiveHeads:
+    """The heads of logits that may still be deferred, and the hook that optimizers call before a step."""
 
+    def __init__(self) -> None:
+        self.heads: weakref.WeakSet[Head] = weakref.WeakSet()
+        self._hook = register_optimizer_step_pre_hook(self.before_step)
 
-def _watch(head: Head) -> None:
-    global _hooked
-    if not _hooked:
-        register_optimizer_step_pre_hook(_before_step)
-        _hooked = True
-    _live.add(head)
+    def close(self) -> None:
+        """Take the hook out, unless heads are left that still need it to keep their weights."""
+        if not self.heads:
+            self._hook.remove()
 
-
-def _before_step(optimizer: Any, *_: object) -> None:
-    waiting = list(_live)
-    if not waiting:
-        return
-    changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    copies: dict[Any, Tensor] = {}
-    for head in waiting:
-        if id(head._given) in changed or any(id(t) in changed for t in (head.weight, head.bias)):
-            head.freeze(copies)
+    def before_step(self, optimizer: Any, *_: object) -> None:
+        """Keep the weights that the optimizer is about to change for the logits that need them."""
+        waiting = list(self.heads)
+        if not waiting:
+            return
+        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        copies: dict[Any, Tensor] = {}
+        for head in waiting:
+            if id(head._given) in changed or any(id(t) in changed for t in (head.weight, head.bias)):
+                head.freeze(copies)

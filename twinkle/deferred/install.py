@@ -1,4 +1,4 @@
-"""Deferred logits in the place of a head's output, inside a forward that was given labels."""
+"""Puts deferred logits into a causal language model: kernels for its forward and for its head."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twinkle.deferred.forward import (
+    DeferringForward,
     DeferringLinear,
-    at,
-    deferring_model,
     leave_to_python,
+    module_at,
     reason_against,
 )
+from twinkle.records import Binding, LayerKernel
+from twinkle.swap.candidate import Candidate
+from twinkle.swap.layers import original_class, placed, plan, swap_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any
-
-    from twinkle.records import Binding
-    from twinkle.swap.candidate import Candidate
 
 __all__ = ["Installed", "install", "reason_against", "uninstall"]
 
 
 class Installed:
-    """What :func:`install` did.
+    """A model whose head defers its logits.
 
     Attributes:
         model: The model.
@@ -42,7 +42,7 @@ class Installed:
 
 
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
-    """Let the head of a causal language model give deferred logits where labels are given.
+    """Let the head of a causal language model defer its logits where labels are given.
 
     The class of model and head is changed as for any kernel (``twinkle.swap``): names, parameters, hooks,
     copies and pickles stay what they are.
@@ -56,11 +56,9 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     Returns:
         What was done, or why the model is left alone.
     """
-    from twinkle.swap.layers import original_class, plan
-
     facts = dict(getattr(recognition, "facts", None) or {})
     path = facts.get("head") or _path_of_output(model)
-    head = at(model, path) if path else None
+    head = module_at(model, path) if path else None
     reason = reason_against(head, loaded=False)  # it is asked again at each call
     if reason is not None or head is None:
         return reason or "the model has no output head"
@@ -68,17 +66,23 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     labels = _labels(target.forward, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
-    kernel = deferring_model(
+    forward = DeferringForward(
         target.forward,
         path,
         labels,
         recognised=bool(facts),
-        bends=_bends(model, recognition),
+        softcapped=_is_softcapped(model, recognition),
         owner=weakref.ref(model),
     )
-    ours = _candidate(kernel, target), _candidate(DeferringLinear, nn.Linear)
+    ours = _candidate("model", forward.layer_class(), target), _candidate("head", DeferringLinear, nn.Linear)
+    why = _put_in([(model, ours[0]), (head, ours[1])])
+    return Installed(model, path, (ours[0].binding, ours[1].binding)) if why is None else why
+
+
+def _put_in(pairs: Sequence[tuple[nn.Module, Candidate]]) -> str | None:
+    """Put each candidate into its module, or none of them and say why."""
     plans = []
-    for module, candidate in zip((model, head), ours, strict=True):
+    for module, candidate in pairs:
         made = plan(module, [candidate])
         if isinstance(made, str):
             return made
@@ -89,25 +93,21 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
             return why
     for made in plans:
         made.commit()
-    for module in (model, head):
+    for module, _ in pairs:
         _take_calls(module)
-    return Installed(model, path, (ours[0].binding, ours[1].binding))
+    return None
 
 
 def uninstall(installed: Installed) -> None:
     """Undo :func:`install`."""
-    from twinkle.swap.layers import swap_out
-
     swap_out(installed.model)
-    head = at(installed.model, installed.head)
+    head = module_at(installed.model, installed.head)
     if head is not None:
         swap_out(head)
 
 
 def _take_calls(module: nn.Module) -> None:
-    """Load the kernel now, also on ``meta``: a model may be compiled before it ever ran."""
-    from twinkle.swap.layers import placed
-
+    """Load the kernel of a module now, also on ``meta``: a model may be compiled before its first call."""
     dispatch = placed(module)
     assert dispatch is not None
     for entry in dispatch.entries:
@@ -133,12 +133,12 @@ def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int
     return found
 
 
-def _bends(model: nn.Module, recognition: Any) -> bool:
-    """Whether the model bounds its logits; a softcap may be there in its code and off in its config."""
+def _is_softcapped(model: nn.Module, recognition: Any) -> bool:
+    """Whether the model soft-caps its logits; its code may have a soft cap that its config turns off."""
     form = getattr(recognition, "form", None)
     steps = [step for step in getattr(form, "steps", ()) if "softcap" in step]
     factors = recognition.facts.get("factors", ()) if steps else ()
-    values = [at(model, factor) if isinstance(factor, str) else factor for factor in factors]
+    values = [module_at(model, factor) if isinstance(factor, str) else factor for factor in factors]
     return bool(steps) and any(value is not None for value in values)
 
 
@@ -150,25 +150,28 @@ def _path_of_output(model: nn.Module) -> str:
 
 
 class _Source:
-    """A kernel that was made on the spot."""
+    """Where the two kernels come from: they are made for one model.
+
+    Args:
+        part: The ``model`` or its ``head``.
+        kernel: The layer class.
+    """
 
     kind = "embedded"
 
-    def __init__(self, kernel: type[nn.Module]) -> None:
+    def __init__(self, part: str, kernel: type[nn.Module]) -> None:
+        self._part = part
         self._kernel = kernel
 
     def describe(self) -> str:
-        return f"embedded {__name__}:{self._kernel.__name__}"
+        return f"embedded causal_lm_loss ({self._part})"
 
     def load(self) -> type[nn.Module]:
         return self._kernel
 
 
-def _candidate(kernel: type[nn.Module], target: type) -> Candidate:
-    from twinkle.records import Binding, LayerKernel
-    from twinkle.swap.candidate import Candidate
-
-    source = _Source(kernel)
+def _candidate(part: str, kernel: type[nn.Module], target: type) -> Candidate:
+    source = _Source(part, kernel)
     record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))

@@ -1,8 +1,8 @@
-"""Deferred logits: a tensor that knows what it would be, and is computed when someone looks.
+"""Deferred logits: a tensor without memory, which is computed when something reads its values.
 
-What lies between a head and its loss (a cast, a view, a shift of rows, a factor, a tanh softcap) is
-recorded, and ``F.cross_entropy`` computes loss and gradients from the hidden states in chunks. Anything
-else computes the logits as the program would have, once, and goes on with them.
+What lies between a head and its loss (a cast, a view, a shift of rows, a factor, a tanh soft cap) is
+recorded, and ``F.cross_entropy`` computes loss and gradients from the hidden states in chunks. Any other
+operation computes the logits, once, by the operations of the program.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.utils._pytree import tree_map
 
-from twinkle.deferred.head import Head, apply_steps
+from twinkle.deferred.head import Head, apply_pointwise
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.deferred.head import Step
+    from twinkle.deferred.head import PointwiseOp
 
 __all__ = ["DeferredLogits"]
 
@@ -29,33 +29,33 @@ _plain = torch._C.DisableTorchFunctionSubclass
 
 
 class DeferredLogits(torch.Tensor):
-    """``steps(hidden @ weight.T + bias)``, not computed yet.
+    """``pointwise(hidden @ weight.T + bias)``, not computed yet.
 
     Args:
-        head: What makes logits of hidden states.
+        head: Weight and bias of the call.
         hidden: ``[..., hidden]``.
-        steps: What is done to the logits.
+        pointwise: What is done to the logits after the head, in order.
     """
 
     _head: Head
     _hidden: Tensor
-    _steps: tuple[Step, ...]
+    _pointwise: tuple[PointwiseOp, ...]
     _real: Tensor | None
     _hooks: list[Any]
-    # Those that share memory once computed, and how this one comes from another of them.
+    # Those that share memory once computed; from which of them, and how, these are a view.
     _family: list[weakref.ref[DeferredLogits]]
     _origin: tuple[DeferredLogits, Callable[[Any], Any]] | None
 
-    def __new__(cls, head: Head, hidden: Tensor, steps: tuple[Step, ...] = ()) -> DeferredLogits:
-        """A tensor of their shape, without memory."""
-        dtype = next((value for name, value in reversed(steps) if name == "to"), head.dtype)
+    def __new__(cls, head: Head, hidden: Tensor, pointwise: tuple[PointwiseOp, ...] = ()) -> DeferredLogits:
+        """A tensor of the logits' shape, dtype and device, without memory."""
+        dtype = next((value for name, value in reversed(pointwise) if name == "to"), head.dtype)
         if not head.grad and hidden.requires_grad:
             hidden = hidden.detach()
         shape = (*hidden.shape[:-1], head.weight.shape[0])
         made: DeferredLogits = torch.Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=hidden.device
         )
-        made._head, made._hidden, made._steps = head, hidden, steps
+        made._head, made._hidden, made._pointwise = head, hidden, pointwise
         made._real, made._hooks, made._origin = None, [], None
         made._family = [weakref.ref(made)]
         return made
@@ -81,7 +81,7 @@ class DeferredLogits(torch.Tensor):
                     torch.set_grad_enabled(self._head.grad),
                     torch.autocast(self._hidden.device.type, enabled=False),
                 ):
-                    self._settle_as(apply_steps(self._head.logits(self._hidden), self._steps))
+                    self._settle_as(apply_pointwise(self._head.logits(self._hidden), self._pointwise))
         assert self._real is not None
         return self._real
 
@@ -92,19 +92,24 @@ class DeferredLogits(torch.Tensor):
         del self._head, self._hidden
 
     def derive(
-        self, hidden: Tensor, steps: tuple[Step, ...], view: Callable[[Any], Any] | None = None
+        self, hidden: Tensor, pointwise: tuple[PointwiseOp, ...], view: Callable[[Any], Any] | None = None
     ) -> DeferredLogits:
         """Other deferred logits of the same head.
 
         Args:
-            hidden: Their hidden states.
-            steps: Their steps.
-            view: What makes them of these, where the two share memory.
+            hidden: Their hidden states, ``[..., hidden]``.
+            pointwise: What is done to them after the head.
+            view: Makes them of these once computed, where the two share memory.
         """
-        return self.adopt(DeferredLogits(self._head, hidden, steps), view)
+        return self.adopt(DeferredLogits(self._head, hidden, pointwise), view)
 
     def adopt(self, made: DeferredLogits, view: Callable[[Any], Any] | None) -> DeferredLogits:
-        """Take note that ``made`` will be a view of these."""
+        """Record that ``made``, once computed, is a view of these.
+
+        Args:
+            made: Other deferred logits.
+            view: Makes them of these; None where the two share no memory.
+        """
         if view is not None:
             made._origin = (self, view)
             made._family = self._family
@@ -112,7 +117,7 @@ class DeferredLogits(torch.Tensor):
         return made
 
     def relatives(self) -> list[DeferredLogits]:
-        """All that share memory with these, oldest first."""
+        """All deferred logits that share memory with these, oldest first."""
         return [member for ref in self._family if (member := ref()) is not None]
 
     def share_memory_now(self) -> None:
@@ -131,7 +136,7 @@ class DeferredLogits(torch.Tensor):
 
     @property
     def records_grad(self) -> bool:
-        """What ``requires_grad`` says."""
+        """Whether the logits require a gradient."""
         if self._real is not None:
             return bool(self._real.requires_grad)
         parts = (self._hidden, self._head.weight, self._head.bias)
@@ -139,6 +144,7 @@ class DeferredLogits(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Not at the top: the handlers make objects of this class.
         from twinkle.deferred.functions import HANDLERS, METADATA, changes_in_place
 
         kwargs = kwargs or {}

@@ -1,22 +1,25 @@
-"""The loss without logits against the loss with them, on a few rows and the real head.
+"""A comparison of the loss without logits with the loss with them, on a few rows and the real head.
 
-A whole step of it cannot be compared: its logits are what there is no memory for. So a few made-up rows
-meet a part of the vocabulary for the loss and all gradients. On a GPU, where a kernel of our own goes
-through the vocabulary block by block, they meet the whole weight as well, for the loss and the gradient of
-the hidden states. The largest tensors are the logits of 64 rows and a part of the weight: at most 2^25
+A whole step cannot be compared: there is no memory for its logits. So the loss and all gradients are
+compared for a few made-up rows and a part of the vocabulary. On a GPU, where our own kernel goes through
+the vocabulary block by block, the loss and the gradient of the hidden states are compared for the whole
+weight as well. The largest tensors are the logits of 64 rows and a part of the weight: at most 2^25
 elements, on a CPU 2^18.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 
+from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
+from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,25 +35,13 @@ _COLUMNS = 8192
 _SOFTCAP, _SCALE = 30.0, 0.5
 
 
-class _Loss:
-    """What a question is asked about: see ``twinkle.proof.cache_key``."""
-
-    op = "causal_lm_loss"
-    room = "layer"
-
-    class form:
-        name = "first use"
-
-    facts: dict[str, Any] = {}  # noqa: RUF012
-
-
 def prove_loss(
     weight: Tensor,
     bias: Tensor | None,
     *,
     tokens: int,
     backward: bool,
-    bent: bool = False,
+    softcapped: bool = False,
     recall: bool = False,
 ) -> Verdict:
     """Compare ``linear_cross_entropy`` with ``F.linear`` and ``F.cross_entropy``.
@@ -60,8 +51,8 @@ def prove_loss(
         bias: ``[vocab]`` or None.
         tokens: Of the call at hand: the comparison takes a small share of them, and no more than 64.
         backward: Compare the gradients of hidden states, weight and bias as well.
-        bent: Compare behind a scale and a softcap, and nothing else.
-        recall: Take a verdict from before.
+        softcapped: Compare with a scale and a soft cap on the logits, and nothing else.
+        recall: Take a verdict from an earlier process.
     """
     on_cpu = weight.device.type == "cpu"
     rows = max(4, min(_MOST_ROWS, tokens // (32 if on_cpu else 128)))
@@ -70,10 +61,10 @@ def prove_loss(
     hidden = torch.randn(rows, weight.shape[1], **draw).to(weight.dtype)
     labels = torch.randint(weight.shape[0], (rows,), **draw)
     labels[-1] = -100
-    source: Any = _Loss
-    asked = cache_key(source, (hidden, weight, bias, labels, bent), {}, module=None, backward=backward)
-    if recall and asked is not None:
-        known = proofs().find({**asked, "gradients": True}) or proofs().find(asked)
+    subject = EmbeddedLayer("causal_lm_loss", SimpleNamespace(name="first use"), {})
+    key = cache_key(subject, (hidden, weight, bias, labels, softcapped), {}, module=None, backward=backward)
+    if recall and key is not None:
+        known = proofs().recall(key)
         if known is not None:
             return known
     weight, bias = weight.detach(), None if bias is None else bias.detach()
@@ -81,17 +72,16 @@ def prove_loss(
         columns = max(2, (_PART_ON_CPU if on_cpu else _PART) // weight.shape[1])
         if not on_cpu and _BLOCK * weight.shape[1] <= _LARGEST_PART:
             columns = max(columns, _BLOCK)
-        verdict = _part(hidden, weight, bias, labels, columns, backward, bent)
-        if verdict.ok and not bent and not on_cpu and columns < weight.shape[0]:
-            verdict = _both(verdict, _whole(hidden, weight, bias, labels, backward))
-    if asked is not None:
-        proofs().keep(asked, verdict)
+        verdict = _part(hidden, weight, bias, labels, columns, backward, softcapped)
+        if verdict.ok and not softcapped and not on_cpu and columns < weight.shape[0]:
+            verdict = _worst(verdict, _whole(hidden, weight, bias, labels, backward))
+    if key is not None:
+        proofs().keep(key, verdict)
     return verdict
 
 
 def _whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, backward: bool) -> Verdict:
-    """All of the vocabulary; gradients of the hidden states alone."""
-    from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
+    """The verdict on the whole vocabulary, with gradients of the hidden states alone."""
 
     def original(hidden: Tensor) -> Tensor:
         if hidden.dtype == weight.dtype:
@@ -112,18 +102,16 @@ def _part(
     labels: Tensor,
     columns: int,
     backward: bool,
-    bent: bool,
+    softcapped: bool,
 ) -> Verdict:
-    """Some columns, with gradients of everything; plain, or behind a scale and a softcap."""
-    from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
-
+    """The verdict on a part of the vocabulary, with gradients of hidden states, weight and bias."""
     columns = min(weight.shape[0], columns)
     near = torch.where(labels < 0, labels, labels % columns)
-    scale, softcap = (_SCALE, _SOFTCAP) if bent else (None, None)
+    scale, softcap = (_SCALE, _SOFTCAP) if softcapped else (None, None)
 
     def original(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = F.linear(hidden, weight, bias)
-        if bent:
+        if softcapped:
             wide = logits if logits.dtype == torch.float64 else logits.float()
             logits = _SOFTCAP * torch.tanh(wide * (_SCALE / _SOFTCAP))
         return _loss(logits, near)
@@ -139,7 +127,7 @@ def _loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), labels)
 
 
-def _both(first: Verdict, second: Verdict) -> Verdict:
+def _worst(first: Verdict, second: Verdict) -> Verdict:
     if not second.ok:
         return second
     a, b = first.errors, second.errors
@@ -148,7 +136,7 @@ def _both(first: Verdict, second: Verdict) -> Verdict:
 
 
 class _FinerLoss(torch.autograd.Function):
-    """The loss in the dtype of the hidden states, with a piece of the weight in it at a time."""
+    """The loss in the higher precision of the hidden states, to which the weight is cast piece by piece."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -166,7 +154,7 @@ class _FinerLoss(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, push: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         gradient, weight = ctx.saved_tensors
         pieces = zip(gradient.split(_COLUMNS, dim=1), weight.split(_COLUMNS), strict=True)
-        return push * sum(part @ piece.to(part.dtype) for part, piece in pieces), None, None, None
+        return cotangent * sum(part @ piece.to(part.dtype) for part, piece in pieces), None, None, None

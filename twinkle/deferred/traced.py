@@ -1,9 +1,9 @@
-"""Deferred logits inside a graph: what a compiler traces in the place of the logits.
+"""Deferred logits inside a graph: an object that a compiler traces in the place of the logits.
 
 A tensor subclass cannot be made while a graph is traced; an ordinary object can. It lives from the head
-to the end of the model's forward. By then the loss is one operator on the hidden states, and the object
-has become logits that are computed in the graph if anything uses them (what nothing uses is left out),
-or, where the frame around the graph is Python's own, :class:`DeferredLogits`.
+to the end of the model's forward. By then the loss is one operator on the hidden states. Where the frame
+around the graph is Python's own, the object then becomes :class:`DeferredLogits`; elsewhere it becomes
+logits of the graph, which the compiler leaves out where nothing uses them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.deferred.functions import cross_entropy, of_whole_rows
-from twinkle.deferred.head import apply_steps
+from twinkle.deferred.head import apply_pointwise
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 
 if TYPE_CHECKING:
@@ -22,43 +22,43 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.deferred.head import Step
+    from twinkle.deferred.head import PointwiseOp
 
 __all__ = ["TracedLogits"]
 
 
 class TracedLogits:
-    """``steps(hidden @ weight.T + bias)``, not computed yet.
+    """``pointwise(hidden @ weight.T + bias)``, not computed yet.
 
     Args:
         hidden: ``[..., hidden]``.
         weight: ``[vocab, hidden]``.
         bias: ``[vocab]`` or None.
-        steps: What is done to the logits.
+        pointwise: What is done to the logits after the head, in order.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, steps: tuple[Step, ...] = ()
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, pointwise: tuple[PointwiseOp, ...] = ()
     ) -> None:
         self.hidden = hidden
         self.weight = weight
         self.bias = bias
-        self.steps = steps
+        self.pointwise = pointwise
 
     def materialize(self) -> Tensor:
         """The logits, as operations of the graph."""
-        return apply_steps(F.linear(self.hidden, self.weight, self.bias), self.steps)
+        return apply_pointwise(F.linear(self.hidden, self.weight, self.bias), self.pointwise)
 
-    def _then(self, *step: Step) -> TracedLogits:
-        return TracedLogits(self.hidden, self.weight, self.bias, (*self.steps, *step))
+    def _then(self, *ops: PointwiseOp) -> TracedLogits:
+        return TracedLogits(self.hidden, self.weight, self.bias, (*self.pointwise, *ops))
 
     def _of(self, hidden: Tensor) -> TracedLogits:
-        return TracedLogits(hidden, self.weight, self.bias, self.steps)
+        return TracedLogits(hidden, self.weight, self.bias, self.pointwise)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the logits."""
-        for name, value in reversed(self.steps):
+        """The dtype of the logits."""
+        for name, value in reversed(self.pointwise):
             if name == "to":
                 return value
         kind = self.hidden.device.type
@@ -66,28 +66,28 @@ class TracedLogits:
 
     @property
     def device(self) -> torch.device:
-        """Where they are."""
+        """The device of the logits."""
         return self.hidden.device
 
     @property
     def shape(self) -> torch.Size:
-        """``[..., vocab]``."""
+        """The shape of the logits, ``[..., vocab]``."""
         return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
 
     def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
+        """As ``Tensor.size``."""
         return self.shape if dim is None else self.shape[dim]
 
     def dim(self) -> Any:
-        """As of a tensor."""
+        """As ``Tensor.dim``."""
         return self.hidden.dim()
 
     def float(self) -> TracedLogits:
-        """As of a tensor."""
+        """As ``Tensor.float``."""
         return self._then(("to", torch.float32))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As of a tensor."""
+        """As ``Tensor.to``."""
         if not kwargs and len(args) == 1:
             if isinstance(args[0], torch.dtype) and args[0].is_floating_point:
                 return self._then(("to", args[0]))
@@ -96,11 +96,11 @@ class TracedLogits:
         return self.materialize().to(*args, **kwargs)
 
     def contiguous(self) -> TracedLogits:
-        """As of a tensor."""
+        """As ``Tensor.contiguous``."""
         return self
 
     def view(self, *shape: Any) -> Any:
-        """As of a tensor."""
+        """As ``Tensor.view``."""
         sizes = tuple(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else shape
         if len(sizes) < 2 or sizes[-1] != self.weight.shape[0]:
             return self.materialize().reshape(sizes)
@@ -109,7 +109,7 @@ class TracedLogits:
     reshape = view
 
     def tanh(self) -> TracedLogits:
-        """As of a tensor."""
+        """As ``Tensor.tanh``."""
         return self._then(("tanh", None))
 
     def __getitem__(self, index: Any) -> Any:
@@ -131,7 +131,7 @@ class TracedLogits:
         # The labels are counted in the graph, where nobody can wait for the number.
         operands = as_autocast(self.hidden, self.weight, self.bias)
         dtype = torch.float32 if wide else self.dtype
-        return cross_entropy(operands, self.steps, dtype, _unknown, target, *args, **kwargs)
+        return cross_entropy(operands, self.pointwise, dtype, _unknown, target, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.materialize(), name)

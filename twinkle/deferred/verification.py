@@ -1,17 +1,21 @@
-"""The loss is proven before it is first used for a head: plainly at the labels, bent where logits were bent.
+"""The loss without logits is compared with the loss with them before it is first used for a head.
 
-Logits may be bounded (``softcap * tanh(logits / softcap)``) between head and loss, by the model or by the
-program around it. That is another branch of the kernel, so it is proven by itself, when the first such loss
-is asked for. Where it is not right the logits are computed after all.
+A head is verified once for its shape, device and dtype, and again for calls that record gradients. Where
+logits are soft-capped (``softcap * tanh(logits / softcap)``) between head and loss, by the model or by the
+program around it, another branch of the kernel computes the loss, so that is verified separately, when the
+first such loss is asked for. Where the comparison fails the logits are computed.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from twinkle.deferred import proof
+from twinkle.runtime import runtime
+from twinkle.swap.layers import candidates_of
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
@@ -21,97 +25,151 @@ if TYPE_CHECKING:
 
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["is_trusted", "may_bend"]
-
-# What was found in this process: for a kind of head, with a softcap or not, with gradients or not.
-_found: dict[Any, bool] = {}
-# Who tells the report of a kind of head.
-_tellers: dict[Any, weakref.ref[Candidate]] = {}
+__all__ = ["HeadType", "Verifications", "loss_verified", "softcap_verified"]
 
 
-def is_trusted(model: nn.Module, head: Any, tokens: int, *, bends: bool = False) -> bool:
-    """Whether the loss of a model may be computed from its hidden states; proven once a kind of head.
+class HeadType(NamedTuple):
+    """The dtype, device and shape of a head: one comparison holds for all heads of a type.
+
+    Attributes:
+        dtype: What their logits are computed in.
+        device: Where.
+        shape: ``[vocab, hidden]``.
+        has_bias: Whether they have a bias.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    has_bias: bool
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None) -> HeadType:
+        """The type of a head with these parameters, in a call now."""
+        device = weight.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
+        return cls(dtype, device, weight.shape, bias is not None)
+
+
+class Verifications:
+    """The comparisons of the loss that were made in this process.
+
+    Attributes:
+        outcomes: Whether the loss was right, by type of head, whether logits were soft-capped, and whether
+            gradients were compared.
+        reporters: The candidate whose record gets the verdicts for a type of head.
+    """
+
+    def __init__(self) -> None:
+        self.outcomes: dict[tuple[HeadType, bool, bool], bool] = {}
+        self.reporters: dict[HeadType, weakref.ref[Candidate]] = {}
+
+    def known(self, head: HeadType, *, softcapped: bool) -> bool | None:
+        """The outcome of the comparison that a call now depends on, or None before there is one."""
+        with_grad = self.outcomes.get((head, softcapped, True))
+        if with_grad or torch.is_grad_enabled():
+            return with_grad
+        return self.outcomes.get((head, softcapped, False))
+
+    def reporter(self, head: HeadType) -> Candidate | None:
+        """The candidate whose record gets the verdicts, while there is one."""
+        ref = self.reporters.get(head)
+        return None if ref is None else ref()
+
+    def verify(
+        self,
+        head: HeadType,
+        candidate: Candidate,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: int,
+        *,
+        softcapped: bool,
+    ) -> bool:
+        """Whether the loss is right for a type of head; compared at the first question.
+
+        Args:
+            head: The type.
+            candidate: Its record gets the verdict.
+            weight: ``[vocab, hidden]``.
+            bias: ``[vocab]`` or None.
+            tokens: Of the call at hand.
+            softcapped: Whether the logits are.
+
+        Raises:
+            KernelError: It is not right, and the settings are strict.
+        """
+        known = self.known(head, softcapped=softcapped)
+        if known is not None:
+            return known
+        grad = torch.is_grad_enabled()
+        ok = True
+        if runtime.options.proofs(candidate.kernel.verify, bound_by_name=False):
+            verdict = proof.prove_loss(
+                weight.to(head.dtype),
+                None if bias is None else bias.to(head.dtype),
+                tokens=tokens,
+                backward=grad,
+                softcapped=softcapped,
+                recall=runtime.options.recalls(candidate.kernel.verify),
+            )
+            candidate.record_verdict(verdict, grad=grad)
+            ok = verdict.ok
+        self.outcomes[head, softcapped, grad] = ok
+        return ok
+
+
+def loss_verified(model: nn.Module, head: Any, tokens: int, *, softcapped: bool = False) -> bool:
+    """Whether the loss of a model may be computed from its hidden states; compared once a type of head.
 
     Args:
         model: With the forward that defers; its record gets the verdict.
         head: An ``nn.Linear``.
         tokens: Of the call at hand, as far as is known.
-        bends: The model bounds its logits, so that is to be proven as well.
+        softcapped: The model soft-caps its logits, so that branch is verified as well.
 
     Raises:
         KernelError: It is not right, and the settings are strict.
     """
-    kind = _kind(head.weight, head.bias)
-    asked = [False, True] if bends else [False]
-    found = [_known(kind, bent=bent) for bent in asked]
-    if None not in found:
-        return all(found)
-    from twinkle.swap.layers import candidates_of
-
+    verifications = runtime.of(Verifications)
+    head_type = HeadType.of(head.weight, head.bias)
+    branches = [False, True] if softcapped else [False]
+    known = [verifications.known(head_type, softcapped=branch) for branch in branches]
+    if None not in known:
+        return all(known)
     candidate = next((c for c in candidates_of(model) if c.kernel.name == "causal_lm_loss"), None)
     if candidate is None:
         return True
-    _tellers[kind] = weakref.ref(candidate)
-    return all(_prove(kind, candidate, head.weight, head.bias, tokens, bent=bent) for bent in asked)
+    verifications.reporters[head_type] = weakref.ref(candidate)
+    return all(
+        verifications.verify(head_type, candidate, head.weight, head.bias, tokens, softcapped=branch)
+        for branch in branches
+    )
 
 
-def may_bend(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:
-    """Whether a loss of bounded logits may be computed without them.
+def softcap_verified(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:
+    """Whether the loss of soft-capped logits may be computed without them.
+
+    Inside a graph nothing can be compared: there the comparisons made before decide.
 
     Args:
-        weight: ``[vocab, hidden]`` of a head that is trusted otherwise.
+        weight: ``[vocab, hidden]`` of a head for which :func:`loss_verified` is true.
         bias: ``[vocab]`` or None.
         tokens: Of the call at hand.
-
-    Inside a graph nothing can be compared: what was found before is all there is.
     """
     if torch.compiler.is_compiling():
-        return _bends_so_far()
-    kind = _kind(weight, bias)
-    candidate = _tellers[kind]() if kind in _tellers else None
-    return candidate is None or _prove(kind, candidate, weight, bias, tokens, bent=True)
+        return _every_softcap_verified()
+    verifications = runtime.of(Verifications)
+    head_type = HeadType.of(weight, bias)
+    candidate = verifications.reporter(head_type)
+    if candidate is None:
+        return True
+    return verifications.verify(head_type, candidate, weight, bias, tokens, softcapped=True)
 
 
 @constant
-def _bends_so_far() -> bool:
-    found = [ok for (_, bent, _), ok in _found.items() if bent]
+def _every_softcap_verified() -> bool:
+    outcomes = runtime.of(Verifications).outcomes
+    found = [ok for (_, softcapped, _), ok in outcomes.items() if softcapped]
     return bool(found) and all(found)
-
-
-def _kind(weight: Tensor, bias: Tensor | None) -> Any:
-    device = weight.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else weight.dtype
-    return dtype, device, weight.shape, bias is None
-
-
-def _known(kind: Any, *, bent: bool) -> bool | None:
-    graded = _found.get((kind, bent, True))
-    return graded if graded or torch.is_grad_enabled() else _found.get((kind, bent, False))
-
-
-def _prove(
-    kind: Any, candidate: Candidate, weight: Tensor, bias: Tensor | None, tokens: int, *, bent: bool
-) -> bool:
-    from twinkle.runtime import runtime
-
-    known = _known(kind, bent=bent)
-    if known is not None:
-        return known
-    grad = torch.is_grad_enabled()
-    ok = True
-    if runtime.options.proofs(candidate.kernel.verify, bound_by_name=False):
-        from twinkle.deferred.proof import prove_loss
-
-        verdict = prove_loss(
-            weight.to(kind[0]),
-            None if bias is None else bias.to(kind[0]),
-            tokens=tokens,
-            backward=grad,
-            bent=bent,
-            recall=runtime.options.recalls(candidate.kernel.verify),
-        )
-        candidate.judged(verdict, grad=grad)
-        ok = verdict.ok
-    _found[kind, bent, grad] = ok
-    return ok

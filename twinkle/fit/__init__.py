@@ -1,1 +1,1 @@
-"""Whether an implementation can stand in for a target: parameters, attributes, hooks; nothing runs."""
+"""Compatibility of an implementation with its target: parameters and attributes; nothing runs."""

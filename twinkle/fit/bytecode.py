@@ -6,36 +6,39 @@ import dis
 from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
 
-__all__ = ["Reads", "function_of", "reads_of", "stored_names"]
+__all__ = ["Reads", "function_of_member", "reads_of", "stored_names"]
 
-_ASKED = ("hasattr", "getattr")
+_MAY_BE_ABSENT = ("hasattr", "getattr")
 
 
 class Reads:
-    """What one or several functions do with ``self``.
+    """The attributes of ``self`` that one or several functions read and assign.
 
     Attributes:
         needed: Names read as ``self.name``.
         stored: Names assigned as ``self.name = …``.
-        asked: Names read by ``getattr(self, "name", …)`` or ``hasattr``: they may be absent.
+        optional: Names read by ``getattr(self, "name", …)`` or ``hasattr``: they may be absent.
     """
 
-    __slots__ = ("asked", "needed", "stored")
+    __slots__ = ("needed", "optional", "stored")
 
     def __init__(self) -> None:
         self.needed: set[str] = set()
         self.stored: set[str] = set()
-        self.asked: set[str] = set()
+        self.optional: set[str] = set()
 
     def add(self, other: Reads) -> None:
-        """Take in what another function does."""
+        """Add the attributes that another function reads and assigns."""
         self.needed |= other.needed
         self.stored |= other.stored
-        self.asked |= other.asked
+        self.optional |= other.optional
 
 
-def function_of(member: object) -> FunctionType | None:
-    """The plain function behind a method, or ``None`` where there is none that gets ``self``."""
+def function_of_member(member: object) -> FunctionType | None:
+    """The function behind a member of a class, without its decorators; ``None`` where none gets ``self``.
+
+    That is the getter of a property, and what ``__wrapped__`` leads to.
+    """
     if isinstance(member, property):
         member = member.fget
     seen = 0
@@ -45,7 +48,7 @@ def function_of(member: object) -> FunctionType | None:
 
 
 def reads_of(function: Callable[..., object] | FunctionType) -> Reads:
-    """What a function does with the attributes of its first argument."""
+    """The attributes of its first argument that a function reads and assigns."""
     result = Reads()
     code = getattr(function, "__code__", None)
     if not isinstance(code, CodeType) or code.co_argcount == 0:
@@ -82,7 +85,7 @@ def _scan(code: CodeType, name: str, result: Reads) -> None:
         previous = before[-1] if before else None
         if previous is not None and _leaves_on_top(previous, name):
             if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                (result.asked if lenient else result.needed).add(instruction.argval)
+                (result.optional if lenient else result.needed).add(instruction.argval)
             elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
                 result.stored.add(instruction.argval)
             elif (
@@ -90,9 +93,9 @@ def _scan(code: CodeType, name: str, result: Reads) -> None:
                 and isinstance(instruction.argval, str)
                 and len(before) > 1
                 and before[-2].opname in ("LOAD_GLOBAL", "LOAD_NAME")
-                and before[-2].argval in _ASKED
+                and before[-2].argval in _MAY_BE_ABSENT
             ):
-                result.asked.add(instruction.argval)
+                result.optional.add(instruction.argval)
         before = [*before[-1:], instruction]
     for constant in code.co_consts:
         # A nested function or a comprehension that closes over the same variable.

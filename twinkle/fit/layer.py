@@ -1,4 +1,4 @@
-"""Does a kernel fit its target? Answered from the code alone, before anything runs."""
+"""Compatibility of a kernel with its target, from the code alone: nothing runs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from types import FunctionType
 from torch import nn
 
 from twinkle.errors import KernelError
-from twinkle.fit.bytecode import function_of, reads_of, stored_names
-from twinkle.fit.signatures import mismatch, shown, signature_of
+from twinkle.fit.bytecode import function_of_member, reads_of, stored_names
+from twinkle.fit.signatures import arguments_text, mismatch, signature_of
 from twinkle.sources.adapters import explain_lacking
 
-__all__ = ["LayerFit", "check_function", "check_layer", "read_layer", "settle_on"]
+__all__ = ["LayerCompatibility", "check_function", "check_layer"]
 
 _MISSING = object()
 # What the class statement itself puts in a class, what kernels say about themselves, and
@@ -48,8 +48,8 @@ _OWN_BUSINESS = frozenset(
 )
 
 
-class LayerFit:
-    """A kernel class that fits a target class, and what has to go along with its ``forward``.
+class LayerCompatibility:
+    """A kernel class that is compatible with a target class, and what has to go along with its ``forward``.
 
     Attributes:
         kernel_class: The class as its source gave it.
@@ -57,7 +57,7 @@ class LayerFit:
         members: Other members of the kernel class that its code wants, by name.
         needs: Attributes every instance must bring.
         same_signature: ``forward`` has the very signature of the original, defaults included.
-        can_torch_compile, has_backward: What the kernel says of itself; ``None`` when it does not.
+        can_torch_compile, has_backward: The flags of the kernel class; ``None`` where it has none.
     """
 
     __slots__ = (
@@ -105,7 +105,7 @@ class LayerFit:
         return None
 
     def explained(self, lacking: list[str]) -> str:
-        """What the kernel's source knows about attributes that are lacking, to end a message with."""
+        """The end of a message: a hint of the kernel's source about attributes that are lacking."""
         hint = explain_lacking(self.kernel_class, sorted(lacking))
         return f"; {hint}" if hint else ""
 
@@ -115,56 +115,58 @@ def check_layer(
     target_class: type[nn.Module],
     *,
     attributes: Mapping[str, object] | None = None,
-    instance: nn.Module | None = None,
-) -> LayerFit:
+    instances: Iterable[nn.Module] = (),
+    guarded: bool = False,
+) -> LayerCompatibility:
     """Check that a layer kernel can stand in for a target.
 
     Args:
         kernel_class: What the source gave.
         target_class: The class whose instances it is for.
         attributes: Class attributes that the kernel reads and its target lacks.
-        instance: One of them, to tell which attributes there are; without it they are looked up
-            in the code of the target's constructors.
+        instances: Some of them, to tell which attributes there are; one that has all is enough. Without
+            any they are looked up in the code of the target's constructors.
+        guarded: The kernel is the target's own code on another path: nothing that it reads is demanded.
 
     Raises:
-        KernelError: It is no ``nn.Module`` class, lacks ``forward``, has an ``__init__`` of its own
+        KernelError: The kernel is no ``nn.Module`` class, lacks ``forward``, has an ``__init__`` of its own
             and no ``attributes``, has another signature, reads an attribute that neither the target
             nor ``attributes`` has, or has a member that the target has otherwise.
     """
-    fit = read_layer(kernel_class, target_class, attributes=attributes)
-    settle_on(fit, target_class, [instance] if instance is not None else [])
-    return fit
+    kernel = _check_class(kernel_class, target_class, attributes)
+    if guarded:
+        kernel.needs = frozenset()
+    _check_needs(kernel, target_class, instances)
+    return kernel
 
 
-def settle_on(fit: LayerFit, target_class: type[nn.Module], instances: Iterable[nn.Module]) -> None:
-    """Check what a kernel reads against instances of its target; one that has it all is enough.
-
-    Raises:
-        KernelError: No instance can take it.
-    """
-    problem, asked = None, False
+def _check_needs(
+    kernel: LayerCompatibility, target_class: type[nn.Module], instances: Iterable[nn.Module]
+) -> None:
+    """Raise unless some instance, or without any the code of the target, has what a kernel reads."""
+    problem, first = None, True
     for instance in instances:
-        if not asked:
-            _yield_constants(fit, instance)
-        here = fit.problem_with(instance)
+        if first:
+            _yield_constants(kernel, instance)
+        here = kernel.problem_with(instance)
         if here is None:
             return
-        problem, asked = problem or here, True
-    if not asked:
-        problem = _lacking_in_code(fit, target_class)
+        problem, first = problem or here, False
+    if first:
+        problem = _lacking_in_code(kernel, target_class)
     if problem is not None:
         raise KernelError(
-            f"kernel {fit.what} does not fit {_name(target_class)}: {problem}",
+            f"kernel {kernel.what} does not fit {_qualified_name(target_class)}: {problem}",
             fix="give the attribute in `attributes` of the registration, or register it for another target",
         )
 
 
-def read_layer(
-    kernel_class: object, target_class: type[nn.Module], *, attributes: Mapping[str, object] | None = None
-) -> LayerFit:
-    """As :func:`check_layer`, without asking whether instances have what the kernel reads."""
+def _check_class(
+    kernel_class: object, target_class: type[nn.Module], attributes: Mapping[str, object] | None
+) -> LayerCompatibility:
+    """Check a kernel class against its target, but for the attributes that instances must bring."""
     attributes = dict(attributes or {})
-    what = _name(kernel_class)
+    what = _qualified_name(kernel_class)
     if not isinstance(kernel_class, type):
         raise KernelError(
             "a layer kernel must be a class", found=repr(kernel_class), expected="an nn.Module class"
@@ -187,14 +189,14 @@ def read_layer(
             if "__init__" in vars(klass):
                 raise KernelError(
                     f"kernel {what} has an __init__ of its own, which never runs",
-                    found=f"{_name(klass)}.__init__",
+                    found=f"{_qualified_name(klass)}.__init__",
                     expected="a class with forward only",
                     fix="give what its code reads as `attributes` of the registration, or drop the __init__",
                 )
     same = _check_signature(what, forward, target_class)
     needed, members = _collect(what, kernel_class, target_class, chain, attributes)
     needs = frozenset(name for name in needed if name not in members and not _class_has(target_class, name))
-    return LayerFit(
+    return LayerCompatibility(
         what,
         kernel_class,
         forward,
@@ -239,16 +241,16 @@ def check_function(
     if problem is not None:
         reason, hint = problem
         raise KernelError(
-            f"kernel {_name(implementation)} has another signature than "
-            f"{called or _name(original)}: {reason}",
-            found=shown(ours),
-            expected=shown(theirs),
+            f"kernel {_qualified_name(implementation)} has another signature than "
+            f"{called or _qualified_name(original)}: {reason}",
+            found=arguments_text(ours),
+            expected=arguments_text(theirs),
             fix=hint,
         )
 
 
 def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Module]) -> bool:
-    """Raise when the signatures differ; tell whether they are the same to the last default."""
+    """Whether the signatures are the same to the last default; raises where they are not compatible."""
     original: Callable[..., object] = target_class.forward
     ours, theirs = signature_of(forward), signature_of(original)
     if ours is None or theirs is None:
@@ -257,9 +259,9 @@ def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Mod
     if problem is not None:
         reason, hint = problem
         raise KernelError(
-            f"kernel {what} has another signature than {_name(target_class)}.forward: {reason}",
-            found=f"forward{shown(ours)}",
-            expected=f"forward{shown(theirs)}",
+            f"kernel {what} has another signature than {_qualified_name(target_class)}.forward: {reason}",
+            found=f"forward{arguments_text(ours)}",
+            expected=f"forward{arguments_text(theirs)}",
             fix=hint,
         )
     if hasattr(forward, "__wrapped__") or hasattr(original, "__wrapped__"):
@@ -284,15 +286,15 @@ def _collect(
     for klass in reversed(chain):
         own.update({n: v for n, v in vars(klass).items() if n not in _OWN_BUSINESS})
     reads = reads_of(_as_function(kernel_class.forward))
-    todo, done = set(reads.needed | reads.asked), set()
+    todo, done = set(reads.needed | reads.optional), set()
     while todo:
         name = todo.pop()
         done.add(name)
-        inner = function_of(own.get(name))
+        inner = function_of_member(own.get(name))
         if inner is not None:
             more = reads_of(inner)
             reads.add(more)
-            todo |= (more.needed | more.asked) - done
+            todo |= (more.needed | more.optional) - done
     members: dict[str, object] = {}
     for name, value in own.items():
         theirs = inspect.getattr_static(target_class, name, _MISSING)
@@ -301,7 +303,7 @@ def _collect(
                 members[name] = value
         elif not _same_constant(theirs, value):
             raise KernelError(
-                f"kernel {what} has a member {name!r} that {_name(target_class)} has otherwise",
+                f"kernel {what} has a member {name!r} that {_qualified_name(target_class)} has otherwise",
                 found=f"{name} = {value!r}",
                 expected="members that the target does not have",
                 fix=f"rename {name!r} in the kernel, or make it a function of its module",
@@ -312,38 +314,38 @@ def _collect(
     if len(chain) > 1 and any("__class__" in _freevars(m) for c in chain for m in vars(c).values()):
         raise KernelError(
             f"kernel {what} calls super() and has base classes of its own",
-            found=" -> ".join(_name(c) for c in chain),
+            found=" -> ".join(_qualified_name(c) for c in chain),
             expected="super() in a kernel that stands directly on nn.Module: it reaches the original",
             fix="call the base kernel's function by name",
         )
-    return {n for n in reads.needed if n not in reads.asked and n not in reads.stored}, members
+    return {n for n in reads.needed if n not in reads.optional and n not in reads.stored}, members
 
 
-def _yield_constants(fit: LayerFit, instance: nn.Module) -> None:
+def _yield_constants(kernel: LayerCompatibility, instance: nn.Module) -> None:
     """Let an instance's own parameter or attribute win over a plain constant of the kernel class.
 
     ``weight: Tensor = None`` in a kernel class is a way to declare what it reads; carried to the
     target's class it would hide the parameter.
     """
-    for name in [n for n, v in fit.members.items() if not _is_code(v) and _is_own(instance, name=n)]:
-        del fit.members[name]
-        fit.needs |= {name}
+    for name in [n for n, v in kernel.members.items() if not _is_code(v) and _is_own(instance, name=n)]:
+        del kernel.members[name]
+        kernel.needs |= {name}
 
 
-def _lacking_in_code(fit: LayerFit, target_class: type[nn.Module]) -> str | None:
-    if not fit.needs or _reads_freely(target_class):
+def _lacking_in_code(kernel: LayerCompatibility, target_class: type[nn.Module]) -> str | None:
+    if not kernel.needs or _reads_freely(target_class):
         return None
     given: set[str] = set()
     for klass in target_class.__mro__:
         for member in vars(klass).values():
-            function = function_of(member)
+            function = function_of_member(member)
             if function is not None and klass not in nn.Module.__mro__:
                 given |= stored_names(function)
     given |= set(vars(nn.Module())) if nn.Module in target_class.__mro__ else set()
-    lacking = sorted(fit.needs - given)
+    lacking = sorted(kernel.needs - given)
     if not lacking:
         return None
-    return f"it reads {_list(lacking)}, which {target_class.__name__} lacks{fit.explained(lacking)}"
+    return f"it reads {_list(lacking)}, which {target_class.__name__} lacks{kernel.explained(lacking)}"
 
 
 def _has(module: nn.Module, name: str) -> bool:
@@ -364,7 +366,7 @@ def _class_has(cls: type, name: str) -> bool:
 
 
 def _reads_freely(cls: type) -> bool:
-    """Whether a ``__getattr__`` of its own may answer for attributes that stand nowhere."""
+    """Whether a class has a ``__getattr__`` of its own, which may answer for any attribute."""
     return (
         inspect.getattr_static(cls, "__getattr__", None) is not vars(nn.Module)["__getattr__"]
         or inspect.getattr_static(cls, "__getattribute__") is not object.__dict__["__getattribute__"]
@@ -372,7 +374,7 @@ def _reads_freely(cls: type) -> bool:
 
 
 def _own_classes(kernel_class: type, target_class: type) -> list[type]:
-    """The classes a kernel consists of: not those it shares with its target or with every layer."""
+    """The bases of a kernel class, itself included, that neither its target nor every layer has."""
     shared = {*target_class.__mro__, *nn.Module.__mro__}
     return [klass for klass in kernel_class.__mro__ if klass not in shared]
 
@@ -386,7 +388,7 @@ def _freevars(member: object) -> tuple[str, ...]:
 
 
 def _as_function(forward: Callable[..., object]) -> Callable[..., object]:
-    return function_of(forward) or forward
+    return function_of_member(forward) or forward
 
 
 def _unbound(forward: Callable[..., object]) -> Callable[..., object]:
@@ -416,7 +418,7 @@ def _bases(cls: type) -> str:
     return ", ".join(base.__name__ for base in cls.__bases__)
 
 
-def _name(thing: object) -> str:
+def _qualified_name(thing: object) -> str:
     module = getattr(thing, "__module__", None)
     name = getattr(thing, "__qualname__", None) or getattr(thing, "__name__", None)
     if not isinstance(name, str):

@@ -1,4 +1,4 @@
-"""Does one function accept every call of another?"""
+"""Compatibility of signatures: whether a function accepts every call of another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.errors import suggest
 
-__all__ = ["mismatch", "shown", "signature_of"]
+__all__ = ["arguments_text", "mismatch", "signature_of"]
 
 _POSITIONAL = (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -28,17 +28,20 @@ def signature_of(function: Callable[..., object]) -> Signature | None:
         return None
 
 
-def shown(signature: Signature) -> str:
-    """The arguments in parentheses as they are written, ``/`` and ``*`` included."""
+def arguments_text(signature: Signature) -> str:
+    """The parameters of a signature in parentheses, as they are written."""
     return str(signature.replace(return_annotation=Signature.empty))
 
 
 def mismatch(kernel: Signature, original: Signature) -> tuple[str, str | None] | None:
-    """Why ``kernel`` cannot take every call that ``original`` takes, and a hint; ``None`` if it can.
+    """Find a call that ``original`` accepts and ``kernel`` does not.
 
     The count, the kinds and the names of the arguments are compared, and that what may be left out
     still may be. Further arguments are fine when they are optional, and so are ``*args`` and
     ``**kwargs`` that take what has no name of its own.
+
+    Returns:
+        Why there is such a call, and a hint where there is one; ``None`` if there is no such call.
     """
     ours = list(kernel.parameters.values())
     theirs = list(original.parameters.values())

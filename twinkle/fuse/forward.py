@@ -1,10 +1,10 @@
-"""Fused kernels inside the forward of a layer: where they fit, and the forward that calls them.
+"""Rewritten forwards as layer kernels: which layers get one, and how it is made.
 
     >>> kernel = layer_kernel(module, type(module), "cuda", ("residual_norm", "qk_norm_rotary"))
 
 The forward of the class is rewritten at the places found by :mod:`twinkle.fuse.places`, and put in place
-as any layer kernel is. It computes what the original does where a kernel does not fit; that is decided at
-each call, by the functions of :mod:`twinkle.fuse.residual_norm` and :mod:`twinkle.fuse.qk_norm_rotary`.
+as any layer kernel is. Each place decides at each call whether its fused kernel or the original steps run
+(:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from torch import nn
 
 from twinkle.fuse.norms import Norm, norm_of
 from twinkle.fuse.places import SumThenLayer
-from twinkle.fuse.qk_norm_rotary import pair_step
-from twinkle.fuse.residual_norm import sum_step
+from twinkle.fuse.qk_norm_rotary import PairStep
+from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.fuse.sites import OPS, layers_of, site_of
-from twinkle.fuse.steps import Step
 from twinkle.match.instance import read_path
 from twinkle.ops import launch
-from twinkle.ops.variants import covering
+from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
 
@@ -33,12 +32,13 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.places import Place
     from twinkle.fuse.sites import Site
+    from twinkle.fuse.steps import FusedStep
 
 __all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel"]
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
-    """The places of a forward, as ops on the layers that an instance has now.
+    """The places of a forward as ops, decided by the layers that an instance has now.
 
     Args:
         draft: The forward.
@@ -60,7 +60,7 @@ def _class_at(owner: nn.Module, path: str) -> type | None:
 
 
 def _layers(owner: nn.Module) -> Iterator[nn.Module]:
-    """The layers that a forward calls by their names, and those in its lists."""
+    """The direct children of a layer, and those in its lists."""
     for child in owner.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -69,7 +69,12 @@ def _layers(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 class _Forwards:
-    """What was worked out before, by class: forwards to be rewritten, and the kernels made of them."""
+    """Forwards that were read, and the kernels made of them, by class.
+
+    Attributes:
+        drafts: Each forward to be rewritten, or in words why it cannot be.
+        kernels: By device and sites.
+    """
 
     def __init__(self) -> None:
         self.drafts: WeakKeyDictionary[type, Draft | str] = WeakKeyDictionary()
@@ -77,7 +82,7 @@ class _Forwards:
 
 
 def draft_of(cls: type) -> Draft | str:
-    """The forward of a class to be rewritten, or in words why it cannot be; worked out once."""
+    """The draft of a class's forward, or in words why it cannot be rewritten; made once a class."""
     drafts = runtime.of(_Forwards).drafts
     found = drafts.get(cls)
     if found is None:
@@ -90,17 +95,17 @@ def draft_of(cls: type) -> Draft | str:
 
 
 def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
-    """The forward of a layer with fused kernels, if there is a place for one.
+    """The kernel that is a layer's forward with fused kernels in it, or None without a place for one.
 
     Args:
         owner: The layer.
         cls: Its class without Twinkle.
         where: The device the kernels are for.
-        ops: Those that are wanted.
+        ops: The ops that are wanted.
     """
     if not ops or ("cuda" if where == "rocm" else where) not in launch.DEVICE_TYPES:
         return None
-    # Most layers hold no norm, and parsing their code is not for nothing.
+    # Most layers hold no norm, and parsing their code takes time.
     if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):
         return None
     draft = draft_of(cls)
@@ -109,7 +114,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     sites = [
         site
         for site in sites_of(draft, owner)
-        if site.op in ops and site.reason is None and covering(site.op, site.form, where) is not None
+        if site.op in ops and site.reason is None and backend_for(site.op, site.form, where) is not None
     ]
     if not sites:
         return None
@@ -131,14 +136,14 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
 
 
 class FusedForward:
-    """Where a rewritten forward comes from.
+    """The source of a rewritten forward.
 
     Args:
-        draft: The original.
-        sites: Which of its places are to be replaced.
+        draft: The original forward.
+        sites: The places that are replaced.
 
     Attributes:
-        guarded: A kernel that raises is caught where it is called: the rest is the program's own code.
+        guarded: True: a kernel that raises is caught at its place; the rest is the program's own code.
     """
 
     kind = "embedded"
@@ -155,16 +160,9 @@ class FusedForward:
         return f"embedded {', '.join(shown)}"
 
     def load(self) -> object:
-        """The layer class; the same one each time."""
+        """A layer class with the rewritten forward; the same one each time."""
         if self._made is None:
-            proofs = runtime.options.proofs(None, bound_by_name=False)
-            steps = {
-                site.number: self._functions(
-                    self.draft.places[site.number],
-                    Step(self, site.op, proofs=proofs, recall=runtime.options.recalls(None)),
-                )
-                for site in self.sites
-            }
+            steps = {site.number: self.step(self.draft.places[site.number]).functions for site in self.sites}
             members = {
                 "forward": self.draft.build(steps),
                 "can_torch_compile": True,
@@ -174,8 +172,11 @@ class FusedForward:
             self._made = type("Fused", (nn.Module,), members)
         return self._made
 
-    def _functions(self, place: Place, step: Step) -> tuple[Any, ...]:
+    def step(self, place: Place) -> FusedStep:
+        """The step that the rewritten forward calls at a place, with nothing proven yet."""
+        proofs = runtime.options.proofs(None, bound_by_name=False)
+        recall = runtime.options.recalls(None)
         if isinstance(place, SumThenLayer):
-            return (sum_step(step),)
+            return SumStep(self, proofs=proofs, recall=recall)
         now = partial(self.draft.function.__globals__.get, place.function)
-        return pair_step(step, place.between, now)
+        return PairStep(self, place.between, now, proofs=proofs, recall=recall)

@@ -1,4 +1,4 @@
-"""What a layer is that a fused kernel takes the place of: which norm, and where its numbers are."""
+"""Recognises the RMSNorm layers that a fused kernel can compute, and reads their weight and eps."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 from twinkle.match.structure import recognise
-from twinkle.ops.rms_norm.layer import covers
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
-from twinkle.swap.generated import core_of
+from twinkle.ops.rms_norm.triton_backend import supports
+from twinkle.swap.class_tree import core_of
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ _FORMS = {form.name: form for form in FORMS}
 
 
 class Norm(NamedTuple):
-    """An RMSNorm class.
+    """An RMSNorm class: its form, and where an instance keeps weight and eps.
 
     Attributes:
         form: Where it rounds.
@@ -44,9 +44,9 @@ class Norm(NamedTuple):
 
 
 def norm_of(cls: type) -> Norm | str:
-    """The RMSNorm that a class is, or in words why it is none that can be computed elsewhere.
+    """The RMSNorm that a class is, or in words why a fused kernel cannot compute it.
 
-    A class that an embedded kernel was put in is what it was before.
+    Of a class that Twinkle put an embedded kernel in, the original class counts.
     """
     plain = unswapped(cls)
     if isinstance(plain, str):
@@ -62,7 +62,7 @@ def norm_of(cls: type) -> Norm | str:
     if found.op != "rms_norm":
         return f"{name} is not recognised as an RMSNorm"
     form, facts = found.form, found.facts
-    if not covers(form) or form.groups != "none" or found.guards:
+    if supports(form) is not None or form.groups != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({form.name})"
     if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight and eps"
@@ -77,7 +77,7 @@ def norm_of(cls: type) -> Norm | str:
 
 
 def norm_form(cls: type) -> RMSNormForm | LayerNormForm | None:
-    """The norm that a class is, whether or not there is a kernel for it behind other steps."""
+    """The form of the norm that a class is, whether or not a fused kernel can compute it."""
     plain = unswapped(cls)
     found = recognise(plain) if isinstance(plain, type) else None
     if found is None or found.op not in ("rms_norm", "layer_norm"):
@@ -87,7 +87,7 @@ def norm_form(cls: type) -> RMSNormForm | LayerNormForm | None:
 
 
 def unswapped(cls: type) -> type | str:
-    """The class without the kernel that Twinkle chose for it, or why it is to be left alone."""
+    """The class without the embedded kernel that Twinkle put in, or why the class is left alone."""
     core, wrappers = core_of(cls)
     if wrappers:
         return f"{cls.__name__} was made by torch"
@@ -115,7 +115,7 @@ _forward, _forward_pre, _backward, _backward_pre = _EVERYWHERE
 
 
 def hooked(layer: nn.Module) -> Any:
-    """Whether a call of the layer does more than its ``forward``: something true, or something false."""
+    """Whether hooks or a ``forward`` of its own are part of a call of the layer; truthy or falsy."""
     state = layer.__dict__
     return (
         state["_forward_hooks"]
@@ -131,7 +131,7 @@ def hooked(layer: nn.Module) -> Any:
 
 
 def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None:
-    """The weight and the eps of a layer; None where one of them is not what its class promises."""
+    """The weight ``[hidden]`` (or None) and the eps of a layer; None where its class promises others."""
     state = layer.__dict__
     if norm.switch is not None and state.get(norm.switch) is not True:
         return None
@@ -157,11 +157,11 @@ def _described(cls: type) -> str:
 
 
 described: Callable[[type], str] = constant(_described)
-"""The norm that a class is as a text, empty for none: what a compiler can keep as a constant."""
+"""The norm that a class is, as a text that a compiler can keep as a constant; empty for none."""
 
 
 def norm_from(text: str) -> Norm:
-    """The norm of which :func:`described` gave the text."""
+    """The norm of a text that :func:`described` gave."""
     form, weight, eps, shape, switch = text.split("|")
     number = eps if eps.isidentifier() else float(eps)
     return Norm(_FORMS[form], weight or None, number, shape or None, switch or None)

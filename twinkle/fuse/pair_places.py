@@ -1,4 +1,4 @@
-"""Two layers called with queries and keys, and then one function of both and two tables."""
+"""Places where queries and keys pass a layer each, and then one function of both and two tables."""
 
 from __future__ import annotations
 
@@ -43,7 +43,12 @@ class RotatedPair(NamedTuple):
 
 
 class Parent(NamedTuple):
-    """Where the body of an ``if`` stands: the statements around it, and which of them it is."""
+    """The position of an ``if`` in the statements around it.
+
+    Attributes:
+        block: The statements.
+        at: The index of the ``if``.
+    """
 
     block: list[ast.stmt]
     at: int
@@ -56,7 +61,7 @@ def pair_at(
     node: ast.FunctionDef,
     parents: Mapping[int, Parent],
 ) -> RotatedPair | None:
-    """The place that ends with a statement of a block, if one does.
+    """The place that ends with a statement of a block, or None.
 
     Args:
         block: The statements.
@@ -84,14 +89,14 @@ def pair_at(
     if q is None or k is None or q.block is not k.block or (q.outside, q.steps) != (k.outside, k.steps):
         return None
     between = _BETWEEN.get(q.steps)
-    if between is None or q.place == k.place:
+    if between is None or q.at == k.at:
         return None
     # Nobody else may see queries or keys that the layer has not been applied to.
     rest = [value for argument in call.args[2:] for value in loaded(argument)]
     rest += [value for keyword in call.keywords for value in loaded(keyword.value)]
     if any(name in rest or (name not in results and _seen_after(node, name, statement)) for name in names):
         return None
-    first = q.block[min(q.place, k.place)]
+    first = q.block[min(q.at, k.at)]
     # In the order of the source: an outer condition may be what makes it possible to ask an inner one.
     conditions = sorted({*q.conditions, *k.conditions}, key=lambda condition: condition[0].lineno)
     if not all(unchanged(branch.test, node, first, branch) for branch, _ in conditions):
@@ -116,9 +121,21 @@ def _seen_after(node: ast.FunctionDef, name: str, statement: ast.stmt) -> bool:
     )
 
 
-class _Found(NamedTuple):
+class _LayerCall(NamedTuple):
+    """The call of a layer on the way to a rotation.
+
+    Attributes:
+        block: The statements it stands in.
+        at: Which of them it is.
+        call: The call.
+        path: The layer, as a path from ``self``.
+        outside: The ``if`` under which the layer is called and the rotation is not, or None.
+        steps: The changes of shape from the layer to the rotation.
+        conditions: As of :class:`RotatedPair`.
+    """
+
     block: list[ast.stmt]
-    place: int
+    at: int
     call: ast.Call
     path: str
     outside: ast.If | None
@@ -128,7 +145,7 @@ class _Found(NamedTuple):
 
 def _layer_before(
     block: list[ast.stmt], at: int, name: str, owner: str, parents: Mapping[int, Parent]
-) -> _Found | None:
+) -> _LayerCall | None:
     """The call of a layer whose result, up to a change of shape, ``name`` holds before a statement."""
     steps: list[str] = []
     conditions: list[tuple[ast.If, bool]] = []
@@ -149,7 +166,7 @@ def _layer_before(
         if name not in stored(statement):
             if name not in loaded(statement):
                 continue
-            # Such as a clamp that a setting asks for: what it sees has to be what it always saw.
+            # Such as a clamp that a setting asks for: it has to see queries and keys that passed the layer.
             if not isinstance(statement, ast.If) or not repeatable(statement.test, owner):
                 return None
             if statement.orelse or name in loaded(statement.test):
@@ -162,8 +179,8 @@ def _layer_before(
             found = _layer_inside(statement, name, owner)
             if found is None:
                 return None
-            inside, place, call, path = found
-            return _Found(inside, place, call, path, statement, tuple(steps), tuple(conditions))
+            inside, index, call, path = found
+            return _LayerCall(inside, index, call, path, statement, tuple(steps), tuple(conditions))
         value = _value_for(statement, name)
         if value is None:
             return None
@@ -173,11 +190,11 @@ def _layer_before(
         layer = _layer_call(inner, owner)
         if layer is None:
             return None
-        return _Found(block, at, *layer, None, tuple(reversed(steps)), tuple(conditions))
+        return _LayerCall(block, at, *layer, None, tuple(reversed(steps)), tuple(conditions))
 
 
 def _layer_inside(branch: ast.If, name: str, owner: str) -> tuple[list[ast.stmt], int, ast.Call, str] | None:
-    """The same, where it stands under an ``if`` with nothing else."""
+    """The call of the layer that gives ``name`` its value in an ``if`` that does nothing but call layers."""
     if branch.orelse or name in stored(branch.test):
         return None
     found = None
@@ -211,7 +228,7 @@ def _layer_call(node: ast.expr, owner: str) -> tuple[ast.Call, str] | None:
 
 
 def _peel(node: ast.expr, steps: list[str]) -> ast.expr:
-    """What is below changes of shape; these are noted from the outside in."""
+    """The expression without its changes of shape, which are appended to ``steps``, the last one first."""
     while isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and not node.keywords:
         step = _SHAPES.get(node.func.attr)
         if step is None and node.func.attr in ("transpose", "permute"):

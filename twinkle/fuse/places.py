@@ -1,15 +1,14 @@
-"""Steps of one forward that stand next to each other and that one kernel can do.
+"""Places: neighbouring steps of one forward that one kernel could compute, found by syntax alone.
 
 Two patterns, in the statements of a function:
 
 - a sum of two values and the call of a layer with that sum as the next thing that is computed
   (``h = residual + x; y = self.norm(h)``): :mod:`twinkle.fuse.sum_places`;
-- two layers called with queries and keys, then nothing but a transpose (or the split into heads) on the
-  way to a function of both and two tables (``q, k = rotate(q, k, cos, sin)``):
-  :mod:`twinkle.fuse.pair_places`.
+- two layers called with queries and keys, then at most a transpose (or the split into heads), then a
+  function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`.
 
-What the layers and the function are is not asked here. Names of classes and families play no part, but a
-place is only found where the statements between cannot change the outcome; the rest is left alone.
+What the layers and the function are is asked later (:mod:`twinkle.fuse.sites`). Names of classes and
+families play no part. A place is found only where the statements between cannot change the outcome.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ Place = SumThenLayer | RotatedPair
 
 
 def find_places(node: ast.FunctionDef) -> list[Place]:
-    """The places in a method.
+    """The places in a method; no two of them share a call.
 
     Args:
-        node: Its definition; the places refer to its nodes, and no two of them to the same call.
+        node: The definition of the method. The places refer to its nodes.
     """
     if not node.args.args and not node.args.posonlyargs:
         return []
@@ -55,7 +54,7 @@ def find_places(node: ast.FunctionDef) -> list[Place]:
             taken.add(id(total.call))
             places.append(total)
     for block, in_loop in blocks:
-        # In a loop a name may be seen in the next round.
+        # In a loop a name may be read in the next round.
         for at in range(0 if in_loop else len(block)):
             pair = pair_at(block, at, owner, node, parents)
             if pair is not None and not taken & {*map(id, pair.calls)}:

@@ -1,4 +1,4 @@
-"""Queries and keys through a norm each and then a rotary embedding, in a rewritten forward."""
+"""The step of a rewritten forward that normalises queries and keys and rotates them."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
-from twinkle.fuse.steps import stand_in, why_not
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.qk_norm_rotary import layer as op
-from twinkle.ops.qk_norm_rotary.heads import joined, run, split, way_for
+from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
+from twinkle.ops.qk_norm_rotary import triton_backend as op
+from twinkle.ops.qk_norm_rotary.heads import joined, path_for, run, split
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import RMSNormForm
 from twinkle.ops.rotary.reference import FORMS
@@ -28,12 +27,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from twinkle.fuse.norms import Norm
-    from twinkle.fuse.steps import Step
     from twinkle.ops.rotary.reference import RotaryForm
 
     Between = Literal["nothing", "transpose", "split"]
 
-__all__ = ["form_of_pair", "pair_of", "pair_step"]
+__all__ = ["PairStep", "form_of_pair", "pair_of"]
 
 _ROTATIONS = {form.name: form for form in FORMS}
 _compiling = torch.compiler.is_compiling
@@ -44,7 +42,7 @@ class Pair(NamedTuple):
     """Two norms of one form and a rotation.
 
     Attributes:
-        q, k: The norms.
+        q, k: The norms of queries and keys.
         form: The form of the op.
     """
 
@@ -54,7 +52,14 @@ class Pair(NamedTuple):
 
 
 def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pair | str:
-    """What the kernel takes the place of, or in words why there is none."""
+    """The two norms and the rotation that a kernel is for, or in words why there is none.
+
+    Args:
+        q_class: The class of the norm of the queries.
+        k_class: The class of the norm of the keys.
+        function: The rotation.
+        between: What stands between the norms and the rotation.
+    """
     q, k = norm_of(q_class), norm_of(k_class)
     rotation = rotation_of(function)
     for found in (q, k, rotation):
@@ -72,11 +77,18 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
     form = _form(q.form, _ROTATIONS[rotation], between)
-    return Pair(q, k, form) if op.covers(form) else f"there is no kernel for {form.name}"
+    return op.supports(form) or Pair(q, k, form)
 
 
 def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:
-    """What the steps are, whether or not there is a kernel; None where they are something else."""
+    """The form of two norms and a rotation, whether or not there is a kernel; None where they are none.
+
+    Args:
+        q_class: As for :func:`pair_of`, with all that follows.
+        k_class: The class of the norm of the keys.
+        function: The rotation.
+        between: What stands between the norms and the rotation.
+    """
     q, k, rotation = norm_form(q_class), norm_form(k_class), rotation_form(function)
     if not isinstance(q, RMSNormForm) or q is not k or rotation is None:
         return None
@@ -88,150 +100,250 @@ def _form(norm: RMSNormForm, rotation: RotaryForm, between: Between) -> QKNormRo
     return QKNormRotaryForm(f"{norm.name}_{rotation.name}_{over}", norm, rotation, over)
 
 
-def pair_step(
-    step: Step, between: Between, rotation_now: Callable[[], Any]
-) -> tuple[Callable[..., bool], Callable[..., tuple[Any, Any]]]:
-    """The two functions for one place.
+class PairStep(FusedStep):
+    """Queries and keys through a norm each and a rotation at one place of a forward, from one kernel.
+
+    The forward asks :meth:`ready` ahead of the norms. Where the answer is True it leaves the norms out and
+    calls :meth:`fused` in the place of the rotation. The kernel runs once it is proven for the classes of
+    the norms, the function and the dtypes (:attr:`proven`); until then :meth:`first_call` decides.
 
     Args:
-        step: What is known of it.
+        source: What the forward comes from; its candidate tells the report.
         between: What stands between the norms and the rotation.
         rotation_now: Gives the function that the forward would call.
-
-    The first takes ``(self, q_layer, k_layer, function)`` and says whether the layers may be left to the
-    second; the second takes ``(self, q, k, q_layer, k_layer, function, cos, sin)`` with queries and keys
-    that the layers were not applied to, and does all of it.
+        proofs: How many calls are compared with the original steps before the kernel runs alone.
+        recall: A verdict from an earlier process will do.
     """
-    graded, plain = step.graded, step.plain
-    known: dict[Any, Pair | str] = {}
 
-    def covered(q_text: str, k_text: str) -> str:
-        """The name of the rotation, empty where there is no kernel."""
-        found = rotation_of(rotation_now())
-        if isinstance(found, str) or not q_text or not k_text:
-            return ""
-        pair = _pair(norm_from(q_text), norm_from(k_text), found.name, between)
-        return "" if isinstance(pair, str) else found.name
+    op = "qk_norm_rotary"
 
-    # A compiler keeps the answer as a constant, and sees nothing of how it was found.
-    rotated: Callable[[str, str], str] = constant(covered)
+    def __init__(
+        self,
+        source: Any,
+        between: Between,
+        rotation_now: Callable[[], Any],
+        *,
+        proofs: int,
+        recall: bool,
+    ) -> None:
+        super().__init__(source, proofs=proofs, recall=recall)
+        self.between = between
+        self.rotation_now = rotation_now
+        self._pairs: dict[Any, Pair | str] = {}
 
-    def ready(owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What the forward calls: :meth:`ready`, then :meth:`fused`."""
+        return self.ready, self.fused
+
+    def ready(self, owner: nn.Module, q_layer: Any, k_layer: Any, function: Any) -> bool:
+        """Whether the forward may leave both norms out, since :meth:`fused` computes them.
+
+        Args:
+            owner: The layer whose forward it is.
+            q_layer: The norm of the queries.
+            k_layer: The norm of the keys.
+            function: The rotation.
+        """
         if _compiling():
             return bool(described(type(q_layer)) and described(type(k_layer))) and not (
                 hooked(q_layer) or hooked(k_layer)
             )
         key = (type(q_layer), type(k_layer), function)
-        pair = known.get(key)
+        pair = self._pairs.get(key)
         if pair is None:
-            pair = known[key] = pair_of(*key, between)
+            pair = self._pairs[key] = pair_of(*key, self.between)
         if type(pair) is str:
-            step.note(owner, pair)
+            self.note(owner, pair)
             return False
         if not hooked(q_layer) and not hooked(k_layer):
             return True
-        step.note(owner, why_not((q_layer, k_layer)) or "hooks")
+        self.note(owner, reason_against((q_layer, k_layer)) or "hooks")
         return False
 
     def fused(
-        owner: nn.Module, q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
+        self,
+        owner: nn.Module,
+        q: Any,
+        k: Any,
+        q_layer: Any,
+        k_layer: Any,
+        function: Any,
+        cos: Any,
+        sin: Any,
     ) -> tuple[Any, Any]:
+        """Rotated queries and keys: from the kernel, or by the original steps.
+
+        Args:
+            owner: The layer whose forward it is.
+            q: Queries that the norm was not applied to.
+            k: Keys that the norm was not applied to.
+            q_layer: The norm of the queries.
+            k_layer: The norm of the keys.
+            function: The rotation.
+            cos: Its first table.
+            sin: Its second.
+        """
         if _compiling():
-            return _traced(q, k, q_layer, k_layer, function, cos, sin)
+            return self.traced(q, k, q_layer, k_layer, function, cos, sin)
         if not (type(q) is type(k) is type(cos) is type(sin) is torch.Tensor):
-            return _original(q, k, q_layer, k_layer, function, cos, sin)
+            return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
         key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype)
-        pair = (graded if _recording() else plain).get(key)
+        pair = (self.proven_with_grad if _recording() else self.proven).get(key)
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
             if u is not None and v is not None:
-                way = way_for(q, k, u[0], v[0], cos, sin, pair.form)
-                if way == STRAIGHT:
-                    return run(way, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
+                path = path_for(q, k, u[0], v[0], cos, sin, pair.form)
+                if path is EAGER:
+                    return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
         else:
-            done = _first(owner, key, q, k, q_layer, k_layer, cos, sin)
+            done = self.first_call(owner, key, q, k, q_layer, k_layer, cos, sin)
             if done is not None:
                 return done
-        return _original(q, k, q_layer, k_layer, function, cos, sin)
+        return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
 
-    def _original(
-        q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
+    def unfused(
+        self, q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any]:
-        both: tuple[Any, Any] = function(_applied(q_layer, q), _applied(k_layer, k), cos, sin)
+        """Rotated queries and keys, by the steps of the original forward."""
+        both: tuple[Any, Any] = function(self._normed(q_layer, q), self._normed(k_layer, k), cos, sin)
         return both
 
-    def _applied(layer: Any, x: Any) -> Any:
-        if between == "nothing":
+    def _normed(self, layer: Any, x: Any) -> Any:
+        if self.between == "nothing":
             return layer(x)
-        if between == "transpose":
+        if self.between == "transpose":
             return layer(x.transpose(1, 2)).transpose(1, 2)
         return split(layer(joined(x)), x.shape[-1])
 
-    def _traced(
-        q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
+    def traced(
+        self, q: Any, k: Any, q_layer: Any, k_layer: Any, function: Any, cos: Any, sin: Any
     ) -> tuple[Any, Any]:
+        """Rotated queries and keys while a compiler traces: the registered op, or the original steps."""
         q_text, k_text = described(type(q_layer)), described(type(k_layer))
-        rotation = rotated(q_text, k_text)
+        rotation = self.rotation_name(q_text, k_text)
         if rotation:
-            u, v = norm_from(q_text), norm_from(k_text)
-            a, b = numbers_of(u, q_layer), numbers_of(v, k_layer)
-            form = _form(u.form, _ROTATIONS[rotation], between)
-            fits = a is not None and b is not None
-            if fits and way_for(q, k, a[0], b[0], cos, sin, form) == OP:  # type: ignore[index]
-                return run(OP, q, k, a[0], b[0], a[1], b[1], cos, sin, form)  # type: ignore[index]
-        return _original(q, k, q_layer, k_layer, function, cos, sin)
+            q_norm, k_norm = norm_from(q_text), norm_from(k_text)
+            u, v = numbers_of(q_norm, q_layer), numbers_of(k_norm, k_layer)
+            form = _form(q_norm.form, _ROTATIONS[rotation], self.between)
+            if u is not None and v is not None and path_for(q, k, u[0], v[0], cos, sin, form) is CUSTOM_OP:
+                return run(CUSTOM_OP, q, k, u[0], v[0], u[1], v[1], cos, sin, form)
+        return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
 
-    def _first(
-        owner: Any, key: Any, q: Any, k: Any, q_layer: Any, k_layer: Any, cos: Any, sin: Any
-    ) -> tuple[Any, Any] | None:
-        pair = known[key[:3]]
+    @constant
+    def rotation_name(self, q_text: str, k_text: str) -> str:
+        """The name of the rotation that the forward would call now; empty where there is no kernel.
+
+        A compiler keeps the answer as a constant, and sees nothing of how it was found.
+
+        Args:
+            q_text: What :func:`twinkle.fuse.norms.described` says of the norm of the queries.
+            k_text: The same for the keys.
+        """
+        rotation = rotation_of(self.rotation_now())
+        if isinstance(rotation, str) or not q_text or not k_text:
+            return ""
+        pair = _pair(norm_from(q_text), norm_from(k_text), rotation.name, self.between)
+        return "" if isinstance(pair, str) else rotation.name
+
+    def first_call(
+        self,
+        owner: nn.Module,
+        key: tuple[Any, ...],
+        q: Tensor,
+        k: Tensor,
+        q_layer: nn.Module,
+        k_layer: nn.Module,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compare the kernel and run it; None, with a note in the report, where it cannot run.
+
+        Args:
+            owner: The layer whose forward it is.
+            key: The classes of the norms, the rotation and the dtypes.
+            q: Queries, ``[batch, heads, tokens, head_dim]``.
+            k: Keys of the same layout.
+            q_layer: The norm of the queries.
+            k_layer: The norm of the keys.
+            cos: ``[batch, tokens, rotary_dim]``.
+            sin: As ``cos``.
+        """
+        pair = self._pairs[key[:3]]
         assert isinstance(pair, Pair)
         u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
-        why = why_not((q_layer, k_layer))
-        if why is not None or u is None or v is None:
-            step.note(owner, why or "a norm lacks its weight or eps")
+        reason = reason_against((q_layer, k_layer))
+        if reason is not None or u is None or v is None:
+            self.note(owner, reason or "a norm lacks its weight or eps")
             return None
-        if way_for(q, k, u[0], v[0], cos, sin, pair.form) != STRAIGHT:
+        if path_for(q, k, u[0], v[0], cos, sin, pair.form) is not EAGER:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
-            step.note(
-                owner, f"no kernel for {tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)} of {dtypes}"
-            )
+            shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)}"
+            self.note(owner, f"no kernel for {shapes} of {dtypes}")
             return None
-        # Not a call of its own: a table that wants a gradient is none of the kernel's, and in a
-        # comparison every input wants one.
-        rotate, few = plain_rotation(key[2]), slice(fewer_of(q.shape[2], proof_tokens((q,))))
-        some = slice(2)
-        cos_, sin_ = (table.detach()[some, few] for table in (cos, sin))
-
-        def original(holder: nn.Module, q: Tensor, k: Tensor) -> Any:
-            q_bare, k_bare = holder.children()
-            return _original(q, k, q_bare, k_bare, rotate, cos_, sin_)
-
-        def kernel(holder: nn.Module, q: Tensor, k: Tensor) -> Any:
-            q_bare, k_bare = holder.children()
-            a, b = numbers_of(pair.q, q_bare), numbers_of(pair.k, k_bare)
-            assert a is not None
-            assert b is not None
-            way = way_for(q, k, a[0], b[0], cos_, sin_, pair.form)
-            if way == DEFINITION:
-                raise TypeError("the kernel does not take copies of its inputs")
-            return run(way, q, k, a[0], b[0], a[1], b[1], cos_, sin_, pair.form)
-
-        done: tuple[Any, Any] | None = step.first(
+        done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
             key,
             pair,
-            lambda: run(STRAIGHT, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
-            lambda: (
-                EmbeddedLayer(step.op, pair.form, {"q_eps": u[1], "k_eps": v[1], "table": cos.itemsize}),
-                original,
-                kernel,
-                (q.detach()[some, :, few], k.detach()[some, :, few]),
-                stand_in((q_layer, k_layer)),
-            ),
+            lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
+            lambda: self.comparison(pair, q, k, q_layer, k_layer, key[2], cos, sin),
         )
         if done is not None:
-            note_absorbed(step, owner, (q_layer, k_layer), key[2])
+            self.note_taken_over(owner, (q_layer, k_layer), key[2])
         return done
 
-    return ready, fused
+    def comparison(
+        self,
+        pair: Pair,
+        q: Tensor,
+        k: Tensor,
+        q_layer: nn.Module,
+        k_layer: nn.Module,
+        function: Any,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Comparison:
+        """Kernel and original steps on the first tokens of a call and copies of its layers.
+
+        Args:
+            pair: The norms and the form of the op.
+            q: As for :meth:`first_call`, with all that follows.
+            k: Keys.
+            q_layer: The norm of the queries.
+            k_layer: The norm of the keys.
+            function: The rotation.
+            cos: ``[batch, tokens, rotary_dim]``.
+            sin: As ``cos``.
+        """
+        rotate, tokens = plain_rotation(function), slice(fewer_of(q.shape[2], proof_tokens((q,))))
+        sequences = slice(2)
+        # No inputs of the comparison: the kernel takes no table that wants a gradient, and there every
+        # input wants one.
+        cos_, sin_ = (table.detach()[sequences, tokens] for table in (cos, sin))
+
+        def original(layers: nn.Module, q: Tensor, k: Tensor) -> Any:
+            q_copy, k_copy = layers.children()
+            return self.unfused(q, k, q_copy, k_copy, rotate, cos_, sin_)
+
+        def kernel(layers: nn.Module, q: Tensor, k: Tensor) -> Any:
+            (q_weight, q_eps), (k_weight, k_eps) = _numbers(pair, *layers.children())
+            path = path_for(q, k, q_weight, k_weight, cos_, sin_, pair.form)
+            if path is REFERENCE:
+                raise TypeError("the kernel does not take copies of its inputs")
+            return run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos_, sin_, pair.form)
+
+        (_, q_eps), (_, k_eps) = _numbers(pair, q_layer, k_layer)
+        return Comparison(
+            EmbeddedLayer(self.op, pair.form, {"q_eps": q_eps, "k_eps": k_eps, "table": cos.itemsize}),
+            original,
+            kernel,
+            (q.detach()[sequences, :, tokens], k.detach()[sequences, :, tokens]),
+            layer_copies((q_layer, k_layer)),
+        )
+
+
+def _numbers(pair: Pair, q_layer: nn.Module, k_layer: nn.Module) -> tuple[tuple[Tensor | None, Any], ...]:
+    u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
+    assert u is not None
+    assert v is not None
+    return u, v

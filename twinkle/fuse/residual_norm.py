@@ -1,4 +1,4 @@
-"""``total = left + right`` and a norm of it, in a rewritten forward."""
+"""The step of a rewritten forward that adds a residual and normalises the sum."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.fuse.absorbed import note_absorbed
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.fuse.steps import shown, stand_in, why_not
-from twinkle.ops.launch import DEFINITION, OP, STRAIGHT
-from twinkle.ops.residual_norm.layer import run, way_for
+from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -20,118 +19,155 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from twinkle.fuse.norms import Norm
-    from twinkle.fuse.steps import Step
 
-__all__ = ["forms_of", "sum_step"]
+__all__ = ["SumStep", "forms_of"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
 
 
-class _Kind(NamedTuple):
+class NormForms(NamedTuple):
+    """A norm and the two forms of the op that end with it.
+
+    Attributes:
+        norm: The norm.
+        form: That of a sum and the norm.
+        scaled: That of a sum with a factor and the norm.
+    """
+
     norm: Norm
     form: ResidualNormForm
     scaled: ResidualNormForm
 
 
-def forms_of(norm: Norm) -> tuple[ResidualNormForm, ResidualNormForm]:
-    """The form of a sum before that norm, and of one with a factor."""
+def forms_of(norm: Norm) -> NormForms:
+    """The forms of a sum before that norm."""
     name = f"rms_norm_{norm.form.name}"
-    return ResidualNormForm(name, norm.form), ResidualNormForm(f"{name}_scaled", norm.form, True)
+    return NormForms(
+        norm, ResidualNormForm(name, norm.form), ResidualNormForm(f"{name}_scaled", norm.form, True)
+    )
 
 
-def _kind_of(cls: type) -> _Kind | None:
-    norm = norm_of(cls)
-    return None if isinstance(norm, str) else _Kind(norm, *forms_of(norm))
+class SumStep(FusedStep):
+    """``total = left + right`` and ``layer(total)`` at one place of a forward, from one kernel.
 
-
-def sum_step(step: Step) -> Callable[..., tuple[Any, Any]]:
-    """The function for one place.
-
-    It takes ``(self, left, right, layer)`` and perhaps a factor of ``right``, and returns the sum and what
-    the layer makes of it: from one kernel, or exactly as the code it stands for computes them.
+    The forward calls :meth:`fused`. The kernel runs once it is proven for the class of the norm and the
+    dtypes of the addends (:attr:`proven`); until then :meth:`first_call` decides.
     """
-    graded, plain = step.graded, step.plain
 
-    def fused(owner: nn.Module, left: Any, right: Any, layer: Any, factor: Any = None) -> tuple[Any, Any]:
+    op = "residual_norm"
+
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What the forward calls: :meth:`fused`."""
+        return (self.fused,)
+
+    def fused(
+        self, owner: nn.Module, left: Any, right: Any, layer: Any, factor: Any = None
+    ) -> tuple[Any, Any]:
+        """The sum and what the layer makes of it: from the kernel, or by the original steps.
+
+        Args:
+            owner: The layer whose forward it is.
+            left: The first addend, ``[..., hidden]``.
+            right: The second, without its factor.
+            layer: What is called with the sum.
+            factor: Of ``right``; None for none.
+        """
         if _compiling():
-            return _traced(left, right, layer, factor)
+            return self.traced(left, right, layer, factor)
         if factor is not None and type(factor) is not float:
             right, factor = right * factor, None
         if type(left) is not torch.Tensor or type(right) is not torch.Tensor:
-            return _original(left, right, layer, factor)
-        kind = (graded if _recording() else plain).get((type(layer), left.dtype, right.dtype))
-        if kind is not None and not hooked(layer):
-            found = numbers_of(kind.norm, layer)
-            if found is not None:
-                form = kind.form if factor is None else kind.scaled
-                way = way_for(right, left, found[0], form)
-                if way == STRAIGHT:
-                    return run(way, right, left, found[0], found[1], form, factor)
-        elif kind is None:
-            done = _first(owner, left, right, layer, factor)
+            return unfused(left, right, layer, factor)
+        proven = self.proven_with_grad if _recording() else self.proven
+        forms = proven.get((type(layer), left.dtype, right.dtype))
+        if forms is None:
+            done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
                 return done
-        return _original(left, right, layer, factor)
+        elif not hooked(layer):
+            numbers = numbers_of(forms.norm, layer)
+            if numbers is not None:
+                form = forms.form if factor is None else forms.scaled
+                path = path_for(right, left, numbers[0], form)
+                if path is EAGER:
+                    return run(path, right, left, numbers[0], numbers[1], form, factor)
+        return unfused(left, right, layer, factor)
 
-    def _original(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
-        total = left + (right if factor is None else right * factor)
-        return total, layer(total)
-
-    def _traced(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
+    def traced(self, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
+        """The sum and the layer of it while a compiler traces: the registered op, or the original steps."""
         if factor is not None and type(factor) is not float:
             right, factor = right * factor, None
         text = described(type(layer))
         if text and not hooked(layer):
             norm = norm_from(text)
-            found = numbers_of(norm, layer)
-            if found is not None:
-                form = forms_of(norm)[0 if factor is None else 1]
-                if way_for(right, left, found[0], form) == OP:
-                    return run(OP, right, left, found[0], found[1], form, factor)
-        return _original(left, right, layer, factor)
+            numbers = numbers_of(norm, layer)
+            if numbers is not None:
+                forms = forms_of(norm)
+                form = forms.form if factor is None else forms.scaled
+                if path_for(right, left, numbers[0], form) is CUSTOM_OP:
+                    return run(CUSTOM_OP, right, left, numbers[0], numbers[1], form, factor)
+        return unfused(left, right, layer, factor)
 
-    def _first(owner: Any, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any] | None:
-        why = why_not((layer,))
-        if why is not None:
-            step.note(owner, why)
+    def first_call(
+        self, owner: nn.Module, left: Tensor, right: Tensor, layer: nn.Module, factor: Any
+    ) -> tuple[Tensor, Tensor] | None:
+        """Compare the kernel and run it; None, with a note in the report, where it cannot run."""
+        norm, reason = norm_of(type(layer)), reason_against((layer,))
+        numbers = None if isinstance(norm, str) else numbers_of(norm, layer)
+        if reason is not None or isinstance(norm, str) or numbers is None:
+            self.note(owner, reason or "its norm lacks its weight or eps")
             return None
-        kind = _kind_of(type(layer))
-        found = kind and numbers_of(kind.norm, layer)
-        if kind is None or found is None:
+        forms = forms_of(norm)
+        form = forms.form if factor is None else forms.scaled
+        if path_for(right, left, numbers[0], form) is not EAGER:
+            self.note(owner, f"no kernel for {tensor_text(left)} + {tensor_text(right)}")
             return None
-        form = kind.form if factor is None else kind.scaled
-        weight, eps = found
-        if way_for(right, left, weight, form) != STRAIGHT:
-            step.note(owner, f"no kernel for {shown(left)} + {shown(right)}")
-            return None
-
-        def original(holder: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            return _original(left, right, holder.get_submodule("0"), factor)
-
-        def kernel(holder: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            there = numbers_of(kind.norm, holder.get_submodule("0"))
-            assert there is not None
-            way = way_for(right, left, there[0], form)
-            if way == DEFINITION:
-                raise TypeError("the kernel does not take copies of its inputs")
-            return run(way, right, left, *there, form, factor)
-
-        done: tuple[Any, Any] | None = step.first(
+        done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
             (type(layer), left.dtype, right.dtype),
-            kind,
-            lambda: run(STRAIGHT, right, left, weight, eps, form, factor),
-            lambda: (
-                EmbeddedLayer(step.op, form, {"eps": eps, "scale": factor}),
-                original,
-                kernel,
-                (left, right),
-                stand_in((layer,)),
-            ),
+            forms,
+            lambda: run(EAGER, right, left, *numbers, form, factor),
+            lambda: self.comparison(norm, form, left, right, layer, factor),
         )
         if done is not None:
-            note_absorbed(step, owner, (layer,))
+            self.note_taken_over(owner, (layer,))
         return done
 
-    return fused
+    def comparison(
+        self,
+        norm: Norm,
+        form: ResidualNormForm,
+        left: Tensor,
+        right: Tensor,
+        layer: nn.Module,
+        factor: Any,
+    ) -> Comparison:
+        """Kernel and original steps on the addends of a call and a copy of its layer."""
+
+        def original(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+            return unfused(left, right, layers.get_submodule("0"), factor)
+
+        def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+            weight, eps = _numbers(norm, layers.get_submodule("0"))
+            path = path_for(right, left, weight, form)
+            if path is REFERENCE:
+                raise TypeError("the kernel does not take copies of its inputs")
+            return run(path, right, left, weight, eps, form, factor)
+
+        _, eps = _numbers(norm, layer)
+        subject = EmbeddedLayer(self.op, form, {"eps": eps, "scale": factor})
+        return Comparison(subject, original, kernel, (left, right), layer_copies((layer,)))
+
+
+def unfused(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
+    """The sum and what the layer makes of it, by the steps of the original forward."""
+    total = left + (right if factor is None else right * factor)
+    return total, layer(total)
+
+
+def _numbers(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any]:
+    numbers = numbers_of(norm, layer)
+    assert numbers is not None
+    return numbers

@@ -1,8 +1,8 @@
-"""A method with some of its steps done by other functions, and everything else as it was.
+"""Rewrites a method so that other functions do some of its steps, and nothing else changes.
 
 The new code is compiled from the method's own syntax tree under its own file name and line numbers, so that
-tracebacks, breakpoints and ``inspect.getsource`` show the source that is there. It has the same globals (the
-very dict), defaults, closure and decorators. ``docs/decisions/0006-rewritten-forwards.md`` says why.
+tracebacks, breakpoints and ``inspect.getsource`` show the source in the file. It has the same globals (the
+same dict), defaults, closure and decorators. ``docs/decisions/0006-rewritten-forwards.md`` says why.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GENERATORS = 0x20 | 0x80 | 0x200  # CO_GENERATOR, CO_COROUTINE, CO_ASYNC_GENERA
 
 
 class CannotRewrite(Exception):
-    """The method is left as it is; the message says why."""
+    """The method cannot be rewritten; the message says why."""
 
 
 class Draft:
@@ -43,7 +43,8 @@ class Draft:
 
     Attributes:
         function: The function below the decorators.
-        places: What could be replaced.
+        owner: What the method calls ``self``.
+        places: The places where steps could be replaced.
 
     Raises:
         CannotRewrite: Its source is not there or does not give its code, a decorator is not known, or it
@@ -105,7 +106,12 @@ class Draft:
 
 
 def _moved(place: Place, memo: dict[int, Any]) -> Place:
-    """A place in the copy of its tree."""
+    """The same place in a deep copy of its tree.
+
+    Args:
+        place: In the original tree.
+        memo: That of ``copy.deepcopy``: from the ids of original nodes to their copies.
+    """
 
     def there(value: Any) -> Any:
         if isinstance(value, ast.AST | list):
@@ -119,7 +125,15 @@ def _moved(place: Place, memo: dict[int, Any]) -> Place:
 
 
 class _Edit(ast.NodeTransformer):
-    """Nodes to be replaced, and statements to stand before and after others."""
+    """Changes to a syntax tree, collected by id of node and carried out in one visit.
+
+    Attributes:
+        owner: What the method calls ``self``.
+        instead: The node, or the statements, that replace a node.
+        before: Statements to be put before a statement.
+        after: Statements to be put after one.
+        tests: The conditions of ``if`` statements as they were before a place changed them.
+    """
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
@@ -129,7 +143,7 @@ class _Edit(ast.NodeTransformer):
         self.tests: dict[int, ast.expr] = {}
 
     def visit(self, node: ast.AST) -> Any:
-        """The node as it is to be."""
+        """The node, or the statements, that stand there after the changes."""
         new = self.instead.pop(id(node), node)
         before, after = self.before.pop(id(node), []), self.after.pop(id(node), [])
         if isinstance(new, list):
@@ -139,7 +153,7 @@ class _Edit(ast.NodeTransformer):
         return [*before, *new, *after] if before or after or len(new) > 1 else new[0]
 
     def sum(self, place: SumThenLayer, helper: str, normed: str) -> None:
-        """``total, normed = helper(self, left, right, layer)``."""
+        """Replace a sum and its layer by ``total, normed = helper(self, left, right, layer)``."""
         arguments = [place.left, place.right, copy.deepcopy(place.call.func)]
         if place.scale is not None:
             arguments.append(place.scale)
@@ -155,7 +169,7 @@ class _Edit(ast.NodeTransformer):
         if place.when is not None:
             bare = ast.Tuple([copy.deepcopy(given.value), ast.Constant(None)], ast.Load())
             value = ast.IfExp(copy.deepcopy(place.when), value, bare)
-            # Whatever happens to what the condition asks for: never a layer's result that is not there.
+            # What the condition reads may change in between: never use a result that was not computed.
             there = ast.Compare(_name(normed), [ast.IsNot()], [ast.Constant(None)])
             result = ast.IfExp(there, result, place.call)
         first = targets[0]
@@ -165,16 +179,16 @@ class _Edit(ast.NodeTransformer):
         self.instead[id(statement)] = [_at(part, statement) for part in made]
         self.instead[id(place.call)] = _at(result, place.call)
         if not isinstance(then, ast.Return):
-            # As before, nobody holds it when the statement is done.
+            # As in the original, nothing holds the result once the statement is done.
             gone = ast.Delete([ast.Name(normed, ast.Del())])
             self.after.setdefault(id(then), []).append(_at(gone, then))
 
     def pair(self, place: RotatedPair, helpers: tuple[str, ...], flag: str) -> None:
-        """``flag = ready(…)`` ahead of the layers; where it is true, ``fused(…)`` does their work."""
+        """Put ``flag = ready(…)`` ahead of the layers; where it is True, ``fused(…)`` does their work."""
         layers = [copy.deepcopy(call.func) for call in place.calls]
         ready: ast.expr = self._call(helpers[0], [*layers, _name(place.function)])
         if place.conditions:
-            # Without the answers to other places that may stand in them by now.
+            # The conditions of the original: other places may have changed them by now.
             tests = [(self.tests.setdefault(id(b), b.test), wanted) for b, wanted in place.conditions]
             asked = [copy.deepcopy(test) if wanted else _not(test) for test, wanted in tests]
             ready = ast.BoolOp(ast.And(), [*asked, ready])
@@ -184,7 +198,7 @@ class _Edit(ast.NodeTransformer):
             off = ast.Assign([_name(flag, store=True)], ast.Constant(False))
             self.before.setdefault(id(place.outside), []).append(_at(off, place.outside))
         for branch, wanted in place.conditions:
-            # The answer that was acted on holds, whatever happened in between.
+            # The answer that was acted on holds, whatever changed in between.
             kept = [_name(flag), branch.test] if wanted else [_not(_name(flag)), branch.test]
             branch.test = _at(ast.BoolOp(ast.Or() if wanted else ast.And(), kept), branch.test)
         for call in place.calls:
@@ -210,7 +224,7 @@ def _not(test: ast.expr) -> ast.expr:
 
 
 def _at(new: Any, old: ast.AST) -> Any:
-    """Give new nodes the lines of an old one."""
+    """Give new nodes the line and column of an old one."""
     ast.copy_location(new, old)
     for child in ast.iter_child_nodes(new):
         if "lineno" in child._attributes and not hasattr(child, "lineno"):
@@ -255,7 +269,7 @@ def _compiled(
 
 
 def _imported_names(tree: ast.FunctionDef, function: FunctionType) -> set[str]:
-    """The globals that the module imported: Python compiles ``name.attribute()`` otherwise for them.
+    """The globals that are imported modules: Python compiles a call ``name.attribute()`` otherwise for them.
 
     Raises:
         CannotRewrite: With none of these does the source give the code of the function.
@@ -298,7 +312,7 @@ def _code_in(code: CodeType, name: str) -> CodeType:
 
 
 def _same_code(a: CodeType, b: CodeType) -> bool:
-    """The same instructions on the same names and constants, wherever they stand in the file."""
+    """Whether two code objects have the same instructions, names and constants; lines may differ."""
     if (a.co_code, a.co_names, a.co_varnames, a.co_freevars, a.co_cellvars, len(a.co_consts)) != (
         b.co_code,
         b.co_names,
@@ -341,7 +355,7 @@ def _dressed(made: FunctionType, original: FunctionType) -> FunctionType:
 
 
 def _decorators(method: Any) -> list[FunctionType]:
-    """The function as it stands in its class, and what it wraps, down to the innermost."""
+    """The function as it stands in its class and those it wraps, the innermost last."""
     _, foreign = source.unwrap(method)
     if foreign is not None:
         raise CannotRewrite(f"it is wrapped by {foreign}")
@@ -369,7 +383,7 @@ def _cells_of(wrapper: FunctionType, inner: FunctionType) -> list[int]:
 
 
 def _rewrapped(wrapper: FunctionType, inner: FunctionType) -> FunctionType:
-    """A decorator's function around another one."""
+    """A decorator's wrapper, made anew around another function."""
     [at] = _cells_of(wrapper, wrapper.__wrapped__)  # type: ignore[attr-defined]
     closure = list(wrapper.__closure__ or ())
     closure[at] = CellType(inner)

@@ -1,4 +1,4 @@
-"""What a function is that a fused kernel takes the place of: which rotary embedding."""
+"""Recognises the rotary embeddings that a fused kernel can compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 from twinkle.fuse.norms import hooked
 from twinkle.match.structure import recognise
-from twinkle.match.symbolic.source import function_of
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ __all__ = ["plain_rotation", "rotation_form", "rotation_of"]
 def rotation_of(function: Any) -> RotaryForm | str:
     """The rotary embedding that ``function(q, k, cos, sin)`` is, or in words why it is none.
 
-    A function that an embedded kernel was put in the place of is what it was before.
+    Of a function that Twinkle replaced by an embedded kernel, the original counts.
     """
     placed = placed_as(function)
     if placed is not None and not placed.chosen_by_twinkle:
@@ -30,11 +30,11 @@ def rotation_of(function: Any) -> RotaryForm | str:
     if isinstance(function, nn.Module) and hooked(function):
         return "the rotation has hooks or a forward of its own"
     name = getattr(function, "__name__", type(function).__name__)
-    found = recognise(function) if function_of(function) is not None else None
+    found = recognise(function) if function_of_callable(function) is not None else None
     if found is None or found.op != "rotary":
         return f"{name} is not recognised as a rotary embedding"
     facts = dict(found.facts)
-    plain: Any = function_of(function)
+    plain: Any = function_of_callable(function)
     parameters = list(inspect.signature(plain, follow_wrapped=False).parameters.values())
     if [parameter.name for parameter in parameters[:4]] != [
         facts.pop(r, None) for r in ("q", "k", "cos", "sin")
@@ -52,12 +52,12 @@ def rotation_of(function: Any) -> RotaryForm | str:
 
 def rotation_form(function: Any) -> RotaryForm | None:
     """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
-    plain = function_of(plain_rotation(function))
+    plain = function_of_callable(plain_rotation(function))
     found = recognise(plain) if plain is not None else None
     return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
 
 
 def plain_rotation(function: Any) -> Any:
-    """The function without the kernel that Twinkle put in its place."""
+    """The original of a function that Twinkle replaced, or the function itself."""
     placed = placed_as(function)
     return function if placed is None else placed.original

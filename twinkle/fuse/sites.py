@@ -1,7 +1,7 @@
-"""What a place in a forward is as an op, and whether there is a kernel for it.
+"""Sites: places of a forward as ops, decided by the layers there, and whether a kernel computes them.
 
-One decision for both who asks: a model whose layers are there (:mod:`twinkle.fuse.forward`), and a class
-of which there is the text alone (:mod:`twinkle.fuse.survey`).
+The decision is one for an instance, whose layers are there (:mod:`twinkle.fuse.forward`), and for the text
+of a class, whose layers are those that ``__init__`` writes (:mod:`twinkle.fuse.survey`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.fuse.norms import Norm, norm_form, norm_of
 from twinkle.fuse.places import SumThenLayer
-from twinkle.fuse.qk_norm_rotary import form_of_pair, pair_of
-from twinkle.fuse.residual_norm import forms_of
+from twinkle.fuse.qk_norm_rotary import PairStep, form_of_pair, pair_of
+from twinkle.fuse.residual_norm import SumStep, forms_of
 from twinkle.ops.layer_norm.reference import LayerNormForm
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 __all__ = ["OPS", "Site", "layers_of", "site_of"]
 
-OPS = ("residual_norm", "qk_norm_rotary")
+OPS = (SumStep.op, PairStep.op)
 
 
 class Site(NamedTuple):
-    """A place in a forward, as an op.
+    """A place of a forward as an op.
 
     Attributes:
-        number: Which place of the forward.
+        number: The index of the place in its forward.
         op: The op.
         form: The form of it; None where the layers or the function are something else.
         reason: Why there is no kernel for it, or None.
@@ -49,13 +49,13 @@ def layers_of(place: Place) -> tuple[str, ...]:
 def site_of(
     number: int, place: Place, classes: Sequence[type | None], function: Callable[[str], Any]
 ) -> Site:
-    """One place of a forward as an op.
+    """A place of a forward as an op, decided by the classes of its layers.
 
     Args:
-        number: Which place it is.
+        number: The index of the place in its forward.
         place: The place.
         classes: Those of its layers, None for a layer that is not there.
-        function: Gives the function of that name.
+        function: Looks a function up by its name in the forward's module.
     """
     if isinstance(place, SumThenLayer):
         return _sum_site(number, place, classes[0])
@@ -66,20 +66,20 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     norm = "its norm is not there" if cls is None else norm_of(cls)
     scaled = place.scale is not None
     if isinstance(norm, Norm):
-        return Site(number, OPS[0], forms_of(norm)[scaled])
+        forms = forms_of(norm)
+        return Site(number, SumStep.op, forms.scaled if scaled else forms.form)
     other = None if cls is None else norm_form(cls)
     if other is None:
-        return Site(number, OPS[0], None, norm)
+        return Site(number, SumStep.op, None, norm)
     kind = "layer_norm" if isinstance(other, LayerNormForm) else "rms_norm"
-    return Site(
-        number, OPS[0], ResidualNormForm(f"{kind}_{other.name}{'_scaled' * scaled}", other, scaled), norm
-    )
+    name = f"{kind}_{other.name}{'_scaled' * scaled}"
+    return Site(number, SumStep.op, ResidualNormForm(name, other, scaled), norm)
 
 
 def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:
     if q is None or k is None:
-        return Site(number, OPS[1], None, "its norms are not there")
+        return Site(number, PairStep.op, None, "its norms are not there")
     pair = pair_of(q, k, function, place.between)
     if isinstance(pair, str):
-        return Site(number, OPS[1], form_of_pair(q, k, function, place.between), pair)
-    return Site(number, OPS[1], pair.form)
+        return Site(number, PairStep.op, form_of_pair(q, k, function, place.between), pair)
+    return Site(number, PairStep.op, pair.form)

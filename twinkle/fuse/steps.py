@@ -1,4 +1,4 @@
-"""The functions that a rewritten forward calls: a fused kernel where it fits, else the original steps.
+"""What a rewritten forward calls at its places: a fused kernel where it fits, else the original steps.
 
 Whether it fits is asked at every call, since a program may hook, replace or wrap a layer at any time. What
 the kernel computes is compared with the layers' own code at its first call, on the inputs of that call: the
@@ -7,80 +7,115 @@ forward around it may not run twice (it may write to a cache of keys and values,
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
 from twinkle.fuse.norms import hooked, norm_of, numbers_of, unswapped
+from twinkle.fuse.rotations import plain_rotation
+from twinkle.match.symbolic.source import function_of_callable
+from twinkle.proof import first_use
+from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
-from twinkle.swap.layers import candidates_of
+from twinkle.swap.layers import candidates_of, original_class
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
+    from torch import Tensor
+
+    from twinkle.proof.compare import Verdict
+    from twinkle.records import Binding
+    from twinkle.sources.embedded import EmbeddedLayer
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["Step", "shown", "stand_in", "why_not"]
+__all__ = ["Comparison", "FusedStep", "layer_copies", "reason_against", "tensor_text"]
 
 _recording = torch.is_grad_enabled
 
 
-class Step:
-    """One place of a forward and what is known of it.
+class Comparison(NamedTuple):
+    """A fused kernel and the steps it replaces, to be compared on tensors.
+
+    Attributes:
+        subject: What the verdict is about.
+        original: The original steps, as a function of ``layers`` and ``tensors``.
+        kernel: The kernel, as a function of the same.
+        tensors: The inputs.
+        layers: Copies of the layers, as :func:`layer_copies` makes them.
+    """
+
+    subject: EmbeddedLayer
+    original: Callable[..., Any]
+    kernel: Callable[..., Any]
+    tensors: tuple[Tensor, ...]
+    layers: nn.Module
+
+
+class FusedStep:
+    """One place of a rewritten forward, and the kernels that were proven there.
 
     Args:
         source: What the forward comes from; its candidate tells the report.
+        proofs: How many calls are compared with the original steps before the kernel runs alone.
+        recall: A verdict from an earlier process will do.
+
+    Attributes:
         op: The op of the place.
-        proofs: How many calls are compared with the original before the kernel is trusted.
-        recall: A comparison from an earlier process will do.
+        proven: What the kernel needs to run, by the classes and dtypes it was proven for; for calls that
+            record no gradients.
+        proven_with_grad: The same for calls that do.
     """
 
-    def __init__(self, source: Any, op: str, *, proofs: int, recall: bool) -> None:
+    op: ClassVar[str]
+
+    def __init__(self, source: Any, *, proofs: int, recall: bool) -> None:
         self.source = source
-        self.op = op
         self.proofs = proofs
         self.recall = recall
-        # What may run without further questions, by whether gradients are recorded.
-        self.plain: dict[Any, Any] = {}
-        self.graded: dict[Any, Any] = {}
+        self.proven: dict[Any, Any] = {}
+        self.proven_with_grad: dict[Any, Any] = {}
         self._counted: dict[Any, int] = {}
 
-    def candidate(self, layer: nn.Module) -> Candidate | None:
-        """The candidate that put the rewritten forward into ``layer``, while it is in the running."""
-        for candidate in candidates_of(layer):
+    @property
+    def functions(self) -> tuple[Callable[..., Any], ...]:
+        """What the forward calls at the place, in the order :meth:`Draft.build` takes them."""
+        raise NotImplementedError
+
+    def candidate(self, owner: nn.Module) -> Candidate | None:
+        """The candidate that put the rewritten forward into a layer; None once it is rejected."""
+        for candidate in candidates_of(owner):
             if candidate.kernel.source is self.source and candidate.rejected is None:
                 return candidate
         return None
 
-    def first(
+    def compare_and_run(
         self,
-        layer: nn.Module,
+        owner: nn.Module,
         key: Any,
-        what: Any,
+        needs: Any,
         kernel: Callable[[], Any],
-        proof: Callable[[], tuple[Any, ...]],
+        comparison: Callable[[], Comparison],
     ) -> Any:
-        """Run a kernel that is not trusted yet.
+        """Run a kernel that is not proven yet, after a comparison.
 
         Args:
-            layer: Whose forward it is.
-            key: What the kernel depends on, but for the tensors.
-            what: Kept under the key once it is proven.
+            owner: The layer whose forward it is.
+            key: What the kernel depends on, but for the tensors' sizes.
+            needs: Kept under ``key`` in :attr:`proven` once it is.
             kernel: The call.
-            proof: Gives the source that the verdict is about, the original and the kernel as functions of
-                a stand-in and tensors, these, and the stand-in.
+            comparison: Makes what is compared; called if a comparison is due.
 
         Returns:
             The kernel's result, or None when the original steps are to run.
         """
-        candidate = self.candidate(layer)
+        candidate = self.candidate(owner)
         if candidate is None or _capturing():
             return None
-        graded = _recording()
+        grad = _recording()
         if self.proofs:
-            verdict = self._verdict(proof, graded)
-            candidate.judged(verdict, grad=graded)
+            candidate.record_verdict(self._verdict(comparison(), grad), grad=grad)
             if candidate.rejected is not None:
                 return None
         try:
@@ -90,40 +125,66 @@ class Step:
                 raise
             failure = error
         else:
-            self._counted[key, graded] = self._counted.get((key, graded), 0) + 1
-            if self._counted[key, graded] >= self.proofs:
-                self.plain[key] = what
-                if graded:
-                    self.graded[key] = what
+            self._count(key, needs, grad)
             return result
         candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
         return None
 
-    def _verdict(self, proof: Callable[[], tuple[Any, ...]], graded: bool) -> Any:
-        from twinkle.proof.first_use import prove
-
-        subject, original, kernel, tensors, module = proof()
-        return prove(
-            subject,
-            original,
-            kernel,
-            tensors,
+    def _verdict(self, compared: Comparison, grad: bool) -> Verdict:
+        return first_use.prove(
+            compared.subject,
+            compared.original,
+            compared.kernel,
+            compared.tensors,
             {},
-            module=module,
+            module=compared.layers,
             plain_class=nn.Module,
-            backward=graded,
+            backward=grad,
             recall=self.recall,
         )
 
-    def note(self, layer: nn.Module, reason: str) -> None:
+    def _count(self, key: Any, needs: Any, grad: bool) -> None:
+        self._counted[key, grad] = self._counted.get((key, grad), 0) + 1
+        if self._counted[key, grad] >= self.proofs:
+            self.proven[key] = needs
+            if grad:
+                self.proven_with_grad[key] = needs
+
+    def note(self, owner: nn.Module, reason: str) -> None:
         """Say in the report why the original steps ran."""
-        candidate = self.candidate(layer)
+        candidate = self.candidate(owner)
         if candidate is not None:
             candidate.binding.note(f"{self.op}: {reason}")
 
+    def note_taken_over(self, owner: nn.Module, layers: Sequence[nn.Module], function: Any = None) -> None:
+        """Say in the report of pending kernels that this step computes their calls, so that they never load.
 
-def stand_in(layers: Iterable[nn.Module]) -> nn.Module:
-    """A module that holds copies of layers with their own parameters, without hooks and without kernels."""
+        Args:
+            owner: The layer whose forward it is.
+            layers: The layers that were not called.
+            function: The function that was not called, if there is one.
+        """
+        bindings: list[Binding] = [
+            candidate.binding for layer in layers for candidate in candidates_of(layer)
+        ]
+        plain = function_of_callable(plain_rotation(function))
+        name = f"{getattr(plain, '__module__', None)}:{getattr(plain, '__qualname__', None)}"
+        bindings += [
+            binding
+            for binding in runtime.registry.bindings
+            if (binding.scope, binding.target) == ("function", name)
+        ]
+        for binding in bindings:
+            if binding.state == "pending":
+                binding.note(f"its calls in {original_class(owner).__qualname__} are computed by {self.op}")
+
+
+def layer_copies(layers: Iterable[nn.Module]) -> nn.Module:
+    """A module that holds the layers anew: the same parameters, the classes without Twinkle's kernels.
+
+    Args:
+        layers: Without hooks, see :func:`reason_against`.
+    """
     holder = nn.Module()
     for at, layer in enumerate(layers):
         plain: Any = unswapped(type(layer))
@@ -133,20 +194,20 @@ def stand_in(layers: Iterable[nn.Module]) -> nn.Module:
     return holder
 
 
-def why_not(layers: Sequence[nn.Module]) -> str | None:
-    """Why the layers cannot be computed elsewhere, or None."""
+def reason_against(layers: Sequence[nn.Module]) -> str | None:
+    """Why a fused kernel cannot compute what these norms compute, or None if it can."""
     for layer in layers:
-        found = norm_of(type(layer))
-        if isinstance(found, str):
-            return found
+        norm = norm_of(type(layer))
+        if isinstance(norm, str):
+            return norm
         if hooked(layer):
             return f"{type(layer).__name__} has hooks or a forward of its own"
-        if numbers_of(found, layer) is None:
+        if numbers_of(norm, layer) is None:
             return f"{type(layer).__name__} has no weight or eps where its class promises them"
     return None
 
 
-def shown(tensor: Any) -> str:
+def tensor_text(tensor: Any) -> str:
     """The device, dtype and shape of a tensor, for a message."""
     return f"{tensor.device.type} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 

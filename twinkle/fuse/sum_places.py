@@ -1,4 +1,4 @@
-"""A sum of two values and, as the next thing that is computed, the call of a layer with it."""
+"""Places where a sum of two values is computed and then, as the next step, a layer of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,13 @@ class SumThenLayer(NamedTuple):
 
 
 def sum_before_layer(block: list[ast.stmt], at: int, owner: str) -> SumThenLayer | None:
-    """The place that begins with a statement of a block, if one does."""
+    """The place that begins at a statement of a block, or None.
+
+    Args:
+        block: The statements.
+        at: The index of the statement.
+        owner: What the method calls ``self``.
+    """
     given = given_names(block[at])
     total = None if given is None else _sum(given[1])
     if given is None or total is None:
@@ -66,7 +72,12 @@ def sum_before_layer(block: list[ast.stmt], at: int, owner: str) -> SumThenLayer
 
 
 def sums_inside_calls(node: ast.FunctionDef, owner: str) -> Iterator[SumThenLayer]:
-    """The layers of a method that are called with a sum."""
+    """The places where the sum is written as the argument of the layer.
+
+    Args:
+        node: The method.
+        owner: What the method calls ``self``.
+    """
     for part in own_nodes(node):
         found = _layer_call(part, owner)
         total = None if found is None else _sum(found[0].args[0])
@@ -87,7 +98,7 @@ def _layer_call(node: ast.AST | None, owner: str) -> tuple[ast.Call, str] | None
 
 
 def _addends(total: ast.BinOp, owner: str) -> tuple[ast.expr, ast.expr, ast.expr | None]:
-    """Both sides; a product with an attribute of ``self`` or a number, on the right, as its two."""
+    """Left and right addend and the factor of the right one: an attribute of ``self``, a number or None."""
     node = total.right
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
         for side, other in ((node.right, node.left), (node.left, node.right)):

@@ -1,12 +1,12 @@
-"""The places in the forward of a class that a fused kernel is for, from the text of the class alone.
+"""Lists the fused ops in the forward of a class, from the source of the class alone.
 
     >>> from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     >>> [found] = recognise_places(LlamaDecoderLayer)
     >>> found.op, found.form.name, found.facts["norm"], found.facts["wired"]
     ('residual_norm', 'rms_norm_llama', 'post_attention_layernorm', True)
 
-The decision is the one that a model meets when it is built (:mod:`twinkle.fuse.sites`); what only an
-instance can tell, such as a layer that is chosen by a config, is taken as its class writes it.
+The decision is the one made for a model that is there (:mod:`twinkle.fuse.sites`). Where only an instance
+can tell, as for a layer that a config chooses, the layer counts that ``__init__`` writes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ __all__ = ["recognise_all", "recognise_places", "survey_module"]
 
 
 def survey_module(name: str) -> list[Recognition]:
-    """The recognitions of each layer and function that the module of that name defines.
+    """What each layer and function that a module defines is recognised as.
+
+    Args:
+        name: The dotted name of the module.
 
     Raises:
         ImportError: The module cannot be imported.
@@ -43,7 +46,7 @@ def survey_module(name: str) -> list[Recognition]:
 
 
 def recognise_all(obj: Any) -> list[Recognition]:
-    """What a class or a function is recognised as: an op itself, or else the ops in its forward.
+    """What a class or a function is recognised as: one op, or else the fused ops in its forward.
 
     Args:
         obj: As for :func:`twinkle.match.structure.recognise`.
@@ -104,7 +107,7 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
         facts = {"norm": place.path, "scale": None if place.scale is None else ast.unparse(place.scale)}
     else:
         rotation = function.__globals__.get(place.function)
-        module = getattr(source.function_of(rotation), "__module__", function.__module__)
+        module = getattr(source.function_of_callable(rotation), "__module__", function.__module__)
         facts = {"q_norm": place.paths[0], "k_norm": place.paths[1], "rotary": f"{module}:{place.function}"}
     facts["wired"] = reason is None
     if reason is not None:
@@ -113,7 +116,7 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
 
 
 def _norm_at(path: str, attributes: dict[str, set[type]]) -> type | None:
-    """The norm that ``__init__`` gives an attribute, if it is one form of norm at most."""
+    """The norm that ``__init__`` assigns to an attribute; None for none, or for several forms of norm."""
     norms = {norm_form(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
     norms.pop(None, None)
     return next(iter(norms.values())) if len(norms) == 1 else None

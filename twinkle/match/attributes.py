@@ -1,4 +1,4 @@
-"""What the attributes of a class are, as far as the text of its ``__init__`` tells."""
+"""The classes of a class's attributes, read from the source of its ``__init__``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["attribute_classes"]
 
 
 def attribute_classes(owner: type) -> dict[str, set[type]]:
-    """The classes that ``__init__`` gives the attributes of ``self``, as far as its text tells."""
+    """The classes whose instances ``__init__`` assigns to attributes of ``self``, by the attribute's name."""
     found: dict[str, set[type]] = {}
     for cls in owner.__mro__:
         init = _init(cls)

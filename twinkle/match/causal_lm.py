@@ -12,11 +12,19 @@ from twinkle.match.symbolic.terms import Term, show, walk
 from twinkle.match.unify import attribute_path
 from twinkle.ops.causal_lm_loss.reference import CausalLMLossForm
 
-__all__ = ["Head", "recognise_head"]
+__all__ = ["Head", "causal_loss_names", "recognise_head"]
 
 
 class Head(NamedTuple):
-    """What is known of a head and the loss behind it."""
+    """The head of a model and the causal loss behind it.
+
+    Attributes:
+        op: ``causal_lm_loss``, or None where the loss is another.
+        form: The variant of the op.
+        facts: The path of the head, the factors of the steps between head and loss, and the arguments.
+        instance_facts: The facts that only an instance can tell.
+        near: The near miss, where the loss is another.
+    """
 
     op: str | None
     form: Any
@@ -34,11 +42,11 @@ def recognise_head(run: Run, owner: type) -> Head | None:
 
 
 class _Other(Exception):
-    """The logits are not what a head and simple steps make of hidden states."""
+    """The logits are not those of a head followed by the steps that the op knows."""
 
 
 def _is_causal(owner: type) -> bool:
-    """The loss of the class may be that of causal models.
+    """Whether the loss of a class may be that of causal models.
 
     transformers picks the loss by the class's name, from a table that it publishes.
     """
@@ -88,15 +96,15 @@ def _head_of(logits: Term, arguments: dict[str, Term]) -> Head:
     steps.reverse()
     hidden_cast = hidden.op == "to" and hidden.args[1].op == "dtype_of"
     labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
-    kind = "both" if shifted is not None else "labels"
+    targets = "both" if shifted is not None else "labels"
     if labels is None or labels.args == (None,):
-        kind = "shift_labels"
+        targets = "shift_labels"
     names = tuple(name for name, _ in steps)
     form = CausalLMLossForm(
         "_".join(("cast", *names) if hidden_cast else names) or "plain",
         steps=names,
         hidden_cast=hidden_cast,
-        labels=kind,  # type: ignore[arg-type]
+        labels=targets,  # type: ignore[arg-type]
         sliced=(hidden.args[0] if hidden_cast else hidden).op in ("index", "if"),
     )
     facts: dict[str, Any] = {"head": head, "factors": tuple(factor for _, factor in steps)}

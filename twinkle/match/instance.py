@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import re
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from twinkle.match.recognition import Reason
 from twinkle.match.symbolic import source
@@ -13,22 +13,19 @@ from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.idioms import ACTIVATIONS
 from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.unify import attribute_path
+from twinkle.ops.catalog import find_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twinkle.match.recognition import Recognition
+    from twinkle.ops.catalog import Op
 
-__all__ = ["activation_name", "read_instance", "read_path"]
+__all__ = ["Instance", "activation_name", "read_instance", "read_path"]
 
 
 class _Refused(Exception):
     pass
-
-
-_NUMBERS = frozenset({"eps", "limit", "alpha", "gate_scale", "output_scale", "num_experts", "group_size"})
-_TENSORS = frozenset({"weight", "bias", "gate_up_bias", "down_bias"})
-_LINEARS = frozenset({"gate", "up", "down", "gate_up"})
 
 
 def read_instance(
@@ -49,17 +46,83 @@ def read_instance(
     """
     if recognition.op is None:
         return Reason(recognition.reason or "its class is not recognised")
-    facts = dict(recognition.facts)
+    op = find_op(recognition.op)
+    instance = Instance(recognition, module)
+    reader = _Reader(op, instance, recognise)
     try:
-        if recognition.op == "causal_lm_loss":
-            _check_loss(recognition, facts, module)
-        else:
-            for role in recognition.instance_facts:
-                facts[role] = _read(recognition, role, facts[role], module, recognise)
-        _check_form(recognition, facts, module)
+        for role in recognition.instance_facts:
+            if role in op.roles:
+                instance.facts[role] = reader.read(role, instance.facts[role])
+        check = op.hook("check")
+        if check is not None:
+            check(instance)
     except _Refused as error:
         return Reason(str(error))
-    return facts
+    return instance.facts
+
+
+class Instance:
+    """A layer whose class was recognised, as ``check`` in the ``recognition.py`` of its op gets it.
+
+    Args:
+        recognition: The recognition of its class.
+        module: The layer.
+
+    Attributes:
+        form: The form of its class.
+        facts: What is known of it; ``check`` may add to them.
+        module: The layer.
+    """
+
+    def __init__(self, recognition: Recognition, module: Any) -> None:
+        self.form = recognition.form
+        self.facts = dict(recognition.facts)
+        self.module = module
+
+    def refuse(self, reason: str) -> NoReturn:
+        """The layer is not what its class promises, and is to be left alone."""
+        raise _Refused(reason)
+
+    def get(self, path: str) -> Any:
+        """The value at a path of attributes; without one the layer is refused."""
+        try:
+            return read_path(self.module, path)
+        except (AttributeError, LookupError, TypeError) as error:
+            raise _Refused(f"{path} cannot be read: {error}") from None
+
+    def number(self, path: str) -> Any:
+        """The value at a path, or the number that the path is."""
+        return float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else self.get(path)
+
+    def check_hooks(self, path: str, layer: Any) -> None:
+        """Refuse a layer in it with hooks or a forward of its own.
+
+        Code that computes with the layer's weight instead of calling the layer would lose them.
+        """
+        if not hasattr(layer, "_forward_hooks"):
+            return
+        hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+        if "forward" in vars(layer) or hooks:
+            raise _Refused(f"{path} has hooks or a forward of its own")
+
+    @staticmethod
+    def function_of(value: Any) -> FunctionType | None:
+        """The function behind wrappers, or None."""
+        return source.function_of_callable(value)
+
+    @staticmethod
+    def last_layer(layer: Any) -> str | None:
+        """The attribute whose call makes the result of a layer."""
+        forward = getattr(type(layer), "forward", None)
+        if not isinstance(forward, FunctionType):
+            return None
+        try:
+            term, run = execute(forward, Arena(), owner=type(layer))
+        except (source.NoSource, Unsupported):
+            return None
+        if run.effects or term.op != "call" or len(term.args[1]) != 1:
+            return None
+        return attribute_path(term.args[0])
 
 
 def read_path(module: Any, path: str) -> Any:
@@ -76,158 +139,72 @@ def read_path(module: Any, path: str) -> Any:
     return value
 
 
-def _get(module: Any, path: str) -> Any:
-    try:
-        return read_path(module, path)
-    except (AttributeError, LookupError, TypeError) as error:
-        raise _Refused(f"{path} cannot be read: {error}") from None
+class _Reader:
+    """Reads what the class of a layer left open, each argument by its role in the record of the op."""
 
+    def __init__(self, op: Op, instance: Instance, recognise: Callable[[Any], Recognition]) -> None:
+        self.op = op
+        self.instance = instance
+        self.recognise = recognise
+        self.may_be_none = self._allowed("may_be_none")
+        self.may_be_missing = self._allowed("may_be_missing")
 
-def _read(
-    recognition: Recognition, role: str, path: str, module: Any, recognise: Callable[[Any], Recognition]
-) -> Any:
-    import torch
+    def _allowed(self, hook: str) -> tuple[str, ...]:
+        asked = self.op.hook(hook)
+        allowed: tuple[str, ...] = () if asked is None else asked(self.instance.form)
+        return allowed
 
-    optional = role == "weight" and (
-        recognition.form.optional_weight if recognition.op == "rms_norm" else False
-    )
-    if optional and not hasattr(module, path):
-        return None
-    value = _get(module, path)
-    if role in _NUMBERS:
-        if (
-            isinstance(value, torch.Tensor)
-            and value.numel() == 1
-            and not value.is_meta
-            and not value.requires_grad
-        ):
-            value = value.item()
-        absent = value is None and (
-            role == "group_size" or (role == "eps" and recognition.form.name == "fused")
-        )
-        if not absent and (not isinstance(value, int | float) or isinstance(value, bool)):
+    def read(self, argument: str, path: str) -> Any:
+        """What an argument of the definition is on this instance: a path, a number or a name."""
+        if argument in self.may_be_missing and not hasattr(self.instance.module, path):
+            return None
+        value = self.instance.get(path)
+        role = self.op.roles[argument]
+        if role == "activation":
+            return activation_name(value)
+        if role == "shape":
+            return tuple(value)
+        if role == "flag":
+            return bool(value)
+        if value is None and argument in self.may_be_none:
+            return None
+        if role == "number":
+            return self._number(path, value)
+        self._check(role, path, value)
+        return path
+
+    def _number(self, path: str, value: Any) -> Any:
+        import torch
+
+        if isinstance(value, torch.Tensor) and value.numel() == 1:
+            value = value if value.is_meta or value.requires_grad else value.item()
+        if not isinstance(value, int | float) or isinstance(value, bool):
             raise _Refused(f"{path} is {type(value).__name__}, not a number")
         return value
-    if role == "activation":
-        return activation_name(value)
-    if role in _TENSORS or (recognition.op == "experts" and role in ("gate_up", "down")):
-        absent = value is None and getattr(recognition.form, "compute", "") == "fused"
-        absent = absent or (value is None and getattr(recognition.form, "written", "") == "fused")
-        if not absent and not isinstance(value, torch.Tensor):
-            raise _Refused(f"{path} is {type(value).__name__}, not a tensor")
-        return path if value is not None else None
-    if role in _LINEARS and type(value) is not torch.nn.Linear:
-        raise _Refused(
-            f"{path} is a {type(value).__module__}.{type(value).__qualname__}, not a torch.nn.Linear"
-        )
-    if role == "normalized_shape":
-        return tuple(value)
-    if role in _LINEARS or role in ("norm", "dropout"):
-        _check_hooks(path, value)
-    if role == "norm" and recognition.op == "gated_mlp":
-        _check_norm(path, value, recognise)
-    if role == "dropout" and type(value) not in (torch.nn.Dropout, torch.nn.Identity):
-        raise _Refused(f"{path} is a {type(value).__qualname__}, not a dropout")
-    return bool(value) if role == "with_weight" else path
 
+    def _check(self, role: str, path: str, value: Any) -> None:
+        import torch
 
-def _check_norm(path: str, layer: Any, recognise: Callable[[Any], Recognition]) -> None:
-    _check_hooks(path, layer)
-    found = recognise(type(layer))
-    if found.op not in ("rms_norm", "layer_norm"):
-        raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
-    facts = read_instance(found, layer, recognise)
-    if isinstance(facts, Reason):
-        raise _Refused(f"{path}: {facts}")
+        cls = type(value)
+        if role == "tensor":
+            if not isinstance(value, torch.Tensor):
+                raise _Refused(f"{path} is {cls.__name__}, not a tensor")
+            return
+        if role == "linear" and cls is not torch.nn.Linear:
+            raise _Refused(f"{path} is a {cls.__module__}.{cls.__qualname__}, not a torch.nn.Linear")
+        self.instance.check_hooks(path, value)
+        if role == "norm":
+            self._check_norm(path, value)
+        if role == "dropout" and cls not in (torch.nn.Dropout, torch.nn.Identity):
+            raise _Refused(f"{path} is a {cls.__qualname__}, not a dropout")
 
-
-def _is_off(module: Any, path: str) -> bool:
-    return not re.fullmatch(r"-?[\d.e+-]+", path) and _get(module, path) is None
-
-
-def _factor(module: Any, path: str) -> Any:
-    value = float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else _get(module, path)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _Refused(f"{path} is {type(value).__name__}, not a number")
-    return value
-
-
-def _check_hooks(path: str, layer: Any) -> None:
-    if not hasattr(layer, "_forward_hooks"):
-        return
-    # Code that computes with the layer's weight instead of calling the layer would lose them.
-    if "forward" in vars(layer) or layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        raise _Refused(f"{path} has hooks or a forward of its own")
-
-
-def _check_form(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
-    """What must hold between facts."""
-    if recognition.op == "gated_mlp":
-        layers = [_get(module, facts[role]) for role in ("gate", "up", "gate_up", "down") if role in facts]
-        facts["biases"] = tuple(
-            role for role in ("gate", "up", "gate_up", "down") if _bias(module, facts, role)
-        )
-        facts["hidden_size"], facts["intermediate_size"] = layers[-1].out_features, layers[-1].in_features
-    elif recognition.op == "rms_norm" and facts.get("with_weight", True) and facts.get("weight"):
-        facts["hidden_size"] = _get(module, facts["weight"]).shape[-1]
-    elif recognition.op == "experts":
-        if getattr(_get(module, facts["gate_up"]), "ndim", 0) != 3:
-            raise _Refused(f"{facts['gate_up']} has not three dimensions")
-        if getattr(module, "_is_expert_parallel", False):
-            raise _Refused("its experts are spread over several devices")
-        # transformers may run another implementation of the same sum than the one in the source.
-        facts["implementation"] = getattr(getattr(module, "config", None), "_experts_implementation", None)
-
-
-def _bias(module: Any, facts: dict[str, Any], role: str) -> bool:
-    return role in facts and _get(module, facts[role]).bias is not None
-
-
-def _check_loss(recognition: Recognition, facts: dict[str, Any], module: Any) -> None:
-    import torch
-
-    head = facts["head"]
-    layer = _get(module, head)
-    while type(layer) is not torch.nn.Linear:
-        inner = _last_layer(layer)
-        if inner is None:
-            raise _Refused(f"{head} is a {type(layer).__qualname__}, and no torch.nn.Linear makes its result")
-        head = f"{head}.{inner}"
-        layer = _get(module, head)
-    _check_hooks(head, layer)
-    facts["head"] = head
-    steps = zip(recognition.form.steps, facts["factors"], strict=True)
-    facts["factors"] = tuple(
-        None
-        if path is None or (step.startswith("optional_") and _is_off(module, path))
-        else _factor(module, path)
-        for step, path in steps
-    )
-    loss = source.function_of(getattr(module, "loss_function", None))
-    if (
-        loss is None
-        or f"{loss.__module__}.{loss.__qualname__}" != "transformers.loss.loss_utils.ForCausalLMLoss"
-    ):
-        raise _Refused(
-            f"its loss_function is {getattr(loss, '__qualname__', loss)}, not that of causal models"
-        )
-    facts["loss_function"] = loss.__qualname__
-    facts["vocab_size"], facts["hidden_size"] = layer.weight.shape
-    facts["bias"] = layer.bias is not None
-
-
-def _last_layer(layer: Any) -> str | None:
-    """The attribute whose call makes the result of ``layer``."""
-    forward = getattr(type(layer), "forward", None)
-    if not isinstance(forward, FunctionType):
-        return None
-    try:
-        term, run = execute(forward, Arena(), owner=type(layer))
-    except (source.NoSource, Unsupported):
-        return None
-    if run.effects or term.op != "call" or len(term.args[1]) != 1:
-        return None
-    return attribute_path(term.args[0])
+    def _check_norm(self, path: str, layer: Any) -> None:
+        found = self.recognise(type(layer))
+        if found.op not in ("rms_norm", "layer_norm"):
+            raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
+        facts = read_instance(found, layer, self.recognise)
+        if isinstance(facts, Reason):
+            raise _Refused(f"{path}: {facts}")
 
 
 def activation_name(value: Any) -> str:
@@ -237,7 +214,7 @@ def activation_name(value: Any) -> str:
     arena = Arena()
     unknown = f"unknown:{getattr(value, '__qualname__', type(value).__qualname__)}"
     x = arena.term("input", "x")
-    function = source.function_of(getattr(type(value), "forward", None))
+    function = source.function_of_callable(getattr(type(value), "forward", None))
     try:
         if function is not None:
             instance = value

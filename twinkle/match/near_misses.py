@@ -1,137 +1,105 @@
 """Near misses: what a term almost is, and the first difference.
 
-A term counts as near an op when it holds the heart of that op (a reciprocal root of a mean of squares,
-a product with an activation between two layers, a rotation); which form is nearest is counted.
+A term counts as near an op when it holds the core expression of that op (a reciprocal root of a mean of
+squares, a product with an activation between two layers, a rotation): ``core`` in the ``recognition.py`` of
+the op says so. Which form is nearest is counted.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
-from twinkle.match import templates
 from twinkle.match.recognition import NearMiss
-from twinkle.match.symbolic.execute import Run
 from twinkle.match.symbolic.idioms import ACTIVATIONS
 from twinkle.match.symbolic.terms import Term, walk
+from twinkle.match.templates import holes, template_ops, templates
 from twinkle.match.unify import attribute_path, difference
 
-__all__ = ["NearMiss", "hearts", "near_misses"]
+if TYPE_CHECKING:
+    from twinkle.match.symbolic.execute import Run
+    from twinkle.ops.catalog import Op
+
+__all__ = ["Expression", "NearMiss", "near_misses", "ops_with_core"]
 
 
-# The share of a form's operations that must agree: below it the two only share their heart.
+# The share of a form's operations that must agree: below it the two only share their core expression.
 _NEAR = 0.4
+_MOST_PARTS = 600
 
 
-def hearts(term: Term) -> tuple[str, ...]:
-    """The ops whose heart the term holds."""
+class Expression:
+    """A term as the ops look at it for their core expressions.
+
+    Args:
+        parts: The term and everything in it.
+
+    Attributes:
+        parts: As given; each has the name of an operation as ``op``, and ``args``.
+        size: How many there are.
+        ops: The names of their operations.
+    """
+
+    def __init__(self, parts: list[Term]) -> None:
+        self.parts = parts
+        self.size = len(parts)
+        self.ops = {part.op for part in parts}
+
+    @cached_property
+    def centred(self) -> bool:
+        """It divides by a root of what a mean was subtracted from, as layer norms do."""
+        if "layer_norm" in self.ops and self.size < 60:
+            return True
+        roots = not self.ops.isdisjoint(("rsqrt", "sqrt"))
+        return roots and ("var" in self.ops or {"mean", "sub"} <= self.ops) and self.size < 80
+
+    @cached_property
+    def layer_calls(self) -> list[Term]:
+        """The calls of layers of the module."""
+        return [part for part in self.parts if self.calls_layer(part)]
+
+    @staticmethod
+    def is_term(value: Any) -> bool:
+        """Whether it is a part of the expression, and no plain value in one."""
+        return isinstance(value, Term)
+
+    @staticmethod
+    def is_activation(term: Term) -> bool:
+        """Whether it is a known elementwise function of its first argument."""
+        return term.op in ACTIVATIONS
+
+    @staticmethod
+    def calls_layer(term: Any) -> bool:
+        """Whether it is the call of a layer of the module."""
+        return isinstance(term, Term) and term.op == "call" and attribute_path(term.args[0]) is not None
+
+
+def ops_with_core(term: Term) -> tuple[Op, ...]:
+    """The ops whose core expression the term holds, the commonest first."""
     parts = walk(term)
-    if len(parts) > 600:
+    if len(parts) > _MOST_PARTS:
         return ()
-    return tuple(op for op, near in _HEARTS.items() if near(parts))
+    expression = Expression(parts)
+    return tuple(op for op in template_ops() if (core := op.hook("core")) is not None and core(expression))
 
 
 def near_misses(term: Term, run: Run) -> tuple[NearMiss, ...]:
-    """The nearest form of every op whose heart the term holds."""
-    return tuple(found for op in hearts(term) if (found := _nearest(op, term, run)) is not None)
+    """The nearest form of every op whose core expression the term holds."""
+    return tuple(found for op in ops_with_core(term) if (found := _nearest(op, term, run)) is not None)
 
 
-def _nearest(op: str, term: Term, run: Run) -> NearMiss | None:
+def _nearest(op: Op, term: Term, run: Run) -> NearMiss | None:
     best = None
-    for template in templates.templates(op):
-        found = difference(template.term, term, templates.ROLES[op])
+    for template in templates(op):
+        found = difference(template.term, term, holes(op))
         if found is not None:
             share = found.agreed / len(walk(template.term))
             if best is None or share > best[0]:
                 best = (share, template, found)
     if best is None:
         # Equal to the last operation, and it does more than compute.
-        return NearMiss(op, next(iter(templates.templates(op))).form, "; ".join(run.effects) or "unknown")
+        return NearMiss(op.name, next(iter(templates(op))).form, "; ".join(run.effects) or "unknown")
     share, template, found = best
     if share < _NEAR:
         return None
-    return NearMiss(op, template.form, f"expected {found.expected}, found {found.found}")
-
-
-def _ops(parts: list[Term]) -> set[str]:
-    return {part.op for part in parts}
-
-
-def _norm(parts: list[Term]) -> bool:
-    ops = _ops(parts)
-    roots = "rsqrt" in ops or "sqrt" in ops or "pow" in ops
-    return ("rms_norm" in ops and len(parts) < 60) or (roots and {"mean", "pow2"} <= ops and len(parts) < 200)
-
-
-def _centred(parts: list[Term]) -> bool:
-    ops = _ops(parts)
-    roots = "rsqrt" in ops or "sqrt" in ops
-    if "layer_norm" in ops and len(parts) < 60:
-        return True
-    return roots and ("var" in ops or {"mean", "sub"} <= ops) and len(parts) < 80
-
-
-def _layer_call(term: Any) -> bool:
-    return isinstance(term, Term) and term.op == "call" and attribute_path(term.args[0]) is not None
-
-
-def _gated(parts: list[Term]) -> bool:
-    if len(parts) > 150 or "loop" in _ops(parts):
-        return False
-    layers = [part for part in parts if _layer_call(part)]
-    return len(layers) >= 2 and any(
-        part.op == "mul" and any(_activated(side) for side in part.args) for part in parts
-    )
-
-
-def _activated(term: Any) -> bool:
-    while isinstance(term, Term) and term.op in ("clamp", "to"):
-        term = term.args[0]
-    if not isinstance(term, Term):
-        return False
-    if term.op in ACTIVATIONS:
-        return _inner_call(term.args[0])
-    return _layer_call(term) and len(term.args[1]) == 1 and _inner_call(term.args[1][0])
-
-
-def _inner_call(term: Any) -> bool:
-    while isinstance(term, Term) and term.op in (
-        "index",
-        "chunk",
-        "split",
-        "to",
-        "clamp",
-        "reshape",
-        "unbind",
-        "mul",
-    ):
-        if term.op == "mul":
-            return any(_inner_call(side) for side in term.args)
-        term = term.args[0]
-    return _layer_call(term)
-
-
-def _rotation(parts: list[Term]) -> bool:
-    if len(parts) > 300 or any(_layer_call(part) for part in parts):
-        return False
-    if any(part.op == "view_as_complex" for part in parts):
-        return True
-    for part in parts:
-        if part.op in ("cat", "stack") and part.args[0].op == "tuple":
-            items = part.args[0].args
-            if len(items) in (2, 4) and any(item.op in ("neg", "sub") for item in items):
-                return True
-    return False
-
-
-def _experts(parts: list[Term]) -> bool:
-    ops = _ops(parts)
-    return ("index_add" in ops and "loop" in ops) or ("bmm" in ops and len(parts) < 120)
-
-
-_HEARTS = {
-    "rms_norm": lambda parts: _norm(parts) and not _centred(parts),
-    "layer_norm": _centred,
-    "gated_mlp": _gated,
-    "rotary": _rotation,
-    "experts": _experts,
-}
+    return NearMiss(op.name, template.form, f"expected {found.expected}, found {found.found}")

@@ -1,4 +1,4 @@
-"""What a class or function was recognised as, and how near it is where it was not."""
+"""Records of a recognition: the op and its variant, the near misses, and the reason against it."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["NearMiss", "Reason", "Recognition"]
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A form that something almost is.
+    """A variant of an op whose code differs little from the code at hand.
 
     Attributes:
         op: The op.
-        form: The nearest form.
+        form: The nearest variant.
         difference: The first difference, as ``expected …, found …`` or in words.
     """
 
@@ -29,7 +29,7 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why an instance is not what its class promises."""
+    """Why an instance cannot take the kernel that its class was recognised for; false as a condition."""
 
     text: str
 
@@ -42,13 +42,13 @@ class Reason:
 
 @dataclass(frozen=True)
 class Recognition:
-    """What a class or function was recognised as.
+    """The op that the code of a class or function computes; false as a condition where none was recognised.
 
     Attributes:
         target: ``module:Name``.
         op: The op, or None.
-        form: The frozen form of that op (``twinkle.ops.<op>.reference``), or None.
-        facts: Each argument of the form's reference: the name of the attribute or of the parameter it
+        form: The frozen variant of that op (``twinkle.ops.<op>.reference``), or None.
+        facts: Each argument of the variant's reference: the name of the attribute or of the parameter it
             is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
         instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
         guards: Attributes that the code only reads to raise an error.
@@ -62,12 +62,12 @@ class Recognition:
     instance_facts: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
     reason: str | None = None
-    # Comparing with every form takes longer than recognising one, and only a reader asks for it.
+    # Comparing with every variant takes longer than recognising one, and only a reader asks for it.
     _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def near(self) -> tuple[NearMiss, ...]:
-        """The forms that it almost is, with the first difference."""
+        """The nearest variants, each with the first difference."""
         return () if self._nearest is None else self._nearest()
 
     def __bool__(self) -> bool:

@@ -15,28 +15,32 @@ import inspect
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
-from twinkle.match import templates
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.causal_lm import recognise_head
 from twinkle.match.instance import read_instance
-from twinkle.match.near_misses import hearts, near_misses
+from twinkle.match.near_misses import near_misses, ops_with_core
 from twinkle.match.recognition import NearMiss, Reason, Recognition
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
+from twinkle.match.templates import holes, templates
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
-
-if TYPE_CHECKING:
-    pass
+from twinkle.runtime import runtime
 
 __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
-# By the object, not by its code: two modules may hold the same code over different helpers.
-_cache: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
+class _Recognitions:
+    """The recognitions of classes and functions so far.
+
+    By the object, not by its code: two modules may hold the same code over different helpers.
+    """
+
+    def __init__(self) -> None:
+        self.by_object: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
 
 
 def recognise(obj: Any) -> Recognition:
@@ -53,14 +57,15 @@ def recognise(obj: Any) -> Recognition:
     if function is None:
         return Recognition(target, reason=reason)
     key = function if owner is None else owner
-    found = _cache.get(key)
+    known = runtime.of(_Recognitions).by_object
+    found = known.get(key)
     if found is None:
-        found = _cache[key] = _recognise(target, function, owner, reason)
+        found = known[key] = _recognise(target, function, owner, reason)
     return found
 
 
 def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
-    """Read from an instance what its class left open (:func:`twinkle.match.instance.read_instance`).
+    """Read the facts that only an instance can tell (:func:`twinkle.match.instance.read_instance`).
 
     Args:
         recognition: The recognition of ``type(module)``.
@@ -74,7 +79,7 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
 
 def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:
     owner = obj if isinstance(obj, type) else None
-    function = getattr(obj, "forward", None) if owner is not None else source.function_of(obj)
+    function = getattr(obj, "forward", None) if owner is not None else source.function_of_callable(obj)
     if function is None:
         return None, None, "it has no forward" if owner is not None else "it is no function with a source"
     function, foreign = source.unwrap(function)
@@ -107,7 +112,7 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
             made = Recognition(target, head.op, head.form, head.facts, head.instance_facts)
             return replace(made, _nearest=lambda: head.near) if head.near else made
     run.cls = None
-    if not hearts(term):
+    if not ops_with_core(term):
         return Recognition(target)  # and the terms need not be kept
     why = "; ".join(run.effects) or None
     return Recognition(target, reason=why, _nearest=partial(near_misses, term, run))
@@ -156,19 +161,19 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
         dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part)))
     )
     key = shape_key(term)
-    for op in hearts(term):
-        for template in templates.templates(op):
-            bound = unify(template.term, term, templates.ROLES[op]) if template.key == key else None
+    for op in ops_with_core(term):
+        for template in templates(op):
+            bound = unify(template.term, term, holes(op)) if template.key == key else None
             if bound is not None and _plausible(bound, run.cls):
                 facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
-                return Recognition(target, op, template.form, facts, instance_facts, guards)
+                return Recognition(target, op.name, template.form, facts, instance_facts, guards)
     return None
 
 
 def _plausible(bound: Bindings, owner: type | None) -> bool:
-    """A dropout and a norm are written alike; what ``__init__`` builds there tells which it is."""
+    """Whether ``__init__`` builds a dropout or a norm where one is bound: their calls are written alike."""
     paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
     classes = attribute_classes(owner) if paths and owner is not None else {}
     for role, path in paths.items():

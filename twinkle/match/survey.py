@@ -53,7 +53,7 @@ def candidates(module: ModuleType) -> Iterator[tuple[str, Any]]:
             if own and "forward" in vars(value):
                 yield name, value
         elif not isinstance(value, ModuleType):
-            function = source.function_of(value)
+            function = source.function_of_callable(value)
             if function is not None and function.__module__ == module.__name__:
                 yield name, value
 
@@ -79,7 +79,7 @@ def reachable(obj: Any) -> list[Any]:
         forward, _ = source.unwrap(getattr(item, "forward", None))
         if isinstance(forward, FunctionType):
             called = (forward.__globals__.get(name) for name in forward.__code__.co_names)
-            functions = (source.function_of(value) for value in called if value is not None)
+            functions = (source.function_of_callable(value) for value in called if value is not None)
             own = item.__module__.partition(".")[0]
             todo += [function for function in functions if function and function.__module__.startswith(own)]
     return list(found)

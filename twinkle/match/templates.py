@@ -6,64 +6,39 @@ The definition of a form and what is recognised as that form are one and the sam
 from __future__ import annotations
 
 from functools import cache
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.match.symbolic.execute import Run
 from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.unify import shape_key
+from twinkle.ops.catalog import all_ops
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["OPS", "ROLES", "Template", "templates"]
+    from twinkle.ops.catalog import Op
 
-OPS: tuple[str, ...] = ("rms_norm", "layer_norm", "gated_mlp", "rotary", "experts")
-"""The ops that are one expression of one class or function."""
+__all__ = ["Template", "holes", "template_ops", "templates"]
 
-_COMMON = {"x": "input", "weight": "attr", "bias": "attr", "eps": "scalar", "activation": "callable"}
-ROLES: dict[str, dict[str, str]] = {
-    "rms_norm": {
-        **_COMMON,
-        "gate": "input",
-        "group_size": "scalar",
-        "with_weight": "attr",
-        "normalized_shape": "any",
-    },
-    "layer_norm": {**_COMMON, "normalized_shape": "any"},
-    "gated_mlp": {
-        **_COMMON,
-        **dict.fromkeys(("gate", "up", "down", "gate_up", "dropout", "norm"), "attr"),
-        **dict.fromkeys(("limit", "gate_scale", "output_scale"), "scalar"),
-    },
-    "rotary": {
-        **dict.fromkeys(("q", "k", "v", "cos", "sin", "position_ids", "mrope_section"), "input"),
-        "unsqueeze_dim": "scalar",
-    },
-    "experts": {
-        **_COMMON,
-        **dict.fromkeys(("indices", "weights"), "input"),
-        **dict.fromkeys(("gate_up", "down", "gate_up_bias", "down_bias", "norm"), "attr"),
-        **dict.fromkeys(("num_experts", "limit", "alpha"), "scalar"),
-    },
-}
-"""What each argument of a reference may stand for in the code of a class."""
+# What a hole may be bound to, by the role of its argument; any other role is an attribute.
+_HOLES = {"input": "input", "number": "scalar", "activation": "callable", "shape": "any"}
 
 
-def _table_orders(form: Any) -> tuple[dict[str, Any], ...]:
-    if form.tables in ("full", "half"):
-        return ({"slice_last": False},)
-    return ({"slice_last": False}, {"slice_last": True})
+def template_ops() -> tuple[Op, ...]:
+    """The ops that are one expression of one class or function."""
+    return tuple(op for op in all_ops() if op.roles)
 
 
-# Arguments of a reference that change its spelling, not its result.
-_SPELLINGS = {"rotary": _table_orders}
+@cache
+def holes(op: Op) -> dict[str, str]:
+    """What ``unify`` may bind each argument of an op's definition to."""
+    return {argument: _HOLES.get(role, "attr") for argument, role in op.roles.items()}
 
 
 class Template(NamedTuple):
     """One form as a term with holes."""
 
-    op: str
+    op: Op
     form: Any
     term: Term
     key: int
@@ -72,18 +47,18 @@ class Template(NamedTuple):
 class _Forms:
     """The templates of one op, made as they are asked for: the commonest forms come first."""
 
-    def __init__(self, op: str) -> None:
+    def __init__(self, op: Op) -> None:
         self.op = op
-        reference = import_module(f"twinkle.ops.{op}.reference")
-        self.function = getattr(reference, op)
+        self.function = getattr(op.module("reference"), op.name)
         code = self.function.__code__
         self.names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self.arena = Arena()
         self.made: list[Template] = []
+        spellings = op.hook("spellings")
         self.todo = [
             (form, spelling)
-            for form in reference.FORMS
-            for spelling in _SPELLINGS.get(op, lambda form: ({},))(form)
+            for form in op.variants
+            for spelling in ((({},)) if spellings is None else spellings(form))
         ]
         self.todo.reverse()
 
@@ -107,12 +82,12 @@ class _Forms:
         term = run.function(self.function, [], given)
         if run.effects:
             raise AssertionError(
-                f"the reference of {self.op} {form.name} is no mere computation: {run.effects}"
+                f"the reference of {self.op.name} {form.name} is no mere computation: {run.effects}"
             )
         self.made.append(Template(self.op, form, term, shape_key(term)))
 
 
 @cache
-def templates(op: str) -> _Forms:
+def templates(op: Op) -> _Forms:
     """The templates of an op, the commonest forms first."""
     return _Forms(op)

@@ -1,23 +1,43 @@
-"""Layer kernels for the attribute names of any class: a ``forward`` written for them."""
+"""Layer classes and functions written at run time, with the names that a target uses."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 import keyword
-import linecache
 import re
-from itertools import count
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from twinkle.codegen import compile_source, def_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-__all__ = ["forward_class", "plain_function"]
+__all__ = ["forward_class", "once_for", "plain_function"]
 
-_numbers = count(1)
+
+def once_for(*known: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a maker of kernels give the same one for the same variant and facts.
+
+    Args:
+        known: The facts that it looks at; it is given no others.
+    """
+
+    def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.cache
+        def made(form: Any, facts: tuple[tuple[str, Any], ...], *rest: Any) -> Any:
+            return make(form, dict(facts), *rest)
+
+        @functools.wraps(make)
+        def call(form: Any, facts: Mapping[str, Any], *rest: Any) -> Any:
+            return made(form, tuple((name, facts[name]) for name in known if name in facts), *rest)
+
+        return call
+
+    return decorate
 
 
 def forward_class(
@@ -30,10 +50,10 @@ def forward_class(
     constants: Mapping[str, Any] | None = None,
     absent_ok: tuple[str, ...] = (),
 ) -> type[nn.Module]:
-    """A layer whose ``forward`` calls ``function`` with attributes of the instance.
+    """Make a layer whose ``forward`` calls ``function`` with attributes of the instance.
 
     Args:
-        name: Of the class.
+        name: The name of the class.
         function: Takes everything by keyword.
         facts: From an argument of ``function`` to what it is on the instance: an argument of ``forward``
             for the names in ``inputs``, else a path of attributes, or a value.
@@ -50,14 +70,16 @@ def forward_class(
     """
     scope: dict[str, Any] = {"function": function, **(constants or {})}
     parameters = [
-        f"{_name(facts[role])}{'=None' if role in optional else ''}" for role in inputs if facts.get(role)
+        f"{_identifier(facts[role])}{'=None' if role in optional else ''}"
+        for role in inputs
+        if facts.get(role)
     ]
     handed = [f"{role}={facts[role]}" for role in inputs if facts.get(role)]
     for role, value in facts.items():
         if role in inputs:
             continue
         if isinstance(value, str):
-            path = ".".join(map(_name, value.split(".")))
+            path = ".".join(map(_identifier, value.split(".")))
             handed.append(
                 f"{role}=getattr(self, {path!r}, None)" if role in absent_ok else f"{role}=self.{path}"
             )
@@ -65,18 +87,11 @@ def forward_class(
             handed.append(f"{role}={_literal(value)}")
     handed += [f"{role}={role}" for role in constants or {}]
     text = f"def forward(self, {', '.join(parameters)}):\n    return function({', '.join(handed)})\n"
-    forward = _run(text, "forward", scope)
+    compile_source(text, "forward", scope)
+    forward = scope["forward"]
     forward.__module__, forward.__qualname__ = __name__, f"{name}.forward"
     members = {"forward": forward, "can_torch_compile": True, "has_backward": True, "__module__": __name__}
     return type(name, (nn.Module,), members)
-
-
-def _run(text: str, name: str, scope: dict[str, Any]) -> Any:
-    filename = f"<twinkle {name} #{next(_numbers)}>"
-    # Tracebacks, inspect.getsource and compilers find the text here.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    exec(compile(text, filename, "exec"), scope)
-    return scope[name]
 
 
 def _literal(value: Any) -> str:
@@ -84,7 +99,7 @@ def _literal(value: Any) -> str:
     return f"float({str(value)!r})" if isinstance(value, float) else repr(value)
 
 
-def _name(text: Any) -> str:
+def _identifier(text: Any) -> str:
     if not isinstance(text, str) or not re.fullmatch(r"[A-Za-z_]\w*", text) or keyword.iskeyword(text):
         raise ValueError(f"{text!r} is no name of an attribute or an argument")
     return text
@@ -97,7 +112,7 @@ def plain_function(
     *,
     constants: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """A function with the arguments and defaults of ``original`` that calls ``function``.
+    """Make a function with the arguments and defaults of ``original`` that calls ``function``.
 
     Args:
         original: Whose arguments it takes.
@@ -111,30 +126,23 @@ def plain_function(
     # `kernels` puts a module with a forward in the place of the functions it decorates.
     signature = inspect.signature(original.forward if isinstance(original, nn.Module) else original)
     parameters = signature.parameters.values()
-    names = [_name(parameter.name) for parameter in parameters]
+    names = [_identifier(parameter.name) for parameter in parameters]
     missing = [value for value in facts.values() if isinstance(value, str) and value not in names]
     if missing:
         raise ValueError(f"{getattr(original, '__qualname__', original)} has no argument {missing[0]!r}")
     scope: dict[str, Any] = {"function": function, **(constants or {})}
-    head, star = [], False
+    defaults: dict[str, str] = {}
     for parameter in parameters:
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            star = star or parameter.kind is parameter.VAR_POSITIONAL
-            head.append(f"{'*' if parameter.kind is parameter.VAR_POSITIONAL else '**'}{parameter.name}")
-            continue
-        if parameter.kind is parameter.KEYWORD_ONLY and not star:
-            head.append("*")
-            star = True
-        if parameter.default is parameter.empty:
-            head.append(parameter.name)
-        else:
+        if parameter.default is not parameter.empty:
+            defaults[parameter.name] = f"default_{parameter.name}"
             scope[f"default_{parameter.name}"] = parameter.default
-            head.append(f"{parameter.name}=default_{parameter.name}")
     handed = [
         f"{role}={value if isinstance(value, str) else _literal(value)}" for role, value in facts.items()
     ]
     handed += [f"{role}={role}" for role in constants or {}]
-    name = _name(original.__name__)
-    made = _run(f"def {name}({', '.join(head)}):\n    return function({', '.join(handed)})\n", name, scope)
+    name = _identifier(original.__name__)
+    text = f"{def_line(name, parameters, defaults)}\n    return function({', '.join(handed)})\n"
+    compile_source(text, name, scope)
+    made = scope[name]
     made.__module__ = __name__
     return made  # type: ignore[no-any-return]

@@ -1,9 +1,9 @@
 """Sample calls of the embedded kernels, each beside its definition: for proofs, tests and benchmarks.
 
-Every op with a kernel has a ``samples.py`` with two functions::
+Every op with a kernel has a ``samples.py`` with these functions, the last one where it can be told::
 
     forms()                                                  the forms of the op
-    cases(form, dtype, device, room)                         calls of it, of several shapes
+    cases(form, dtype, device, backend)                      calls of it, of several shapes
     inputs(instance)                                         random inputs for an instance at hand
 
 ``inputs`` returns values by argument of the definition, or None where it cannot know them.
@@ -11,12 +11,12 @@ Every op with a kernel has a ``samples.py`` with two functions::
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
-from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
+
+from twinkle.ops.catalog import all_ops, find_op
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = [
-    "OPS",
     "SHAPES",
     "Case",
     "Instance",
@@ -33,21 +32,10 @@ __all__ = [
     "forms",
     "implementation",
     "random",
+    "sampled_ops",
     "seeded",
     "strided",
 ]
-
-OPS = (
-    "rms_norm",
-    "layer_norm",
-    "gated_mlp",
-    "rotary",
-    "residual_norm",
-    "qk_norm_rotary",
-    "causal_lm_loss",
-    "experts",
-)
-"""The folders that have samples."""
 
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "plain": ((2, 48), 256),
@@ -111,32 +99,36 @@ class Instance:
         return random((*self.lead, width), self.dtype, self.generator, scale=scale)
 
 
+def sampled_ops() -> tuple[str, ...]:
+    """The names of the ops that have samples, in the order of their ranks."""
+    return tuple(op.name for op in all_ops() if op.has("samples"))
+
+
 def forms(op: str) -> tuple[Any, ...]:
-    """The forms of an op, whether or not there is a kernel for them."""
-    found: tuple[Any, ...] = import_module(f"twinkle.ops.{op}.samples").forms()
+    """The forms of an op that have samples, whether or not there is a kernel for them."""
+    found: tuple[Any, ...] = find_op(op).module("samples").forms()
     return found
 
 
 def cases(
-    op: str, form: Any, dtype: torch.dtype, device: torch.device, room: str | None = None
+    op: str, form: Any, dtype: torch.dtype, device: torch.device, backend: str | None = None
 ) -> Iterator[Case]:
     """Calls of one form, on random inputs that follow from ``torch.manual_seed``.
 
     Args:
-        op: The folder.
+        op: The name of the op.
         form: One of :func:`forms`.
         dtype: Of the inputs and parameters.
         device: Where they are.
-        room: What computes it, as ``twinkle.ops.variants`` says; by default triton, where the op has that.
+        backend: The name of what computes it (:mod:`twinkle.ops.backends`); the op's first by default.
     """
-    if room is None:
-        room = "layer" if importlib.util.find_spec(f"twinkle.ops.{op}.layer") else "everywhere"
-    yield from import_module(f"twinkle.ops.{op}.samples").cases(form, dtype, device, room)
+    record = find_op(op)
+    yield from record.module("samples").cases(form, dtype, device, backend or record.backends[0].name)
 
 
-def implementation(op: str, room: str) -> Any:
+def implementation(op: str, backend: str) -> Any:
     """The module of an op with the kernels for a kind of device."""
-    return import_module(f"twinkle.ops.{op}.{room}")
+    return find_op(op).backend(backend).load()
 
 
 def seeded(device: torch.device) -> torch.Generator:

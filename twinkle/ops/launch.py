@@ -1,9 +1,9 @@
-"""How the embedded kernels are reached: straight, as a ``torch.library`` op, or not at all.
+"""How the embedded kernels are reached: eagerly, as an op of ``torch.library``, or not at all.
 
 An op of ``torch.library`` with a derivative costs four to six times the host time of a bare
 ``autograd.Function`` (150 us against 26 us on one loaded core, torch 2.13), which is more than a small
-kernel takes on the device. So eager calls launch straight from a ``Function``; compilers and tracers see
-the op.
+kernel takes on the device. So eager calls launch from a ``Function``; compilers and tracers see the op.
+:func:`define_op` makes both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from enum import Enum
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,30 +25,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "DEFINITION",
+    "CUSTOM_OP",
     "DEVICE_TYPES",
-    "OP",
-    "STRAIGHT",
+    "EAGER",
+    "REFERENCE",
+    "DispatchPath",
     "Launcher",
     "apply_of",
     "base_of",
     "cdiv",
-    "define",
+    "define_op",
+    "dispatch_path",
     "fresh",
+    "lazy_module",
     "like",
     "memory_order",
     "multiprocessors",
     "on_device",
     "power_of_2",
-    "route",
     "rows_of",
     "shared_memory",
     "through_definition",
     "tl_dtype",
 ]
 
-DEFINITION, OP, STRAIGHT = 0, 1, 2
-"""The answers of :func:`route`: the reference in plain torch, the registered op, or the kernel itself."""
+
+class DispatchPath(Enum):
+    """What computes a call.
+
+    Attributes:
+        EAGER: The kernel itself, launched from an autograd ``Function``.
+        REFERENCE: The definition in plain torch.
+        CUSTOM_OP: The op of ``torch.library``, for compilers and tracers.
+    """
+
+    EAGER = "eager"
+    REFERENCE = "reference"
+    CUSTOM_OP = "custom op"
+
+
+# As globals: a look-up in the class of an Enum at each call takes longer.
+EAGER, REFERENCE, CUSTOM_OP = DispatchPath
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -64,35 +83,35 @@ DEVICE_TYPES = _kinds()
 """Device types whose kernels triton runs here; the CPU with ``TRITON_INTERPRET=1``, as the tests do."""
 
 
-def route(x: Tensor, *others: Tensor | None) -> int:
-    """How to compute with these tensors.
+def dispatch_path(x: Tensor, *others: Tensor | None) -> DispatchPath:
+    """What computes with these tensors.
 
     Args:
         x: The tensor that says the device.
         others: Further inputs; None is skipped.
 
     Returns:
-        `STRAIGHT` for plain tensors outside every transform; `OP` under a compiler, a tracer or a fake
-        mode; `DEFINITION` where no kernel runs: another device, no triton, another dtype, a tensor
+        `EAGER` for plain tensors outside every transform; `CUSTOM_OP` under a compiler, a tracer or a fake
+        mode; `REFERENCE` where no kernel runs: another device, no triton, another dtype, a tensor
         subclass (its own rules apply to plain torch), a transform of ``torch.func``.
     """
     device = x.device
     if device.type not in DEVICE_TYPES or x.dtype not in _DTYPES:
-        return DEFINITION
+        return REFERENCE
     compiling = torch.compiler.is_compiling()
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0
     if not compiling and torch._C._are_functorch_transforms_active():
-        return DEFINITION
+        return REFERENCE
     for tensor in (x, *others):
         if tensor is None:
             continue
         if tensor.device != device or tensor.dtype not in _DTYPES:
-            return DEFINITION
+            return REFERENCE
         if not traced and type(tensor) not in _PLAIN:
-            return DEFINITION
+            return REFERENCE
     if traced:
-        return OP
-    return STRAIGHT
+        return CUSTOM_OP
+    return EAGER
 
 
 class _Here:
@@ -219,7 +238,7 @@ def base_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> tuple[Tenso
 
 
 def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for plain tensors outside every transform, as `STRAIGHT` says they are.
+    """``function.apply`` for plain tensors outside every transform, as `EAGER` says they are.
 
     Torch's own first looks at each argument for what a transform of ``torch.func`` may have left in it.
     """
@@ -261,7 +280,124 @@ def like(tensor: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, Tens
     return out, rows_of(out, order), order
 
 
-def define(
+def lazy_module(name: str) -> Callable[[], Any]:
+    """A function that gives a module, imported at its first call: one with Triton's kernels takes a while."""
+    return functools.cache(functools.partial(import_module, name))
+
+
+def define_op(
+    name: str,
+    schema: str,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    backward_schema: str,
+    backward: Callable[..., Any],
+    fake_backward: Callable[..., Any],
+    op_backward: Callable[..., Any] | None = None,
+    tensors: int = 0,
+    auxiliary: bool = False,
+    keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    reference: Callable[..., Any] | None = None,
+    again: Callable[..., tuple[Tensor | None, ...]] | None = None,
+) -> tuple[Callable[..., Any], Any]:
+    """Make one differentiable function of a forward and a backward: eager, and as an op of ``twinkle``.
+
+    By default the first ``tensors`` inputs are saved, all the others are ``ctx.rest``, and each of the saved
+    ones has a gradient. ``ctx`` is that of an autograd ``Function`` in what follows.
+
+    Args:
+        name: Of the step in a graph of autograd.
+        schema: Of the op, as for ``torch.library.define``.
+        forward: Launches the kernel.
+        fake: Makes empty results of the same shapes, dtypes and strides.
+        backward_schema: Of the op that computes the gradients.
+        backward: Launches that kernel; may return None for a gradient that is not wanted.
+        fake_backward: As ``fake``.
+        op_backward: As ``backward`` with results that share no memory, where those of ``backward`` do.
+        tensors: How many inputs, from the first one on, are tensors with gradients.
+        auxiliary: All results but the first one are for backward alone.
+        keep: ``keep(ctx, inputs, results)`` saves what backward wants, in the place of the default.
+        gradients: ``gradients(ctx, backward, *cotangents)`` gives one gradient an input; ``backward`` is the
+            function itself or the op, whose absent gradients are empty tensors.
+        reference: The definition, of the saved inputs and ``ctx.rest``: for gradients with a graph.
+        again: ``again(ctx, *cotangents)`` gives gradients with a graph, in the place of the default.
+
+    Returns:
+        The function for plain tensors outside every transform (see :func:`apply_of`), which returns the
+        first result alone where the others are auxiliary; and the op.
+    """
+
+    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+        ctx.save_for_backward(*inputs[:tensors], *(results[1:] if auxiliary else ()))
+        ctx.rest = inputs[tensors:]
+
+    def gradients_of_inputs(ctx: Any, function: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        found = function(*cotangents, *ctx.saved_tensors, *ctx.rest)
+        return (*(found if isinstance(found, tuple) else (found,)), *[None] * len(ctx.rest))
+
+    def again_by_reference(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        assert reference is not None
+        rest = ctx.rest
+        definition = functools.partial(_with_rest, reference, rest)
+        found = through_definition(definition, ctx.saved_tensors[:tensors], cotangents)
+        return (*found, *[None] * len(rest))
+
+    keep = keep or keep_inputs
+    gradients = gradients or gradients_of_inputs
+    again = again or again_by_reference
+    backward_op = _define(
+        backward_schema, _without_none(op_backward or backward), _without_none(fake_backward)
+    )
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if auxiliary:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[1:])
+        keep(ctx, inputs, output)
+
+    def derivative(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if auxiliary:
+            if cotangents[0] is None:
+                return (None,) * len(ctx.needs_input_grad)
+            cotangents = cotangents[:1]
+        return gradients(ctx, backward_op, *cotangents)
+
+    op = _define(schema, forward, fake, setup=set_up, backward=derivative)
+
+    def eager_forward(ctx: Any, *inputs: Any) -> Any:
+        results = forward(*inputs)
+        keep(ctx, inputs, results)
+        return results[0] if auxiliary else results
+
+    def eager_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            return again(ctx, *cotangents)
+        return gradients(ctx, backward, *cotangents)
+
+    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
+    return apply_of(type(torch.autograd.Function)(name, (torch.autograd.Function,), members)), op
+
+
+def _with_rest(reference: Callable[..., Any], rest: tuple[Any, ...], *tensors: Tensor | None) -> Any:
+    return reference(*tensors, *rest)
+
+
+def _without_none(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with an empty tensor for every None: an op returns tensors."""
+
+    def call(*inputs: Any) -> Any:
+        found = backward(*inputs)
+        if not isinstance(found, tuple):
+            return found
+        like = next(x for x in inputs if isinstance(x, torch.Tensor))
+        return tuple(like.new_empty(0) if x is None else x for x in found)
+
+    return call
+
+
+def _define(
     schema: str,
     implementation: Callable[..., Any],
     fake: Callable[..., Any],
@@ -269,18 +405,7 @@ def define(
     setup: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Any:
-    """Register an op in the namespace ``twinkle`` for the devices that triton serves.
-
-    Args:
-        schema: As for ``torch.library.define``, with the name.
-        implementation: Launches the kernel.
-        fake: Makes empty results of the same shapes, dtypes and strides.
-        setup: Saves what backward wants, as for ``torch.library.register_autograd``.
-        backward: The derivative; without it a clear refusal, since ours are not differentiable twice.
-
-    Returns:
-        The op.
-    """
+    """Register an op for the devices that Triton serves; without ``backward`` its derivative is refused."""
     name = schema.split("(", 1)[0]
     full = f"twinkle::{name}"
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))

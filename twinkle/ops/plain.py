@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops import machine
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from torch import Tensor
 
-__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "straight"]
+__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "runs_eagerly"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -56,7 +58,7 @@ def pays(tensor: Tensor, least: int) -> bool:
     return count >= least or (_sizes.every and count > 0)
 
 
-def straight(*tensors: Tensor | None) -> bool:
+def runs_eagerly(*tensors: Tensor | None) -> bool:
     """Whether an implementation with in-place steps may run: plain CPU tensors, outside every transform.
 
     Under a compiler the definition is what it fuses best; tracers, fake modes, the transforms of
@@ -85,5 +87,5 @@ def chunk_rows(rows: int, width: int) -> int:
     """Rows in a chunk."""
     if _sizes.every:  # several chunks, the last one shorter, as large inputs have
         return max(1, 2 * rows // 5)
-    elements = _CHUNK if torch.get_num_threads() == 1 else _SHARED_CHUNK
+    elements = _CHUNK if machine.one_thread() else _SHARED_CHUNK
     return max(1, min(rows, elements // max(width, 1)))

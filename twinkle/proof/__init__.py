@@ -1,1 +1,1 @@
-"""Prove that a kernel can stand in for its target."""
+"""Proofs: comparing a kernel with its original, and keeping the verdict."""

@@ -1,4 +1,4 @@
-"""What was proven on this machine before, in one small JSON file a user.
+"""The verdicts of earlier proofs on this machine, in one small JSON file a user.
 
 The file is ``proofs.json`` in the directory that ``TWINKLE_CACHE`` names, by default ``twinkle`` in the
 cache directory of the user (``XDG_CACHE_HOME``, else ``~/.cache``). ``TWINKLE_CACHE=off`` does without.
@@ -18,24 +18,26 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle._environment import is_switch
 from twinkle.proof.compare import Verdict
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["ProofCache", "cache_file", "proofs"]
+__all__ = ["MOST", "SCHEMA", "ProofCache", "cache_file", "proofs"]
 
 SCHEMA = 1
+"""The format of the file; one of another format is read as empty."""
 MOST = 8192
 """Entries that are kept; the oldest go first."""
-_OFF = ("off", "0", "false", "no")
 _log = logging.getLogger("twinkle.proof")
 
 
 def cache_file(environ: Mapping[str, str]) -> Path | None:
     """Where the verdicts are kept, or None where the user wants no such file."""
     given = environ.get("TWINKLE_CACHE", "").strip()
-    if given.lower() in _OFF:
+    if is_switch(given):  # "1" is an error of the configuration, and no directory either
         return None
     if given:
         return Path(given).expanduser() / "proofs.json"
@@ -46,7 +48,7 @@ def cache_file(environ: Mapping[str, str]) -> Path | None:
 
 
 class ProofCache:
-    """Verdicts by what they are about.
+    """Verdicts by their cache keys (:func:`twinkle.proof.cache_key.cache_key`).
 
     Args:
         path: The file; without one nothing is found and nothing is kept.
@@ -57,13 +59,17 @@ class ProofCache:
         self._known: dict[str, Any] | None = None
         self._complained = False
 
-    def find(self, question: Mapping[str, Any]) -> Verdict | None:
-        """The verdict on a question, if it was kept."""
+    def recall(self, key: Mapping[str, Any]) -> Verdict | None:
+        """The verdict kept for a cache key, or for the stricter one with gradients."""
+        return self.verdict_of({**key, "gradients": True}) or self.verdict_of(key)
+
+    def verdict_of(self, key: Mapping[str, Any]) -> Verdict | None:
+        """The verdict kept for that very cache key, if there is one."""
         if self.path is None:
             return None
         if self._known is None:
             self._known = self._read()
-        entry = self._known.get(_name(question), {})
+        entry = self._known.get(_digest(key), {})
         try:
             errors = [math.nan if number is None else float(number) for number in entry["errors"]]
             a, b, c, d = errors
@@ -73,21 +79,21 @@ class ProofCache:
         except (TypeError, KeyError, ValueError):  # nothing there, or not ours
             return None
 
-    def keep(self, question: Mapping[str, Any], verdict: Verdict) -> None:
-        """Add a verdict, if it is one for later: a comparison that broke off is none."""
-        self.keep_all([(question, verdict)])
+    def keep(self, key: Mapping[str, Any], verdict: Verdict) -> None:
+        """Add a verdict under its cache key, unless it is inconclusive."""
+        self.keep_all([(key, verdict)])
 
     def keep_all(self, verdicts: list[tuple[Mapping[str, Any], Verdict]]) -> None:
-        """Add several at once."""
+        """Add several verdicts at once, as :meth:`keep` does."""
         new = {
-            _name(question): {
+            _digest(key): {
                 "ok": verdict.ok,
                 "text": verdict.text,
                 "errors": [None if math.isnan(number) else number for number in verdict.errors],
                 "date": datetime.date.today().isoformat(),
-                "about": " ".join(str(question.get(key)) for key in ("op", "form", "dtype", "device")),
+                "about": " ".join(str(key.get(part)) for part in ("op", "form", "dtype", "device")),
             }
-            for question, verdict in verdicts
+            for key, verdict in verdicts
             if verdict.conclusive
         }
         if self.path is None or not new:
@@ -147,17 +153,22 @@ class ProofCache:
             _log.warning("%s cannot be %s, so kernels are proven anew: %s", self.path, what, why)
 
 
-def _name(question: Mapping[str, Any]) -> str:
-    text = json.dumps(question, sort_keys=True, default=str)
+def _digest(key: Mapping[str, Any]) -> str:
+    text = json.dumps(key, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-_caches: dict[Path | None, ProofCache] = {}
+class _Caches:
+    """The caches that were opened, by their files."""
+
+    def __init__(self) -> None:
+        self.by_path: dict[Path | None, ProofCache] = {}
 
 
 def proofs() -> ProofCache:
-    """The verdicts kept where the environment says."""
+    """The cache of verdicts in the file that the environment names."""
     path = cache_file(os.environ)
-    if path not in _caches:
-        _caches[path] = ProofCache(path)
-    return _caches[path]
+    caches = runtime.of(_Caches).by_path
+    if path not in caches:
+        caches[path] = ProofCache(path)
+    return caches[path]

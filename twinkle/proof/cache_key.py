@@ -1,4 +1,4 @@
-"""What a proof is about: everything on which the answer could depend."""
+"""The cache key of a verdict: everything on which the outcome of a comparison could depend."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import importlib.util
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_flatten
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.inputs import tensors_of
 
-__all__ = ["cache_key", "device_name", "kernel_version"]
+__all__ = ["Source", "cache_key", "device_name", "kernel_version"]
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _VALUES = (bool, int, float, str, type(None))
@@ -26,12 +27,12 @@ _IMPORTED = re.compile(r"twinkle\.ops\.(\w+)")
 
 
 class Source(Protocol):
-    """What an embedded kernel was made from; see ``twinkle.sources.embedded``."""
+    """The source of an embedded kernel (:mod:`twinkle.sources.embedded`), as far as the key needs it."""
 
     op: str
     form: Any
     facts: dict[str, Any]
-    room: str
+    backend: str
 
 
 def cache_key(
@@ -42,10 +43,10 @@ def cache_key(
     module: nn.Module | None,
     backward: bool,
 ) -> dict[str, Any] | None:
-    """What is asked of an embedded kernel at a call, as JSON has it.
+    """The cache key of the verdict on an embedded kernel at a call, as JSON has it.
 
     Args:
-        source: Where it comes from. Of its facts, the names that the target has for things change
+        source: Where the kernel comes from. Of its facts, the names that the target has for things change
             nothing; numbers, flags and the activation do.
         args: The arguments of the call, without the module.
         kwargs: Its keyword arguments.
@@ -66,7 +67,7 @@ def cache_key(
     return {
         "op": source.op,
         "form": source.form.name,
-        "room": source.room,
+        "backend": source.backend,
         "kernel": version,
         "facts": {
             name: value
@@ -74,7 +75,7 @@ def cache_key(
             if isinstance(value, (bool, int, float, type(None))) or name == "activation"
         },
         "dtype": _short(dtype_of(inputs, module)),
-        "inputs": [_kind(tensor) for tensor in given],
+        "inputs": [_layout(tensor) for tensor in given],
         "values": [value for value in tree_flatten(inputs)[0] if isinstance(value, _VALUES)],
         "parameters": [[_short(p.dtype), *p.shape, p.requires_grad] for p in parameters],
         "autocast": _short(torch.get_autocast_dtype(device.type)) if autocast else None,
@@ -85,8 +86,8 @@ def cache_key(
     }
 
 
-def _kind(tensor: torch.Tensor) -> list[Any]:
-    """What a kernel is compiled by: not the lengths, but which are one, and the order in memory."""
+def _layout(tensor: torch.Tensor) -> list[Any]:
+    """The properties of an input that kernels are compiled for: not its lengths, but which of them are 1."""
     order = sorted(range(tensor.ndim), key=lambda axis: -tensor.stride(axis))
     single = [size == 1 for size in tensor.shape]
     width = tensor.shape[-1] if tensor.ndim else 0
@@ -106,8 +107,8 @@ def kernel_version(op: str) -> str | None:
     digest = hashlib.sha256()
     waiting, seen = [op], set()
     try:
-        shared = [*sorted((_PACKAGE / "ops").glob("*.py")), *sorted((_PACKAGE / "proof").glob("*.py"))]
-        for path in shared:
+        rooms = ("ops", "proof", *_RUN_BY.get(op, ()))
+        for path in (path for room in rooms for path in sorted((_PACKAGE / room).glob("*.py"))):
             if path.stem not in _BESIDE:
                 digest.update(path.read_bytes())
         while waiting:
@@ -115,7 +116,7 @@ def kernel_version(op: str) -> str | None:
             if name in seen:
                 continue
             seen.add(name)
-            files = sorted((_PACKAGE / "ops" / name).rglob("*.py"))
+            files = _files_of(name)
             if name == op and not files:
                 return None
             for path in files:
@@ -128,12 +129,23 @@ def kernel_version(op: str) -> str | None:
     return digest.hexdigest()[:16]
 
 
+# Where an op is run and compared, beside its own folder.
+_RUN_BY = {"causal_lm_loss": ("deferred",)}
+
+
+def _files_of(op: str) -> list[Path]:
+    """The modules in the folder of an op: in this package, or where else ops were added from."""
+    folders = (_PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
+    found = (sorted((folder / op).rglob("*.py")) for folder in folders)
+    return next((files for files in found if files), [])
+
+
 # Files that no kernel and no comparison depends on.
-_BESIDE = ("samples", "verify", "cache")
+_BESIDE = ("samples", "recognition", "verify", "cache")
 
 
 def device_name(device: torch.device) -> str:
-    """The kind of device, so that a verdict holds for another one like it."""
+    """The model of a device, so that a verdict holds for another one of the same model."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"

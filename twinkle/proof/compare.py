@@ -1,8 +1,8 @@
-"""Does a kernel compute what the original computes? Both run on the same inputs, beside a finer original.
+"""Comparison of a kernel with its original on the same inputs, measured by the original in higher precision.
 
-The measure is the original's own rounding: each result is compared with the original run in the next
-finer dtype (float32 for half precision, float64 for float32), and a kernel may be off by twice what the
-original is, and a little. A kernel that is off by one percent is caught in bfloat16 as well.
+The measure is the original's own rounding: each result is compared with that of the original in the next
+higher precision (float32 for half precision, float64 for float32), and the error of a kernel may be twice
+that of the original, and a little. A kernel that is off by one percent is caught in bfloat16 as well.
 
 Between its forward and its backward the kernel is called once more, with its first input negated: results
 or saved tensors that live in a buffer shared by all calls are overwritten then, and that shows.
@@ -25,9 +25,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 from twinkle.ops.plain import at_every_size
 from twinkle.proof.inputs import duplicate, fewer, tensors_of
 
-__all__ = ["FINER", "Verdict", "compare", "dtype_of"]
+__all__ = ["HIGHER_PRECISION", "Verdict", "compare", "dtype_of"]
 
-FINER = {
+HIGHER_PRECISION = {
     torch.bfloat16: torch.float32,
     torch.float16: torch.float32,
     torch.float32: torch.float64,
@@ -40,11 +40,11 @@ _UNKNOWN = (math.nan,) * 4
 
 
 class Verdict:
-    """What a comparison gave.
+    """The outcome of a comparison.
 
     Attributes:
         ok: The kernel may run.
-        text: Why, with the errors, for the report.
+        text: The errors or the reason against the kernel, for the report.
         errors: The largest relative error of the results, that of the original there, and the same two of
             the gradients; NaN where nothing was compared.
         conclusive: Both ran and were compared. Otherwise something failed, memory perhaps, that says
@@ -78,7 +78,7 @@ class Verdict:
 
 
 class _Rejected(Exception):
-    pass
+    """The kernel does not compute the same; the message says in what way."""
 
 
 def compare(
@@ -100,7 +100,7 @@ def compare(
         args: The arguments of the call at hand, without the module.
         kwargs: Its keyword arguments.
         module: The layer, when they are ``forward`` functions.
-        plain_class: The class of the layer without Twinkle, for the finer copy.
+        plain_class: The class of the layer without Twinkle, for the upcast copy.
         backward: Compare the gradients of the inputs and parameters as well.
         rows: At most so many tokens of at most two sequences, where that can be told from the inputs;
             see :func:`twinkle.proof.inputs.fewer`.
@@ -143,54 +143,56 @@ def _compare(
     state: torch.Tensor,
 ) -> Verdict:
     theirs = _run(original, inputs, module, backward, state)
-    ours = _run(kernel, inputs, module, backward, state, shaken=original)
+    ours = _run(kernel, inputs, module, backward, state, original=original)
     if ours.wrote and not theirs.wrote:
         raise _Rejected("it writes to its input")
-    finer = FINER[dtype]
-    twin = _finer(module, plain_class, finer)
-    if module is not None and twin is None:
-        best = theirs
+    higher = HIGHER_PRECISION[dtype]
+    upcast = _upcast_copy(module, plain_class, higher)
+    if module is not None and upcast is None:
+        exact = theirs
     else:
         with torch.autocast(_device_type(inputs), enabled=False):
-            best = _run_finer(original, _cast(inputs, dtype, finer), twin, backward, state, finer)
-    outputs = _worst("result", ours.outputs, theirs.outputs, best.outputs, _SLACK[dtype])
+            exact = _run_in_higher_precision(
+                original, _cast(inputs, dtype, higher), upcast, backward, state, higher
+            )
+    outputs = _worst("result", ours.outputs, theirs.outputs, exact.outputs, _SLACK[dtype])
     gradients = (math.nan, math.nan)
     text = f"error {outputs[0]:.1e} (original {outputs[1]:.1e})"
     if backward:
-        gradients = _worst("gradient", ours.gradients, theirs.gradients, best.gradients, _SLACK[dtype])
+        gradients = _worst("gradient", ours.gradients, theirs.gradients, exact.gradients, _SLACK[dtype])
         text += f", gradients {gradients[0]:.1e} ({gradients[1]:.1e})"
     text += f" in {str(dtype).removeprefix('torch.')}"
     return Verdict(True, text, errors=(*outputs, *gradients))
 
 
-def _run_finer(
+def _run_in_higher_precision(
     original: Callable[..., Any],
     inputs: Any,
-    twin: nn.Module | None,
+    module: nn.Module | None,
     backward: bool,
     state: torch.Tensor,
-    finer: torch.dtype,
+    higher: torch.dtype,
 ) -> _Result:
-    """Run the original in the finer dtype.
+    """Run the original on inputs and a module that are in the higher precision already.
 
     Casts to float32 within go to float64 with the rest, where float32 made in another way does not get into
     the way. A wrapper may dispatch to code that has no such dtype (torch's grouped product has no float64);
     the function it wraps computes the same.
     """
     functions = dict.fromkeys((original, inspect.unwrap(original)))
-    attempts = [(f, wide) for f in functions for wide in (True, False) if finer == torch.float64 or not wide]
+    attempts = [(f, wide) for f in functions for wide in (True, False) if higher == torch.float64 or not wide]
     for function, wide in attempts:
         try:
-            with _Wider() if wide else contextlib.nullcontext():
-                return _run(function, inputs, twin, backward, state)
+            with _Float32ToFloat64() if wide else contextlib.nullcontext():
+                return _run(function, inputs, module, backward, state)
         except RuntimeError:
             if (function, wide) == attempts[-1]:
                 raise
     raise AssertionError("unreachable")
 
 
-class _Wider(TorchFunctionMode):
-    """Casts to float32 go to float64: most norms compute in float32 by name, whatever they are given."""
+class _Float32ToFloat64(TorchFunctionMode):
+    """Casts to float32 go to float64: most norms compute in float32, whatever they are given."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.float:
@@ -202,6 +204,8 @@ class _Wider(TorchFunctionMode):
 
 
 class _Result:
+    """The outputs and gradients of a run, without autograd, and whether it wrote to its inputs."""
+
     def __init__(self, outputs: list[Any], gradients: list[Any], wrote: bool) -> None:
         self.outputs = outputs
         self.gradients = gradients
@@ -214,21 +218,21 @@ def _run(
     module: nn.Module | None,
     backward: bool,
     state: torch.Tensor,
-    shaken: Callable[..., Any] | None = None,
+    original: Callable[..., Any] | None = None,
 ) -> _Result:
-    """Run on copies, from one state of the random numbers.
+    """Run a function forward and backward on copies, from one state of the random numbers.
 
-    With ``shaken``, the original, another call comes between, which must change nothing of this one.
+    With ``original`` the function is a kernel, whose second call is checked before the backward of the first.
     """
     leaves: list[torch.Tensor] = []
 
     def fresh(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        leaf, twin = duplicate(value, grad=backward and value.is_floating_point())
+        leaf, duplicated = duplicate(value, grad=backward and value.is_floating_point())
         if leaf.requires_grad:
             leaves.append(leaf)
-        return twin
+        return duplicated
 
     lead = () if module is None else (module,)
     with _unchanged(module), torch.inference_mode(False), torch.set_grad_enabled(backward):
@@ -238,23 +242,23 @@ def _run(
             torch.cuda.manual_seed_all(0)
         outputs = tree_flatten(function(*lead, *args, **kwargs))[0]
         wrote = _differs(inputs, (args, kwargs))
-        if shaken is not None:
-            _shake(function, shaken, inputs, lead, outputs)
+        if original is not None:
+            _check_second_call(function, original, inputs, lead, outputs)
         if wrote or not backward:
-            return _Result(_plain(outputs), [], wrote)
+            return _Result(_detached(outputs), [], wrote)
         leaves += [p for p in module.parameters() if p.requires_grad] if module is not None else []
-        pulled = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+        roots = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
         gradients: list[Any] = []
-        if pulled and leaves:
-            pushes = [_push(out, number) for number, out in enumerate(pulled)]
-            gradients = list(torch.autograd.grad(pulled, leaves, pushes, allow_unused=True))
+        if roots and leaves:
+            cotangents = [_cotangent(out, number) for number, out in enumerate(roots)]
+            gradients = list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))
     # Checked after backward, which may write to what forward kept.
-    return _Result(_plain(outputs), gradients, _differs(inputs, (args, kwargs)))
+    return _Result(_detached(outputs), gradients, _differs(inputs, (args, kwargs)))
 
 
 @contextlib.contextmanager
 def _unchanged(module: nn.Module | None) -> Iterator[None]:
-    """What the layer counts in its buffers is not counted for a comparison."""
+    """Restore the buffers of a layer afterwards: it may count its calls in them."""
     held = [(buffer, buffer.clone()) for buffer in module.buffers()] if module is not None else []
     try:
         yield
@@ -264,7 +268,7 @@ def _unchanged(module: nn.Module | None) -> Iterator[None]:
                 buffer.copy_(before)
 
 
-def _shake(
+def _check_second_call(
     kernel: Callable[..., Any],
     original: Callable[..., Any],
     inputs: Any,
@@ -273,23 +277,33 @@ def _shake(
 ) -> None:
     """Call a kernel again, with its first input negated.
 
+    Args:
+        kernel: The kernel, which gave ``outputs`` for ``inputs`` before.
+        original: The function that it replaces.
+        inputs: Arguments and keyword arguments.
+        lead: The module, for a layer.
+        outputs: The results of the first call.
+
     Raises:
-        _Rejected: It changed what the call before returned, or returns the very same again.
+        _Rejected: The second call overwrites the results of the first, or its own are stale.
     """
     before = [out.detach().clone() if isinstance(out, torch.Tensor) else out for out in outputs]
-    again = _plain(tree_flatten(_again(kernel, inputs, lead, True))[0])
-    if not _equal(_plain(outputs), before):
+    after = _detached(tree_flatten(_call_on_copies(kernel, inputs, lead, negate=True))[0])
+    if not _equal(_detached(outputs), before):
         raise _Rejected("a second call overwrites the results of the first: they share a buffer")
-    stuck = [_near(now, then) for now, then in zip(again, before, strict=False)]
-    if any(stuck):
-        # The original is asked as well: there are functions that do not see a sign, or not in each result.
-        theirs = [_plain(tree_flatten(_again(original, inputs, lead, sign))[0]) for sign in (True, False)]
-        if any(is_stuck and not _near(*pair) for is_stuck, *pair in zip(stuck, *theirs, strict=False)):
+    stale = [_close(now, then) for now, then in zip(after, before, strict=False)]
+    if any(stale):
+        # There are functions that do not see a sign, or not in each result: then the original's are the same.
+        theirs = [
+            _detached(tree_flatten(_call_on_copies(original, inputs, lead, negate=negate))[0])
+            for negate in (True, False)
+        ]
+        if any(is_stale and not _close(*pair) for is_stale, *pair in zip(stale, *theirs, strict=False)):
             raise _Rejected("a second call, with other inputs, returns the results of the first")
 
 
-def _again(function: Callable[..., Any], inputs: Any, lead: tuple[Any, ...], negate: bool) -> Any:
-    """Call on copies; negate the first floating input."""
+def _call_on_copies(function: Callable[..., Any], inputs: Any, lead: tuple[Any, ...], *, negate: bool) -> Any:
+    """Call a function on copies of its inputs; with ``negate`` the first floating one is negated."""
     done = not negate
 
     def fresh(value: Any) -> Any:
@@ -297,19 +311,19 @@ def _again(function: Callable[..., Any], inputs: Any, lead: tuple[Any, ...], neg
         if not isinstance(value, torch.Tensor):
             return value
         floating = value.is_floating_point()
-        leaf, twin = duplicate(value, grad=floating and torch.is_grad_enabled())
+        leaf, duplicated = duplicate(value, grad=floating and torch.is_grad_enabled())
         if floating and not done:
             done = True
             with torch.no_grad():
                 leaf.neg_()
-        return twin
+        return duplicated
 
     args, kwargs = tree_map(fresh, inputs)
     return function(*lead, *args, **kwargs)
 
 
 def _equal(some: list[Any], others: list[Any]) -> bool:
-    """Bit for bit, with NaN equal to NaN."""
+    """Whether tensors are equal bit for bit, with NaN equal to NaN."""
     pairs = zip(some, others, strict=False)
     return len(some) == len(others) and all(
         a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
@@ -318,19 +332,19 @@ def _equal(some: list[Any], others: list[Any]) -> bool:
     )
 
 
-def _near(some: Any, other: Any) -> bool:
-    """Two tensors alike to a thousandth of their norm; negating an input does more."""
+def _close(some: Any, other: Any) -> bool:
+    """Whether two tensors differ by no more than a thousandth of their norm; negating an input does more."""
     if not (isinstance(some, torch.Tensor) and isinstance(other, torch.Tensor) and some.is_floating_point()):
         return False
     return some.shape == other.shape and bool((some - other).float().norm() <= 1e-3 * other.float().norm())
 
 
-def _plain(outputs: list[Any]) -> list[Any]:
+def _detached(outputs: list[Any]) -> list[Any]:
     return [out.detach() if isinstance(out, torch.Tensor) else out for out in outputs]
 
 
-def _push(out: torch.Tensor, number: int) -> torch.Tensor:
-    """A cotangent that is the same in every dtype."""
+def _cotangent(out: torch.Tensor, number: int) -> torch.Tensor:
+    """A random cotangent for an output, the same in every dtype."""
     generator = torch.Generator().manual_seed(number)
     count = min(out.numel(), 1 << 16)
     values = torch.randn(count, generator=generator).to(torch.bfloat16)
@@ -339,20 +353,25 @@ def _push(out: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _worst(
-    what: str, ours: list[Any], theirs: list[Any], best: list[Any], slack: float
+    what: str, ours: list[Any], theirs: list[Any], exact: list[Any], slack: float
 ) -> tuple[float, float]:
-    """The largest error of the kernel and the original's own there.
+    """The largest relative error of the kernel, and the original's own there.
 
-    ``slack`` is that of the inputs: a float32 loss of bfloat16 logits is no better than these, and the error
-    of a single number may happen to be none.
+    Args:
+        what: ``result`` or ``gradient``, for messages.
+        ours: Of the kernel.
+        theirs: Of the original.
+        exact: Of the original in higher precision.
+        slack: That of the inputs' dtype: a float32 loss of bfloat16 logits is no better than these, and the
+            error of a single number may happen to be none.
 
     Raises:
-        _Rejected: They are of another kind, or the error is too large.
+        _Rejected: Number, type, dtype or shape differ, or the error is too large.
     """
     if len(ours) != len(theirs):
         raise _Rejected(f"it gives {len(ours)} {what}s where the original gives {len(theirs)}")
     worst = (0.0, 0.0)
-    for mine, other, fine in zip(ours, theirs, best, strict=True):
+    for mine, other, reference in zip(ours, theirs, exact, strict=True):
         if not isinstance(other, torch.Tensor):
             if type(mine) is not type(other):
                 raise _Rejected(f"a {what} is {type(mine).__name__}, the original's {type(other).__name__}")
@@ -360,12 +379,12 @@ def _worst(
         if not isinstance(mine, torch.Tensor):
             raise _Rejected(f"a {what} is {'missing' if mine is None else type(mine).__name__}")
         if mine.dtype != other.dtype or mine.shape != other.shape:
-            raise _Rejected(f"a {what} is {_kind(mine)}, the original's {_kind(other)}")
+            raise _Rejected(f"a {what} is {_dtype_and_shape(mine)}, the original's {_dtype_and_shape(other)}")
         if not other.is_floating_point():
             if not torch.equal(mine, other):
                 raise _Rejected(f"a {what} of whole numbers differs")
             continue
-        error, own = _error(mine, fine), _error(other, fine)
+        error, own = _error(mine, reference), _error(other, reference)
         allowed = 2 * own + max(_SLACK[other.dtype], slack)
         if not error <= allowed:  # also when it is NaN
             if own != own:
@@ -375,34 +394,35 @@ def _worst(
     return worst
 
 
-def _kind(tensor: torch.Tensor) -> str:
+def _dtype_and_shape(tensor: torch.Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
-def _error(value: torch.Tensor, fine: torch.Tensor) -> float:
-    wide = torch.float64 if fine.dtype == torch.float64 else torch.float32
-    norm = torch.linalg.vector_norm(fine.to(wide))
-    off = torch.linalg.vector_norm(value.to(wide) - fine.to(wide))
+def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
+    """The norm of the difference over the norm of ``exact``; the difference alone where that is zero."""
+    wide = torch.float64 if exact.dtype == torch.float64 else torch.float32
+    norm = torch.linalg.vector_norm(exact.to(wide))
+    off = torch.linalg.vector_norm(value.to(wide) - exact.to(wide))
     return float(off / norm) if norm > 0 else float(off)
 
 
-def _finer(module: nn.Module | None, plain_class: type | None, dtype: torch.dtype) -> nn.Module | None:
-    """A copy of the layer in a finer dtype; ``None`` where it cannot be copied (sharded layers)."""
+def _upcast_copy(module: nn.Module | None, plain_class: type | None, dtype: torch.dtype) -> nn.Module | None:
+    """A copy of the layer in a higher precision; ``None`` where it cannot be copied (sharded layers)."""
     if module is None:
         return None
     cls: Any = plain_class or type(module)
     try:
         # Not a copy of the module itself: that would be one more swapped layer.
-        twin: nn.Module = cls.__new__(cls)
-        twin.__dict__.update(copy.deepcopy(module.__dict__, {id(module): twin}))
+        copied: nn.Module = cls.__new__(cls)
+        copied.__dict__.update(copy.deepcopy(module.__dict__, {id(module): copied}))
     except Exception:
         return None
-    return twin.to(dtype)
+    return copied.to(dtype)
 
 
-def _cast(inputs: Any, dtype: torch.dtype, finer: torch.dtype) -> Any:
+def _cast(inputs: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
     def cast(value: Any) -> Any:
-        return value.to(finer) if isinstance(value, torch.Tensor) and value.dtype == dtype else value
+        return value.to(to) if isinstance(value, torch.Tensor) and value.dtype == dtype else value
 
     return tree_map(cast, inputs)
 
@@ -413,9 +433,9 @@ def _device_type(inputs: Any) -> str:
 
 
 def dtype_of(inputs: Any, module: nn.Module | None) -> torch.dtype:
-    """The dtype of a call: that of the first floating input, or parameter where there is none."""
+    """The dtype that a call computes in: of the first floating input, or parameter where there is none."""
     candidates = [*tensors_of(inputs), *(module.parameters() if module is not None else ())]
-    return next((t.dtype for t in candidates if t.dtype in FINER), torch.float32)
+    return next((t.dtype for t in candidates if t.dtype in HIGHER_PRECISION), torch.float32)
 
 
 def _differs(before: Any, after: Any) -> bool:

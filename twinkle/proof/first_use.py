@@ -1,4 +1,4 @@
-"""A kernel before it runs for the first time: what is known of it from before, else a comparison."""
+"""The proof of a kernel before it runs for the first time: a kept verdict, else a comparison."""
 
 from __future__ import annotations
 
@@ -6,26 +6,137 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from twinkle.match.symbolic.source import function_of
+from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.cases import Instance
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
 
-__all__ = ["inputs_for", "others_like", "proof_tokens", "prove"]
+__all__ = ["Subject", "inputs_for", "proof_tokens", "prove", "prove_ahead", "prove_at_call"]
 
 _TOKENS = 256
 """Tokens of each of at most two sequences: enough for every branch of a kernel but those on the width, and
 next to nothing in a first step."""
 _TOKENS_ON_CPU = 32
 _AHEAD = (2, 64)  # Sequences and tokens of made-up inputs.
-_MOST_OTHERS = 4
+_MOST_SHAPES = 4
+
+
+class Subject(NamedTuple):
+    """A kernel in the place of its original: what a proof has to know besides the call.
+
+    Attributes:
+        source: Where the kernel comes from.
+        original: The function that it replaces, as :func:`twinkle.proof.compare.compare` takes it.
+        kernel: The kernel as a function with the same arguments.
+        layer_class: The class, without Twinkle, of the layers that it stands in; None for a function.
+        layers: Those layers.
+        recall: A kept verdict will do.
+    """
+
+    source: Any
+    original: Callable[..., Any]
+    kernel: Callable[..., Any]
+    layer_class: type | None = None
+    layers: Sequence[nn.Module] = ()
+    recall: bool = False
+
+
+def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any], *, grad: bool) -> Verdict:
+    """Compare a kernel with its original on the inputs of a call.
+
+    An embedded kernel may stand in layers of other sizes as well: it is compared there too, on
+    made-up inputs.
+
+    Args:
+        subject: The kernel and where it stands.
+        args: The arguments of the call, the layer first where there is one.
+        kwargs: Its keyword arguments.
+        grad: Gradients are recorded.
+
+    Returns:
+        The first verdict that is not ok, else that of the call.
+    """
+    embedded = subject.source.kind == "embedded"
+    module = args[0] if subject.layer_class is not None else None
+    inputs = args if module is None else args[1:]
+    # A frozen layer gets no gradient today, and one of the same class behind it may.
+    backward = grad and (embedded or _needs_gradients(module, (*inputs, *kwargs.values())))
+    verdict = _prove(subject, inputs, kwargs, module, backward)
+    if not verdict.ok or not embedded or module is None:
+        return verdict
+    tensor = next(iter(tensors_of((tuple(inputs), dict(kwargs)))), None)
+    dtype = tensor.dtype if tensor is not None and tensor.is_floating_point() else None
+    for layer in _of_other_shapes(module, subject.layers):
+        there = _prove_made_up(subject, layer, grad, dtype, None)
+        if there is not None and not there.ok:
+            return there
+    return verdict
+
+
+def prove_ahead(
+    subject: Subject, *, grad: bool, dtype: torch.dtype | None, device: str | None
+) -> Verdict | None:
+    """Compare an embedded kernel with its original on made-up inputs, before a compiler traces it.
+
+    Args:
+        subject: The kernel and where it stands.
+        grad: Compare the gradients as well.
+        dtype: Of the inputs; that of the parameters by default.
+        device: Of the inputs, where there are no parameters.
+
+    Returns:
+        The first verdict that is not ok, else the first; None where no inputs could be made up.
+    """
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    if subject.source.kind != "embedded":
+        return None
+    layers: list[Any] = _of_other_shapes(None, subject.layers) if subject.layers else [None]
+    with torch.inference_mode(False), _disable_current_modes():
+        verdicts = [_prove_made_up(subject, layer, grad, dtype, device) for layer in layers]
+    made = [verdict for verdict in verdicts if verdict is not None]
+    return next((verdict for verdict in made if not verdict.ok), made[0] if made else None)
+
+
+def _prove_made_up(
+    subject: Subject, module: nn.Module | None, grad: bool, dtype: torch.dtype | None, device: str | None
+) -> Verdict | None:
+    inputs = inputs_for(subject.source, subject.original, module, dtype=dtype, device=device)
+    return None if inputs is None else _prove(subject, inputs, {}, module, grad)
+
+
+def _prove(
+    subject: Subject,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    module: nn.Module | None,
+    backward: bool,
+) -> Verdict:
+    return prove(
+        subject.source,
+        subject.original,
+        subject.kernel,
+        inputs,
+        kwargs,
+        module=module,
+        plain_class=subject.layer_class,
+        backward=backward,
+        recall=subject.recall,
+    )
+
+
+def _needs_gradients(module: nn.Module | None, values: Iterable[Any]) -> bool:
+    """Whether a parameter or an input requires a gradient."""
+    if module is not None and any(parameter.requires_grad for parameter in module.parameters()):
+        return True
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
 
 def prove(
@@ -40,31 +151,30 @@ def prove(
     backward: bool = False,
     recall: bool = False,
 ) -> Verdict:
-    """Whether a kernel may stand in for its original at a call.
+    """Compare a kernel with its original on given inputs, or recall a verdict.
 
     Verdicts on embedded kernels are kept from one process to the next; code of the user has no version
     that they could be kept by.
 
     Args:
         source: Where the kernel comes from.
-        original: As for :func:`twinkle.proof.compare.compare`, with all that follows.
-        kernel: ...
-        args: ...
-        kwargs: ...
-        module: ...
-        plain_class: ...
-        backward: ...
-        recall: Take a verdict from before.
+        original: The function that it replaces; with ``module`` it takes that first.
+        kernel: The same for the kernel.
+        args: The arguments, without the module.
+        kwargs: The keyword arguments.
+        module: The layer, when they are ``forward`` functions.
+        plain_class: The class of the layer without Twinkle.
+        backward: Compare the gradients of the inputs and parameters as well.
+        recall: Take a kept verdict where there is one.
 
     Returns:
-        The verdict, with its date when it is one from before.
+        The verdict, with its date when it is a kept one.
     """
-    asked = None
+    key = None
     if _is_ours(source):
-        asked = cache_key(source, args, kwargs, module=module, backward=backward)
-    if recall and asked is not None:
-        # With gradients is the stricter question.
-        known = proofs().find({**asked, "gradients": True}) or proofs().find(asked)
+        key = cache_key(source, args, kwargs, module=module, backward=backward)
+    if recall and key is not None:
+        known = proofs().recall(key)
         if known is not None:
             return known
     verdict = compare(
@@ -77,8 +187,8 @@ def prove(
         backward=backward,
         rows=_tokens((tuple(args), dict(kwargs)), module) if source.kind == "embedded" else None,
     )
-    if asked is not None:
-        proofs().keep(asked, verdict)
+    if key is not None:
+        proofs().keep(key, verdict)
     return verdict
 
 
@@ -87,7 +197,7 @@ def _tokens(inputs: Any, module: nn.Module | None) -> int:
 
 
 def proof_tokens(tensors: Iterable[torch.Tensor]) -> int:
-    """How many tokens are compared: fewer on a CPU, where each one costs as much as one of the step."""
+    """How many tokens a proof compares: fewer on a CPU, where each one costs as much as one of the step."""
     return _TOKENS if any(tensor.device.type != "cpu" for tensor in tensors) else _TOKENS_ON_CPU
 
 
@@ -99,7 +209,7 @@ def inputs_for(
     dtype: torch.dtype | None,
     device: str | torch.device | None,
 ) -> tuple[Any, ...] | None:
-    """Arguments for an embedded kernel that was never called, made up from what its instance is.
+    """Make up arguments for an embedded kernel that was never called, from the facts of its source.
 
     Args:
         source: Where the kernel comes from.
@@ -109,7 +219,7 @@ def inputs_for(
         device: Of the inputs, where there are no parameters.
 
     Returns:
-        The arguments without the module, or None where nobody knows how to make them up.
+        The arguments without the module, or None where the op does not say how they are made.
     """
     name = f"twinkle.ops.{getattr(source, 'op', '')}.samples"
     if not _is_ours(source) or find_spec(name) is None:
@@ -129,7 +239,7 @@ def inputs_for(
     named = {source.facts[role]: value for role, value in values.items() if role in source.facts}
     if module is None:
         # `kernels` puts a layer that takes anything in the place of the functions it decorates.
-        original = function_of(original) or original
+        original = function_of_callable(original) or original
     parameters_of = list(inspect.signature(original).parameters.values())[0 if module is None else 1 :]
     if not named.keys() <= {parameter.name for parameter in parameters_of}:
         return None
@@ -150,8 +260,8 @@ def _is_ours(source: Any) -> bool:
     return source.kind == "embedded" and hasattr(source, "op")
 
 
-def others_like(module: nn.Module | None, among: Iterable[nn.Module]) -> list[nn.Module]:
-    """Layers of other shapes or dtypes than ``module`` (or than any before), one of each kind.
+def _of_other_shapes(module: nn.Module | None, among: Iterable[nn.Module]) -> list[nn.Module]:
+    """Layers whose parameters have other shapes or dtypes than those of ``module``, one for each of these.
 
     A class may stand in a model in several sizes: norms of the hidden states and of the heads, say.
     """
@@ -159,7 +269,7 @@ def others_like(module: nn.Module | None, among: Iterable[nn.Module]) -> list[nn
     found: list[nn.Module] = []
     for other in among:
         shape = _shape_of(other)
-        if shape in seen or len(found) == _MOST_OTHERS:
+        if shape in seen or len(found) == _MOST_SHAPES:
             continue
         seen.add(shape)
         if _is_whole(other):
@@ -172,7 +282,7 @@ def _shape_of(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Its parameters are at hand: not sharded, nor on ``meta``."""
+    """Whether the parameters of a layer are at hand: neither sharded nor on ``meta``."""
     return all(
         type(p) in (nn.Parameter, torch.Tensor)
         and p.device.type != "meta"

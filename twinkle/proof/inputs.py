@@ -1,4 +1,4 @@
-"""Copies of the inputs of a call, whole or of fewer tokens, as a proof runs on them."""
+"""The inputs of a comparison: copies of those of a call, whole or of fewer tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def tensors_of(values: Any) -> list[Tensor]:
 
 
 def duplicate(value: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
-    """A copy with the strides of the original: a kernel that reads them wrongly has to be seen to.
+    """Copy a tensor with its strides, so that a kernel which reads them wrongly fails on the copy as well.
 
     Args:
-        value: What to copy.
-        grad: Gradients are wanted for the copy.
+        value: Any strided tensor.
+        grad: The copy requires gradients.
 
     Returns:
         The leaf that owns the copy, and the copy: the same tensor but where the original is expanded.
@@ -44,12 +44,12 @@ def duplicate(value: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
 
 
 def fewer_of(length: int, tokens: int) -> int:
-    """How many of ``length`` tokens are compared; what 16 divides and what it does not stays so."""
+    """How many of ``length`` tokens are compared: at most ``tokens``, and equal to ``length`` modulo 16."""
     return min(length, tokens - ((tokens - length) % 16 if tokens > 16 else 0))
 
 
 def fewer(inputs: Any, tokens: int) -> Any:
-    """The same inputs with at most ``tokens`` of the tokens they share, and at most two sequences.
+    """Cut inputs to at most ``tokens`` of the tokens they share, and to at most two sequences.
 
     Tokens are the longest dimension, but the last one, that all tensors have; of a lone tensor the last but
     one. What cannot be told apart is left whole.
@@ -89,7 +89,7 @@ def fewer(inputs: Any, tokens: int) -> Any:
 
 
 def _shared(tensors: list[Tensor], over: int) -> list[int] | None:
-    """The axis of each tensor that has the longest length they all share; None if it is not clear."""
+    """The axis of each tensor that has the longest length they all share; None if there are several."""
     lengths = [list(t.shape[:-1] if t.is_floating_point() else t.shape) for t in tensors]
     common = {n for n in lengths[0] if n > over and all(n in other for other in lengths)}
     if not common:

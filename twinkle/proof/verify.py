@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.ops import launch
-from twinkle.ops.cases import OPS, cases, forms
-from twinkle.ops.variants import ROOMS, covering
+from twinkle.ops.backends import Backend, backend_for
+from twinkle.ops.cases import cases, forms, sampled_ops
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
@@ -51,16 +51,16 @@ class Part:
 
     Attributes:
         device: Where.
-        op: A folder under ``twinkle.ops``.
+        op: The name of the op.
         form: One of its forms.
-        room: What computes it, as ``twinkle.ops.variants`` says.
+        backend: What computes it.
         dtype: A name out of `DTYPES`.
     """
 
     device: torch.device
     op: str
     form: Any
-    room: str
+    backend: Backend
     dtype: str
 
 
@@ -69,7 +69,7 @@ class _Source:
     op: str
     form: Any
     facts: Mapping[str, Any]
-    room: str
+    backend: str
 
 
 def devices() -> list[torch.device]:
@@ -81,22 +81,22 @@ def devices() -> list[torch.device]:
 
 
 def parts(
-    on: Iterable[torch.device], *, ops: Iterable[str] = OPS, dtypes: Iterable[str] = tuple(DTYPES)
+    on: Iterable[torch.device], *, ops: Iterable[str] | None = None, dtypes: Iterable[str] = tuple(DTYPES)
 ) -> list[Part]:
     """All that there is to compare, in order; nothing is compared yet.
 
     Args:
         on: Devices.
-        ops: Folders under ``twinkle.ops``.
+        ops: Names of ops; all by default.
         dtypes: Names out of `DTYPES`.
     """
-    chosen, names = tuple(ops), tuple(dtypes)
+    chosen, names = sampled_ops() if ops is None else tuple(ops), tuple(dtypes)
     return [
-        Part(device, op, form, room, dtype)
+        Part(device, op, form, backend, dtype)
         for device in on
         for op in chosen
         for form in forms(op)
-        if (room := _room(op, form, device)) is not None
+        if (backend := backend_for(op, form, device.type)) is not None
         for dtype in names
         if not skipped(device, dtype)
     ]
@@ -128,19 +128,12 @@ def skipped(device: torch.device, dtype: str) -> str | None:
     return None
 
 
-def _room(op: str, form: Any, device: torch.device) -> str | None:
-    # The loss has one implementation, whose parts look at the device themselves.
-    return "layer" if op == "causal_lm_loss" else covering(op, form, device.type)
-
-
 def _compared(part: Part, seed: int) -> Iterator[tuple[Row, dict[str, Any] | None]]:
-    device, op, form, room = part.device, part.op, part.form, part.room
-    triton = op != "causal_lm_loss" or device.type in launch.DEVICE_TYPES
-    how = ROOMS[room] if triton else "plain torch"
+    device, op, form, backend = part.device, part.op, part.form, part.backend
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for case in cases(op, form, DTYPES[part.dtype], device, room):
+        for case in cases(op, form, DTYPES[part.dtype], device, backend.name):
             verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
-            source: Any = _Source(op, form, case.facts, room)
+            source: Any = _Source(op, form, case.facts, backend.name)
             asked = cache_key(source, case.args, {}, module=case.module, backward=True)
-            yield Row(str(device), op, form.name, how, part.dtype, case.shape, verdict), asked
+            yield Row(str(device), op, form.name, backend.label, part.dtype, case.shape, verdict), asked

@@ -1,4 +1,4 @@
-"""load: where an implementation comes from.
+"""Sources: where the implementation of a kernel is loaded from.
 
 One class a kind of source, each loaded at first use: code in hand (:mod:`~twinkle.sources.code`),
 a local package (:mod:`~twinkle.sources.local`), an installed package

@@ -1,4 +1,4 @@
-"""Make what a source found into what the rest of Twinkle takes: a layer class or a callable.
+"""Adapting what a source found to a layer class without ``__init__`` or to a callable.
 
 Imported at first load, never at interpreter start.
 """
@@ -13,11 +13,17 @@ from typing import Any
 import torch
 
 from twinkle.errors import KernelError, SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.constructors import Made, made_in_init
 
 __all__ = ["adapt_layer", "explain_lacking", "finish"]
 
-_originals: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
+
+class _Adapted:
+    """The classes that were made here, each with the kernel class that it was made from."""
+
+    def __init__(self) -> None:
+        self.originals: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 
 
 def finish(
@@ -29,7 +35,7 @@ def finish(
     attributes: Mapping[str, object] | None = None,
     adapt: bool = False,
 ) -> object:
-    """The implementation itself.
+    """Adapt what a source found: to a layer class or a callable.
 
     For a function an ``nn.Module`` class stands for the ``forward`` of one instance of it, which
     is made here; any other callable is taken as it is.
@@ -76,7 +82,7 @@ def finish(
 def adapt_layer(
     cls: type[torch.nn.Module], attributes: Mapping[str, object], *, where: str | None = None
 ) -> type[torch.nn.Module]:
-    """A layer class without ``__init__`` that has ``cls``'s ``forward`` and the given attributes.
+    """Make a layer class without ``__init__`` that has ``cls``'s ``forward`` and the given attributes.
 
     The ``forward`` of a kernel runs on the module it replaces, so ``__init__`` never does. What it
     would have set comes from that module or from ``attributes``. What it sets to a parameter whose
@@ -109,18 +115,18 @@ def adapt_layer(
     namespace["__qualname__"] = cls.__qualname__
     namespace["__doc__"] = cls.__doc__
     adapted: type[torch.nn.Module] = type(cls.__name__, (torch.nn.Module,), namespace)
-    _originals[adapted] = cls
+    runtime.of(_Adapted).originals[adapted] = cls
     return adapted
 
 
 def explain_lacking(cls: type, names: list[str]) -> str | None:
-    """What to do about attributes that an adapted layer reads and its target lacks, or ``None``.
+    """A fix for attributes that an adapted layer reads and its target lacks, or ``None``.
 
     Args:
         cls: A layer class, as a source gave it.
         names: What is missing.
     """
-    made = made_in_init(_originals.get(cls, cls))
+    made = made_in_init(runtime.of(_Adapted).originals.get(cls, cls))
     modules = [name for name in names if made.get(name, ("", None))[0] in ("module", "parameter")]
     if modules:
         texts = [f"self.{name} ({made[name][1]})" for name in modules]
@@ -156,7 +162,7 @@ def _check_attributes(
 
 
 def _reachable(cls: type, members: Mapping[str, Any], where: str | None) -> dict[str, Any]:
-    """``forward`` and the members whose names it, or they, mention."""
+    """The members that ``forward`` needs: itself, what it names, and what those name in turn."""
     taken: dict[str, Any] = {}
     waiting = ["forward"]
     while waiting:

@@ -6,7 +6,6 @@ Light at import: this module is imported at interpreter start when a configurati
 from __future__ import annotations
 
 import sys
-from _thread import allocate_lock
 
 from twinkle.errors import ConfigError, SourceError, TwinkleError
 
@@ -14,28 +13,62 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import ModuleType
-    from typing import Any
 
-__all__ = ["CodeSource", "RepoSource", "is_dotted"]
-
-
-_keeping = allocate_lock()
+__all__ = ["CodeSource", "LoadedOnce", "RepoSource", "import_named", "is_dotted"]
 
 
 def is_dotted(text: str) -> bool:
-    """Names with dots between them; ``re`` would cost the start of the interpreter 9 ms."""
+    """Whether a text is identifiers joined by dots; ``re`` would cost the start of the interpreter 9 ms."""
     return all(part.isidentifier() for part in text.split("."))
 
 
 def _parts(text: str) -> tuple[str, str]:
-    """``"module:attribute"`` or ``"module.attribute"`` in two."""
+    """Split ``"module:attribute"`` or ``"module.attribute"``."""
     module, colon, attribute = text.partition(":")
     if not colon:
         module, _, attribute = text.rpartition(".")
     return module, attribute
 
 
-class CodeSource:
+class LoadedOnce:
+    """Base of the sources of code on this machine: loaded at the first call, once for all threads.
+
+    Args:
+        kind: ``"layer"`` or ``"function"``.
+        attributes: For a layer what its class expects on ``self`` and its target lacks.
+        where: Where it was registered.
+
+    Attributes:
+        of: As ``kind``; the ``kind`` of a source is where it comes from.
+        trace: ``(variant, accepted, reason)`` of each build, where there are several.
+    """
+
+    def __init__(
+        self, *, kind: str, attributes: Mapping[str, object] | None = None, where: str | None = None
+    ) -> None:
+        self.of = kind
+        self.where = where
+        self.attributes = dict(attributes or {})
+        self.trace: list[tuple[str, bool, str]] = []
+
+    def load(self) -> object:
+        """The layer class or the callable, loaded at the first call.
+
+        Raises:
+            SourceError: It is not there, raises while it is loaded, or is something else.
+            KernelError: The layer class cannot do without its ``__init__``.
+        """
+        loaded = self.__dict__.get("_loaded")
+        if loaded is None:
+            # Without a lock, which a fork in another thread would leave locked: the first one counts.
+            loaded = self.__dict__.setdefault("_loaded", self._load())
+        return loaded
+
+    def _load(self) -> object:
+        raise NotImplementedError
+
+
+class CodeSource(LoadedOnce):
     """A class or a callable in hand, or the ``"module:attribute"`` where it is.
 
     Args:
@@ -59,12 +92,8 @@ class CodeSource:
         attributes: Mapping[str, object] | None = None,
         where: str | None = None,
     ) -> None:
-        self.of = kind
-        self.where = where
-        self.trace: list[tuple[str, bool, str]] = []
+        super().__init__(kind=kind, attributes=attributes, where=where)
         self._module = self._attribute = ""
-        self.attributes = dict(attributes or {})
-        self._loaded: Any = None
         self._given = implementation
         if isinstance(implementation, str):
             module, attribute = _parts(implementation)
@@ -116,25 +145,17 @@ class CodeSource:
             return f"code {self._module}:{self._attribute}"
         return f"code {_name_of(self._given)}"
 
-    def load(self) -> object:
-        """The layer class or the callable; a string is imported at the first call.
+    def _load(self) -> object:
+        from twinkle.sources.adapters import finish
 
-        Raises:
-            SourceError: The module or the name is not there, or the module raises on import.
-        """
-        if self._loaded is None:
-            from twinkle.sources.adapters import finish
-
-            found = self._import() if self._module else self._given
-            finished = finish(
-                found,
-                kind=self.of,
-                described=self.describe(),
-                where=self.where,
-                attributes=self.attributes,
-            )
-            return keep_first(self, finished)
-        return self._loaded
+        found = self._import() if self._module else self._given
+        return finish(
+            found,
+            kind=self.of,
+            described=self.describe(),
+            where=self.where,
+            attributes=self.attributes,
+        )
 
     def _import(self) -> object:
         from twinkle.sources import lookup
@@ -153,7 +174,7 @@ class CodeSource:
         return found
 
 
-class RepoSource:
+class RepoSource(LoadedOnce):
     """An object with ``load()`` that the program passed: ``FuncRepositoryProtocol``.
 
     Args:
@@ -177,46 +198,27 @@ class RepoSource:
                 expected="an object whose load() returns a callable or an nn.Module class",
                 fix=f"pass {repo.__name__}()" if isinstance(repo, type) else None,
             )
-        self.of = kind
-        self.where = where
-        self.trace: list[tuple[str, bool, str]] = []
+        super().__init__(kind=kind, where=where)
         self._repo = repo
-        self._load: Callable[[], object] = load
-        self._loaded: Any = None
+        self._load_repo: Callable[[], object] = load
 
     def describe(self) -> str:
         """The type of the object."""
         return f"code {_name_of(type(self._repo))}.load()"
 
-    def load(self) -> object:
-        """What the object's ``load()`` returns, made a layer class or a callable.
+    def _load(self) -> object:
+        from twinkle.sources import lookup
+        from twinkle.sources.adapters import finish
 
-        Raises:
-            SourceError: ``load()`` raised, or returned something else.
-        """
-        if self._loaded is None:
-            from twinkle.sources import lookup
-            from twinkle.sources.adapters import finish
-
-            try:
-                found = self._load()
-            except TwinkleError:
-                raise
-            except (Exception, SystemExit) as error:
-                raise SourceError(
-                    f"{self.describe()} raised", where=self.where, found=lookup.failure(error)
-                ) from error
-            finished = finish(found, kind=self.of, described=self.describe(), where=self.where)
-            return keep_first(self, finished)
-        return self._loaded
-
-
-def keep_first(source: Any, loaded: object) -> object:
-    """Of several threads that loaded at once all get what the first one has made."""
-    with _keeping:
-        if source._loaded is None:
-            source._loaded = loaded
-        return source._loaded
+        try:
+            found = self._load_repo()
+        except TwinkleError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise SourceError(
+                f"{self.describe()} raised", where=self.where, found=lookup.failure(error)
+            ) from error
+        return finish(found, kind=self.of, described=self.describe(), where=self.where)
 
 
 def import_named(name: str, *, described: str, where: str | None) -> ModuleType:

@@ -1,4 +1,4 @@
-"""What the ``__init__`` of a layer class would put on ``self``, read from its source."""
+"""The attributes that the ``__init__`` of a layer class would set, read from its source code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Made = tuple[str, Any]
 
 
 def made_in_init(cls: type) -> dict[str, Made]:
-    """For each ``self.name = …`` in ``__init__`` what kind of thing it is.
+    """The kind of value that each ``self.name = …`` in ``__init__`` assigns.
 
     A subclass's ``__init__`` wins over its base's. A class without source says nothing.
     """

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import SourceError
-from twinkle.ops.variants import ROOMS
+from twinkle.ops.catalog import find_op
 from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from twinkle.ops.backends import Backend
     from twinkle.records import Source
 
 __all__ = ["EmbeddedFunction", "EmbeddedLayer"]
 
 
-def _described(op: str, form: Any, room: str) -> str:
-    return f"embedded {op} ({form.name}), {ROOMS[room]}"
+class _BackendSource:
+    """The backend of an op as a source, where no registered class stands before it.
 
-
-class _Room:
-    """The module of an op that holds an implementation, registered nowhere."""
+    Args:
+        backend: The backend.
+        maker: The function of its module that makes kernels.
+    """
 
     kind = "embedded"
 
-    def __init__(self, op: str, room: str, maker: str) -> None:
-        self.op = op
-        self.room = room
+    def __init__(self, backend: Backend, maker: str) -> None:
+        self.backend = backend
         self.maker = maker
 
     def describe(self) -> str:
         """The op and what computes it."""
-        return f"embedded {self.op}, {ROOMS[self.room]}"
+        return f"embedded {self.backend.op}, {self.backend.label}"
 
     def load(self) -> object:
         """What makes its kernels, under the name that it has in a registered class.
@@ -43,56 +43,77 @@ class _Room:
             SourceError: The module cannot be imported.
         """
         try:
-            module = import_module(f"twinkle.ops.{self.op}.{self.room}")
+            module = self.backend.load()
         except ImportError as error:
-            raise SourceError(f"the embedded {self.op} cannot be imported", found=str(error)) from error
+            raise SourceError(
+                f"the embedded {self.backend.op} cannot be imported", found=str(error)
+            ) from error
         return SimpleNamespace(for_form=getattr(module, self.maker))
 
 
-class EmbeddedLayer(SpecialisedSource):
-    """A layer class for a form of an op.
-
-    Args:
-        op: The folder under ``twinkle.ops``.
-        form: The form that was recognised (``twinkle.ops.<op>.reference``).
-        facts: From each argument of the definition to the attribute, the parameter or the number it is.
-        room: The module of the op's folder: ``layer`` or ``cpu`` (``twinkle.ops.variants``).
-        source: As the document of the pack registers it; by default that module itself.
-    """
+class _Embedded(SpecialisedSource):
+    """The kernel of an op for a form and an instance; see the two classes below for the arguments."""
 
     kind = "embedded"
     facts: dict[str, Any]
+    _maker: str
 
     def __init__(
         self,
         op: str,
         form: Any,
         facts: Mapping[str, Any],
-        room: str = "layer",
-        source: Source | None = None,
+        original: Callable[..., Any] | None,
+        backend: str,
+        source: Source | None,
     ) -> None:
-        super().__init__(source or _Room(op, room, "layer_class"), op, form, dict(facts))
-        self.room = room
+        found = find_op(op).backend(backend)
+        super().__init__(source or _BackendSource(found, self._maker), op, form, dict(facts), original)
+        self.backend = backend
+        self._label = found.label
 
     def describe(self) -> str:
         """The op, its form and what computes it."""
-        return _described(self.op, self.form, self.room)
+        return f"embedded {self.op} ({self.form.name}), {self._label}"
 
 
-class EmbeddedFunction(SpecialisedSource):
+class EmbeddedLayer(_Embedded):
+    """A layer class for a form of an op.
+
+    Args:
+        op: The name of the op.
+        form: The form that was recognised (``twinkle.ops.<op>.reference``).
+        facts: From each argument of the definition to the attribute, the parameter or the number it is.
+        backend: The name of the op's implementation (:mod:`twinkle.ops.backends`).
+        source: As the embedded document registers it; by default the backend's module itself.
+    """
+
+    _maker = "layer_class"
+
+    def __init__(
+        self,
+        op: str,
+        form: Any,
+        facts: Mapping[str, Any],
+        backend: str = "triton_backend",
+        source: Source | None = None,
+    ) -> None:
+        super().__init__(op, form, facts, None, backend, source)
+
+
+class EmbeddedFunction(_Embedded):
     """A function for a form of an op, with the arguments of the one it replaces.
 
     Args:
-        op: The folder under ``twinkle.ops``.
+        op: The name of the op.
         form: The form that was recognised.
         facts: As for :class:`EmbeddedLayer`.
         original: The function that is replaced.
-        room: As for :class:`EmbeddedLayer`.
+        backend: As for :class:`EmbeddedLayer`.
         source: As for :class:`EmbeddedLayer`.
     """
 
-    kind = "embedded"
-    facts: dict[str, Any]
+    _maker = "function_for"
 
     def __init__(
         self,
@@ -100,12 +121,7 @@ class EmbeddedFunction(SpecialisedSource):
         form: Any,
         facts: Mapping[str, Any],
         original: Callable[..., Any],
-        room: str = "layer",
+        backend: str = "triton_backend",
         source: Source | None = None,
     ) -> None:
-        super().__init__(source or _Room(op, room, "function_for"), op, form, dict(facts), original)
-        self.room = room
-
-    def describe(self) -> str:
-        """The op, its form and what computes it."""
-        return _described(self.op, self.form, self.room)
+        super().__init__(op, form, facts, original, backend, source)

@@ -5,23 +5,19 @@ Light at import: this module is imported at interpreter start when a configurati
 
 from __future__ import annotations
 
-from _thread import allocate_lock
-
 from twinkle.errors import MissingDependencyError, SourceError, TwinkleError
+from twinkle.sources.code import LoadedOnce
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from typing import Any
 
     from twinkle.sources.local_variants import Layout
 
 __all__ = ["LocalSource"]
 
-_keeping = allocate_lock()
 
-
-class LocalSource:
+class LocalSource(LoadedOnce):
     """A layer or a function of a package in a directory; nothing is read before the first use.
 
     Args:
@@ -51,17 +47,14 @@ class LocalSource:
         attributes: Mapping[str, object] | None = None,
         where: str | None = None,
     ) -> None:
-        self.of = kind
-        self.where = where
+        super().__init__(kind=kind, attributes=attributes, where=where)
         self.repo_path = repo_path
         self.package = package
         self.name = name
-        self.trace: list[tuple[str, bool, str]] = []
-        self.attributes = dict(attributes or {})
         self._device = device
         self._module_name = ""
-        self._generation = -1
-        self._loaded: Any = None
+        # By the generation of the package that it was taken from: at most the present one is kept.
+        self._by_generation: dict[int, object] = {}
 
     def describe(self) -> str:
         """``package:name`` and the directory."""
@@ -74,11 +67,12 @@ class LocalSource:
             SourceError: The path, the package, the name or a dependency is missing, others can
                 write it, no variant fits this machine, or the kernel raises on import.
         """
-        if self._loaded is not None:
+        if self._by_generation:
             from twinkle.sources import packages
 
-            if self._generation == packages.generation(self._module_name):
-                return self._loaded
+            loaded = self._by_generation.get(packages.generation(self._module_name))
+            if loaded is not None:
+                return loaded
         return self._load()
 
     def reload(self) -> object:
@@ -96,13 +90,15 @@ class LocalSource:
 
         if not self._module_name:
             return self.load()
+        before = self._by_generation.copy()
         taken = packages.forget(self._module_name)
         linecache.checkcache()
         try:
             return self._load()
         except BaseException:
             packages.restore(taken)
-            self._generation = packages.generation(self._module_name)
+            for loaded in before.values():
+                self._by_generation.setdefault(packages.generation(self._module_name), loaded)
             raise
 
     def _load(self) -> object:
@@ -125,11 +121,11 @@ class LocalSource:
             where=self.where,
             attributes=self.attributes,
         )
-        with _keeping:
-            # Of several threads that loaded at once all get what the first one has made.
-            if self._loaded is None or self._generation != generation:
-                self._generation, self._loaded = generation, loaded
-            return self._loaded
+        # Of several threads that loaded at once all get what the first one has made.
+        loaded = self._by_generation.setdefault(generation, loaded)
+        for older in [number for number in self._by_generation.copy() if number < generation]:
+            self._by_generation.pop(older, None)
+        return loaded
 
     def _import(self, layout: Layout) -> tuple[object, int]:
         import importlib

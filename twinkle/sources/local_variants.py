@@ -1,4 +1,4 @@
-"""Where in a local repository the code is: a plain package, or the variant that fits this machine.
+"""Locating the code in a local repository: a plain package, or the build variant for this machine.
 
 The layouts of the ``kernels`` package are ``build/<variant>/``, ``<variant>/`` and a directory with
 ``metadata.json`` itself; the code is in ``__init__.py`` there or in ``<python_name>/__init__.py``.
@@ -20,7 +20,7 @@ __all__ = ["Layout", "locate"]
 
 
 class Layout(NamedTuple):
-    """What to import, and how it was found.
+    """The package to import from a local repository.
 
     Attributes:
         module_name: The name to import it by.
@@ -144,7 +144,7 @@ def _importable(repo: str) -> Iterable[str]:
 
 
 def _plain(repo: str, package: str) -> Layout | None:
-    """``repo/package/``, ``repo/package.py`` or, when it has that name, ``repo`` itself."""
+    """The layout of a plain package: ``repo/package/``, ``repo/package.py``, or ``repo`` of that name."""
     inside = os.path.join(repo, *package.split("."))
     real = os.path.realpath(repo)
     if _is_package(inside) or os.path.isfile(inside + ".py"):
@@ -158,7 +158,7 @@ def _plain(repo: str, package: str) -> Layout | None:
 
 
 def _built(variant: str, package: str, described: str, where: str | None) -> Layout:
-    """The code of one variant, after its metadata was read and its dependencies were found."""
+    """The layout of a build variant, with its metadata read and its dependencies found."""
     python_name = _check_metadata(variant, described, where)
     if python_name is not None and python_name != package:
         raise SourceError(

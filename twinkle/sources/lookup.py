@@ -1,4 +1,4 @@
-"""Find a named implementation in a package, and say what went wrong when it is not there.
+"""Finding a named implementation in a package, and the errors for what is not there.
 
 Imported at first load, never at interpreter start.
 """

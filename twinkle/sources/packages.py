@@ -24,6 +24,7 @@ import threading
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from twinkle.runtime import runtime
 from twinkle.sources.permissions import refuse_writable
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from types import CodeType
     from typing import Any
 
-__all__ = ["directory_of", "forget", "generation", "importing", "name_of", "restore"]
+__all__ = ["Imports", "directory_of", "forget", "generation", "importing", "name_of", "restore"]
 
 # A module with a __path__ is a package: its submodules are found by the finder below.
 __path__: list[str] = []
@@ -40,9 +41,25 @@ _PREFIX = __name__ + "."
 _ESCAPES = {"_": "__", "/": "_s", ".": "_d", "-": "_h"}
 _UNESCAPES = {code: char for char, code in _ESCAPES.items()}
 
-_lock = threading.Lock()
-_threads: dict[str, int] = {}
-_generations: dict[str, int] = {}
+
+class Imports:
+    """The imports of local packages that are under way, and how often each package was forgotten.
+
+    Attributes:
+        lock: Held while ``sys.modules`` and the tables here change, never while code of a package runs.
+        threads: The threads that import a package now.
+        generations: How often a package was taken out of ``sys.modules``.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads: dict[str, int] = {}
+        self.generations: dict[str, int] = {}
+
+    def in_child(self) -> None:
+        """Begin anew after a fork: of the threads only the forking one lives on."""
+        self.lock = threading.Lock()
+        self.threads.clear()
 
 
 def name_of(directory: str, package: str | None = None) -> str:
@@ -65,46 +82,48 @@ def directory_of(name: str) -> str:
 
 @contextlib.contextmanager
 def importing(name: str) -> Iterator[None]:
-    """While a package of this name is imported: when that raises, none of it stays half-imported.
+    """Guard the import of a package: when it raises, nothing of it stays half-imported.
 
     No lock of ours is held meanwhile (import locks do that work; a second one could be waited for
     by the thread that this import waits for).
     """
     package = _package_of(name)
-    with _lock:
-        _threads[package] = _threads.get(package, 0) + 1
+    state = runtime.of(Imports)
+    with state.lock:
+        state.threads[package] = state.threads.get(package, 0) + 1
         before = set(_loaded(package))
     try:
         yield
     except BaseException:
-        with _lock:
+        with state.lock:
             # With another thread in the same package, what is new may be that thread's.
-            if _threads[package] == 1:
+            if state.threads[package] == 1:
                 _drop(loaded for loaded in _loaded(package) if loaded not in before)
         raise
     finally:
-        with _lock:
-            _threads[package] -= 1
+        with state.lock:
+            state.threads[package] = state.threads.get(package, 1) - 1
 
 
 def generation(name: str) -> int:
-    """How often the package of ``name`` was forgotten: an object taken from it then is an old one."""
-    return _generations.get(_package_of(name), 0)
+    """How often the package of ``name`` was reloaded: objects of an earlier generation are stale."""
+    return runtime.of(Imports).generations.get(_package_of(name), 0)
 
 
 def forget(name: str) -> dict[str, ModuleType]:
     """Take the package of ``name`` out of ``sys.modules``; returns what was taken out."""
-    with _lock:
+    state = runtime.of(Imports)
+    with state.lock:
         package = _package_of(name)
         taken = {loaded: sys.modules[loaded] for loaded in _loaded(package)}
         _drop(iter(taken))
-        _generations[package] = _generations.get(package, 0) + 1
+        state.generations[package] = state.generations.get(package, 0) + 1
     return taken
 
 
 def restore(taken: dict[str, ModuleType]) -> None:
     """Put back what :func:`forget` took out."""
-    with _lock:
+    with runtime.of(Imports).lock:
         for name, module in taken.items():
             sys.modules[name] = module
             parent, _, last = name.rpartition(".")
@@ -225,7 +244,7 @@ def _own_name(package: str) -> str | None:
 
 
 class _Finder:
-    """Finds what is below this module and nothing else: one comparison for every other import."""
+    """Finder of the modules below this one; any other import costs one comparison."""
 
     @staticmethod
     def find_spec(
@@ -253,7 +272,7 @@ _LOADERS: tuple[Any, ...] = (
 
 
 def _root(fullname: str) -> importlib.machinery.ModuleSpec | None:
-    """A repository (a package with nothing to run), or a directory that is a package itself."""
+    """The spec of a repository (a package with nothing to run) or of a directory that is a package."""
     try:
         directory = directory_of(fullname)
     except ValueError:
@@ -292,13 +311,6 @@ def _install() -> None:
     sys.meta_path[:] = finders
 
 
-def _in_child() -> None:
-    # Of the threads only the forking one lives on: no import of another is under way here.
-    global _lock
-    _lock = threading.Lock()
-    _threads.clear()
-
-
 _install()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+    os.register_at_fork(after_in_child=lambda: runtime.of(Imports).in_child())

@@ -1,4 +1,4 @@
-"""Refuse code that other users of the machine could have changed.
+"""Refusal of code that other users of the machine could have changed.
 
 What counts is who may write: the mode bits of the files, of their directories and of everything
 above them. Naming a path trusts its owner. Where there are no such bits (Windows), nothing is
@@ -59,7 +59,7 @@ def writable_by_others(path: str, *, above: bool = False) -> str | None:
 
 
 def _places(package: str) -> Iterator[tuple[str, bool]]:
-    """Every path that decides what is imported; True for the package and what is in it."""
+    """The paths that decide what is imported, each with whether it is the package or in it."""
     real = os.path.realpath(package)
     yield real, True
     if os.path.isdir(real):
@@ -80,7 +80,7 @@ def _places(package: str) -> Iterator[tuple[str, bool]]:
 
 
 def is_private_group(user: int, group: int) -> bool:
-    """The group is the owner's own, with nobody else in it (the usual set-up with umask 002)."""
+    """Whether a group is its owner's own and has no other member, the usual set-up with umask 002."""
     import grp
     import pwd
 

@@ -1,4 +1,8 @@
-"""From the keys of a registration to the source they mean, or the error they are.
+"""The sources a kernel may have: one record each, with its keys and how it is built.
+
+The configuration checks a registration by these records (``twinkle.config.one_source``), and
+:func:`from_spec` builds what was checked. A new source is its class, a record in :data:`SOURCES`, and
+in ``twinkle.config.fields`` what the value of a new key may be.
 
 Standard library only: this module is imported at interpreter start. Nothing is imported or
 downloaded here, and no path is touched: a source loads at first use.
@@ -7,25 +11,231 @@ downloaded here, and no path is touched: a source loads at first use.
 from __future__ import annotations
 
 import os
-from _collections_abc import Mapping  # typing's and collections' would be imported for this alone
 
 from twinkle.errors import ConfigError
 from twinkle.sources.code import is_dotted
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
     from typing import Any
 
     from twinkle.records import Source
 
-__all__ = ["from_spec"]
+__all__ = ["SOURCES", "Registration", "SourceRule", "from_spec", "named_sources", "source_keys"]
 
-_IMPLEMENTATIONS = {"layer": ("layer_impl",), "function": ("func_impl", "repo")}
-_NAME = {"layer": "layer_name", "function": "func_name"}
+
+class Registration:
+    """The checked keys of one kernel, and what holds where they say nothing.
+
+    Attributes:
+        keys: The keys that were given; none of them is ``None``.
+        kind: ``"layer"`` or ``"function"``.
+        default_name: What the implementation is called when no name is given.
+        base_dir: What a relative ``repo_path`` is relative to; ``None`` is the working directory.
+        trust_remote_code: The setting that holds where the registration says nothing.
+        where: Where the registration stands, for messages.
+    """
+
+    __slots__ = ("base_dir", "default_name", "keys", "kind", "trust_remote_code", "where")
+
+    def __init__(
+        self,
+        keys: Mapping[str, Any],
+        *,
+        kind: str,
+        default_name: str,
+        base_dir: str | None,
+        trust_remote_code: object = False,
+        where: str | None = None,
+    ) -> None:
+        self.keys = keys
+        self.kind = kind
+        self.default_name = default_name
+        self.base_dir = base_dir
+        self.trust_remote_code = trust_remote_code
+        self.where = where
+
+    @property
+    def name(self) -> str:
+        """The name of the implementation where it is: that of a method without its class."""
+        name: str = self.keys.get("layer_name") or self.default_name.rpartition(".")[2]
+        return name
+
+    @property
+    def attributes(self) -> Mapping[str, object]:
+        """What a layer class expects on ``self`` and its target lacks."""
+        attributes: Mapping[str, object] = self.keys.get("attributes", {})
+        return attributes
+
+
+class SourceRule:
+    """One kind of source: what a registration says of it, and how it is built.
+
+    Attributes:
+        key: The key that names the source.
+        build: Makes the source of a checked registration.
+        kinds: The kinds of kernels that may come from it.
+        needs: The keys that must stand beside ``key``: what each names, and an example.
+        beside: The other keys that may stand beside ``key``.
+        one_of: Keys of which only one may be given.
+    """
+
+    __slots__ = ("beside", "build", "key", "kinds", "needs", "one_of")
+
+    def __init__(
+        self,
+        key: str,
+        build: Callable[[Registration], Source],
+        *,
+        kinds: tuple[str, ...] = ("layer", "function"),
+        needs: Mapping[str, tuple[str, str]] | None = None,
+        beside: tuple[str, ...] = (),
+        one_of: tuple[str, ...] = (),
+    ) -> None:
+        self.key = key
+        self.build = build
+        self.kinds = kinds
+        self.needs = needs or {}
+        self.beside = beside
+        self.one_of = one_of
+
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """The keys that have a meaning beside this source."""
+        return (*self.needs, *self.beside)
+
+
+# --- how each is built ----------------------------------------------------------------------------
+
+
+def _code(registration: Registration) -> Source:
+    from twinkle.sources.code import CodeSource
+
+    return CodeSource(
+        registration.keys["layer_impl" if registration.kind == "layer" else "func_impl"],
+        kind=registration.kind,
+        attributes=registration.attributes,
+        where=registration.where,
+    )
+
+
+def _repo_object(registration: Registration) -> Source:
+    from twinkle.sources.code import RepoSource
+
+    return RepoSource(registration.keys["repo"], kind=registration.kind, where=registration.where)
+
+
+def _local(registration: Registration) -> Source:
+    from twinkle.sources.local import LocalSource
+
+    package, name = _package_and_name(registration)
+    path = os.path.expanduser(registration.keys["repo_path"])
+    return LocalSource(
+        os.path.normpath(os.path.join(registration.base_dir or os.getcwd(), path)),
+        package,
+        name,
+        kind=registration.kind,
+        device=registration.keys.get("device"),
+        attributes=registration.attributes,
+        where=registration.where,
+    )
+
+
+def _hub(registration: Registration) -> Source:
+    from twinkle.sources.hub.source import HubSource
+
+    keys = registration.keys
+    return HubSource(
+        keys["repo_id"],
+        registration.name,
+        kind=registration.kind,
+        revision=keys.get("revision"),
+        version=keys.get("version"),
+        trust_remote_code=keys.get("trust_remote_code", registration.trust_remote_code),
+        where=registration.where,
+        base_dir=registration.base_dir,
+    )
+
+
+def _installed(registration: Registration) -> Source:
+    from twinkle.sources.installed import InstalledSource
+
+    package, name = _package_and_name(registration)
+    return InstalledSource(
+        package,
+        name,
+        kind=registration.kind,
+        attributes=registration.attributes,
+        where=registration.where,
+    )
+
+
+def _package_and_name(registration: Registration) -> tuple[str, str]:
+    """The package and the name in it: ``package:name`` says both.
+
+    Raises:
+        ConfigError: The name is that of the kernel, and no name that Python could have for it.
+    """
+    package, _, inside = registration.keys["package_name"].partition(":")
+    name = inside or registration.name
+    if not is_dotted(name):
+        raise ConfigError(
+            "malformed layer_name",
+            where=registration.where,
+            found=repr(name),
+            expected="Python names joined by dots",
+            fix=f"did you mean {name.replace('-', '_')!r}?" if "-" in name else "give layer_name",
+        )
+    return package, name
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+SOURCES = (
+    SourceRule("layer_impl", _code, kinds=("layer",)),
+    SourceRule("func_impl", _code, kinds=("function",)),
+    SourceRule("repo", _repo_object, kinds=("function",)),
+    SourceRule(
+        "repo_path",
+        _local,
+        needs={"package_name": ("the package in that folder", "the_package")},
+        beside=("layer_name",),
+    ),
+    SourceRule(
+        "repo_id",
+        _hub,
+        beside=("layer_name", "version", "revision", "trust_remote_code"),
+        one_of=("version", "revision"),
+    ),
+    SourceRule("package_name", _installed, beside=("layer_name",)),
+)
+"""Every source, in the order in which messages list them."""
+
+# A function has the name of its target, or that of ``package:name``.
+_ONLY_FOR = {"layer_name": "layer"}
+
+
+def source_keys(kind: str) -> tuple[str, ...]:
+    """The keys that say where a kernel of this kind comes from: first those that name a source."""
+    rules = [rule for rule in SOURCES if kind in rule.kinds]
+    companions = [key for rule in rules for key in rule.companions if _ONLY_FOR.get(key, kind) == kind]
+    return tuple(dict.fromkeys((*(rule.key for rule in rules), *companions)))
+
+
+def named_sources(keys: Collection[str], kind: str) -> list[SourceRule]:
+    """The sources that a registration names; exactly one when it is right.
+
+    A key that another source needs (``package_name`` beside ``repo_path``) names a source only
+    where no other key does.
+    """
+    needed = {key for rule in SOURCES for key in rule.needs}
+    named = [rule for rule in SOURCES if kind in rule.kinds and rule.key in keys]
+    return [rule for rule in named if rule.key not in needed] or named
 
 
 def from_spec(
-    spec: Mapping[str, object],
+    spec: Mapping[str, Any],
     *,
     kind: str,
     default_name: str,
@@ -33,13 +243,10 @@ def from_spec(
     trust_remote_code: object = False,
     where: str | None = None,
 ) -> Source:
-    """The source that the keys of one registration describe.
+    """The source of a registration whose keys were checked (``twinkle.config.validate``).
 
     Args:
-        spec: ``layer_impl``, ``func_impl``, ``repo``, ``repo_path``, ``package_name``,
-            ``layer_name``, ``func_name``, ``repo_id``, ``version``, ``revision``,
-            ``trust_remote_code``, ``attributes`` and ``device``; ``None`` is as good as absent,
-            and other keys are not read.
+        spec: The keys of :func:`source_keys`, ``attributes`` and ``device``, as far as they were given.
         kind: ``"layer"`` or ``"function"``.
         default_name: What the implementation is called when no name is given.
         base_dir: What a relative ``repo_path`` is relative to; ``None`` is the working directory.
@@ -47,233 +254,16 @@ def from_spec(
         where: Where the registration stands, for messages.
 
     Raises:
-        ConfigError: The keys cannot be right together, whatever the machine.
+        ConfigError: The implementation in hand, the version or the name cannot be right.
     """
-    where = where or None
-    given = {key: value for key, value in spec.items() if value is not None}
-    implementation = _the_one_source(given, kind, where)
-    _check_company(given, implementation, kind, where)
-    if implementation in ("layer_impl", "func_impl", "repo"):
-        from twinkle.sources.code import CodeSource, RepoSource
-
-        if implementation == "repo":
-            return RepoSource(given["repo"], kind=kind, where=where)
-        return CodeSource(
-            given[implementation],
+    (rule,) = named_sources(spec, kind)
+    return rule.build(
+        Registration(
+            spec,
             kind=kind,
-            attributes=_attributes(given, kind, where),
-            where=where,
-        )
-    name = _text(given, _NAME[kind], where) or default_name.rpartition(".")[2]
-    if implementation == "repo_id":
-        return _hub(
-            given,
-            name,
-            kind=kind,
+            default_name=default_name,
             base_dir=base_dir,
             trust_remote_code=trust_remote_code,
-            where=where,
+            where=where or None,
         )
-    package = _text(given, "package_name", where)
-    if implementation == "repo_path":
-        if package is None:
-            raise ConfigError(
-                "repo_path without package_name",
-                where=where,
-                found=f"repo_path = {given['repo_path']!r}",
-                expected="package_name, the package in that directory",
-                fix='add package_name = "…"',
-            )
-        package, name = _parted(given, package, name, kind=kind, where=where)
-        return _local(given, package, name, kind=kind, base_dir=base_dir, where=where)
-    assert package is not None
-    return _installed(given, package, name, kind=kind, where=where)
-
-
-def _the_one_source(given: Mapping[str, object], kind: str, where: str | None) -> str:
-    """Which of the keys says where the implementation is; exactly one must."""
-    candidates = (*_IMPLEMENTATIONS[kind], "repo_path", "repo_id")
-    found = [key for key in candidates if key in given]
-    expected = f"one of {', '.join((*candidates, 'package_name'))}"
-    if len(found) > 1:
-        raise ConfigError(
-            f"two sources for one kernel: both {found[0]} and {found[1]}",
-            where=where,
-            found=", ".join(found),
-            expected=expected,
-            fix=f"keep {found[0]} or {found[1]}, not both",
-        )
-    if found:
-        return found[0]
-    if "package_name" in given:
-        return "package_name"
-    foreign = [key for other in _IMPLEMENTATIONS.values() for key in other if key in given]
-    if foreign:
-        raise ConfigError(
-            f"{foreign[0]} has no meaning for a {kind}",
-            where=where,
-            found=foreign[0],
-            expected=expected,
-        )
-    raise ConfigError(
-        "the kernel has no source", where=where, found=", ".join(given) or "nothing", expected=expected
     )
-
-
-_COMPANY = {
-    "layer_impl": (),
-    "func_impl": (),
-    "repo": (),
-    "repo_path": ("package_name",),
-    "package_name": ("package_name",),
-    "repo_id": ("version", "revision", "trust_remote_code"),
-}
-
-
-def _check_company(given: Mapping[str, object], implementation: str, kind: str, where: str | None) -> None:
-    """Refuse the keys that say nothing about a source of this kind."""
-    allowed = _COMPANY[implementation]
-    names = () if implementation in ("layer_impl", "func_impl", "repo") else (_NAME[kind],)
-    for key in ("package_name", "version", "revision", "trust_remote_code", "layer_name", "func_name"):
-        if key not in given or key in allowed or key in names:
-            continue
-        if key == "trust_remote_code" and not given[key]:
-            continue
-        raise ConfigError(
-            f"{key} has no meaning beside {implementation}",
-            where=where,
-            found=f"{key} = {given[key]!r}",
-            expected=", ".join((implementation, *(a for a in allowed if a != implementation), *names)),
-            fix=f"remove {key}",
-        )
-
-
-def _hub(
-    given: Mapping[str, object],
-    name: str,
-    *,
-    kind: str,
-    base_dir: str | None,
-    trust_remote_code: object,
-    where: str | None,
-) -> Source:
-    repo_id = _text(given, "repo_id", where)
-    assert repo_id is not None
-    if repo_id.startswith((".", "/", "~")):
-        raise ConfigError(
-            "repo_id is a path",
-            where=where,
-            found=repr(repo_id),
-            expected='"publisher/name" of a repository of the Hub',
-            fix="for a directory use repo_path and package_name",
-        )
-
-    from twinkle.sources.hub.source import HubSource
-
-    written: dict[str, Any] = {key: given.get(key) for key in ("revision", "version")}
-    source: Source = HubSource(
-        repo_id,
-        name,
-        kind=kind,
-        **written,
-        trust_remote_code=given.get("trust_remote_code", trust_remote_code),
-        where=where,
-        base_dir=base_dir,
-    )
-    return source
-
-
-def _local(
-    given: Mapping[str, object],
-    package: str,
-    name: str,
-    *,
-    kind: str,
-    base_dir: str | None,
-    where: str | None,
-) -> Source:
-    value = given["repo_path"]
-    path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise ConfigError(
-            "malformed repo_path", where=where, found=repr(value), expected="the path of a directory"
-        )
-
-    from twinkle.sources.local import LocalSource
-
-    return LocalSource(
-        os.path.normpath(os.path.join(base_dir or os.getcwd(), os.path.expanduser(path))),
-        package,
-        name,
-        kind=kind,
-        device=given.get("device"),
-        attributes=_attributes(given, kind, where),
-        where=where,
-    )
-
-
-def _installed(
-    given: Mapping[str, object], package: str, name: str, *, kind: str, where: str | None
-) -> Source:
-    module, attribute = _parted(given, package, name, kind=kind, where=where)
-
-    from twinkle.sources.installed import InstalledSource
-
-    return InstalledSource(
-        module, attribute, kind=kind, attributes=_attributes(given, kind, where), where=where
-    )
-
-
-def _parted(
-    given: Mapping[str, object], package: str, name: str, *, kind: str, where: str | None
-) -> tuple[str, str]:
-    """``package:name`` says both; the name by itself stands in ``layer_name`` or ``func_name``."""
-    module, colon, attribute = package.partition(":")
-    named = _text(given, _NAME[kind], where)
-    if colon and named is not None and named != attribute:
-        raise ConfigError(
-            f"two names for one kernel: package_name says {attribute!r}, {_NAME[kind]} says {named!r}",
-            where=where,
-            found=f"package_name = {package!r}, {_NAME[kind]} = {named!r}",
-            expected="the name in one of them",
-        )
-    _check_module(module, "package_name", where)
-    name = attribute if colon else name
-    _check_module(name, "package_name" if colon else _NAME[kind], where)
-    return module, name
-
-
-def _attributes(given: Mapping[str, object], kind: str, where: str | None) -> dict[str, object]:
-    attributes = given.get("attributes")
-    if attributes is None or (kind == "layer" and _is_table(attributes)):
-        return dict(attributes or {})  # type: ignore[call-overload, no-any-return]
-    raise ConfigError(
-        "malformed attributes" if kind == "layer" else "attributes have no meaning for a function",
-        where=where,
-        found=repr(attributes),
-        expected='a table of names and values, such as { offset = 0.0, casting_mode = "llama" }',
-    )
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(key, str) and key.isidentifier() for key in value)
-
-
-def _text(given: Mapping[str, object], key: str, where: str | None) -> str | None:
-    value = given.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.strip():
-        raise ConfigError(f"malformed {key}", where=where, found=repr(value), expected="a string")
-    return value.strip()
-
-
-def _check_module(text: str, key: str, where: str | None) -> None:
-    if not is_dotted(text):
-        raise ConfigError(
-            f"malformed {key}",
-            where=where,
-            found=repr(text),
-            expected="Python names joined by dots",
-            fix=f"did you mean {text.replace('-', '_')!r}?" if "-" in text else None,
-        )

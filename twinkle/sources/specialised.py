@@ -1,9 +1,9 @@
-"""A kernel whose target was found by structure: cut to the form and the names of its target, where it can be.
+"""Kernels of a recognised op, specialised for the variant and the attribute names of a target.
 
-A kernel class may have a static method ``for_form(form, facts)`` that returns the layer class for a form of
-its op, or where it has none None, or why in words. That of a function kernel is given the function that is
-replaced as well, ``for_form(form, facts, original)``, and returns one with its arguments. What has no
-``for_form`` is itself the kernel for every form.
+A kernel class may have a static method ``for_form(form, facts)``. It returns the layer class for a variant of
+its op, or where it has none ``None`` or the reason. That of a function kernel also takes the function that is
+replaced, ``for_form(form, facts, original)``, and returns a function with the same arguments. A kernel
+without ``for_form`` is taken for every variant.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["SpecialisedSource"]
 
 
 class SpecialisedSource:
-    """The kernel of another source for one form of an op.
+    """The kernel of another source, specialised for one variant of an op.
 
     Args:
         source: Where the kernel class comes from.
@@ -52,17 +52,17 @@ class SpecialisedSource:
         self._made: Any = None
 
     def describe(self) -> str:
-        """The source in its own words, and the form."""
+        """The description of the underlying source, and the variant."""
         return f"{self.source.describe()} for {self.op} ({self.form.name})"
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the source noted while loading."""
+        """The notes of the underlying source on its loading."""
         return tuple(getattr(self.source, "notes", ()))
 
     @property
     def trace(self) -> list[tuple[str, bool, str]]:
-        """The variants that the source looked at."""
+        """The build variants that the underlying source looked at."""
         return list(getattr(self.source, "trace", ()))
 
     def load(self) -> object:
@@ -76,11 +76,11 @@ class SpecialisedSource:
             # A function kernel may be the forward of a class, which has the method.
             owner = loaded.__self__ if isinstance(loaded, MethodType) else loaded
             maker = getattr(owner, "for_form", None)
-            self._made = loaded if maker is None else self._fit(maker)
+            self._made = loaded if maker is None else self._specialise(maker)
         made: object = self._made
         return made
 
-    def _fit(self, maker: Any) -> object:
+    def _specialise(self, maker: Any) -> object:
         if isinstance(self.facts, str):
             raise SourceError(
                 f"this layer is no {self.op} ({self.form.name}) after all",

@@ -1,4 +1,4 @@
-"""Which of a kernel's builds fits this machine, and why the others do not.
+"""The choice among the builds of a kernel: which fit this machine, and why the others do not.
 
 Builds are named by what they were built for: ``torch-cpu``, ``torch-universal``,
 ``torch213-cxx11-cu130-x86_64-linux``, ``torch-stable-abi211-cpu-x86_64-linux``. Where the
@@ -25,7 +25,7 @@ Trace = list[tuple[str, bool, str]]
 
 
 class System(NamedTuple):
-    """What a build has to fit.
+    """The properties of a machine that a build has to match.
 
     Attributes:
         torch: ``(major, minor)``.
@@ -45,7 +45,7 @@ class System(NamedTuple):
 
     @classmethod
     def here(cls, device: object = None) -> System:
-        """This process: its torch decides, unless the kernel is for the CPU."""
+        """The properties of this process: those of its torch, unless the kernel is for the CPU."""
         import torch
 
         system, machine = platform.system().lower(), platform.machine()
@@ -78,12 +78,12 @@ def _backend(torch: Any) -> tuple[str, tuple[int, int] | None]:
 
 
 def is_variant(name: str) -> bool:
-    """A directory of this name holds a build."""
+    """Whether a directory of this name holds a build."""
     return any(pattern.fullmatch(name) for pattern in (_NOARCH, _ARCH, _TVM))
 
 
 def wanted(*, device: object = None) -> str:
-    """What would fit this machine, in words."""
+    """The names of builds that would fit this machine, for a message."""
     system = System.here(device)
     abi = f"-{system.abi}" if system.abi else ""
     version = "".join(map(str, system.version or ()))
@@ -115,7 +115,7 @@ def choose(names: Iterable[str], *, device: object = None) -> Trace:
 
 
 def _by_resolver(names: list[str], own: Trace, device: object) -> Trace:
-    """``kernels`` from 0.13 on: a resolver that gives its reasons."""
+    """Decide with the resolver of ``kernels`` 0.13 and later, which gives its reasons."""
     from kernels.variants import VariantAccepted, parse_variant, resolve_variants
 
     builds = [parse_variant(name) for name in names]
@@ -129,7 +129,7 @@ def _by_resolver(names: list[str], own: Trace, device: object) -> Trace:
 
 
 def _by_list(names: list[str], own: Trace, device: object) -> Trace:
-    """``kernels`` up to 0.12: the names that fit, best first, and no reasons."""
+    """Decide with ``kernels`` up to 0.12, which lists the names that fit, without reasons."""
     from kernels.utils import build_variants
 
     if device == "cpu":
@@ -144,7 +144,7 @@ def _by_list(names: list[str], own: Trace, device: object) -> Trace:
 
 
 def read(names: Iterable[str], system: System) -> Trace:
-    """The decision without the ``kernels`` package."""
+    """Decide without the ``kernels`` package."""
     fitting: list[tuple[tuple[int, ...], str]] = []
     rejected: Trace = []
     for name in names:
@@ -157,7 +157,7 @@ def read(names: Iterable[str], system: System) -> Trace:
 
 
 def _judge(name: str, system: System) -> tuple[int, ...] | str:
-    """Its place in the order of preference (smaller is better), or the reason against it.
+    """The rank of a build (smaller is better), or the reason why it does not fit.
 
     First the stable ABI (newest first), then builds for this torch (without an ABI tag first, then
     the newest backend), then Python code for this backend, then for any.

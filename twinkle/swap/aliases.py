@@ -1,4 +1,4 @@
-"""Names that other modules took: where an object is held, and putting another in its place.
+"""References to a function that other modules took: finding them, and putting another function there.
 
 ``from target import f`` copies a reference, so a module that did so before ``target.f`` was
 replaced goes on with the original. The places are found by identity:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-__all__ = ["Alias", "find", "rebind", "restore", "stale"]
+__all__ = ["Alias", "being_imported", "find", "modules_since", "rebind", "restore", "stale"]
 
 # A mapping or sequence with more entries is data, not a table of functions.
 _LARGEST_CONTAINER = 4096
@@ -36,34 +36,34 @@ _OURS = __name__.partition(".")[0]
 
 
 class Alias:
-    """A place that holds an object.
+    """A name, or a container under a name, that holds an object.
 
     Attributes:
         holder: The module or class whose name it is.
         name: The name there.
-        kind: ``module``, ``class``, ``staticmethod``; for :func:`stale` what keeps it:
+        place: ``module``, ``class``, ``staticmethod``; for :func:`stale` what keeps the object:
             ``default``, ``closure``, ``partial`` or ``container``.
         original: The object that was found there.
         replacement: What was put there, once it was.
     """
 
-    __slots__ = ("holder", "kind", "name", "original", "replacement")
+    __slots__ = ("holder", "name", "original", "place", "replacement")
 
-    def __init__(self, holder: Any, name: str, kind: str, original: object) -> None:
+    def __init__(self, holder: Any, name: str, place: str, original: object) -> None:
         self.holder = holder
         self.name = name
-        self.kind = kind
+        self.place = place
         self.original = original
         self.replacement: object = None
 
     @property
     def where(self) -> str:
-        """``module.name`` or ``module.Class.name``, and the kind where that is not plain."""
+        """``module.name`` or ``module.Class.name``, and the place where that is not plain."""
         if isinstance(self.holder, type):
             path = f"{self.holder.__module__}.{self.holder.__qualname__}.{self.name}"
         else:
             path = f"{_name_of(self.holder)}.{self.name}"
-        return path if self.kind in ("module", "class", "staticmethod") else f"{path} ({self.kind})"
+        return path if self.place in ("module", "class", "staticmethod") else f"{path} ({self.place})"
 
     def _replace(self, old: object, new: object) -> bool:
         """Put ``new`` where ``old`` stands; ``False`` when something else stands there."""
@@ -72,11 +72,11 @@ class Alias:
         held = value.__func__ if type(value) is staticmethod else value
         if held is not old:
             return False
-        if self.kind == "module":
+        if self.place == "module":
             # Not setattr: a module's class may define it.
             namespace[self.name] = new
         else:
-            wrapped = staticmethod(new) if self.kind == "staticmethod" else new  # type: ignore[arg-type]
+            wrapped = staticmethod(new) if self.place == "staticmethod" else new  # type: ignore[arg-type]
             type.__setattr__(self.holder, self.name, wrapped)
         return True
 
@@ -85,7 +85,7 @@ class Alias:
 
 
 def find(original: object, *, target: str | None = None) -> list[Alias]:
-    """The names that hold that very object, in modules and in classes.
+    """Find the names that hold that very object, in modules and in classes.
 
     Args:
         original: What to look for.
@@ -93,10 +93,10 @@ def find(original: object, *, target: str | None = None) -> list[Alias]:
             While that is being imported for the first time, only modules that came into
             ``sys.modules`` after it can have taken anything from it, and only they are read.
     """
-    since = _began(original, target)
+    since = being_imported(original, target)
     wanted = id(original)
     found = []
-    for module, namespace in _modules(since):
+    for module, namespace in modules_since(since):
         if wanted in map(id, list(namespace.values())):  # at C speed: nearly every module says no
             found += [
                 Alias(module, name, "module", original)
@@ -113,7 +113,7 @@ def find(original: object, *, target: str | None = None) -> list[Alias]:
 
 
 def _classes_that_hold(original: object) -> list[type]:
-    """Ask the garbage collector who refers to it: half the time of reading every class."""
+    """The classes that hold the object, from the garbage collector: half the time of reading every class."""
     holders = gc.get_referrers(original)
     wrappers = [one for one in holders if type(one) is staticmethod]
     if wrappers:
@@ -147,21 +147,21 @@ def restore(aliases: list[Alias]) -> list[Alias]:
 
 
 def stale(original: object, *, target: str | None = None) -> list[Alias]:
-    """Where the object is kept but not by a name: it is found there and cannot be replaced."""
-    since = _began(original, target)
+    """Find where an object is held by no name, so that it cannot be replaced there."""
+    since = being_imported(original, target)
     found = []
-    for module, namespace in _modules(since):
+    for module, namespace in modules_since(since):
         for name, value in list(namespace.items()):
             keep = _KEEPERS.get(type(value))
-            if keep is not None and value is not original and (kind := keep(value, original)):
-                found.append(Alias(module, name, kind, original))
+            if keep is not None and value is not original and (place := keep(value, original)):
+                found.append(Alias(module, name, place, original))
     for cls in _classes(since):
         for name, value in list(_namespace(cls).items()):
             function = value.__func__ if type(value) in (staticmethod, classmethod) else value
             if type(function) is FunctionType and function is not original:
-                kind = _keeps_in_function(function, original)
-                if kind:
-                    found.append(Alias(cls, name, kind, original))
+                place = _keeps_in_function(function, original)
+                if place:
+                    found.append(Alias(cls, name, place, original))
     return found
 
 
@@ -214,14 +214,14 @@ def _cell(cell: CellType) -> object:
         return None
 
 
-def _began(original: object, target: str | None) -> str | None:
-    """The module that others take the object from, while it is being imported for the first time."""
+def being_imported(original: object, target: str | None) -> str | None:
+    """The name of the module that others take the object from, while it is imported for the first time."""
     name = target or getattr(original, "__module__", None)
     module = sys.modules.get(name) if isinstance(name, str) else None
     return name if getattr(spec_of(module), "_initializing", False) else None
 
 
-def _modules(since: str | None = None) -> Iterator[tuple[ModuleType, dict[str, Any]]]:
+def modules_since(since: str | None = None) -> Iterator[tuple[ModuleType, dict[str, Any]]]:
     """Every imported module that is not ours, once, with its globals; the newest ones first."""
     seen = set()
     for name in reversed(list(sys.modules)):
@@ -234,9 +234,9 @@ def _modules(since: str | None = None) -> Iterator[tuple[ModuleType, dict[str, A
 
 
 def _classes(since: str | None = None) -> Iterator[type]:
-    """Every class that stands in the module that defines it."""
+    """Every class under a name in the module that defines it."""
     seen = set()
-    for module, namespace in _modules(since):
+    for module, namespace in modules_since(since):
         defined_in = _name_of(module)
         for value in list(namespace.values()):
             # id() because a metaclass may define __hash__.
@@ -252,7 +252,7 @@ def _is_module(thing: object) -> bool:
 
 
 def _is_ours(module: object) -> bool:
-    """We keep originals in order to restore them."""
+    """Whether a module is Twinkle's own: it keeps originals in order to restore them."""
     return isinstance(module, str) and (module == _OURS or module.startswith(f"{_OURS}."))
 
 

@@ -1,4 +1,4 @@
-"""Kernels on their way into a target: loaded and checked once for all threads, at first use."""
+"""Candidates: kernels in the running for a target, loaded and checked once for all threads."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ import torch
 from torch import nn
 
 from twinkle.errors import KernelError, TwinkleError, warn
-from twinkle.fit.layer import LayerFit, check_function, read_layer, settle_on
-from twinkle.swap.call_kind import ANY, Proofs
+from twinkle.fit.layer import LayerCompatibility, check_function, check_layer
+from twinkle.swap.code import adapt
+from twinkle.swap.dtype_keys import ANY, Proofs
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
-    from twinkle.swap.call_kind import DtypeKey
     from twinkle.swap.dispatch import Dispatch
+    from twinkle.swap.dtype_keys import DtypeKey
 
-__all__ = ["Candidate", "FunctionCandidate", "explain"]
+__all__ = ["BaseCandidate", "Candidate", "FunctionCandidate", "explain"]
 
 _UNLOADED: Any = object()
 
 
 class BaseCandidate:
-    """What layer and function candidates share: one load, one verdict, one warning.
+    """A kernel in the running for a target: one load, one verdict, one warning.
 
     Two candidates are the same when kernel and binding are the same objects, so that asking for a
     swap again is recognised.
@@ -39,9 +40,9 @@ class BaseCandidate:
         kernel: The registration.
         binding: Its record in the report.
         strict: Raise what goes wrong instead of going on with the original.
-        rejected: Why it is out of the running, or ``None``.
-        proofs: How many calls of each kind are to be compared with the original before it is trusted there.
-        recall: A comparison from before will do, where one was kept.
+        rejected: Why its originals run instead, or ``None``.
+        proofs: The comparisons with the original that it has passed, and those that are pending.
+        recall: A kept verdict will do in the place of a comparison.
     """
 
     def __init__(
@@ -79,25 +80,25 @@ class BaseCandidate:
 
     @property
     def loaded(self) -> bool:
-        """Whether its source has been asked yet."""
+        """Whether its source has given the kernel."""
         return self._loaded is not _UNLOADED
 
     @property
     def can_torch_compile(self) -> bool | None:
-        """What the kernel says of itself, once loaded; ``None`` when it does not."""
+        """The flag of that name on the loaded kernel; ``None`` where it has none."""
         return _flag(self._loaded, "can_torch_compile")
 
     @property
     def has_backward(self) -> bool | None:
-        """What the kernel says of itself, once loaded; ``None`` when it does not."""
+        """The flag of that name on the loaded kernel; ``None`` where it has none."""
         return _flag(self._loaded, "has_backward")
 
     def used_by(self, dispatch: Dispatch) -> None:
-        """Remember who has to be told when it retires."""
+        """Remember a dispatch that has to be rebuilt when the candidate is rejected."""
         self._users.add(dispatch)
 
     def load(self) -> Any:
-        """What the source gives, or ``None`` when it failed (or is loading further up the stack)."""
+        """Ask the source for the kernel, once; ``None`` when that failed or goes on further up the stack."""
         if self._loaded is not _UNLOADED:
             return self._loaded
         failure: BaseException
@@ -126,13 +127,13 @@ class BaseCandidate:
         return None
 
     def fail(self, error: BaseException) -> None:
-        """It cannot be loaded or does not fit: out of the running, raised when ``strict``."""
+        """Reject a kernel that cannot be loaded or is not compatible; raises ``error`` when ``strict``."""
         self.reject("failed", explain(error))
         if self.strict:
             raise error
 
     def reject(self, state: str, reason: str) -> None:
-        """Take it out everywhere: the originals (or the next candidate) run from the next call on."""
+        """Take the kernel out everywhere: originals (or the next candidates) run from the next call on."""
         with self._lock:
             if self.rejected is not None:
                 return
@@ -146,22 +147,25 @@ class BaseCandidate:
             warn(f"{what} {state}: {reason}{where}")
 
     def mark_pending(self) -> None:
-        """It is in place and not loaded yet."""
+        """Record that the kernel is in place and not loaded yet."""
         if self.rejected is None and self.binding.state != "active":
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
-    def judged(self, verdict: Verdict, *, grad: bool, kind: DtypeKey = ANY) -> None:
-        """It was compared with the original: one proof less to go, or out of the running.
+    def record_verdict(self, verdict: Verdict, *, grad: bool, key: DtypeKey = ANY) -> None:
+        """Count a comparison that was passed, or reject the kernel.
 
         Args:
-            verdict: What came out.
+            verdict: What the comparison gave.
             grad: The call was one with gradients.
-            kind: Of the call.
+            key: The dtype key of the call.
+
+        Raises:
+            KernelError: The verdict is not ok, and the candidate is ``strict``.
         """
         self.binding.proof = str(verdict)
         if verdict.ok:
-            self.proofs.passed(kind, grad=grad)
+            self.proofs.record_pass(key, grad=grad)
             return
         trusted = self.binding.state == "active" and self.proofs.any_passed
         since = f" (cached, {verdict.date})" if verdict.date else ""
@@ -172,7 +176,7 @@ class BaseCandidate:
             raise KernelError(f"kernel {self.binding.kernel!r} does not compute the same", found=verdict.text)
 
     def mark_active(self) -> None:
-        """It is in place, loaded and fits."""
+        """Record that the kernel is in place, loaded and compatible."""
         if self.rejected is None and self.binding.state != "active":
             self.binding.set("active")
 
@@ -182,27 +186,21 @@ class Candidate(BaseCandidate):
 
     kernel: LayerKernel
 
-    def __init__(
-        self,
-        kernel: LayerKernel,
-        binding: Binding,
-        *,
-        strict: bool = False,
-        proofs: int = 0,
-        recall: bool = False,
-    ) -> None:
-        super().__init__(kernel, binding, strict=strict, proofs=proofs, recall=recall)
-        self._fits: weakref.WeakKeyDictionary[type, LayerFit] = weakref.WeakKeyDictionary()
+    def __init__(self, kernel: LayerKernel, binding: Binding, **options: Any) -> None:
+        super().__init__(kernel, binding, **options)
+        self._known: weakref.WeakKeyDictionary[type, LayerCompatibility] = weakref.WeakKeyDictionary()
 
-    def fit(self, target_class: type[nn.Module], instances: Sequence[nn.Module] = ()) -> LayerFit | None:
-        """The kernel as it fits ``target_class``, loaded and checked at most once; ``None`` if it does not.
+    def compatibility(
+        self, target_class: type[nn.Module], instances: Sequence[nn.Module] = ()
+    ) -> LayerCompatibility | None:
+        """The kernel for ``target_class``, loaded and checked at most once; ``None`` if not compatible.
 
         Raises:
-            TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
+            TwinkleError: It cannot be loaded or is not compatible, and the candidate is ``strict``.
         """
         if self.rejected is not None:
             return None
-        known = self._fits.get(target_class)
+        known = self._known.get(target_class)
         if known is not None:
             return known
         loaded = self.load()
@@ -210,45 +208,38 @@ class Candidate(BaseCandidate):
             return None
         try:
             with self._lock:
-                if self.rejected is None and target_class not in self._fits:
-                    fit = read_layer(loaded, target_class, attributes=self.kernel.attributes)
-                    if getattr(self.kernel.source, "guarded", False):
-                        # The target's own code: what an instance lacks it asks for on another path.
-                        fit.needs = frozenset()
-                    settle_on(fit, target_class, instances)
-                    self._fits[target_class] = fit
-                return self._fits.get(target_class)
+                if self.rejected is None and target_class not in self._known:
+                    self._known[target_class] = check_layer(
+                        loaded,
+                        target_class,
+                        attributes=self.kernel.attributes,
+                        instances=instances,
+                        guarded=getattr(self.kernel.source, "guarded", False),
+                    )
+                return self._known.get(target_class)
         except Exception as error:
             self.fail(error)
             return None
 
-    def known_fit(self, target_class: type[nn.Module]) -> LayerFit | None:
-        """The answer of :meth:`fit` if it was asked before; loads nothing."""
-        return self._fits.get(target_class)
+    def known_compatibility(self, target_class: type[nn.Module]) -> LayerCompatibility | None:
+        """The result of :meth:`compatibility`, where that was called before; loads nothing."""
+        return self._known.get(target_class)
 
 
 class FunctionCandidate(BaseCandidate):
     """A function kernel bound to a function."""
 
     kernel: FunctionKernel
-
-    def __init__(
-        self,
-        kernel: FunctionKernel,
-        binding: Binding,
-        *,
-        strict: bool = False,
-        proofs: int = 0,
-        recall: bool = False,
-    ) -> None:
-        super().__init__(kernel, binding, strict=strict, proofs=proofs, recall=recall)
-        self._function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    _function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:
-        """The kernel as a function in the place of ``original``, loaded and checked once; ``None`` if unfit.
+        """The kernel as a function in the place of ``original``, loaded and checked once.
+
+        Returns:
+            ``None`` if it cannot be loaded or is not compatible.
 
         Raises:
-            TwinkleError: It cannot be loaded or does not fit, and the candidate is ``strict``.
+            TwinkleError: The same, and the candidate is ``strict``.
         """
         if self.rejected is not None:
             return None
@@ -257,8 +248,6 @@ class FunctionCandidate(BaseCandidate):
         loaded = self.load()
         if loaded is None:
             return None
-        from twinkle.swap.functions import adapt
-
         try:
             with self._lock:
                 if self._function is None or self._function[0] is not original:
@@ -276,7 +265,7 @@ def _flag(thing: Any, name: str) -> bool | None:
 
 
 def explain(error: BaseException) -> str:
-    """An exception in one line, with the place it came from and what to do about it."""
+    """An exception in one line, with the place it was raised at and what to do about it."""
     if isinstance(error, TwinkleError):
         return f"{error.reason}; {error.fix}" if error.fix else error.reason
     text = str(error).strip().splitlines()
@@ -289,7 +278,7 @@ def explain(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _plain_torch() -> Iterator[None]:
-    """Import a kernel as at the top of a program: its constants must not become inference or fake tensors."""
+    """Torch as at the top of a program: a kernel's constants must not become inference or fake tensors."""
     from torch.utils._python_dispatch import _disable_current_modes
 
     with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():

@@ -1,47 +1,39 @@
-"""Python code written at run time: functions with the arguments of another function."""
+"""Functions written at run time with the arguments of another function."""
 
 from __future__ import annotations
 
 import inspect
-import linecache
 from collections.abc import Callable
 from inspect import Parameter
-from itertools import count
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import nn
 
+from twinkle.codegen import compile_source, def_line
+from twinkle.errors import KernelError
 from twinkle.fit.signatures import signature_of
 
-__all__ = ["CallForm", "execute", "set_code"]
-
-_numbers = count(1)
+__all__ = ["CallForm", "adapt", "forwarding_function", "set_code"]
 
 
 class CallForm:
-    """How the arguments of a function are taken and handed on, as text."""
+    """How the arguments of a function are taken and handed on, as source text.
+
+    Args:
+        function: The function whose arguments they are.
+        skip: Leading arguments that never hold the first tensor (``self``).
+
+    Attributes:
+        parameters: The parameters of ``function``, or ``*args, **kwargs`` where they cannot be read.
+        arguments: What a call hands on, every argument under its own name: ``x, *args, eps=eps``.
+        packed: The same as a tuple and a dict: ``(x, *args, ), {'eps': eps}``.
+        probe: The parameter that is expected to hold the first tensor; None where none has a name.
+    """
 
     def __init__(self, function: Callable[..., Any], skip: int) -> None:
-        try:
-            signature: inspect.Signature | None = inspect.signature(function, follow_wrapped=False)
-        except (TypeError, ValueError):
-            signature = None
-        if isinstance(function, FunctionType):
-            # What the code really takes, whatever `__signature__` says.
-            shown = function.__dict__.get("__signature__")
-            if shown is not None:
-                bare = FunctionType(function.__code__, {}, "f", function.__defaults__, function.__closure__)
-                bare.__kwdefaults__ = function.__kwdefaults__
-                signature = inspect.signature(bare)
-        if signature is None or any(not n.isidentifier() for n in signature.parameters):
-            self.parameters = [
-                Parameter("args", Parameter.VAR_POSITIONAL),
-                Parameter("kwargs", Parameter.VAR_KEYWORD),
-            ]
-        else:
-            self.parameters = list(signature.parameters.values())
-        self.signature = signature
+        self.parameters = _parameters_of(function)
         self.skip = skip
         handed, packed, named = [], [], []
         for p in self.parameters:
@@ -67,20 +59,10 @@ class CallForm:
 
     def head(self, name: str) -> str:
         """The ``def`` line; defaults are set on the function, where they are the original's own objects."""
-        parts, star = [], False
-        for index, p in enumerate(self.parameters):
-            if p.kind is Parameter.KEYWORD_ONLY and not star:
-                parts.append("*")
-                star = True
-            parts.append(_stars(p) + p.name)
-            star = star or p.kind is Parameter.VAR_POSITIONAL
-            after = self.parameters[index + 1].kind if index + 1 < len(self.parameters) else None
-            if p.kind is Parameter.POSITIONAL_ONLY and after is not Parameter.POSITIONAL_ONLY:
-                parts.append("/")
-        return f"def {name}({', '.join(parts)}):"
+        return def_line(name, self.parameters)
 
     def values(self) -> str:
-        """A tuple of everything that may hold the first tensor."""
+        """The expression of a tuple of all arguments that may hold the first tensor."""
         parts = []
         for p in self.parameters:
             if p.kind is Parameter.VAR_POSITIONAL:
@@ -92,7 +74,7 @@ class CallForm:
         return f"({''.join(f'{part}, ' for part in parts)})"
 
     def look_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Settle on the argument that holds the first tensor; true if that changed it."""
+        """Set ``probe`` to the argument of a call that holds the first tensor; true if that changed it."""
         if self._settled:
             return False
         given = dict(zip(self._names, args, strict=False))
@@ -104,14 +86,14 @@ class CallForm:
         return False
 
     def probed(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a call gives for the argument that holds the first tensor; None for none."""
+        """The argument of a call that is expected to hold the first tensor; None where it is not given."""
         if self.probe in kwargs or self.probe is None:
             return kwargs.get(self.probe) if self.probe else None
         at = self._names.index(self.probe)
         return args[at] if at < len(args) else None
 
     def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
-        """Make a generated function look like the original; no ``__wrapped__``, or others strip it."""
+        """Make a generated function look like the original; without ``__wrapped__``, or others strip it."""
         if isinstance(original, FunctionType):
             function.__defaults__ = original.__defaults__
             function.__kwdefaults__ = original.__kwdefaults__
@@ -125,9 +107,9 @@ class CallForm:
         extra = {k: v for k, v in getattr(original, "__dict__", {}).items() if k != "__wrapped__"}
         if isinstance(original, FunctionType):
             function.__dict__.update(extra)
-        shown = signature_of(original)
-        if shown is not None:
-            function.__signature__ = shown  # type: ignore[attr-defined]
+        signature = signature_of(original)
+        if signature is not None:
+            function.__signature__ = signature  # type: ignore[attr-defined]
 
     def _set_defaults(self, function: FunctionType) -> None:
         given = [p for p in self.parameters if p.default is not Parameter.empty]
@@ -138,22 +120,61 @@ class CallForm:
         } or None
 
 
-def _stars(parameter: Parameter) -> str:
-    if parameter.kind is Parameter.VAR_POSITIONAL:
-        return "*"
-    return "**" if parameter.kind is Parameter.VAR_KEYWORD else ""
+def _parameters_of(function: Callable[..., Any]) -> list[Parameter]:
+    """The parameters that a function's code takes, whatever its ``__signature__`` says."""
+    try:
+        signature: inspect.Signature | None = inspect.signature(function, follow_wrapped=False)
+    except (TypeError, ValueError):
+        signature = None
+    if isinstance(function, FunctionType) and function.__dict__.get("__signature__") is not None:
+        bare = FunctionType(function.__code__, {}, "f", function.__defaults__, function.__closure__)
+        bare.__kwdefaults__ = function.__kwdefaults__
+        signature = inspect.signature(bare)
+    if signature is None or any(not name.isidentifier() for name in signature.parameters):
+        return [Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)]
+    return list(signature.parameters.values())
 
 
-def execute(text: str, title: str, scope: dict[str, Any]) -> None:
-    """Run a definition in ``scope``."""
-    filename = f"<twinkle {title} #{next(_numbers)}>"
-    # Tracebacks and inspect.getsource find the text here.
-    linecache.cache[filename] = (len(text), None, text.splitlines(keepends=True), filename)
-    exec(compile(text, filename, "exec"), scope)
+def forwarding_function(original: Callable[..., Any], callee: Callable[..., Any]) -> FunctionType:
+    """A plain function that looks like ``original`` and hands its arguments to ``callee``.
+
+    It binds ``self`` where it is looked up on an instance, which a module or another callable does not.
+    """
+    form = CallForm(original, 0)
+    # No `__name__` in the globals: see twinkle.swap.dispatch.
+    scope: dict[str, Any] = {"_tw_callee": callee}
+    text = f"{form.head('forward')}\n    return _tw_callee({form.arguments})\n"
+    compile_source(text, getattr(original, "__qualname__", "function"), scope)
+    function = scope.pop("forward")
+    assert isinstance(function, FunctionType)
+    form.dress(function, original)
+    return function
+
+
+def adapt(implementation: Any, original: Callable[..., Any], *, method: bool = False) -> Callable[..., Any]:
+    """Make a function of an implementation that can stand where ``original`` stands.
+
+    Args:
+        implementation: A callable or an ``nn.Module`` class.
+        original: What it replaces.
+        method: It has to bind ``self`` when it is looked up on an instance.
+    """
+    if isinstance(implementation, type) and issubclass(implementation, nn.Module):
+        try:
+            implementation = implementation()
+        except Exception as error:
+            raise KernelError(
+                f"kernel {implementation.__qualname__} cannot be made: {type(error).__name__}: {error}",
+                expected="an nn.Module class whose instance needs no arguments",
+            ) from error
+    if isinstance(implementation, nn.Module) or (method and not isinstance(implementation, FunctionType)):
+        return forwarding_function(original, implementation)
+    made: Callable[..., Any] = implementation
+    return made
 
 
 def set_code(function: FunctionType, text: str, title: str) -> None:
     """Give a function another body; the text defines one named ``forward``."""
     scope: dict[str, Any] = {}
-    execute(text, title, scope)
+    compile_source(text, title, scope)
     function.__code__ = scope["forward"].__code__

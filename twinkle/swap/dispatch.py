@@ -1,25 +1,26 @@
-"""The function that stands in a target's place: it picks the kernel for the moment, or the original.
+"""The function that stands in a target's place: it picks the kernel for a call, or the original.
 
-It is generated: arguments go through by name (no ``*args``), and only the questions are asked on
-which the answer depends. The code is replaced in place (``__code__``), so that whoever took the
+It is generated: arguments go through by name (no ``*args``), and only the circumstances are looked at
+on which the choice depends. The code is replaced in place (``__code__``), so that whoever took the
 function (a wrapper, a bound method) has the newest, and what ``torch.compile`` guards on stays.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from twinkle.swap.call_kind import autocasting, dtype_key, dtype_key_of
+from twinkle.codegen import compile_source
 from twinkle.swap.candidate import explain
-from twinkle.swap.code import CallForm, execute, set_code
+from twinkle.swap.code import CallForm, set_code
+from twinkle.swap.dispatch_code import DispatchCode
+from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
-from twinkle.swap.proving import prove_ahead, prove_call
 from twinkle.swap.tensors import (
     call_there,
     constant,
@@ -32,13 +33,10 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
-    from twinkle.swap.call_kind import DtypeKey
+    from twinkle.proof.first_use import Subject
     from twinkle.swap.candidate import BaseCandidate
 
 __all__ = ["Dispatch"]
-
-# `x.is_cuda` takes a sixth of the time of `x.device.type`.
-_QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
 
 
 class Dispatch:
@@ -53,9 +51,14 @@ class Dispatch:
         training: A fixed answer to "in training?", or ``None`` to look each time.
         compiling: Take every call for one under a compiler.
         skip: Leading arguments that never tell the device (``self``).
+
+    Attributes:
+        training_text: The expression that says in the generated code whether a call is one in training.
+        target: The class of the layers whose ``forward`` the original is; None for a function.
     """
 
     training_text = "False"
+    target: type[nn.Module] | None = None
 
     def __init__(
         self,
@@ -86,14 +89,19 @@ class Dispatch:
             "_tw_grad": torch.is_grad_enabled,
             "_tw_load": _constant(self._load_for_trace),
             "_tw_autocast": autocasting,
-            "_tw_kind": dtype_key_of,
+            "_tw_dtype_key": dtype_key_of,
             "_tw_current": current_gpu,
             "_tw_there": call_there,
             "_tw_astray": on_another_gpu,
         }
         self._text = ""
         self._traced_texts: dict[str, str] = {}
-        self._kinds: list[frozenset[DtypeKey]] = []
+        self._code = DispatchCode(
+            self._call,
+            training=self.training_text if training is None else repr(training),
+            always_compiling=compiling,
+            with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
+        )
         self.function = self._new_function()
         for candidate in candidates:
             candidate.used_by(self)
@@ -102,12 +110,21 @@ class Dispatch:
     # What subclasses answer.
 
     def prepare(self, entry: Entry, args: tuple[Any, ...]) -> bool:
-        """Load an entry and fill in its function; false when it is out (for this call at least)."""
+        """Load an entry and fill in its function; false when it cannot take the call at hand.
+
+        Args:
+            entry: One that is not loaded yet.
+            args: Of the call; where none is at hand, some module of :meth:`modules`.
+        """
         raise NotImplementedError
 
     def is_training(self, args: tuple[Any, ...]) -> bool:
         """Whether the call counts as one in training."""
         raise NotImplementedError
+
+    def modules(self) -> list[nn.Module]:
+        """The layers that the function stands in now; none for a function."""
+        return []
 
     def rebuilt(self, only: Entry | None) -> None:
         """Called after the code changed; ``only`` is the one entry that takes every call."""
@@ -133,20 +150,13 @@ class Dispatch:
                 return None
             # Only now is it known what it says of itself, so choose again.
 
-    # Calls that find their entry unproven.
+    # Calls that find their entry not loaded, never run, or unproven.
 
     def first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call whose entry has not run before, and fall back on the original if it raises."""
+        """Load, prove and run the kernel for a call; run the original where one of the three fails."""
         if self._call.look_for(args, kwargs):
             self.rebuild()
-        values = (*args, *kwargs.values())
-        moment = Moment(
-            device_of(values),
-            training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
-            compiling=self.fixed_compiling or torch.compiler.is_compiling(),
-            grad=torch.is_grad_enabled(),
-            kind=dtype_key_of(self._call.probed(args, kwargs)),
-        )
+        moment = self._moment(args, kwargs)
         if moment.device == "meta":
             # Shapes are being worked out: no reason to load anything.
             return self.original(*args, **kwargs)
@@ -154,22 +164,61 @@ class Dispatch:
         if entry is None or entry.function is None:
             self.rebuild()
             return self.original(*args, **kwargs)
-        owed = entry.candidate.proofs.owed(moment.kind, grad=moment.grad)
-        if owed and not prove_call(self, entry, args, kwargs, moment):
+        if entry.is_pending(moment) and not self._prove(entry, moment, args, kwargs):
             return self.original(*args, **kwargs)
         if entry.is_live(moment):
             self.rebuild()
-            return (
-                call_there(entry.function, args, kwargs)
-                if on_another_gpu(values)
-                else entry.function(*args, **kwargs)
-            )
+            return call_there(entry.function, args, kwargs)
+        return self._first_run(entry, args, kwargs)
+
+    def _moment(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
+        return Moment(
+            device_of((*args, *kwargs.values())),
+            training=self.is_training(args) if self.fixed_training is None else self.fixed_training,
+            compiling=self.fixed_compiling or torch.compiler.is_compiling(),
+            grad=torch.is_grad_enabled(),
+            dtype_key=dtype_key_of(self._call.probed(args, kwargs)),
+        )
+
+    def _prove(self, entry: Entry, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Compare a kernel with the original on the inputs of a call; false when it is rejected."""
+        from twinkle.proof.first_use import prove_at_call
+
+        verdict = prove_at_call(self._subject(entry), args, kwargs, grad=moment.grad)
+        entry.candidate.record_verdict(verdict, grad=moment.grad, key=moment.dtype_key)
+        return entry.candidate.rejected is None
+
+    def _prove_ahead(self, entry: Entry, moment: Moment, dtype: torch.dtype | None) -> bool:
+        """Compare a kernel with the original on made-up inputs; false when it is rejected."""
+        from twinkle.proof.first_use import prove_ahead
+
+        if entry.function is None:
+            return True
+        verdict = prove_ahead(self._subject(entry), grad=moment.grad, dtype=dtype, device=moment.device)
+        if verdict is not None:
+            entry.candidate.record_verdict(verdict, grad=moment.grad, key=moment.dtype_key)
+        return entry.candidate.rejected is None
+
+    def _subject(self, entry: Entry) -> Subject:
+        """All that a proof of an entry has to know besides the call."""
+        from twinkle.proof.first_use import Subject
+
+        assert entry.function is not None
+        candidate = entry.candidate
+        return Subject(
+            source=candidate.kernel.source,
+            original=self.original,
+            kernel=entry.function,
+            layer_class=self.target,
+            layers=self.modules(),
+            recall=candidate.recall,
+        )
+
+    def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a kernel that never ran; one that raises is rejected, and the original runs."""
+        assert entry.function is not None
         try:
-            result = (
-                call_there(entry.function, args, kwargs)
-                if on_another_gpu(values)
-                else entry.function(*args, **kwargs)
-            )
+            result = call_there(entry.function, args, kwargs)
         except Exception as error:
             # What a source lets through whose kernels have guards of their own is the program's affair.
             guarded = getattr(entry.candidate.kernel.source, "guarded", False)
@@ -186,42 +235,31 @@ class Dispatch:
         entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
         return result
 
-    def subject(self, args: tuple[Any, ...]) -> tuple[nn.Module | None, type | None]:
-        """The module that a call is about, which is its first argument, and its class without Twinkle."""
-        return None, None
-
-    def alike(self) -> list[nn.Module]:
-        """The modules that the function stands in now."""
-        return []
-
     def _load_for_trace(
         self, name: str, device: str | None, training: bool, grad: bool, dtype: torch.dtype | None = None
     ) -> int:
-        """Run by the compiler while it traces: load the kernel, and put it where the trace goes next.
+        """Load the kernel while a compiler traces, and put it where the trace goes next.
 
         One that never ran is proven first, on made-up inputs: those at hand are none but shapes.
         """
-        kind = dtype_key(dtype, device)
-        moment = Moment(device, training=training, compiling=True, grad=grad, kind=kind)
-        entry = self.load(moment, self.trace_arguments())
-        while entry is not None and entry.candidate.proofs.owed(kind, grad=grad):
-            if prove_ahead(self, entry, moment, dtype):
+        key = dtype_key(dtype, device)
+        moment = Moment(device, training=training, compiling=True, grad=grad, dtype_key=key)
+        some = tuple(self.modules()[:1])  # so that its attributes can be checked
+        entry = self.load(moment, some)
+        while entry is not None and entry.is_pending(moment):
+            if self._prove_ahead(entry, moment, dtype):
                 break
-            entry = self.load(moment, self.trace_arguments())
+            entry = self.load(moment, some)
         traced = self.names[f"_tw_traced_{name}"]
         function = self.original if entry is None or entry.function is None else entry.function
-        unproven = entry is not None and entry.state != "live"
+        never_ran = entry is not None and entry.state != "live"
         traced.__globals__["_tw_kernel"] = function
         traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
-        text = self._traced_text(unproven)
+        text = self._code.traced_text(never_ran)
         if text != self._traced_texts.get(name):
             set_code(traced, text, f"{self._title()} under a compiler")
             self._traced_texts[name] = text
         return 0
-
-    def trace_arguments(self) -> tuple[Any, ...]:
-        """What :meth:`prepare` gets when there is no call at hand."""
-        return ()
 
     def _blame(self, index: int) -> int:
         for entry in self.entries:
@@ -232,18 +270,23 @@ class Dispatch:
     # The code.
 
     def rebuild(self) -> None:
-        """Write the function anew if what it has to ask has changed."""
+        """Write the function anew if what it has to look at has changed."""
         with self.lock:
             for entry in self.entries:
                 if entry.function is not None:
                     self.names[f"_tw_k{entry.index}"] = entry.function
             tree = self._tree()
-            body = list(self._lines(tree, "    ", {}))
-            text = "\n".join([self._call.head("forward"), *self._probe(tree), *body, ""])
+            code = self._code
+            code.devices, code.several_gpus = self._devices(), self._minds_the_gpu()
+            text = code.text(tree)
+            self.names.update(code.constants)
+            for variable in (f"_tw_traced_{name}" for name in code.traced):
+                if variable not in self.names:
+                    self._add_traced(variable)
             if text != self._text:
                 set_code(self.function, text, self._title())
                 self._text = text
-        alone = isinstance(tree, Leaf) and tree.live and not self._minds_the_gpu()
+        alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
         self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
 
     @property
@@ -255,7 +298,7 @@ class Dispatch:
         return getattr(self.original, "__qualname__", "function")
 
     def _new_function(self) -> FunctionType:
-        execute(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
+        compile_source(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
         function = self.names.pop("forward")
         assert isinstance(function, FunctionType)
         self._call.dress(function, self.original)
@@ -267,140 +310,32 @@ class Dispatch:
 
     def _tree(self) -> Split | Leaf | None:
         alive = [e for e in self.entries if e.candidate.rejected is None]
-        questions: list[Any] = [("device", (*self._devices(), None))]
+        attributes: list[Any] = [("device", (*self._devices(), None))]
         if any(e.minds_gradients for e in alive):
-            questions.append(("grad", (True, False)))
-        questions.append(
+            attributes.append(("grad", (True, False)))
+        attributes.append(
             ("training", (True, False) if self.fixed_training is None else (self.fixed_training,))
         )
-        questions.append(("compiling", (True,) if self.fixed_compiling else (True, False)))
-        return grow(self.choose, questions)
+        attributes.append(("compiling", (True,) if self.fixed_compiling else (True, False)))
+        return grow(self.choose, attributes)
 
     def _minds_the_gpu(self) -> bool:
         """Whether a tensor may lie on another GPU than the current one, where a kernel would be launched."""
         devices = [e.device for e in self.entries if e.candidate.rejected is None]
         return any(d in (None, "cuda") for d in devices) and several_gpus()
 
-    def _probe(self, tree: Split | Leaf | None) -> Iterator[str]:
-        """Which device, as a number: 1 for the first that kernels are for, 0 for any other."""
-        by_device = isinstance(tree, Split) and tree.name == "device"
-        gpus = self._minds_the_gpu() and tree is not None
-        devices, values, argument = self._devices(), self._call.values(), self._call.probe
-        slow = [f"_tw_device = _tw_where({tuple(devices)!r}, {values})"] if by_device else []
-        slow += [f"_tw_away = _tw_astray({values})"] if gpus else []
-        if not slow:
-            return
-        if argument is None or (by_device and any(d not in _QUICK for d in devices)):
-            yield from (f"    {line}" for line in slow)
-            return
-        yield "    try:"
-        if by_device:
-            asked = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
-            yield f"        _tw_device = {asked} else 0"
-        if gpus:
-            number = devices.index("cuda") + 1 if "cuda" in devices else 0
-            on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
-            yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
-        # No tensor (AttributeError), or one that torch.fx traces and that has no answer.
-        yield "    except Exception:"
-        yield from (f"        {line}" for line in slow)
-
-    def _lines(self, tree: Split | Leaf | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if isinstance(tree, Split):
-            *first, last = tree.branches
-            for value, branch in first:
-                yield f"{pad}if {self._question(tree.name, value)}:"
-                yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
-            yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
-        elif tree is None:
-            yield f"{pad}return _tw_original({self._call.arguments})"
-        elif tree.live or (tree.kinds and self._call.probe is None):
-            yield from self._kernel_lines(tree.entry, pad, known)
-        elif tree.kinds and (self.fixed_compiling or known.get("compiling") is not True):
-            yield from self._lines_for_kinds(tree.entry, tree.kinds, pad, known)
-        elif known.get("compiling") is True and not self.fixed_compiling:
-            yield from self._traced_lines(pad, known)
-        elif known.get("compiling") is False:
-            yield f"{pad}return _tw_pending({self._call.packed})"
-        else:
-            yield f"{pad}if _tw_compiling():"
-            yield from self._traced_lines(pad + "    ", known)
-            yield f"{pad}return _tw_pending({self._call.packed})"
-
-    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if known.get("device", "cuda") in (None, "cuda") and self._minds_the_gpu():
-            yield f"{pad}if _tw_away:"
-            yield f"{pad}    return _tw_there(_tw_k{entry.index}, {self._call.packed})"
-        yield f"{pad}return _tw_k{entry.index}({self._call.arguments})"
-
-    def _lines_for_kinds(
-        self, entry: Entry, kinds: frozenset[DtypeKey], pad: str, known: dict[str, Any]
-    ) -> Iterator[str]:
-        """The kernel for the kinds of calls that it was proven for, a comparison for others."""
-        yield f"{pad}if {self._known_kind(kinds)}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
-        if known.get("compiling") is not False:
-            yield f"{pad}if _tw_compiling():"
-            yield from self._traced_lines(pad + "    ", known)
-        if kinds not in self._kinds:
-            self._kinds.append(kinds)
-        name = f"_tw_kinds{self._kinds.index(kinds)}"
-        self.names[name] = kinds
-        yield f"{pad}if _tw_kind({self._call.probe}) in {name}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
-        yield f"{pad}return _tw_pending({self._call.packed})"
-
-    def _known_kind(self, kinds: frozenset[DtypeKey]) -> str:
-        """Whether the first tensor has a dtype that the kernel was proven for, without autocast.
-
-        Quick, and a compiler can tell: it goes on with constants.
-        """
-        dtypes = sorted((dtype for dtype, autocast in kinds if dtype and autocast is None), key=str)
-        tests = []
-        for dtype in dtypes:
-            name = f"_tw_{str(dtype).removeprefix('torch.')}"
-            self.names[name] = dtype
-            tests.append(f"getattr({self._call.probe}, 'dtype', None) is {name}")
-        return f"({' or '.join(tests)}) and not _tw_autocast()" if tests else "False"
-
-    def _question(self, name: str, value: Any) -> str:
-        if name == "device":
-            return f"_tw_device == {self._devices().index(value) + 1}" if value else "True"
-        return {"grad": "_tw_grad()", "training": self.training_text, "compiling": "_tw_compiling()"}[name]
-
-    def _traced_lines(self, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        letters = [str(known.get("device") or "any")] + [
-            {None: "x", True: "1", False: "0"}[known.get(n)] for n in ("training", "grad")
-        ]
-        name = "_".join(letters)
-        variable = f"_tw_traced_{name}"
-        if variable not in self.names:
-            scope: dict[str, Any] = {
-                "_tw_original": self.original,
-                "_tw_kernel": self.original,
-                "_tw_entry": -1,
-                "_tw_blame": _constant(self._blame),
-            }
-            execute(self._traced_text(False), self._title(), scope)
-            self.names[variable] = scope.pop("forward")
-            self._call.dress(self.names[variable], self.original)
-        training = self.training_text if self.fixed_training is None else repr(self.fixed_training)
-        # The kernel is loaded between the two lines: the trace meets it in the second.
-        words = [repr(name), repr(known.get("device")), training, "_tw_grad()"]
-        if self._call.probe is not None and any(e.candidate.proofs.number for e in self.entries):
-            words.append(f"getattr({self._call.probe}, 'dtype', None)")
-        yield f"{pad}_tw_load({', '.join(words)})"
-        yield f"{pad}return {variable}({self._call.arguments})"
-
-    def _traced_text(self, unproven: bool) -> str:
-        call = f"return _tw_kernel({self._call.arguments})"
-        lines = [self._call.head("forward")]
-        if unproven:
-            lines += ["    try:", f"        {call}", "    except Exception:", "        _tw_blame(_tw_entry)"]
-            lines += [f"    return _tw_original({self._call.arguments})", ""]
-        else:
-            lines += [f"    {call}", ""]
-        return "\n".join(lines)
+    def _add_traced(self, variable: str) -> None:
+        """Make a function for calls under a compiler; what it runs is set by :meth:`_load_for_trace`."""
+        scope: dict[str, Any] = {
+            "_tw_original": self.original,
+            "_tw_kernel": self.original,
+            "_tw_entry": -1,
+            "_tw_blame": _constant(self._blame),
+        }
+        compile_source(self._code.traced_text(False), self._title(), scope)
+        function = scope.pop("forward")
+        self._call.dress(function, self.original)
+        self.names[variable] = function
 
 
 def _constant(function: Callable[..., int]) -> Callable[..., int]:

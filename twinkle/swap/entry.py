@@ -1,4 +1,4 @@
-"""One candidate in one place, and the moments it is chosen for."""
+"""One candidate in one place, and the decision tree that picks a candidate for a call."""
 
 from __future__ import annotations
 
@@ -7,32 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.devices import torch_type
 from twinkle.modes import rank
-from twinkle.swap.call_kind import ANY
+from twinkle.swap.dtype_keys import ANY
 
 if TYPE_CHECKING:
-    from twinkle.swap.call_kind import DtypeKey
     from twinkle.swap.candidate import BaseCandidate
+    from twinkle.swap.dtype_keys import DtypeKey
 
 __all__ = ["Entry", "Leaf", "Moment", "Split", "grow"]
 
 
 class Moment:
-    """When a call happens: on which device, in training, under a compiler, with gradients recorded.
+    """The circumstances of a call, which decide on the kernel.
 
     Attributes:
-        kind: What it computes with (``twinkle.swap.call_kind``).
+        device: What ``tensor.device.type`` says of the first tensor; None without a tensor.
+        training: The layer is in training mode, or gradients are recorded for a function.
+        compiling: ``torch.compile`` is tracing.
+        grad: Gradients are recorded.
+        dtype_key: See :mod:`twinkle.swap.dtype_keys`.
     """
 
-    __slots__ = ("compiling", "device", "grad", "kind", "training")
+    __slots__ = ("compiling", "device", "dtype_key", "grad", "training")
 
     def __init__(
-        self, device: str | None, *, training: bool, compiling: bool, grad: bool, kind: DtypeKey = ANY
+        self, device: str | None, *, training: bool, compiling: bool, grad: bool, dtype_key: DtypeKey = ANY
     ) -> None:
         self.device = device
         self.training = training
         self.compiling = compiling
         self.grad = grad
-        self.kind = kind
+        self.dtype_key = dtype_key
 
 
 class Entry:
@@ -67,7 +71,7 @@ class Entry:
         self.same_signature = False
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
-        """How well it suits the moment: smaller first, ``None`` never."""
+        """How well the candidate suits the moment: smaller first, ``None`` never."""
         if self.candidate.rejected is not None or self.device not in (None, moment.device):
             return None
         if self.has_backward is False and moment.grad:
@@ -81,40 +85,44 @@ class Entry:
         return None if place is None else (self.device is None, place, self.index)
 
     def is_live(self, moment: Moment) -> bool:
-        """It ran, and nothing is left to prove for calls like that one."""
-        return self.state == "live" and not self.candidate.proofs.owed(moment.kind, grad=moment.grad)
+        """Whether the kernel ran before, and no comparison is pending for calls like this one."""
+        return self.state == "live" and not self.is_pending(moment)
 
-    def kinds(self, *, grad: bool) -> frozenset[DtypeKey] | None:
-        """The kinds of calls, with or without gradients, that it takes without further ado; None for all."""
-        return self.candidate.proofs.trusted(grad=grad) if self.state == "live" else frozenset()
+    def is_pending(self, moment: Moment) -> bool:
+        """Whether the kernel has to be compared with the original before calls like this one."""
+        return self.candidate.proofs.pending(moment.dtype_key, grad=moment.grad)
+
+    def dtype_keys(self, *, grad: bool) -> frozenset[DtypeKey] | None:
+        """The keys of the calls, with or without gradients, that go straight to the kernel; None for all."""
+        return self.candidate.proofs.proven_keys(grad=grad) if self.state == "live" else frozenset()
 
     @property
     def minds_gradients(self) -> bool:
-        """Whether it may take calls without gradients and not those with."""
-        return self.has_backward is False or self.kinds(grad=False) != self.kinds(grad=True)
+        """Whether calls without gradients may go to the kernel where those with gradients do not."""
+        return self.has_backward is False or self.dtype_keys(grad=False) != self.dtype_keys(grad=True)
 
 
 class Leaf:
-    """The end of the questions: an entry takes the call.
+    """A leaf of the decision tree: the entry that takes the call.
 
     Attributes:
-        kinds: The kinds of calls that go straight to the kernel; None for all.
+        dtype_keys: The keys of the calls that go straight to the kernel; None for all.
     """
 
-    __slots__ = ("entry", "kinds")
+    __slots__ = ("dtype_keys", "entry")
 
-    def __init__(self, entry: Entry, kinds: frozenset[DtypeKey] | None) -> None:
+    def __init__(self, entry: Entry, dtype_keys: frozenset[DtypeKey] | None) -> None:
         self.entry = entry
-        self.kinds = kinds
+        self.dtype_keys = dtype_keys
 
     @property
     def live(self) -> bool:
-        """It takes every call."""
-        return self.kinds is None
+        """Whether every call goes straight to the kernel."""
+        return self.dtype_keys is None
 
 
 class Split:
-    """A question with a branch an answer."""
+    """An inner node of the decision tree: one attribute of the moment, and a subtree for each value."""
 
     __slots__ = ("branches", "name")
 
@@ -123,25 +131,29 @@ class Split:
         self.branches = branches
 
 
-def grow(choose: Callable[[Moment], Entry | None], questions: list[tuple[str, Any]]) -> Split | Leaf | None:
-    """The questions a call has to be asked, those alone on whose answers the choice depends.
+def grow(choose: Callable[[Moment], Entry | None], attributes: list[tuple[str, Any]]) -> Split | Leaf | None:
+    """Build the smallest decision tree that chooses as ``choose`` does.
 
     Args:
-        choose: The entry for a moment, or ``None`` for the original.
-        questions: Names of the attributes of a moment, each with its possible answers.
+        choose: Gives the entry for a moment, or ``None`` for the original.
+        attributes: Names of attributes of a moment, each with its possible values. A node stands in the
+            tree only where the choice depends on its attribute.
+
+    Returns:
+        The root, or None where the original takes every call.
     """
-    return _grow(choose, questions, {"device": None, "grad": False})
+    return _grow(choose, attributes, {"device": None, "grad": False})
 
 
 def _grow(
-    choose: Callable[[Moment], Entry | None], questions: list[tuple[str, Any]], answers: dict[str, Any]
+    choose: Callable[[Moment], Entry | None], attributes: list[tuple[str, Any]], known: dict[str, Any]
 ) -> Split | Leaf | None:
-    if not questions:
-        moment = Moment(**answers)
+    if not attributes:
+        moment = Moment(**known)
         entry = choose(moment)
-        return None if entry is None else Leaf(entry, entry.kinds(grad=moment.grad))
-    (name, values), rest = questions[0], questions[1:]
-    branches = [(value, _grow(choose, rest, {**answers, name: value})) for value in values]
+        return None if entry is None else Leaf(entry, entry.dtype_keys(grad=moment.grad))
+    (name, values), rest = attributes[0], attributes[1:]
+    branches = [(value, _grow(choose, rest, {**known, name: value})) for value in values]
     if all(_same(branch, branches[0][1]) for _, branch in branches):
         return branches[0][1]
     return Split(name, branches)
@@ -153,5 +165,5 @@ def _same(a: Split | Leaf | None, b: Split | Leaf | None) -> bool:
             x[0] == y[0] and _same(x[1], y[1]) for x, y in zip(a.branches, b.branches, strict=True)
         )
     if isinstance(a, Leaf) and isinstance(b, Leaf):
-        return a.entry is b.entry and a.kinds == b.kinds
+        return a.entry is b.entry and a.dtype_keys == b.dtype_keys
     return a is b

@@ -8,15 +8,15 @@ from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from twinkle.errors import KernelError
 from twinkle.fit.layer import check_function
 from twinkle.swap.candidate import FunctionCandidate
+from twinkle.swap.code import adapt
 from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.entry import Entry
 
-__all__ = ["Placement", "adapt", "dispatcher", "find", "put", "take_out"]
+__all__ = ["FunctionDispatch", "Placement", "dispatcher", "function_at", "put", "take_out"]
 
 _MISSING: Any = object()
 
@@ -63,8 +63,8 @@ class Placement:
         return f"<Placement {self.target} {state}>"
 
 
-def find(module: ModuleType, dotted_name: str) -> Any:
-    """The function that stands at a place, without its ``staticmethod`` or ``classmethod``.
+def function_at(module: ModuleType, dotted_name: str) -> Any:
+    """The function that a name in a module stands for, without its ``staticmethod`` or ``classmethod``.
 
     Raises:
         KernelError: There is no such attribute, or it is nothing that can be called.
@@ -80,13 +80,13 @@ def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
     for step in path:
         inside, owner = owner, getattr(owner, step, _MISSING)
         if owner is _MISSING:
-            raise KernelError(f"{where} does not exist", found=f"no {step!r}", fix=_near(inside, step))
+            raise KernelError(f"{where} does not exist", found=f"no {step!r}", fix=_similar(inside, step))
     raw = inspect.getattr_static(owner, name, _MISSING) if isinstance(owner, type) else _MISSING
     if raw is _MISSING:
         # A lazy module makes the attribute only when it is asked for.
         raw = getattr(owner, name, _MISSING)
     if raw is _MISSING:
-        raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_near(owner, name))
+        raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_similar(owner, name))
     if not callable(_inner(raw)):
         raise KernelError(
             f"{where} is no function", found=type(raw).__name__, expected="a function or a method"
@@ -105,7 +105,7 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
         check: Compare the signatures first.
 
     Raises:
-        KernelError: There is no such function, or the implementation does not fit it.
+        KernelError: There is no such function, or the implementation is not compatible with it.
     """
     owner, name, raw = _locate(module, dotted_name)
     inner = _inner(raw)
@@ -133,28 +133,6 @@ def take_out(placement: Placement) -> bool:
     return True
 
 
-def adapt(implementation: Any, original: Callable[..., Any], *, method: bool = False) -> Callable[..., Any]:
-    """An implementation as something that can stand where ``original`` stands.
-
-    Args:
-        implementation: A callable or an ``nn.Module`` class.
-        original: What it replaces.
-        method: It has to bind ``self`` when it is looked up on an instance.
-    """
-    if isinstance(implementation, type) and issubclass(implementation, nn.Module):
-        try:
-            implementation = implementation()
-        except Exception as error:
-            raise KernelError(
-                f"kernel {implementation.__qualname__} cannot be made: {type(error).__name__}: {error}",
-                expected="an nn.Module class whose instance needs no arguments",
-            ) from error
-    if isinstance(implementation, nn.Module) or (method and not isinstance(implementation, FunctionType)):
-        return _Forward(original, implementation).function
-    made: Callable[..., Any] = implementation
-    return made
-
-
 def dispatcher(
     original: Callable[..., Any],
     candidates: Iterable[FunctionCandidate],
@@ -162,7 +140,7 @@ def dispatcher(
     training: bool | None = None,
     compiling: bool = False,
 ) -> FunctionType:
-    """A function that runs the kernel for the moment: the first tensor's device, gradients, a compiler.
+    """Make a function that runs the kernel for a call: by device, gradients and compiler.
 
     It looks like the original (name, module, signature). Kernels are loaded at the first call that wants
     them; one that raises then is turned off and the original runs.
@@ -178,7 +156,7 @@ def dispatcher(
 
 
 class FunctionDispatch(Dispatch):
-    """The choice behind a dispatcher."""
+    """The dispatch behind a function that :func:`dispatcher` made."""
 
     training_text = "_tw_grad()"
 
@@ -213,16 +191,8 @@ class FunctionDispatch(Dispatch):
         return True
 
     def is_training(self, args: tuple[Any, ...]) -> bool:
-        """Gradients are recorded."""
+        """Whether gradients are recorded."""
         return bool(torch.is_grad_enabled())
-
-
-class _Forward(Dispatch):
-    """A plain function that hands its arguments to a callable which is none."""
-
-    def __init__(self, original: Callable[..., Any], callee: Callable[..., Any]) -> None:
-        super().__init__(original, ())
-        self.names["_tw_original"] = callee
 
 
 def _inner(raw: Any) -> Any:
@@ -235,7 +205,7 @@ def _self_arguments(function: Callable[..., Any]) -> int:
     return 1 if first and first[0] in ("self", "cls") else 0
 
 
-def _near(owner: Any, name: str) -> str | None:
+def _similar(owner: Any, name: str) -> str | None:
     from twinkle.errors import suggest
 
     return suggest(name, [known for known in dir(owner) if not known.startswith("_")])

@@ -1,4 +1,4 @@
-"""Instance-level ``forward`` wrappers (accelerate's hooks, a user's own): get beneath them.
+"""Wrappers of ``forward`` in an instance (accelerate's hooks, a user's own), and swapping beneath them.
 
 Such a wrapper stands in ``module.__dict__["forward"]`` and holds the bound method it found, in
 ``_old_forward``, in a closure or the like. The wrapper stays the very object it is; what it holds
@@ -25,7 +25,7 @@ def has_wrapper(module: nn.Module) -> bool:
 
 
 def describe(module: nn.Module) -> str:
-    """The instance's own ``forward`` in words."""
+    """The name of the instance's own ``forward``, for messages."""
     forward = module.__dict__["forward"]
     while isinstance(forward, (functools.partial, MethodType)):
         forward = forward.func if isinstance(forward, functools.partial) else forward.__func__
@@ -47,7 +47,7 @@ def rebind(module: nn.Module, functions: Sequence[Any], replacement: Any) -> Non
 
 
 def _places(module: nn.Module, functions: Sequence[Any]) -> Iterator[tuple[bool, MethodType, _Set]]:
-    """Where bound methods of the module stand: (is on the way of a call, the method, how to set it)."""
+    """The places of bound methods of the module: (a call runs through it, the method, how to replace it)."""
     state = module.__dict__
 
     def wanted(value: object) -> bool:
@@ -68,7 +68,7 @@ def _places(module: nn.Module, functions: Sequence[Any]) -> Iterator[tuple[bool,
 def _inside(
     wrapper: Any, wanted: Callable[[object], bool], names: set[str], seen: set[int], depth: int
 ) -> Iterator[tuple[bool, MethodType, _Set]]:
-    """The same for what a wrapper holds; ``names`` collects the attribute names its code mentions."""
+    """The places inside a wrapper; ``names`` collects the attribute names that its code mentions."""
     if depth > 8 or id(wrapper) in seen:
         return
     seen.add(id(wrapper))
@@ -137,7 +137,7 @@ def _in_defaults(
 
 
 def _is_callable_wrapper(value: object) -> bool:
-    """A callable that may hold a reference: not a class, a module of the model, or a builtin."""
+    """Whether a value may be a wrapper: callable, and no class, module of the model, or builtin."""
     if isinstance(value, (FunctionType, functools.partial, MethodType)):
         return True
     return (

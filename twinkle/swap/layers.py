@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,8 +11,9 @@ from torch import nn
 from twinkle.errors import KernelError
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
+from twinkle.swap.class_tree import core_of
 from twinkle.swap.entry import Moment
-from twinkle.swap.generated import LayerDispatch, Pin, class_for, core_of, original_of, set_class
+from twinkle.swap.generated import LayerDispatch, Pin, class_for, dispatch_of, move, original_of, swap_out
 
 if TYPE_CHECKING:
     from twinkle.modes import Mode
@@ -20,14 +21,11 @@ if TYPE_CHECKING:
 __all__ = [
     "Plan",
     "candidates_of",
-    "is_swapped",
     "matches",
     "original_class",
     "placed",
     "plan",
-    "resolve_now",
     "restore",
-    "swap_in",
     "swap_out",
 ]
 
@@ -45,14 +43,14 @@ class Plan:
         self.module = module
         self.modules = [module]
         self._dispatch = dispatch
-        self._before = _dispatch_of(module)
+        self._before = dispatch_of(module)
         self._cls = type(module)
         self._training = module.training
         self._simple = "forward" not in module.__dict__
         self.changes = self._before is not dispatch
 
     def also(self, module: nn.Module) -> bool:
-        """Take another module into the plan if the very same holds for it; models have many alike."""
+        """Take another module into the plan if it can be swapped in the same way; models have many alike."""
         if (
             type(module) is not self._cls
             or module.training is not self._training
@@ -77,7 +75,7 @@ class Plan:
             Why nothing is left to swap, or ``None``.
 
         Raises:
-            TwinkleError: A candidate is ``strict`` and cannot be loaded or does not fit.
+            TwinkleError: A candidate is ``strict`` and cannot be loaded or is not compatible.
         """
         _load(self._dispatch, self.module, device, training)
         left, reasons = [], []
@@ -92,14 +90,14 @@ class Plan:
         if not left:
             return "; ".join(reasons)
         self._dispatch = class_for(self._dispatch.target, tuple(left), self._dispatch.pin)
-        self.changes = _dispatch_of(self.module) is not self._dispatch
+        self.changes = dispatch_of(self.module) is not self._dispatch
         return None
 
     def commit(self) -> bool:
         """Make the swap; false when there was nothing to change."""
         if not self.changes:
             return False
-        _move(self.modules, self._dispatch)
+        move(self.modules, self._dispatch)
         self.changes = False
         return True
 
@@ -114,19 +112,18 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
 
     Args:
         module: Its own ``forward`` is replaced; see :func:`matches`.
-        candidates: In order of registration; those out of the running are passed over.
+        candidates: In order of registration; those that are rejected are passed over.
         pinned: A mode that was asked for by name. It holds until the next ``train()`` or ``eval()``.
 
     Returns:
         The plan, or why the module is left alone.
     """
-    asked = tuple(candidates)
     core, _ = core_of(type(module))
-    now = _dispatch_of(module)
+    now = dispatch_of(module)
     target: type[nn.Module] = now.target if now is not None else core
     reasons: list[str] = []
     usable: list[Candidate] = []
-    for candidate in asked:
+    for candidate in candidates:
         problem = candidate.rejected or _problem(candidate, target, module)
         if problem is None:
             usable.append(candidate)
@@ -152,135 +149,35 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
     return Plan(module, dispatch)
 
 
-def swap_in(
-    module: nn.Module,
-    candidates: Iterable[Candidate],
-    *,
-    target: type[nn.Module] | None = None,
-    pinned: Mode | None = None,
-) -> bool:
-    """Plan and commit; a reason against it is noted in the bindings.
-
-    Args:
-        module: As for :func:`plan`.
-        candidates: As for :func:`plan`.
-        target: Leave modules alone that do not match it.
-        pinned: As for :func:`plan`.
-
-    Returns:
-        Whether the module has these kernels now.
-    """
-    if target is not None and not matches(module, target):
-        return False
-    asked = tuple(candidates)
-    made = plan(module, asked, pinned=pinned)
-    if isinstance(made, str):
-        for candidate in asked:
-            candidate.binding.note(made)
-        return False
-    made.commit()
-    return True
-
-
-def swap_out(module: nn.Module) -> bool:
-    """Restore a module; false when it was not swapped."""
-    dispatch = _dispatch_of(module)
-    if dispatch is None:
-        return False
-    instance.rebind(module, dispatch.functions, dispatch.target.forward)
-    set_class(module, original_of(type(module)))
-    dispatch.leave(module)
-    return True
-
-
-def is_swapped(module: nn.Module) -> bool:
-    """Whether a kernel is in place (loaded or not)."""
-    return _dispatch_of(module) is not None
-
-
 def original_class(module: nn.Module) -> type:
     """The class the module has without Twinkle."""
     return original_of(type(module))
 
 
 def placed(module: nn.Module) -> LayerDispatch | None:
-    """What is in place on a module now, to be given to :func:`restore` later."""
-    return _dispatch_of(module)
+    """The dispatch of a swapped module, to be given to :func:`restore` later; None for another module."""
+    return dispatch_of(module)
 
 
 def restore(module: nn.Module, before: LayerDispatch | None) -> None:
     """Give a module the swap it had before, or none."""
     if before is None:
         swap_out(module)
-    elif before is not _dispatch_of(module):
-        _move((module,), before)
+    elif before is not dispatch_of(module):
+        move((module,), before)
 
 
 def candidates_of(module: nn.Module) -> tuple[Candidate, ...]:
-    """What stands behind a swapped module, in order; nothing for another."""
-    dispatch = _dispatch_of(module)
+    """The candidates of a swapped module, in order; none for another module."""
+    dispatch = dispatch_of(module)
     return dispatch.candidates if dispatch is not None else ()
 
 
 def matches(module: nn.Module, target_class: type[nn.Module]) -> bool:
     """Whether the ``forward`` that would run is the target's own: not where a subclass overrides it."""
-    dispatch = _dispatch_of(module)
+    dispatch = dispatch_of(module)
     cls = dispatch.target if dispatch is not None else type(module)
     return isinstance(module, target_class) and cls.forward is target_class.forward
-
-
-def resolve_now(module: nn.Module, *, device: str | None = None, training: bool | None = None) -> None:
-    """Load the kernels a swapped module would run, ahead of its first forward.
-
-    Args:
-        module: Nothing happens when it is not swapped, or is on ``meta``.
-        device: What ``tensor.device.type`` will say; by default that of the module.
-        training: By default what the module says.
-
-    Raises:
-        TwinkleError: A candidate is ``strict`` and cannot be loaded or does not fit.
-    """
-    dispatch = _dispatch_of(module)
-    if dispatch is not None:
-        _load(dispatch, module, device, training)
-
-
-def unpin(module: nn.Module) -> None:
-    """Let a module that was swapped for a mode asked for by name follow its own mode."""
-    dispatch = _dispatch_of(module)
-    if dispatch is not None and dispatch.pin is not None:
-        _move((module,), class_for(dispatch.target, dispatch.candidates, None))
-
-
-def drop(module: nn.Module, candidate: Candidate, why: str) -> None:
-    """Take one candidate out of one module."""
-    dispatch = _dispatch_of(module)
-    candidate.binding.note(why)
-    if dispatch is None or candidate not in dispatch.candidates:
-        return
-    left = tuple(c for c in dispatch.candidates if c != candidate)
-    if left:
-        _move((module,), class_for(dispatch.target, left, dispatch.pin))
-    else:
-        swap_out(module)
-
-
-def _dispatch_of(module: nn.Module) -> LayerDispatch | None:
-    # The class is found by inheritance also below what torch generated on top.
-    return getattr(type(module), "__twinkle__", None)
-
-
-def _move(modules: Sequence[nn.Module], dispatch: LayerDispatch) -> None:
-    """Give modules of one class the class of a dispatch."""
-    now = _dispatch_of(modules[0])
-    functions = [dispatch.target.forward, *(now.functions if now is not None else ())]
-    _, wrappers = core_of(type(modules[0]))
-    if now is not None:
-        for module in modules:
-            now.leave(module)
-    dispatch.enter(modules, wrappers)
-    for module in modules:
-        instance.rebind(module, functions, dispatch.function)
 
 
 def _load(dispatch: LayerDispatch, module: nn.Module, device: str | None, training: bool | None) -> None:
@@ -302,7 +199,7 @@ def _load(dispatch: LayerDispatch, module: nn.Module, device: str | None, traini
 
 
 def _pin(module: nn.Module, mode: Mode | None) -> Pin | None:
-    """What has to be held on to: nothing when the module's own mode says the same."""
+    """The pin for a mode that was asked for by name; ``None`` when the module's own mode says the same."""
     if mode is None:
         return None
     training = None if mode.train == mode.inference or mode.train == module.training else mode.train
@@ -310,5 +207,6 @@ def _pin(module: nn.Module, mode: Mode | None) -> Pin | None:
 
 
 def _problem(candidate: Candidate, target: type[nn.Module], module: nn.Module) -> str | None:
-    fit = candidate.known_fit(target)
-    return fit.problem_with(module) if fit is not None else None
+    """Why an instance cannot take a kernel that was loaded before, or ``None``."""
+    known = candidate.known_compatibility(target)
+    return known.problem_with(module) if known is not None else None

@@ -1,4 +1,4 @@
-"""Members of a kernel class as members of a generated class."""
+"""Members of a kernel class, made members of a generated class."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["adopt", "renamed"]
 
 
 def adopt(member: Any, owner: type, names: Mapping[str, str] | None = None) -> Any:
-    """A member of a kernel class for ``owner``: its ``super()`` is the original's.
+    """Make a member of a kernel class one of ``owner``, so that its ``super()`` reaches the original's.
 
     Args:
         member: A function, a static or class method, a property or any other value.
@@ -41,7 +41,7 @@ def adopt(member: Any, owner: type, names: Mapping[str, str] | None = None) -> A
 
 
 def renamed(code: CodeType, names: Mapping[str, str]) -> CodeType:
-    """Code that reads attributes by other names: two kernels of one target may both have a ``helper``.
+    """Rename attributes in code: two kernels of one target may both have a ``helper``.
 
     Raises:
         ValueError: The code uses one of the names for anything but an attribute of its ``self``.

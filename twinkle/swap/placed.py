@@ -1,4 +1,4 @@
-"""The functions that run a kernel now: what stood there, and how it is put back."""
+"""The kernels that stand in the place of functions now, and putting the originals back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
 
 
 class Placed:
-    """A function that runs a kernel now."""
+    """A kernel in the place of a function, with the names of other modules that were rebound."""
 
     def __init__(
         self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
@@ -26,7 +26,7 @@ class Placed:
         self.chosen = chosen
 
     def same(self, implementation: object, chosen: list[FunctionCandidate]) -> bool:
-        """Whether that is what is in place already."""
+        """Whether an implementation, or a dispatcher for these candidates, is in place already."""
         if self.placement.displaced:
             return False
         return self.placement.implementation is implementation or (
@@ -37,10 +37,10 @@ class Placed:
 
 
 class Placements:
-    """What is in place of functions in this process.
+    """The kernels in the place of functions in this process.
 
     Attributes:
-        by_target: From ``module:function`` to what runs there.
+        by_target: By ``module:function``.
     """
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Placements:
 
 
 class PlacedAs(NamedTuple):
-    """What stands behind a function that Twinkle put somewhere.
+    """The original and the kernels behind a function that Twinkle put in place.
 
     Attributes:
         original: The function that stood there.
@@ -94,7 +94,7 @@ class PlacedAs(NamedTuple):
 
 
 def placed_as(function: Any) -> PlacedAs | None:
-    """What a function stands for that Twinkle put in the place of another; None for any other."""
+    """The original and the kernels behind a function that Twinkle put in place; None for any other."""
     for placed in runtime.of(Placements).by_target.values():
         if placed.placement.implementation is function or placed.placement.placed is function:
             ours = all(candidate.kernel.chosen_by == "twinkle" for candidate in placed.chosen)

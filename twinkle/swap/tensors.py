@@ -1,4 +1,4 @@
-"""Where the tensors of a call are, and calls on the GPU where they are."""
+"""The device of the tensors of a call, and calls with that GPU as the current one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def device_of(values: tuple[Any, ...]) -> str | None:
 
 
 def device_number(devices: tuple[str, ...], values: tuple[Any, ...]) -> int:
-    """Which of ``devices`` a call is on, counted from 1; 0 for any other."""
+    """The position of a call's device in ``devices``, counted from 1; 0 where it is another."""
     device = device_of(values)
     return devices.index(device) + 1 if device in devices else 0
 
@@ -75,7 +75,7 @@ def call_there(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
 
 
 def fits_this_build(device: str | None) -> bool:
-    """CUDA and ROCm tensors both say ``cuda``: the build tells them apart."""
+    """Whether this build of torch serves the device: CUDA and ROCm tensors both say ``cuda``."""
     if device in ("cuda", "rocm") and (torch.version.cuda or torch.version.hip):
         return (device == "rocm") == bool(torch.version.hip)
     return True

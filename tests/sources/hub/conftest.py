@@ -29,10 +29,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     import huggingface_hub.utils._http as http
     from huggingface_hub import constants, file_download
 
+    from twinkle.runtime import runtime
     from twinkle.sources.hub import client as hub_client
-    from twinkle.sources.hub import importer as hub_import
-    from twinkle.sources.hub import load as hub_load
-    from twinkle.sources.hub import trust
 
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
@@ -60,12 +58,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(file_download, "time", impatient)
     monkeypatch.setattr(hub_client, "RETRY", hub_client.Retry(base=0.01, cap=0.02))
     modules = set(sys.modules)
-    forget = (trust.forget, hub_client.forget, hub_load.forget, hub_import.forget)
-    for each in forget:
-        each()
+    runtime.reset()
     yield root
-    for each in forget:
-        each()
+    runtime.reset()
     for name in set(sys.modules) - modules:
         file = getattr(sys.modules[name], "__file__", None) or ""
         if file.startswith(str(tmp_path)):
@@ -93,15 +88,11 @@ def go_offline(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def go() -> None:
         from huggingface_hub import constants
 
-        from twinkle.sources.hub import client as hub_client
-        from twinkle.sources.hub import importer as hub_import
-        from twinkle.sources.hub import load as hub_load
-        from twinkle.sources.hub import trust
+        from twinkle.runtime import runtime
 
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        for module in (trust, hub_client, hub_load, hub_import):
-            module.forget()
+        runtime.reset()
 
     return go
 

@@ -6,16 +6,7 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import SourceError
-
-
-def forget():
-    from twinkle.sources.hub import client as hub_client
-    from twinkle.sources.hub import importer as hub_import
-    from twinkle.sources.hub import load as hub_load
-    from twinkle.sources.hub import trust
-
-    for module in (trust, hub_client, hub_load, hub_import):
-        module.forget()
+from twinkle.runtime import runtime
 
 
 @pytest.mark.parametrize(
@@ -95,7 +86,7 @@ def test_only_the_variant_of_this_machine_is_fetched(hub, source):
 
 def test_what_is_in_the_cache_needs_two_small_questions(hub, source):
     source(version=1).load()
-    forget()
+    runtime.reset()
     hub.requests.clear()
     source(version=1).load()
     types = hub.count("/refs")
@@ -110,7 +101,7 @@ def test_what_is_in_the_cache_and_pinned_and_trusted_needs_no_question(hub, sour
         pytest.skip("which type the repository has is asked for")
     commit = hub.repos["acme/my-kernel"].branches["v1"]
     source(revision=commit).load()
-    forget()
+    runtime.reset()
     hub.requests.clear()
     source(revision=commit, trust_remote_code=True).load()
     assert hub.requests == []
@@ -144,7 +135,7 @@ def tampered(hub, source):
     kernel.load()
     layers = kernel.resolved.variant_dir / "layers.py"
     layers.write_text(layers.read_text().replace("'v1'", "'x1'"))
-    forget()
+    runtime.reset()
     import sys
 
     getattr(sys.modules.get("kernels.importer"), "_loaded_kernels", {}).clear()
@@ -167,7 +158,7 @@ def test_newer_commit_of_a_version_is_fetched(hub, source):
     source(version=1).load()
     repo = hub.repos["acme/my-kernel"]
     repo.branches["v1"] = repo.commit(kernel_files("v1 again"))
-    forget()
+    runtime.reset()
     assert source(version=1).load().label == "v1 again"
 
 

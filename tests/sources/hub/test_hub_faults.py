@@ -11,6 +11,7 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.runtime import runtime
 
 STAGES = {
     "trust": "organizations/acme",
@@ -50,16 +51,6 @@ def complete(error: SourceError) -> bool:
     return bool(error.what and error.where and error.found and error.fix)
 
 
-def forget() -> None:
-    from twinkle.sources.hub import client as hub_client
-    from twinkle.sources.hub import importer as hub_import
-    from twinkle.sources.hub import load as hub_load
-    from twinkle.sources.hub import trust
-
-    for module in (trust, hub_client, hub_load, hub_import):
-        module.forget()
-
-
 @pytest.fixture
 def impatient(monkeypatch):
     """A time-out that a slow Hub misses within a test."""
@@ -85,11 +76,11 @@ def test_fault_of_the_hub(hub, source, impatient, go_offline, stage, action, val
         from huggingface_hub import constants
 
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        forget()
+        runtime.reset()
         commit = hub.repos["acme/my-kernel"].branches["v1"]
         with pytest.raises(SourceError, match=r"damaged in the cache|not in the cache"):
             source(revision=commit, trust_remote_code=True).load()
-    forget()
+    runtime.reset()
     assert source(version=1).load().label == "v1"
 
 
@@ -101,7 +92,7 @@ def test_damaged_large_file(hub, source, go_offline, action):
     with pytest.raises(SourceError, match=r"arrived damaged|cannot be reached"):
         source(version=1).load()
     hub.faults.clear()
-    forget()
+    runtime.reset()
     assert source(version=1).load().label == "v1"
 
 
@@ -124,7 +115,7 @@ def test_network_down(hub, source, monkeypatch):
 
 def test_network_down_uses_what_is_in_the_cache_and_says_so(hub, source):
     source(version=1).load()
-    forget()
+    runtime.reset()
     hub.fault(".", "drop")
     kernel = source(version=1)
     assert kernel.load().label == "v1"
@@ -201,14 +192,14 @@ def test_cache_that_may_only_be_read_is_enough_when_it_is_full(hub, source, monk
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
 
     monkeypatch.setattr(Path, "mkdir", refuse)
-    forget()
+    runtime.reset()
     assert source(version=1).load().label == "v1"
 
 
 def test_cache_that_vanished_is_filled_again(hub, source, cache):
     source(version=1).load()
     shutil.rmtree(cache)
-    forget()
+    runtime.reset()
     assert source(version=1).load().label == "v1"
 
 

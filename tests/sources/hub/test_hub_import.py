@@ -11,6 +11,7 @@ import pytest
 from loopback_hub import Repo, kernel_files, metadata
 
 from twinkle.errors import SourceError
+from twinkle.runtime import runtime
 
 
 def same_id(label):
@@ -95,11 +96,7 @@ def test_bytecode_in_the_cache_is_not_read(hub, source, cache):
     os.utime(evil, (stat.st_atime, stat.st_mtime))
     py_compile.compile(str(evil), cfile=importlib.util.cache_from_source(str(layers)))
     evil.unlink()
-    from twinkle.sources.hub import importer as hub_import
-    from twinkle.sources.hub import load as hub_load
-
-    hub_load.forget()
-    hub_import.forget()
+    runtime.reset()
     for name in [n for n, m in sys.modules.items() if str(variant) in str(getattr(m, "__file__", ""))]:
         del sys.modules[name]
     registry = getattr(sys.modules.get("kernels.importer"), "_loaded_kernels", {})
@@ -270,7 +267,7 @@ def test_programs_own_variables_are_enough(hub, cache, tmp_path, source, offline
     )
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "HF_HUB_OFFLINE": "01"[offline]}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "v1\n", done.stderr
 

@@ -13,6 +13,7 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub import kernels_package as hub_kernels
 from twinkle.sources.hub import signature as hub_signature
 
@@ -20,9 +21,9 @@ from twinkle.sources.hub import signature as hub_signature
 @pytest.fixture
 def fresh_package():
     """``kernels`` is looked for anew."""
-    hub_kernels._load.cache_clear()
+    runtime.reset()
     yield
-    hub_kernels._load.cache_clear()
+    runtime.reset()
 
 
 def test_package_that_is_not_installed_is_asked_for(cache, source, monkeypatch, fresh_package):
@@ -57,7 +58,7 @@ def test_package_that_a_variable_breaks_says_which(cache, source, monkeypatch, f
     )
     environ = {**os.environ, "DISABLE_KERNEL_MAPPING": "true", "PYTHONPATH": str(Path(__file__).parents[3])}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.stdout.startswith("set DISABLE_KERNEL_MAPPING to 0 or 1"), done.stderr
 

@@ -30,7 +30,7 @@ def test_the_hub_works_with_the_oldest_kernels(older):
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join((str(older), str(ROOT)))}
     code = "import kernels.utils as u, huggingface_hub as h; print(u.build_variants()[1], h.__version__)"
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=240
     )
     assert done.stdout == "torch-cpu 1.33.0\n", done.stderr
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", str(HERE)]

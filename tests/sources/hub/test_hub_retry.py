@@ -27,7 +27,7 @@ class TransportError(Exception):
 
 
 @pytest.fixture
-def mark_pending(monkeypatch):
+def waits(monkeypatch):
     """The seconds that were waited, without waiting them."""
     found = []
     monkeypatch.setattr(hub_faults.time, "sleep", found.append)

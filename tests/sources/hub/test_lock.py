@@ -11,7 +11,8 @@ from loopback_hub import Repo, kernel_files
 from twinkle import config
 from twinkle.cli import download as download_command
 from twinkle.cli import lock as lock_command
-from twinkle.errors import SourceError
+from twinkle.errors import ConfigError, SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub import lockfile as locks
 from twinkle.sources.hub.lockfile import Lock, LockedKernel
 
@@ -54,16 +55,6 @@ def run(command, *words):
 def sources(folder):
     layers, _, functions = config.load([str(folder / "twinkle.toml")], {}, cwd=str(folder)).records()
     return [kernel.source for kernel in (*layers, *functions)]
-
-
-def forget():
-    from twinkle.sources.hub import client as hub_client
-    from twinkle.sources.hub import importer as hub_import
-    from twinkle.sources.hub import load as hub_load
-    from twinkle.sources.hub import trust
-
-    for module in (trust, hub_client, hub_load, hub_import):
-        module.forget()
 
 
 def document(folder):
@@ -179,7 +170,7 @@ def test_loading_obeys_the_lock_when_the_version_moves(project, hub):
     run(lock_command)
     repo = hub.repos["acme/my-kernel"]
     repo.branches["v1"] = repo.commit(kernel_files("v1 again"))
-    forget()
+    runtime.reset()
     layer, function = sources(project)
     assert layer.load().label == "v1"
     assert function.load()(0) == "v1"
@@ -189,7 +180,7 @@ def test_loading_obeys_the_lock_when_the_version_moves(project, hub):
 def test_locked_kernel_is_fetched_without_asking_for_versions(project, hub, cache):
     run(lock_command)
     shutil.rmtree(cache)
-    forget()
+    runtime.reset()
     hub.requests.clear()
     assert sources(project)[0].load().label == "v1"
     assert hub.count("/refs|organizations|/tree/") == 0
@@ -208,7 +199,7 @@ def test_file_that_differs_from_the_lock_is_refused_before_it_is_imported(
         (init.parent / "extra.py").write_text("")
     else:
         init.write_text(init.read_text()[:-5])
-    forget()
+    runtime.reset()
     if offline:
         go_offline()
     with pytest.raises(SourceError, match="differs from the lock"):
@@ -218,7 +209,7 @@ def test_file_that_differs_from_the_lock_is_refused_before_it_is_imported(
 def test_download_that_differs_from_the_lock_is_refused(project, hub, cache):
     run(lock_command)
     shutil.rmtree(cache)
-    forget()
+    runtime.reset()
     hub.fault(r"GET .*/resolve/.*layers\.py", "corrupt")
     with pytest.raises(SourceError, match="arrived damaged"):
         sources(project)[0].load()
@@ -248,7 +239,7 @@ def test_local_kernels_does_not_replace_a_locked_kernel(project, tmp_path, monke
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(body)
     monkeypatch.setenv("LOCAL_KERNELS", f"acme/my-kernel={tmp_path / 'local'}")
-    forget()
+    runtime.reset()
     assert sources(project)[0].load().label == "v1"
 
 
@@ -275,7 +266,7 @@ def test_dependencies_are_locked_as_well(project, hub, go_offline, cache):
     assert sources(project)[0].load().label == "v1"
     needed = next(path for path in cache.rglob("layers.py") if "acme--needed" in str(path))
     needed.write_text("")
-    forget()
+    runtime.reset()
     with pytest.raises(SourceError, match=r"acme/needed.* differs from the lock"):
         sources(project)[0].load()
 
@@ -283,7 +274,7 @@ def test_dependencies_are_locked_as_well(project, hub, go_offline, cache):
 def test_download_fills_an_empty_cache_for_machines_without_a_network(project, cache, go_offline):
     run(lock_command)
     shutil.rmtree(cache)
-    forget()
+    runtime.reset()
     assert run(download_command) == 0
     go_offline()
     assert sources(project)[0].load().label == "v1"
@@ -293,7 +284,7 @@ def test_download_fetches_the_locked_builds_of_other_machines(project, hub, cach
     hub.repos["acme/my-kernel"] = Repo({"v1": {**kernel_files(), **kernel_files(variant="torch-cuda")}})
     run(lock_command, "--all-variants")
     shutil.rmtree(cache)
-    forget()
+    runtime.reset()
     run(download_command)
     assert {path.parent.name for path in cache.rglob("layers.py")} == {"torch-cpu", "torch-cuda"}
 
@@ -333,6 +324,20 @@ def test_lock_of_the_environment_that_is_not_there_locks_everything(project, tmp
     monkeypatch.setenv("TWINKLE_LOCK", str(tmp_path / "nowhere.lock"))
     with pytest.raises(SourceError, match="the lock cannot be read"):
         sources(project)[0].load()
+
+
+@pytest.mark.parametrize("command", [lock_command, download_command])
+def test_lock_that_is_a_switch_is_no_path(project, command):
+    with pytest.raises(ConfigError, match="--lock: not a path"):
+        run(command, "--lock", "1")
+    assert not (project / "1").exists()
+
+
+def test_lock_of_the_environment_that_is_a_switch_is_no_path(project, monkeypatch):
+    source = sources(project)[0]
+    monkeypatch.setenv("TWINKLE_LOCK", "1")
+    with pytest.raises(ConfigError, match="TWINKLE_LOCK: not a path"):
+        source.load()
 
 
 def test_lock_beside_the_working_directory_alone_does_not_count(project, monkeypatch):

@@ -20,7 +20,7 @@ _FOLDED = (len, tuple, list, int)
 
 
 class Calls(Names):
-    """Follows attributes and calls."""
+    """A call that follows attributes and calls: the second layer of a frame."""
 
     def attribute(self, base: Term, name: str) -> Term:
         """``base.name``."""
@@ -50,7 +50,7 @@ class Calls(Names):
         value = getattr(self.run.instance, name, None)
         if (
             isinstance(value, bool | int | float | str | functools.partial)
-            or source.function_of(value) is not None
+            or source.function_of_callable(value) is not None
         ):
             return self.run.embed(value)
         # torch's own functions are builtins, not functions with a source.
@@ -96,13 +96,13 @@ class Calls(Names):
         return self.call(self.attribute(base, name), args, kwargs)
 
     def call(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call of what a term stands for."""
+        """The term of a call of ``callee``."""
         if callee.op == "py":
             return self.python_call(callee.args[0].value, callee, args, kwargs)
         return self.opaque(callee, args, kwargs)
 
     def opaque(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call that stays one."""
+        """The term of a call that is not followed."""
         named = tuple((name, kwargs[name]) for name in sorted(kwargs))
         made = self.term("call", callee, tuple(args), named)
         if callee.op == "attr":
@@ -110,12 +110,12 @@ class Calls(Names):
         return made
 
     def python_call(self, value: Any, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call of an object that is known."""
+        """The term of a call of a Python object."""
         if isinstance(value, functools.partial):
             args = [*map(self.run.embed, value.args), *args]
             kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}
             return self.call(self.run.embed(value.func), args, kwargs)
-        function = source.function_of(value)
+        function = source.function_of_callable(value)
         module = getattr(value, "__module__", None) or ""
         name = getattr(value, "__name__", "")
         owner = getattr(value, "__objclass__", None)
@@ -145,7 +145,7 @@ class Calls(Names):
         return self.opaque(callee, args, kwargs)
 
     def inlined(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
-        """The result of a helper, None when it is better kept as a call."""
+        """The result of a helper; None when it stays a call: too large, not followed, or with effects."""
         run = self.run
         if run.depth >= 6 or "**" in kwargs:
             return None
@@ -153,7 +153,7 @@ class Calls(Names):
             node = source.parse(function)
         except source.NoSource:
             return None
-        statements, plain = _size(node)
+        statements, plain = source.size_of(node)
         if statements > run.inline or not plain:
             return None
         effects, calls, loops = list(run.effects), len(run.calls), run.loops
@@ -181,19 +181,3 @@ def _is_torch(value: Any) -> bool:
         return False
     owner = getattr(value, "__self__", None)
     return str(getattr(owner, "__name__", "")).startswith("torch") or "torch" in type(owner).__module__
-
-
-_sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
-
-
-def _size(node: ast.FunctionDef) -> tuple[int, bool]:
-    """How many statements a function has, and whether this executor follows all of their kinds."""
-    found = _sizes.get(node)
-    if found is None:
-        children = list(ast.walk(node))
-        odd = any(
-            isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try)
-            for child in children
-        )
-        found = _sizes[node] = (sum(isinstance(child, ast.stmt) for child in children) - 1, not odd)
-    return found

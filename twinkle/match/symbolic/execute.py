@@ -5,7 +5,7 @@ Locals are substituted, helpers and methods inlined, branches merged into ``if``
 returning a value (writing an attribute, writing in place to an argument) is listed in ``effects``:
 a function with effects is never a mere computation.
 
-A call is a :class:`~twinkle.match.symbolic.statements.Frame`: names (``frame.py``), calls (``calls.py``),
+A call is a :class:`~twinkle.match.symbolic.statements.Frame`: names (``names.py``), calls (``calls.py``),
 expressions (``expressions.py``) and statements (``statements.py``).
 """
 
@@ -27,13 +27,19 @@ __all__ = ["Run", "Unsupported", "execute"]
 
 
 class Run:
-    """One execution: the arena, and what happened besides computing.
+    """One symbolic execution: its options, and what it met besides the result.
 
     Args:
         arena: Where the terms are made.
         inline: How many statements a helper may have to be inlined.
         assume: Parameters that are taken as ``"given"`` (not None) or ``"absent"`` (None).
         instance: Read plain values (functions, flags, numbers) of ``self`` from this object.
+
+    Attributes:
+        effects: What the function does besides returning a value, in words.
+        calls: The calls of attributes that stay calls: the attribute's name and the term.
+        guards: The conditions under which it raises.
+        cls: The class whose methods ``self.name()`` is looked up in.
     """
 
     def __init__(
@@ -76,8 +82,8 @@ class Run:
         """A Python object as a term; ``called`` is its name where it was found."""
         if value is None or isinstance(value, bool | int | float | str) or value is Ellipsis:
             return self.idioms.const(value)
-        kind = type(value)
-        if kind.__module__ == "torch" and kind.__name__ == "dtype":
+        cls = type(value)
+        if cls.__module__ == "torch" and cls.__name__ == "dtype":
             return self.arena.term("dtype", str(value).removeprefix("torch."))
         if isinstance(value, tuple | list) and len(value) <= 16:
             return self.arena.term("tuple", *(self.embed(item) for item in value))
@@ -91,11 +97,11 @@ class Run:
         return Frame(self, caller).call(self.embed(value), args, {})  # type: ignore[arg-type]
 
     def unknown(self, why: str) -> Term:
-        """Something that is not followed; never equal to anything."""
+        """A term for what is not followed: equal to no other term."""
         return self.arena.term("unknown", Ref(object()), why)
 
     def effect(self, what: str) -> None:
-        """Note what happens besides computing."""
+        """Record an effect, once."""
         if what not in self.effects:
             self.effects.append(what)
 

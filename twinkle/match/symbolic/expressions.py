@@ -46,7 +46,7 @@ _OPEN = object()
 
 
 class Expressions(Calls):
-    """Follows expressions."""
+    """A call that follows expressions as well: the third layer of a frame."""
 
     def _eval_Constant(self, node: ast.Constant) -> Term:
         return self.run.embed(node.value) if not isinstance(node.value, bytes) else self.run.unknown("bytes")
@@ -107,7 +107,7 @@ class Expressions(Calls):
         )
 
     def compare(self, op: str, left: Term, right: Term) -> Term:
-        """One comparison; what is known is folded."""
+        """The term of one comparison; a constant where the outcome is known."""
         if op in _NEGATED:
             return self.idioms.negate(self.compare(_NEGATED[op], left, right))
         if right.op == "list":
@@ -149,11 +149,11 @@ class Expressions(Calls):
         return self.term(op, left, right)
 
     def truth(self, node: ast.expr) -> Term:
-        """An expression as a condition."""
+        """The condition that an expression is."""
         return self.decide(self.eval(node))
 
     def decide(self, value: Term) -> Term:
-        """A value as a condition."""
+        """The condition that a value is; a constant where its truth is known."""
         if value.op in ("tuple", "list"):
             return self.idioms.const(bool(value.args))
         if value.op == "const" and not isinstance(value.args[0], bool):

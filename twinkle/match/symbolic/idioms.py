@@ -1,4 +1,4 @@
-"""One spelling for what torch spells in several ways.
+"""Canonical terms: one spelling for each computation that torch has several for.
 
 Every rule keeps the result bit for bit: ``x.float()`` is ``x.to(torch.float32)``, ``x ** 2`` is
 ``x.pow(2)``, ``torch.cat`` takes a list or a tuple, ``x.size(-1)`` is ``x.shape[-1]``. What rounds
@@ -55,7 +55,7 @@ class Idioms:
     # -- calls ------------------------------------------------------------------------------------
 
     def knows(self, name: str) -> bool:
-        """The torch function or tensor method of that name has one spelling here."""
+        """Whether there are rules for the torch function or tensor method of that name."""
         name = self._bare(name)
         return name in SIGNATURES or name in BINARY or name in CASTS or name in _EXTRA
 
@@ -104,7 +104,7 @@ class Idioms:
         return self.simplify(name, bound)
 
     def opaque(self, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
-        """A call that no rule knows, kept as written."""
+        """The term of a call that no rule is for, as it is written."""
         return self.term(name, *args, *(self.term("keyword", key, kwargs[key]) for key in sorted(kwargs)))
 
     # -- special forms of calls -------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Idioms:
         return None
 
     def is_tensor(self, term: Term) -> bool:
-        """The term is surely a tensor: the result of an operation of torch."""
+        """Whether a term is surely a tensor: the result of an operation of torch."""
         return term.op in SIGNATURES or term.op in ("to", "add", "mul", "sub", "div", "pow2", "input")
 
     def _call_contiguous(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:

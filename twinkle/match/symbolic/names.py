@@ -1,4 +1,4 @@
-"""The names of one call: what they stand for, and how values are bound to them."""
+"""The names of one call of a function, and the binding of values to them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from twinkle.match.symbolic.terms import Arena
 
     class Execution(Protocol):
-        """What the names of a call need of the execution it is a part of (``Run`` in ``execute.py``)."""
+        """The execution that a call is a part of (``Run`` in ``execute.py``), as its names need it."""
 
         arena: Arena
         idioms: Idioms
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
             ...
 
         def unknown(self, why: str) -> Term:
-            """Something that is not followed."""
+            """A term for what is not followed."""
             ...
 
         def effect(self, what: str) -> None:
-            """Note what happens besides computing."""
+            """Record an effect."""
             ...
 
 
@@ -52,7 +52,7 @@ __all__ = ["Names", "Unsupported", "is_fresh"]
 
 
 class Unsupported(Exception):
-    """The source holds something that this executor does not follow."""
+    """The source has a construct that the executor does not follow."""
 
 
 class Names:
@@ -155,7 +155,7 @@ class Names:
         return self.run.unknown(f"{name} is not defined")
 
     def subscript(self, node: ast.expr) -> Term:
-        """What stands between brackets."""
+        """The term of an index: the expression between brackets."""
         if isinstance(node, ast.Slice):
             parts = [
                 self.run.none if part is None else self.eval(part)
@@ -168,7 +168,7 @@ class Names:
 
 
 def is_fresh(term: Term) -> bool:
-    """The term was made by this call alone, so that a write to it changes nothing else."""
+    """Whether a term is a tensor that the call itself made, so that a write to it changes nothing else."""
     while True:
         if term.op in ("zeros_like", "zeros", "empty_like", "new_zeros", "setitem", "index_add"):
             return True

@@ -1,4 +1,4 @@
-"""The syntax tree of a function, and the function that a wrapper stands for.
+"""The syntax tree of a function, and the function behind a wrapper.
 
 Reading by line numbers parses the function alone: parsing the whole module, as ``inspect.getsource``
 of a class does, costs 10 to 60 ms for a modeling file.
@@ -13,14 +13,21 @@ import textwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
-__all__ = ["NoSource", "function_of", "parse", "unwrap"]
+from twinkle.runtime import runtime
+
+__all__ = ["NoSource", "function_of_callable", "parse", "size_of", "unwrap"]
 
 
 class NoSource(Exception):
-    """There is no source to read; the message says for what."""
+    """A function whose source cannot be read; the message names it."""
 
 
-_parsed: dict[CodeType, ast.FunctionDef] = {}
+class _Definitions:
+    """The definitions that were parsed, by the code of the function, and their sizes."""
+
+    def __init__(self) -> None:
+        self.by_code: dict[CodeType, ast.FunctionDef] = {}
+        self.sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
 
 
 def parse(function: FunctionType) -> ast.FunctionDef:
@@ -30,9 +37,24 @@ def parse(function: FunctionType) -> ast.FunctionDef:
         NoSource: It is a lambda, was compiled, or its file is gone or was changed.
     """
     code = function.__code__
-    found = _parsed.get(code)
+    parsed = runtime.of(_Definitions).by_code
+    found = parsed.get(code)
     if found is None:
-        found = _parsed[code] = _parse(function, code)
+        found = parsed[code] = _parse(function, code)
+    return found
+
+
+def size_of(node: ast.FunctionDef) -> tuple[int, bool]:
+    """How many statements a definition has, and whether the executor follows all kinds of them."""
+    sizes = runtime.of(_Definitions).sizes
+    found = sizes.get(node)
+    if found is None:
+        children = list(ast.walk(node))
+        odd = any(
+            isinstance(child, ast.Yield | ast.YieldFrom | ast.Await | ast.While | ast.Try)
+            for child in children
+        )
+        found = sizes[node] = (sum(isinstance(child, ast.stmt) for child in children) - 1, not odd)
     return found
 
 
@@ -80,7 +102,7 @@ _TRANSPARENT = ("transformers.", "kernels.", "accelerate.")
 
 
 def unwrap(function: Any) -> tuple[Any, str | None]:
-    """The innermost function, and the name of the first wrapper on the way that is not known."""
+    """The function below all decorators, and the name of the first decorator that is not known."""
     foreign = None
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         module = function.__globals__.get("__name__", "") if isinstance(function, FunctionType) else ""
@@ -90,17 +112,21 @@ def unwrap(function: Any) -> tuple[Any, str | None]:
     return function, foreign
 
 
-def function_of(obj: Any) -> FunctionType | None:
-    """The plain function behind ``obj``: itself, a bound method, or a layer made of a function."""
+def function_of_callable(obj: Any) -> FunctionType | None:
+    """The Python function that a call of ``obj`` runs; None where there is no single one.
+
+    That is ``obj`` itself, the function of a bound method, or the one behind a layer that `kernels` made
+    of a function. Decorators are not taken off: see :func:`unwrap`.
+    """
     if isinstance(obj, FunctionType):
         return obj
     if isinstance(obj, MethodType):
-        return function_of(obj.__func__)
+        return function_of_callable(obj.__func__)
     if isinstance(obj, type):
         return None
     # `kernels` turns a decorated function into an instance of a class whose forward calls it.
     forward = getattr(type(obj), "forward", None)
     if isinstance(forward, FunctionType) and forward.__code__.co_freevars == ("func",):
         inner = forward.__closure__[0].cell_contents if forward.__closure__ else None
-        return function_of(inner)
+        return function_of_callable(inner)
     return None

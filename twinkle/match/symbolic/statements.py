@@ -22,7 +22,7 @@ CONTINUES = object()
 
 
 class Frame(Expressions):
-    """One call: its names, and its statements one after the other."""
+    """One call of a function: its names, and its statements one after the other."""
 
     def block(self, body: list[ast.stmt]) -> Any:
         """Run statements: a term when all paths return, None when the end is reached."""
@@ -49,7 +49,12 @@ class Frame(Expressions):
         return None
 
     def branch(self, node: ast.If, rest: list[ast.stmt]) -> tuple[bool, Any]:
-        """An ``if``; whether it ended the block of which ``rest`` remains, and with what."""
+        """Run an ``if``; returns whether the block ended with it, and the block's result.
+
+        Args:
+            node: The statement.
+            rest: The statements behind it, which belong to the side that does not leave the block.
+        """
         test = self.truth(node.test)
         if test.op == "const":
             result = self.block(node.body if test.args[0] else node.orelse)
@@ -98,7 +103,7 @@ class Frame(Expressions):
         return True, self.idioms.choose(test, *((left, later) if yes is not None else (later, left)))
 
     def merge(self, test: Term, yes: dict[str, Term], no: dict[str, Term]) -> None:
-        """The names after two branches."""
+        """Bind the names after two branches to what either branch bound them to."""
         merged: dict[str, Term] = {}
         for name in (*yes, *(name for name in no if name not in yes)):
             unset = self.term("unset", name)
@@ -106,21 +111,21 @@ class Frame(Expressions):
         self.env = merged
 
     def with_block(self, node: ast.With) -> Any:
-        """A ``with``; only one that cuts gradients of integers is no effect."""
-        shown = [ast.unparse(item.context_expr) for item in node.items]
-        if shown not in (["torch.no_grad()"], ["torch.inference_mode()"]):
-            self.run.effect(f"runs under `with {', '.join(shown)}`")
+        """Run a ``with`` block: an effect, unless it only cuts the gradients of integers."""
+        contexts = [ast.unparse(item.context_expr) for item in node.items]
+        if contexts not in (["torch.no_grad()"], ["torch.inference_mode()"]):
+            self.run.effect(f"runs under `with {', '.join(contexts)}`")
             return self.block(node.body)
         before = dict(self.env)
         result = self.block(node.body)
         changed = [term for name, term in self.env.items() if before.get(name) is not term]
         # Integer results have no gradient to cut.
         if result is not None or not all(_is_integer(term) for term in changed):
-            self.run.effect(f"runs under `with {', '.join(shown)}`")
+            self.run.effect(f"runs under `with {', '.join(contexts)}`")
         return result
 
     def statement(self, node: ast.stmt) -> None:
-        """A statement that computes or binds."""
+        """Run a statement that computes or binds."""
         if isinstance(node, ast.Assign):
             value = self.eval(node.value)
             for target in node.targets:
@@ -145,7 +150,7 @@ class Frame(Expressions):
             self.havoc(node, f"`{type(node).__name__.lower()}` is not followed")
 
     def havoc(self, node: ast.AST, why: str) -> None:
-        """Give up on a statement: what it binds is unknown."""
+        """Give up on a statement: the names that it binds are unknown."""
         self.run.effect(why)
         for child in ast.walk(node):
             if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
@@ -171,7 +176,7 @@ class Frame(Expressions):
             self.env[node.target.id] = self.idioms.binary(op, before, value)
 
     def expression(self, node: ast.expr) -> None:
-        """A statement that is an expression: done for its effect."""
+        """Run an expression that is a statement, for its effect."""
         if isinstance(node, ast.Constant):
             return
         if isinstance(node, ast.Call):
@@ -196,7 +201,7 @@ class Frame(Expressions):
         self.run.effect(f"does `{_short(node)}`")
 
     def loop(self, node: ast.For) -> None:
-        """A ``for`` as one term of what it carries."""
+        """Run a ``for``: each name that it carries becomes a ``loop`` term."""
         if node.orelse or any(isinstance(child, ast.Break | ast.Return) for child in ast.walk(node)):
             self.havoc(node, "a loop with a second way out is not followed")
             return
@@ -258,9 +263,6 @@ def _mutated(statement: ast.stmt, name: str) -> bool:
             ):
                 return True
     return False
-
-
-_sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
 
 
 def _short(node: ast.AST) -> str:

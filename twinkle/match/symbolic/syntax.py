@@ -1,4 +1,4 @@
-"""Reading the statements of a method: what binds, what is computed first, what may be asked twice."""
+"""Questions about the statements of a method: names, order of evaluation, repeatable conditions."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _is_index(node: ast.expr) -> bool:
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
-    """All below a node that runs when it runs: no function, class or comprehension inside it."""
+    """The nodes below a node, but for those of functions, classes and comprehensions inside it."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, _OTHERS):
             yield child
@@ -105,7 +105,7 @@ def given_names(statement: ast.stmt) -> tuple[list[str], ast.expr] | None:
 
 
 def first_step(statement: ast.stmt, owner: str) -> ast.expr | None:
-    """What a statement computes first; reading names, attributes and layers of a list does not count."""
+    """The expression that a statement computes first; reads of names, attributes and layers do not count."""
     if isinstance(statement, ast.Assign):
         # A target such as `a[i]` is evaluated after the value.
         value: ast.expr | None = statement.value
@@ -160,7 +160,7 @@ def _operands(node: ast.expr, owner: str) -> list[ast.expr]:
 
 
 def repeatable(test: ast.expr, owner: str) -> bool:
-    """Whether a condition only asks for attributes of ``self``, and names for None: nothing happens by it."""
+    """Whether a condition may be evaluated twice: it only reads ``self`` and compares names with None."""
     if isinstance(test, ast.BoolOp):
         return all(repeatable(part, owner) for part in test.values)
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
@@ -174,7 +174,7 @@ def repeatable(test: ast.expr, owner: str) -> bool:
 
 
 def unchanged(test: ast.expr, node: ast.FunctionDef, start: ast.stmt, end: ast.stmt) -> bool:
-    """Whether what a condition asks for is given no value in a method from one statement to another."""
+    """Whether a method assigns nothing that a condition reads, from one statement up to another."""
     names = loaded(test)
     attributes = {part.attr for part in ast.walk(test) if isinstance(part, ast.Attribute)}
     for part in ast.walk(node):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["COMMUTATIVE", "Arena", "Ref", "Term", "walk"]
+__all__ = ["COMMUTATIVE", "Arena", "Ref", "Term", "show", "walk"]
 
 # Exactly commutative in floating point. Neither is associative: grouping is part of the rounding.
 COMMUTATIVE = frozenset({"add", "mul", "eq", "maximum", "minimum"})
@@ -129,13 +129,13 @@ def show(value: Any, depth: int = 7) -> str:
     if op == "index":
         return f"{show(args[0], depth - 1)}[{_show_index(args[1], depth - 1)}]"
     if op == "call":
-        shown = [show(arg, depth - 1) for arg in args[1]]
-        shown += [f"{name}={show(arg, depth - 1)}" for name, arg in args[2]]
-        return f"{show(args[0], depth)}({', '.join(shown)})"
+        given = [show(arg, depth - 1) for arg in args[1]]
+        given += [f"{name}={show(arg, depth - 1)}" for name, arg in args[2]]
+        return f"{show(args[0], depth)}({', '.join(given)})"
     if op == "dtype_of":
         return f"{show(args[0], depth - 1)}.dtype"
-    shown = [show(arg, depth - 1) for arg in args if not (isinstance(arg, Term) and arg.args == (None,))]
-    return f"{op}({', '.join(shown)})"
+    given = [show(arg, depth - 1) for arg in args if not (isinstance(arg, Term) and arg.args == (None,))]
+    return f"{op}({', '.join(given)})"
 
 
 def _show_index(index: Any, depth: int) -> str:

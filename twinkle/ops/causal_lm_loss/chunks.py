@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import functools
 import os
-import platform
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops import machine
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 if TYPE_CHECKING:
@@ -163,16 +163,8 @@ def _products_of_rows(out: Tensor, logits: Tensor, weight: Tensor) -> None:
 
 def _widens(hidden: Tensor) -> bool:
     """Whether products are computed in float32 though the tensors have 16 bits."""
-    return hidden.device.type == "cpu" and hidden.element_size() == 2 and not _native(hidden.dtype)
-
-
-@functools.cache
-def _native(dtype: torch.dtype) -> bool:
-    """Whether the CPU multiplies 16-bit matrices: x86 without these instructions is four times slower."""
-    if platform.machine().lower() not in ("x86_64", "amd64"):
-        return True
-    names = ("amx_fp16",) if dtype == torch.float16 else ("amx_tile", "avx512_bf16")
-    return any(getattr(torch.cpu, f"_is_{name}_supported", bool)() for name in names)
+    half = hidden.device.type == "cpu" and hidden.element_size() == 2
+    return half and not machine.multiplies(hidden.dtype)
 
 
 class _WeightSum:

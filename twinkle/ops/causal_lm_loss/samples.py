@@ -94,7 +94,9 @@ def _kernel(form: LossForm) -> Callable[..., Any]:
     return call
 
 
-def cases(form: LossForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+def cases(
+    form: LossForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+) -> Iterator[Case]:
     """Each shape; the last with labels that do not count."""
     generator = seeded(device)
     for shape, (rows, width, vocabulary) in _SHAPES.items():

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from twinkle.ops.build import forward_class
+from twinkle.ops.backends import layer_for
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.experts import op, reference
 from twinkle.ops.experts.gating import gating_of
 from twinkle.ops.experts.reference import FORMS, ExpertsForm
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-from twinkle.ops.variants import layer_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -22,30 +21,33 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Experts", "covers", "declines", "experts", "layer_class"]
+__all__ = ["Experts", "experts", "layer_class", "supports"]
 
 _FORMS = {form.name: form for form in FORMS}
 # What a caller may have asked transformers for; the others are kernels of their own, chosen on purpose.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 
 
-def covers(form: ExpertsForm) -> bool:
-    """Whether there is a kernel: not with a norm behind the experts, nor for arithmetic all in float32."""
-    return form.name in _FORMS and not form.norm and not form.float32
-
-
-def declines(facts: Mapping[str, Any]) -> str | None:
-    """Why an instance is left alone that a kernel would otherwise replace, or None.
-
-    Args:
-        facts: As for :func:`layer_class`.
-    """
+def supports(
+    form: ExpertsForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form and an instance, or None."""
+    if form.name not in _FORMS or form.norm or form.float32:
+        return f"no kernel for a norm behind the experts, nor for arithmetic all in float32 ({form.name})"
+    facts = facts or {}
     activation, implementation = facts.get("activation", "silu"), facts.get("implementation")
     if activation not in ACTIVATIONS:
-        return f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
+        return _unknown(activation)
     if implementation not in _IMPLEMENTATIONS:
         return f"the model was told to use {implementation!r} for its experts"
     return None
+
+
+_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+
+
+def _unknown(activation: str) -> str:
+    return f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
 
 
 def experts(
@@ -92,9 +94,9 @@ def experts(
         ValueError: The activation is not one of those.
     """
     if activation not in ACTIVATIONS:
-        raise ValueError(declines({"activation": activation}))
+        raise ValueError(_unknown(activation))
     tensors = (indices, x, weights, gate_up, down, gate_up_bias, down_bias)
-    usual = covers(form) and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
+    usual = form.name in _SUPPORTED and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
     if not usual or not op.runs(*tensors):
         return reference.experts(
             x,
@@ -151,6 +153,20 @@ class Experts(nn.Module):
         return layer_for("experts", form, facts)
 
 
+@once_for(
+    "x",
+    "indices",
+    "weights",
+    "gate_up",
+    "down",
+    "gate_up_bias",
+    "down_bias",
+    "num_experts",
+    "limit",
+    "alpha",
+    "activation",
+    "implementation",
+)
 def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
@@ -166,35 +182,15 @@ def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     Raises:
         ValueError: There is no kernel for the activation, or another one was asked for by name.
     """
-    known = (
-        "x",
-        "indices",
-        "weights",
-        "gate_up",
-        "down",
-        "gate_up_bias",
-        "down_bias",
-        "num_experts",
-        "limit",
-        "alpha",
-    )
-    if (why := declines(facts)) is not None:
+    if (why := supports(form, facts=facts)) is not None:
         raise ValueError(why)
-    values = {name: value for name, value in facts.items() if name in known}
-    return _layer_class(
-        form, facts.get("activation", "silu"), facts.get("implementation"), tuple(sorted(values.items()))
-    )
-
-
-@functools.cache
-def _layer_class(
-    form: ExpertsForm, activation: str, implementation: str | None, facts: tuple[tuple[str, Any], ...]
-) -> type[nn.Module]:
+    objects = {"form": form, "activation": facts.get("activation", "silu")}
+    objects["implementation"] = facts.get("implementation")
     return forward_class(
         f"Experts_{form.name}",
         experts,
-        dict(facts),
+        {name: value for name, value in facts.items() if name not in objects},
         inputs=("x", "indices", "weights"),
         optional=("indices", "weights"),  # gpt_oss gives them the default None
-        constants={"form": form, "activation": activation, "implementation": implementation},
+        constants=objects,
     )

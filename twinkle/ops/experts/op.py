@@ -15,7 +15,7 @@ import torch
 from twinkle.ops.experts import products, reference
 from twinkle.ops.experts.gating import Gating
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-from twinkle.ops.launch import define, through_definition
+from twinkle.ops.launch import define_op, through_definition
 
 if TYPE_CHECKING:
     from typing import Any
@@ -64,7 +64,7 @@ def experts(
     if traced:
         return _op(*tensors, *rest)[0]
     if torch.is_grad_enabled():
-        return _Experts.apply(*tensors, *rest)[0]
+        return _eager(*tensors, *rest)
     return _forward(*tensors, *rest)[0]
 
 
@@ -252,34 +252,19 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1).contiguous()  # columns of a wider tensor have a view with gaps
 
 
-def _gradients(ctx: Any, found: Any) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, function: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    needs = ctx.needs_input_grad
+    found = function(dout, *ctx.saved_tensors, needs[0], *needs[2:5], *ctx.rest)
     dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias = (
-        gradient if want else None
-        for gradient, want in zip(found, [ctx.needs_input_grad[i] for i in (0, 2, 3, 4, 5, 6)], strict=True)
+        gradient if want else None for gradient, want in zip(found, (needs[0], *needs[2:7]), strict=True)
     )
     return dx, None, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias, *[None] * len(ctx.rest)
 
 
-def _wanted(ctx: Any) -> tuple[bool, bool, bool, bool]:
-    x, weights, gate_up, down = (ctx.needs_input_grad[i] for i in (0, 2, 3, 4))
-    return x, weights, gate_up, down
-
-
-class _Experts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        results = _forward(*inputs)
-        _setup(ctx, inputs, results)
-        return results
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            x, indices, *tensors = ctx.saved_tensors[:7]
-            inputs = (x, None, *tensors)
-            definition = functools.partial(_definition, indices=indices, rest=ctx.rest)
-            return *through_definition(definition, inputs, (dout,)), *[None] * len(ctx.rest)
-        return _gradients(ctx, _backward(dout, *ctx.saved_tensors, *_wanted(ctx), *ctx.rest))
+def _again(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    x, indices, *tensors = ctx.saved_tensors[:7]
+    definition = functools.partial(_definition, indices=indices, rest=ctx.rest)
+    return *through_definition(definition, (x, None, *tensors), (dout,)), *[None] * len(ctx.rest)
 
 
 def _definition(
@@ -311,33 +296,23 @@ def _definition(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:7], *output[1:])
-    ctx.rest = inputs[7:]
-
-
-def _derivative(ctx: Any, dout: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-    return _gradients(ctx, _backward_op(dout, *ctx.saved_tensors, *_wanted(ctx), *ctx.rest))
-
-
 _INPUTS = (
     "Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias"
 )
 _REST = "str form, str activation, str clamp, float? limit, float? alpha, bool exact, bool interleaved"
-_backward_op = define(
-    f"experts_backward(Tensor dout, {_INPUTS}, Tensor h, Tensor rows, Tensor offsets, bool want_x, "
-    f"bool want_weights, bool want_gate_up, bool want_down, {_REST}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _fake_backward,
-)
-_op = define(
+_eager, _op = define_op(
+    "_Experts",
     f"experts({_INPUTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
-    setup=_setup,
-    backward=_derivative,
+    backward_schema=f"experts_backward(Tensor dout, {_INPUTS}, Tensor h, Tensor rows, Tensor offsets, "
+    f"bool want_x, bool want_weights, bool want_gate_up, bool want_down, {_REST}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    tensors=7,
+    auxiliary=True,
+    gradients=_gradients,
+    again=_again,
 )

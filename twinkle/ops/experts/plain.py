@@ -30,7 +30,7 @@ def invert(order: Tensor, k: int) -> Tensor:
 
 
 def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
-    """As ``grouped.triton.rows``."""
+    """As ``triton_products.rows``."""
     if index is not None:
         a = a.index_select(0, index)
     out = a.new_empty((count, w.shape[2]))
@@ -47,7 +47,7 @@ def outer(
     a_index: Tensor | None = None,
     b_index: Tensor | None = None,
 ) -> Tensor:
-    """As ``grouped.triton.outer``."""
+    """As ``triton_products.outer``."""
     a = a if a_index is None else a.index_select(0, a_index)
     b = b if b_index is None else b.index_select(0, b_index)
     # Zeros first would touch the largest tensors of a training step twice.

@@ -42,7 +42,7 @@ def steps(device: torch.device) -> ModuleType:
 
 
 def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
-    """As ``grouped.triton.rows``."""
+    """As ``triton_products.rows``."""
     grouped = None
     if _aligned(w) and not _few(a, count, w.shape[0], _FEW_ROWS):
         grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2])
@@ -59,7 +59,7 @@ def outer(
     a_index: Tensor | None = None,
     b_index: Tensor | None = None,
 ) -> Tensor:
-    """As ``grouped.triton.outer``."""
+    """As ``triton_products.outer``."""
     grouped = None
     if not _few(a, max(a.shape[0], b.shape[0]), offsets.shape[0] - 1, _FEW_OUTER_ROWS):
         grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
@@ -78,9 +78,9 @@ def _own(device: torch.device) -> ModuleType:
     between = steps(device)
     if between is plain:
         return plain
-    from twinkle.ops.experts.grouped import triton
+    from twinkle.ops.experts import triton_products
 
-    return triton
+    return triton_products
 
 
 def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:

@@ -105,7 +105,9 @@ class Experts(nn.Module):
         )
 
 
-def cases(form: ExpertsForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+def cases(
+    form: ExpertsForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+) -> Iterator[Case]:
     """Each shape with a silu; and every activation, for the form that most families have.
 
     One shape for a form without padding, which is computed as the one with it.
@@ -127,7 +129,7 @@ def cases(form: ExpertsForm, dtype: torch.dtype, device: torch.device, room: str
             facts["limit"] = _LIMIT
         if form.gating == "swish":
             facts["alpha"] = _ALPHA
-        kernel: Any = implementation("experts", room).layer_class(form, facts).forward
+        kernel: Any = implementation("experts", backend).layer_class(form, facts).forward
         given = _inputs(tokens, number, k, width, dtype, generator)
         if shape == "slots without expert":
             given["indices"][::3, 1] = number

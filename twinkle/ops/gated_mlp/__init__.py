@@ -1,1 +1,31 @@
-"""The op `gated_mlp`: its definition in plain torch, and its kernels."""
+"""Gated MLP: ``y = down(activation(gate(x)) · up(x))``.
+
+Formula: Shazeer, "GLU Variants Improve Transformer", 2020. The activation and the product are one kernel; the
+projections stay the layers they are. In half precision the activated gate is rounded before the product, as
+the definition rounds it; gradients are rounded once, at the end.
+"""
+
+from twinkle.ops.catalog import Op
+
+OP = Op(
+    "gated_mlp",
+    kind="layer",
+    summary="the activation and product of a gated MLP; its projections stay the layers they are",
+    rank=3,
+    aliases=("geglu", "mlp", "swiglu"),
+    roles={
+        "x": "input",
+        "gate": "linear",
+        "up": "linear",
+        "down": "linear",
+        "gate_up": "linear",
+        "activation": "activation",
+        "dropout": "dropout",
+        "norm": "norm",
+        "limit": "number",
+        "gate_scale": "number",
+        "output_scale": "number",
+    },
+    layers={"GatedMLP": "layer"},
+    backends=("triton_backend",),
+)

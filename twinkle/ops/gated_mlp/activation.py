@@ -8,12 +8,13 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops.launch import (
-    DEFINITION,
-    STRAIGHT,
+    EAGER,
+    REFERENCE,
     apply_of,
-    define,
+    define_op,
+    dispatch_path,
     fresh,
-    route,
+    lazy_module,
     rows_of,
     through_definition,
 )
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_fused", "gated_linear"]
+
+_kernels = lazy_module("twinkle.ops.gated_mlp.triton")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -67,12 +70,12 @@ def gated_activation(
         ValueError: The activation is not one of `ACTIVATIONS`.
     """
     _check(activation)
-    way = route(gate, up)
-    if way == DEFINITION or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+    path = dispatch_path(gate, up)
+    if path is REFERENCE or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
         return definition(gate, up, activation, clamp, limit, scale, exact)
-    if way == STRAIGHT and not torch.is_grad_enabled():
+    if path is EAGER and not torch.is_grad_enabled():
         return _forward(gate, up, activation, clamp, limit, scale, exact)
-    if way == STRAIGHT:
+    if path is EAGER:
         return _gated(gate, up, activation, clamp, limit, scale, exact)
     return _op(gate, up, activation, clamp, limit, scale, exact)
 
@@ -101,13 +104,13 @@ def gated_activation_fused(
         ``[..., intermediate]``.
     """
     _check(activation)
-    way = route(gate_up)
-    if way == DEFINITION or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+    path = dispatch_path(gate_up)
+    if path is REFERENCE or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         halves = gate_up.chunk(2, dim=-1)
         return definition(halves[gate_half], halves[1 - gate_half], activation, clamp, limit, scale, exact)
-    if way == STRAIGHT and not torch.is_grad_enabled():
+    if path is EAGER and not torch.is_grad_enabled():
         return _fused_forward(gate_up, activation, gate_half, clamp, limit, scale, exact)
-    if way == STRAIGHT:
+    if path is EAGER:
         return _fused(gate_up, activation, gate_half, clamp, limit, scale, exact)
     return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)
 
@@ -129,7 +132,7 @@ def gated_linear(
     instead of holding it from forward to backward in every layer.
 
     Args:
-        gate: ``[..., intermediate]``, where kernels run straight (see ``launch.route``).
+        gate: ``[..., intermediate]``, on the path `EAGER` (see ``launch.dispatch_path``).
         up: As ``gate``.
         weight: ``[hidden, intermediate]``.
         bias: ``[hidden]`` or None.
@@ -180,13 +183,11 @@ def _forward(
     scale: float | None,
     exact: bool,
 ) -> Tensor:
-    from twinkle.ops.gated_mlp import triton as kernels
-
     out, order = fresh(gate)
     tensors = (gate, up, out)
     if not (gate.is_contiguous() and up.is_contiguous()):
         tensors = (rows_of(gate, order), rows_of(up, order), rows_of(out, order))
-    kernels.forward(*tensors, activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
+    _kernels().forward(*tensors, activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
     return out
 
 
@@ -200,12 +201,10 @@ def _backward(
     scale: float | None,
     exact: bool,
 ) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.gated_mlp import triton as kernels
-
     dgate, order = fresh(gate)
     dup = torch.empty_like(dgate)
     dout, gate, up, gate_rows, up_rows = (rows_of(x, order) for x in (dout, gate, up, dgate, dup))
-    kernels.backward(
+    _kernels().backward(
         dout, gate, up, gate_rows, up_rows, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
     )
     return dgate, dup
@@ -225,12 +224,10 @@ def _fused_forward(
     scale: float | None,
     exact: bool,
 ) -> Tensor:
-    from twinkle.ops.gated_mlp import triton as kernels
-
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     gate, up = _halves(rows_of(gate_up), gate_half)
-    kernels.forward(gate, up, rows_of(out), activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
+    _kernels().forward(gate, up, rows_of(out), activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
     return out
 
 
@@ -244,51 +241,13 @@ def _fused_backward(
     scale: float | None,
     exact: bool,
 ) -> Tensor:
-    from twinkle.ops.gated_mlp import triton as kernels
-
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     gate, up = _halves(rows_of(gate_up), gate_half)
     dgate, dup = _halves(rows_of(gradient), gate_half)
-    kernels.backward(
+    _kernels().backward(
         rows_of(dout), gate, up, dgate, dup, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
     )
     return gradient
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.rest = rest
-        return _forward(gate, up, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            through = through_definition(lambda g, u: definition(g, u, *ctx.rest), (gate, up), (dout,))
-            return (*through, None, None, None, None, None)
-        return (*_backward(dout, gate, up, *ctx.rest), None, None, None, None, None)
-
-
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate_up: Tensor, *rest: Any) -> Tensor:
-        ctx.save_for_backward(gate_up)
-        ctx.rest = rest
-        return _fused_forward(gate_up, *rest)
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            activation, gate_half, *rest = ctx.rest
-            through = through_definition(
-                lambda both: definition(*_halves(both, gate_half), activation, *rest),
-                ctx.saved_tensors,
-                (dout,),
-            )
-            return (*through, None, None, None, None, None, None)
-        return (_fused_backward(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
 
 
 class _GatedLinear(torch.autograd.Function):
@@ -302,8 +261,6 @@ class _GatedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from twinkle.ops.gated_mlp import triton as kernels
-
         gate, up, weight = ctx.saved_tensors
         if torch.is_grad_enabled():
             through = through_definition(
@@ -316,7 +273,7 @@ class _GatedLinear(torch.autograd.Function):
         product = torch.empty((dy_rows.shape[0], gate.shape[-1]), dtype=gate.dtype, device=gate.device)
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        kernels.backward(
+        _kernels().backward(
             dy_rows @ weight,
             rows_of(gate),
             rows_of(up),
@@ -334,51 +291,35 @@ class _GatedLinear(torch.autograd.Function):
         return (dgate, dup, dweight, dbias, None, None, None, None, None)
 
 
-_gated, _fused, _gated_linear = apply_of(_Gated), apply_of(_Fused), apply_of(_GatedLinear)
+_gated_linear = apply_of(_GatedLinear)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate, up, *ctx.rest = inputs
-    ctx.save_for_backward(gate, up)
-
-
-def _derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_backward_op(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None)
-
-
-def _fused_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    gate_up, *ctx.rest = inputs
-    ctx.save_for_backward(gate_up)
-
-
-def _fused_derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    return (_fused_backward_op(dout, *ctx.saved_tensors, *ctx.rest), None, None, None, None, None, None)
+def _fused_definition(gate_up: Tensor, activation: str, gate_half: int, *rest: Any) -> Tensor:
+    return definition(*_halves(gate_up, gate_half), activation, *rest)
 
 
 _REST = "str clamp, float? limit, float? scale, bool exact"
-_backward_op = define(
-    "gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
-    f"{_REST}) -> (Tensor, Tensor)",
-    _backward,
-    lambda dout, gate, up, *rest: (fresh(gate)[0], fresh(gate)[0]),
-)
-_op = define(
+_gated, _op = define_op(
+    "_Gated",
     f"gated_activation(Tensor gate, Tensor up, str activation, {_REST}) -> Tensor",
     _forward,
     lambda gate, up, *rest: fresh(gate)[0],
-    setup=_setup,
-    backward=_derivative,
+    backward_schema="gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
+    f"{_REST}) -> (Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=lambda dout, gate, up, *rest: (fresh(gate)[0], fresh(gate)[0]),
+    tensors=2,
+    reference=definition,
 )
-_fused_backward_op = define(
-    "gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, int gate_half, "
-    f"{_REST}) -> Tensor",
-    _fused_backward,
-    lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
-)
-_fused_op = define(
+_fused, _fused_op = define_op(
+    "_Fused",
     f"gated_activation_fused(Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
     _fused_forward,
     lambda gate_up, *rest: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
-    setup=_fused_setup,
-    backward=_fused_derivative,
+    backward_schema="gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, "
+    f"int gate_half, {_REST}) -> Tensor",
+    backward=_fused_backward,
+    fake_backward=lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
+    tensors=1,
+    reference=_fused_definition,
 )

@@ -86,7 +86,7 @@ class MLP(nn.Module):
 
 
 def cases(
-    form: GatedMLPForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+    form: GatedMLPForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """Each shape with a silu; and every activation, for the form that most families have."""
     generator = seeded(device)
@@ -101,7 +101,7 @@ def cases(
             facts["limit"] = _LIMIT
         if form.scaled:
             facts |= {"gate_scale": _GATE_SCALE, "output_scale": _OUTPUT_SCALE}
-        kernel: Any = implementation("gated_mlp", room).layer_class(form, facts).forward
+        kernel: Any = implementation("gated_mlp", backend).layer_class(form, facts).forward
         x = random((*lead, width), dtype, generator)
         args = (strided(x) if shape == "strided" else x,)
         yield Case(shape, MLP.forward, kernel, args, module, facts)

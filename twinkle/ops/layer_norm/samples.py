@@ -59,7 +59,7 @@ class Norm(nn.Module):
 
 
 def cases(
-    form: LayerNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+    form: LayerNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """Each shape."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
@@ -71,7 +71,7 @@ def cases(
         facts["normalized_shape"] = "normalized_shape"
     # Torch's function wants the weight in the dtype that it computes in.
     kept = torch.float32 if form.written == "fused" and form.compute == "float32" else dtype
-    kernel: Any = implementation("layer_norm", room).layer_class(form, facts).forward
+    kernel: Any = implementation("layer_norm", backend).layer_class(form, facts).forward
     generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x = random((*lead, width), dtype, generator, scale=3)

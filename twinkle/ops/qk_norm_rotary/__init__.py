@@ -1,1 +1,16 @@
-"""The op `qk_norm_rotary`: its definition in plain torch, and its kernels."""
+"""Norms of queries and keys and their rotation: ``rotary(norm(q), norm(k))``, head by head, in one pass.
+
+Norm and rotation round as their own variants say (:mod:`twinkle.ops.rms_norm`, :mod:`twinkle.ops.rotary`);
+the normed value is rounded to its dtype between the two.
+"""
+
+from twinkle.ops.catalog import Op
+
+OP = Op(
+    "qk_norm_rotary",
+    kind="inside",
+    summary="inside an attention: the RMSNorms of queries and keys and their rotation",
+    rank=6,
+    functions={"qk_norm_rotary": "triton_backend"},
+    backends=("triton_backend",),
+)

@@ -1,7 +1,7 @@
 """The same op on queries and keys that are split into heads already, as they are inside an attention.
 
->>> way = way_for(q, k, q_weight, k_weight, cos, sin, form)
->>> q, k = run(way, q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, form)
+>>> path = path_for(q, k, q_weight, k_weight, cos, sin, form)
+>>> q, k = run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, form)
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, route, through_definition
-from twinkle.ops.qk_norm_rotary import layer, reference
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, apply_of, dispatch_path, through_definition
+from twinkle.ops.qk_norm_rotary import reference, triton_backend
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["joined", "run", "split", "way_for"]
+__all__ = ["joined", "path_for", "run", "split"]
 
 
 def joined(x: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def split(x: Tensor, head_dim: int) -> Tensor:
     return x.view(x.shape[0], x.shape[1], -1, head_dim).transpose(1, 2)
 
 
-def way_for(
+def path_for(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor | None,
@@ -40,8 +40,8 @@ def way_for(
     cos: Tensor,
     sin: Tensor,
     form: QKNormRotaryForm,
-) -> int:
-    """How to compute with these tensors; see :func:`twinkle.ops.launch.route`.
+) -> DispatchPath:
+    """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
     Args:
         q: ``[batch, heads, tokens, head_dim]``.
@@ -50,14 +50,14 @@ def way_for(
         k_weight: As ``q_weight``.
         cos: ``[batch, tokens, head_dim]``.
         sin: As ``cos``.
-        form: Which norm and which rotation; one that ``layer.covers``.
+        form: Which norm and which rotation; one that ``triton_backend.supports``.
     """
     if q.dim() != 4 or k.dim() != 4 or q.dtype != k.dtype:
-        return DEFINITION
-    way = route(q, k, q_weight, k_weight, cos, sin)
-    if way == DEFINITION or not _fits(q, k, q_weight, k_weight, cos, sin, form):
-        return DEFINITION
-    return way
+        return REFERENCE
+    path = dispatch_path(q, k, q_weight, k_weight, cos, sin)
+    if path is REFERENCE or not _fits(q, k, q_weight, k_weight, cos, sin, form):
+        return REFERENCE
+    return path
 
 
 def _fits(
@@ -82,7 +82,7 @@ def _fits(
     if table[2] != width or table[1] != tokens or table[0] not in (1, batch):
         return False
     # What one program holds; the same limit as for the op on joined heads.
-    if heads * head_dim > layer.MOST or (q_weight is None) != (k_weight is None):
+    if heads * head_dim > triton_backend.MOST or (q_weight is None) != (k_weight is None):
         return False
     if q_weight is None or k_weight is None:
         return form.norm.weight == "none"
@@ -97,7 +97,7 @@ def _fits(
 
 
 def run(
-    way: int,
+    path: DispatchPath,
     q: Tensor,
     k: Tensor,
     q_weight: Tensor | None,
@@ -108,11 +108,11 @@ def run(
     sin: Tensor,
     form: QKNormRotaryForm,
 ) -> tuple[Tensor, Tensor]:
-    """The kernel, for what :func:`way_for` found (and not for `DEFINITION`).
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`).
 
     Args:
-        way: As found.
-        q: As for :func:`way_for`, with all that follows.
+        path: As found.
+        q: As for :func:`path_for`, with all that follows.
         k: ...
         q_weight: ...
         k_weight: ...
@@ -128,9 +128,9 @@ def run(
     if form.norm.weight == "none":
         q_weight = k_weight = None
     rest = (q.shape[3], form.norm.name, form.rotary.name, form.over == "all")
-    if way == STRAIGHT and torch.is_grad_enabled():
-        return _straight(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
-    function: Any = layer._forward if way == STRAIGHT else layer._op
+    if path is EAGER and torch.is_grad_enabled():
+        return _eager(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
+    function: Any = triton_backend._forward if path is EAGER else triton_backend._op
     return function(joined(q), joined(k), q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
 
 
@@ -142,7 +142,7 @@ class _Heads(torch.autograd.Function):
         q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
         ctx.save_for_backward(q, k, qw, kw, cos, sin)
         ctx.eps, ctx.rest = (q_eps, k_eps), rest
-        return layer._forward(joined(q), joined(k), *inputs[2:])
+        return triton_backend._forward(joined(q), joined(k), *inputs[2:])
 
     @staticmethod
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
@@ -151,7 +151,10 @@ class _Heads(torch.autograd.Function):
         q_eps, k_eps = ctx.eps
         if torch.is_grad_enabled():
             form = QKNormRotaryForm(
-                "", layer._NORMS[norm], layer._ROTATIONS[rotation], "all" if over_all else "head"
+                "",
+                triton_backend._NORMS[norm],
+                triton_backend._ROTATIONS[rotation],
+                "all" if over_all else "head",
             )
             through = through_definition(
                 lambda q, k, qw, kw: reference.qk_norm_rotary(
@@ -162,7 +165,7 @@ class _Heads(torch.autograd.Function):
             )
             return (*through, *(None,) * 8)
         wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-        dq, dk, dqw, dkw = layer._backward(
+        dq, dk, dqw, dkw = triton_backend._backward(
             dq_out,
             dk_out,
             joined(q),
@@ -183,4 +186,4 @@ class _Heads(torch.autograd.Function):
         return (dq, dk, dqw if wanted else None, dkw if wanted else None, *(None,) * 8)
 
 
-_straight = apply_of(_Heads)
+_eager = apply_of(_Heads)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.cases import Case, implementation, random, seeded
-from twinkle.ops.qk_norm_rotary import layer, reference
+from twinkle.ops.qk_norm_rotary import reference, triton_backend
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm.reference import FORMS as NORMS
 from twinkle.ops.rotary.reference import FORMS as ROTATIONS
@@ -35,7 +35,7 @@ def forms() -> tuple[QKNormRotaryForm, ...]:
     pairs = [(n, rotation) for n in NORMS] + [(norm, r) for r in ROTATIONS[1:]]
     made = [QKNormRotaryForm(f"{n.name}_{r.name}_head", n, r) for n, r in pairs]
     made.append(QKNormRotaryForm(f"{norm.name}_{rotation.name}_all", norm, rotation, "all"))
-    return tuple(form for form in made if layer.covers(form))
+    return tuple(form for form in made if triton_backend.supports(form) is None)
 
 
 def _bound(function: Callable[..., Any], form: QKNormRotaryForm, head_dim: int) -> Callable[..., Any]:
@@ -47,7 +47,7 @@ def _bound(function: Callable[..., Any], form: QKNormRotaryForm, head_dim: int) 
 
 
 def cases(
-    form: QKNormRotaryForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+    form: QKNormRotaryForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """Each shape."""
     generator = seeded(device)
@@ -65,6 +65,6 @@ def cases(
         yield Case(
             shape,
             _bound(reference.qk_norm_rotary, form, head_dim),
-            _bound(implementation("qk_norm_rotary", room).qk_norm_rotary, form, head_dim),
+            _bound(implementation("qk_norm_rotary", backend).qk_norm_rotary, form, head_dim),
             (q, k, qw, kw, cos, sin),
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
-from twinkle.ops.residual_norm import layer, reference
+from twinkle.ops.residual_norm import reference, triton_backend
 from twinkle.ops.residual_norm.reference import ResidualNormForm
 from twinkle.ops.rms_norm.reference import FORMS as NORMS
 
@@ -26,7 +26,7 @@ def forms() -> tuple[ResidualNormForm, ...]:
     """Every norm that has a kernel behind a sum, and one behind a scaled sum."""
     plain = [ResidualNormForm(f"rms_norm_{norm.name}", norm) for norm in NORMS]
     scaled = [ResidualNormForm(f"rms_norm_{norm.name}_scaled", norm, True) for norm in NORMS[:2]]
-    return tuple(form for form in (*plain, *scaled) if layer.covers(form))
+    return tuple(form for form in (*plain, *scaled) if triton_backend.supports(form) is None)
 
 
 def _bound(function: Callable[..., Any], form: ResidualNormForm) -> Callable[..., Any]:
@@ -38,7 +38,7 @@ def _bound(function: Callable[..., Any], form: ResidualNormForm) -> Callable[...
 
 
 def cases(
-    form: ResidualNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer"
+    form: ResidualNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """Each shape."""
     generator = seeded(device)
@@ -51,6 +51,6 @@ def cases(
         yield Case(
             shape,
             _bound(reference.residual_norm, form),
-            _bound(implementation("residual_norm", room).residual_norm, form),
+            _bound(implementation("residual_norm", backend).residual_norm, form),
             (x, residual, None if bare else weight),
         )

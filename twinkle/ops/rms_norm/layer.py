@@ -1,218 +1,25 @@
-"""RMSNorm as a function with the signature of its definition, and as layers.
-
-    >>> from twinkle.ops.rms_norm.layer import layer_class
-    >>> layer_class(form, {"x": "hidden_states", "weight": "weight", "eps": "variance_epsilon"})
-
-A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of the class it replaces.
-"""
+"""The RMSNorm layers that the embedded kernels export."""
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
 from torch import nn
 
-from twinkle.ops.build import forward_class
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, like, route, through_definition
-from twinkle.ops.rms_norm import reference
+from twinkle.ops.backends import layer_for
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
-from twinkle.ops.variants import layer_for
+from twinkle.ops.rms_norm.triton_backend import rms_norm
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["GemmaRMSNorm", "RMSNorm", "covers", "fits", "layer_class", "result_dtype", "rms_norm"]
+__all__ = ["GemmaRMSNorm", "RMSNorm"]
 
-WIDEST = 65536
 _FORMS = {form.name: form for form in FORMS}
 _LLAMA, _GEMMA = _FORMS["llama"], _FORMS["gemma"]
-
-
-def covers(form: RMSNormForm) -> bool:
-    """Whether there is a kernel for a form (for an ``optional`` group size: as long as it is None)."""
-    return form.gate == "none" and form.groups != "always" and form.weight_place == "after"
-
-
-_COVERED = {name: covers(form) for name, form in _FORMS.items()}
-
-
-def rms_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    eps: float | None,
-    *,
-    form: RMSNormForm = _LLAMA,
-    gate: Tensor | None = None,
-    activation: Callable[[Tensor], Tensor] = F.silu,
-    group_size: int | None = None,
-    with_weight: bool = True,
-    normalized_shape: tuple[int, ...] = (),
-) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``form`` says; see ``reference.rms_norm``.
-
-    In half precision the result is that of the definition except where the order of the sum of squares
-    moves a value across a rounding boundary: at most one unit in the last place. Gradients are computed
-    in float32 and rounded once, so they are nearer to the exact ones than autograd's.
-
-    Args:
-        x: ``[..., hidden]``, up to 65536 wide for the kernel.
-        weight: ``[hidden]``, or None for a form without.
-        eps: Added to the mean of squares.
-        form: Where it rounds.
-        gate: ``[..., hidden]``, for a gated form (the definition runs).
-        activation: Of the gate.
-        group_size: For a grouped form (the definition runs).
-        with_weight: The flag of a form whose weight is optional.
-        normalized_shape: Of a ``fused`` form; the kernel needs the last dimension alone.
-
-    Returns:
-        ``[..., hidden]``.
-    """
-    way = route(x, weight) if eps is not None else DEFINITION
-    if way != DEFINITION and fits(x, weight, form, group_size, normalized_shape):
-        if form.weight == "none" or not with_weight:
-            weight = None
-        if way == STRAIGHT and not torch.is_grad_enabled():
-            return _op_forward(x, weight, eps, form.name)  # type: ignore[arg-type]
-        if way == STRAIGHT:
-            return _straight(x, weight, eps, form)
-        return _op(x, weight, eps, form.name)
-    return reference.rms_norm(
-        x,
-        weight,
-        eps,  # type: ignore[arg-type]  # None where torch's function takes it
-        form=form,
-        gate=gate,
-        activation=activation,
-        group_size=group_size,
-        with_weight=with_weight,
-        normalized_shape=normalized_shape,
-    )
-
-
-def fits(
-    x: Tensor,
-    weight: Tensor | None,
-    form: RMSNormForm,
-    group_size: int | None,
-    normalized_shape: tuple[int, ...],
-) -> bool:
-    """Whether the kernel takes these inputs."""
-    if not _COVERED.get(form.name, False) or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
-        return False
-    if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):
-        return False
-    if form.compute == "fused":
-        # Mixed dtypes: torch itself takes another way there, with other roundings.
-        return len(normalized_shape) == 1 and (weight is None or weight.dtype == x.dtype)
-    # Autocast computes powers and roots in float32; the other forms have cast by themselves before.
-    return form.compute != "input" or not torch.is_autocast_enabled(x.device.type)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
-        from twinkle.ops.rms_norm import triton as kernels
-
-        ctx.save_for_backward(x, weight)
-        ctx.eps, ctx.form = eps, form
-        return kernels.forward(x, weight, eps, form)[0]
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from twinkle.ops.rms_norm import triton as kernels
-
-        x, weight = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            definition = functools.partial(
-                reference.rms_norm,
-                eps=ctx.eps,
-                form=ctx.form,
-                normalized_shape=x.shape[-1:],
-                with_weight=weight is not None,
-            )
-            return (*through_definition(definition, (x, weight), (dy,)), None, None)
-        dx, _, dw = kernels.backward(dy, x, weight, ctx.eps, ctx.form, weight_grad=ctx.needs_input_grad[1])
-        return dx, dw, None, None
-
-
-_straight = apply_of(_RMSNorm)
-
-
-def _op_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    from twinkle.ops.rms_norm import triton as kernels
-
-    return kernels.forward(x, weight, eps, _FORMS[form])[0]
-
-
-def _op_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.rms_norm import triton as kernels
-
-    dx, _, dw = kernels.backward(dy, x, weight, eps, _FORMS[form], weight_grad=weight_grad)
-    return dx, dw if dw is not None else x.new_empty(0)
-
-
-def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    return like(x, result_dtype(x, weight, _FORMS[form]))[0]
-
-
-def result_dtype(x: Tensor, weight: Tensor | None, form: RMSNormForm) -> torch.dtype:
-    """The dtype of the result, without triton."""
-    if weight is None or form.cast == "after_weight" or form.compute == "fused" or form.weight == "none":
-        low = form.cast in ("before_weight", "after_weight") or form.compute in (
-            "statistics",
-            "input",
-            "fused",
-        )
-        return x.dtype if low else torch.float32
-    normal = (
-        x.dtype if form.compute in ("statistics", "input") or form.cast == "before_weight" else torch.float32
-    )
-    if form.cast == "half_weight" and weight.dtype in (torch.float16, torch.bfloat16):
-        normal = weight.dtype
-    return torch.promote_types(normal, weight.dtype if form.weight_cast == "none" else torch.float32)
-
-
-def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
-) -> tuple[Tensor, Tensor]:
-    wanted = weight is not None and weight_grad
-    return like(x)[0], torch.empty_like(weight) if wanted else x.new_empty(0)
-
-
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps, ctx.form = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _derivative(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight = ctx.saved_tensors
-    wanted = weight is not None and ctx.needs_input_grad[1]
-    dx, dw = _backward_op(dy, x, weight, ctx.eps, ctx.form, wanted)
-    return dx, dw if wanted else None, None, None
-
-
-_backward_op = define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, bool weight_grad)"
-    " -> (Tensor, Tensor)",
-    _op_backward,
-    _fake_backward,
-)
-_op = define(
-    "rms_norm(Tensor x, Tensor? weight, float eps, str form) -> Tensor",
-    _op_forward,
-    _fake_forward,
-    setup=_setup,
-    backward=_derivative,
-)
 
 
 class RMSNorm(nn.Module):
@@ -240,33 +47,3 @@ class GemmaRMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` to the same."""
         return rms_norm(x, self.weight, self.eps, form=_GEMMA)
-
-
-def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
-
-    Args:
-        form: Where it rounds.
-        facts: From the argument of the definition to the name of the attribute of the instance, or the
-            name of the argument of ``forward`` for ``x`` (and ``gate``), or the number itself.
-
-    Returns:
-        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
-    """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    known = ("x", "weight", "eps", "gate", "activation", "group_size", "with_weight", "normalized_shape")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("weight", None)
-    return forward_class(
-        f"RMSNorm_{form.name}",
-        rms_norm,
-        values,
-        inputs=("x", "gate"),
-        optional=("gate",),
-        constants={"form": form},
-        absent_ok=("weight",) if form.optional_weight else (),
-    )

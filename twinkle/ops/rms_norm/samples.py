@@ -51,14 +51,16 @@ class Norm(nn.Module):
         return reference.rms_norm(x, weight, 1e-6, form=self.form, normalized_shape=self.normalized_shape)
 
 
-def cases(form: RMSNormForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+def cases(
+    form: RMSNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+) -> Iterator[Case]:
     """Each shape, and a weight in float32 beside inputs in half precision."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
     if form.weight != "none":
         facts["weight"] = "weight"
     if form.compute == "fused":
         facts["normalized_shape"] = "normalized_shape"
-    kernel: Any = implementation("rms_norm", room).layer_class(form, facts).forward
+    kernel: Any = implementation("rms_norm", backend).layer_class(form, facts).forward
     generator = seeded(device)
     shapes = dict(SHAPES)
     if dtype != torch.float32 and form.weight != "none" and form.compute != "fused":

@@ -1,1 +1,28 @@
-"""The op `rotary`: its definition in plain torch, and its kernels."""
+"""Rotary position embedding: ``y = x · cos + rotate(x) · sin``.
+
+Formula: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; the variants differ
+in which channels make a pair, in the layout of the tables, and in where they round. Triton's kernel equals
+the definition bit for bit, gradients too.
+"""
+
+from twinkle.ops.catalog import Op
+
+OP = Op(
+    "rotary",
+    kind="function",
+    summary="`apply_rotary_pos_emb` and its relatives",
+    rank=4,
+    aliases=("rope",),
+    roles={
+        "q": "input",
+        "k": "input",
+        "v": "input",
+        "cos": "input",
+        "sin": "input",
+        "position_ids": "input",
+        "mrope_section": "input",
+        "unsqueeze_dim": "number",
+    },
+    functions={"ApplyRotaryPosEmb": "layer", "apply_rotary_pos_emb": "layer"},
+    backends=("triton_backend", "cpu_backend"),
+)

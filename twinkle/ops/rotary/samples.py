@@ -99,12 +99,14 @@ def _definition(form: RotaryForm) -> Callable[..., Any]:
     return made
 
 
-def cases(form: RotaryForm, dtype: torch.dtype, device: torch.device, room: str = "layer") -> Iterator[Case]:
+def cases(
+    form: RotaryForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+) -> Iterator[Case]:
     """Each shape, and tables in float32 beside inputs in half precision."""
     generator = seeded(device)
     original = _definition(form)
     facts = {role: role for role in _roles(form)}
-    kernel = implementation("rotary", room).function_for(form, facts, original)
+    kernel = implementation("rotary", backend).function_for(form, facts, original)
     shapes = dict(_SHAPES)
     if dtype != torch.float32:
         shapes["float32 tables"] = _SHAPES["plain"]

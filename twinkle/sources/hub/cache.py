@@ -23,7 +23,15 @@ from twinkle.sources.hub.request import Ref
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-__all__ = ["HubFile", "RepoCache", "cache_root", "files_of", "sha256_of"]
+__all__ = [
+    "HubFile",
+    "RepoCache",
+    "cache_root",
+    "files_of",
+    "is_bytecode",
+    "sha256_of",
+    "write_atomically",
+]
 
 _CHUNK = 1 << 20
 

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from twinkle._version import __version__
 from twinkle.errors import SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub.cache import HubFile, is_bytecode
 from twinkle.sources.hub.faults import Retry, Unreachable, explain, status_of
 from twinkle.sources.hub.request import Ref, is_commit
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-__all__ = ["HubClient", "forget"]
+__all__ = ["HubClient"]
 
 _WORKERS = 4
 
@@ -29,7 +30,13 @@ RETRY = Retry()
 # Seconds in which a Hub that did not answer is not asked again: with twenty kernels of a model bound to
 # twenty repositories, a network that is down must not be waited for twenty times.
 SILENCE = 30.0
-_silent: dict[str, tuple[float, str]] = {}
+
+
+class _Silent:
+    """The Hubs that did not answer, by endpoint: when that was, and what was found."""
+
+    def __init__(self) -> None:
+        self.since: dict[str, tuple[float, str]] = {}
 
 
 class HubClient:
@@ -177,7 +184,8 @@ class HubClient:
             hf_raise_for_status(response)
             return response.json(), response.links.get("next", {}).get("url")
 
-        since, reason = _silent.get(self.endpoint, (0.0, ""))
+        silent = runtime.of(_Silent).since
+        since, reason = silent.get(self.endpoint, (0.0, ""))
         if reason and time.monotonic() - since < SILENCE:
             raise Unreachable(f"the Hub did not answer a moment ago: {what}", where=self.where, found=reason)
         try:
@@ -185,13 +193,8 @@ class HubClient:
         except Exception as error:
             failure = explain(error, what, self.where)
             if isinstance(failure, Unreachable) and status_of(error) is None:
-                _silent[self.endpoint] = time.monotonic(), failure.found or failure.what
+                silent[self.endpoint] = time.monotonic(), failure.found or failure.what
             raise failure from error
-
-
-def forget() -> None:
-    """Ask again, even if the Hub did not answer a moment ago."""
-    _silent.clear()
 
 
 def _bar(total: int, description: str) -> Any:

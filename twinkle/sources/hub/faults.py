@@ -1,4 +1,4 @@
-"""What can go wrong between here and the Hub, told apart, retried and put in words."""
+"""Failures of the Hub, the network and the cache: told apart, retried and explained."""
 
 from __future__ import annotations
 
@@ -149,63 +149,57 @@ def explain(error: BaseException, what: str, where: str | None) -> SourceError:
         what: What was being done: ``downloading acme/kernel at 1a2b3c4``.
         where: Where the registration stands.
     """
-    code = _os_errno(error)
-    if code in _DISK_FULL:
-        return SourceError(
-            f"the disk is full: {what}",
-            where=where,
-            found=_line(error),
-            fix="free space, or point HF_HUB_CACHE or KERNELS_CACHE at a larger disk; then load again",
-        )
-    status = status_of(error)
-    if status is not None:
+    code, status = _os_errno(error), status_of(error)
+    if code not in _DISK_FULL and status is not None:
         words, fix = _STATUS.get(
             status, (f"the Hub answers {status}", "try again later; the cache is used when filled")
         )
         kind = Unreachable if status in (408, 429) or status >= 500 else SourceError
         return kind(f"{words}: {what}", where=where, found=f"HTTP {status}, {_line(error)}", fix=fix)
+    kind, words, found, fix = _without_an_answer(error, code)
+    return kind(f"{words}: {what}", where=where, found=found or _line(error), fix=fix)
+
+
+def _without_an_answer(
+    error: BaseException, code: int | None
+) -> tuple[type[SourceError], str, str | None, str]:
+    """The class, the words, what was found and the fix for an error that is no answer of the Hub."""
     names = _class_names(error)
+    if code in _DISK_FULL:
+        fix = "free space, or point HF_HUB_CACHE or KERNELS_CACHE at a larger disk; then load again"
+        return SourceError, "the disk is full", None, fix
     if "OfflineModeIsEnabled" in names:
-        return Unreachable(
-            f"offline: {what}",
-            where=where,
-            found="HF_HUB_OFFLINE is set and the cache has not all of it",
-            fix="unset HF_HUB_OFFLINE once, or run `twinkle download` where there is a network",
-        )
-    if names & _TIMEOUTS:
-        return Unreachable(
-            f"the Hub is too slow: {what}",
-            where=where,
-            found=_line(error),
-            fix="raise HF_HUB_DOWNLOAD_TIMEOUT (seconds), or fill the cache with `twinkle download`",
-        )
-    if names & _NETWORK:
-        return Unreachable(
-            f"the Hub cannot be reached: {what}",
-            where=where,
-            found=_line(error),
-            fix="check the network and HF_ENDPOINT, or fill the cache with `twinkle download` elsewhere",
-        )
-    if "JSONDecodeError" in names:
-        return Unreachable(
-            f"something answers in the Hub's place: {what}",
-            where=where,
-            found=_line(error),
-            fix="check HF_ENDPOINT, proxies, and whether this network wants a login in a browser",
-        )
+        found = "HF_HUB_OFFLINE is set and the cache has not all of it"
+        fix = "unset HF_HUB_OFFLINE once, or run `twinkle download` where there is a network"
+        return Unreachable, "offline", found, fix
+    for known, words, fix in _NO_ANSWER:
+        if names & known:
+            return Unreachable, words, None, fix
     if code in _UNWRITABLE:
-        return SourceError(
-            f"the cache cannot be written: {what}",
-            where=where,
-            found=_line(error),
-            fix="make it writable, point HF_HUB_CACHE or KERNELS_CACHE elsewhere, or fill it beforehand",
-        )
-    return SourceError(
-        f"failed: {what}",
-        where=where,
-        found=_line(error),
-        fix="try again; if it stays so, pin another version, or use `func_impl`, `layer_impl` or `repo_path`",
-    )
+        fix = "make it writable, point HF_HUB_CACHE or KERNELS_CACHE elsewhere, or fill it beforehand"
+        return SourceError, "the cache cannot be written", None, fix
+    fix = "try again; if it stays so, pin another version, or use `func_impl`, `layer_impl` or `repo_path`"
+    return SourceError, "failed", None, fix
+
+
+# By the names of classes of the clients: what each says, and what to do. The first that fits counts.
+_NO_ANSWER = (
+    (
+        _TIMEOUTS,
+        "the Hub is too slow",
+        "raise HF_HUB_DOWNLOAD_TIMEOUT (seconds), or fill the cache with `twinkle download`",
+    ),
+    (
+        _NETWORK,
+        "the Hub cannot be reached",
+        "check the network and HF_ENDPOINT, or fill the cache with `twinkle download` elsewhere",
+    ),
+    (
+        frozenset(("JSONDecodeError",)),
+        "something answers in the Hub's place",
+        "check HF_ENDPOINT, proxies, and whether this network wants a login in a browser",
+    ),
+)
 
 
 def _line(error: BaseException) -> str:

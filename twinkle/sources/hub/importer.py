@@ -6,25 +6,28 @@ import contextlib
 import hashlib
 import importlib
 import importlib.util
-import os
 import sys
-import threading
 from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub.kernels_package import read_metadata
+from twinkle.sources.locks import NamedLocks
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from types import ModuleType
 
-__all__ = ["forget", "import_variant"]
+__all__ = ["import_variant"]
 
-_guard = threading.Lock()
-_locks: dict[str, threading.RLock] = {}
-_modules: dict[str, ModuleType] = {}
+
+class _Imported:
+    """The modules of the variants imported in this process, by directory."""
+
+    def __init__(self) -> None:
+        self.modules: dict[str, ModuleType] = {}
 
 
 class _SourceOnly(SourceFileLoader):
@@ -62,19 +65,13 @@ def import_variant(
         SourceError: It raises on import.
     """
     key = str(variant_dir)
-    with _guard:
-        lock = _locks.setdefault(key, threading.RLock())
-    with lock:
-        module = _modules.get(key) or _loaded_by_kernels(variant_dir)
+    modules = runtime.of(_Imported).modules
+    with runtime.of(NamedLocks).of(f"variant {key}"):
+        module = modules.get(key) or _loaded_by_kernels(variant_dir)
         if module is None:
             module = _execute(variant_dir, dependencies, what, where)
-        _modules[key] = module
+        modules[key] = module
         return module
-
-
-def forget() -> None:
-    """Forget what was imported; the modules themselves stay where they are."""
-    _modules.clear()
 
 
 def _execute(
@@ -196,14 +193,3 @@ def _dependencies(dependencies: Mapping[str, ModuleType]) -> contextlib.Abstract
         return contextlib.nullcontext()
     manager: contextlib.AbstractContextManager[Any] = use(dict(dependencies))
     return manager
-
-
-def _in_child() -> None:
-    # Whoever held these in the parent is not here.
-    global _guard
-    _guard = threading.Lock()
-    _locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)

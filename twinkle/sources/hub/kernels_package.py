@@ -7,7 +7,6 @@ metadata id apart, and checks trust and digests before any code of a kernel runs
 
 from __future__ import annotations
 
-import functools
 import importlib
 import json
 import os
@@ -15,13 +14,14 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
     from types import ModuleType
 
-__all__ = ["SUPPORTED", "KernelsPackage", "kernels_package"]
+__all__ = ["SUPPORTED", "KernelsPackage", "kernels_package", "read_metadata"]
 
 SUPPORTED = "0.12 to 0.17"
 _INSTALL = "pip install 'twinkle-kernel[hub]'"
@@ -185,7 +185,13 @@ def _version() -> str:
         return "of an unknown version"
 
 
-@functools.lru_cache(maxsize=1)
+class _Installed:
+    """The ``kernels`` package as it was found; it is looked for again until it is there."""
+
+    def __init__(self) -> None:
+        self.package: KernelsPackage | None = None
+
+
 def _load() -> KernelsPackage:
     try:
         module = importlib.import_module("kernels")
@@ -216,8 +222,11 @@ def kernels_package(where: str | None = None) -> KernelsPackage:
     Raises:
         MissingDependencyError: Not installed, cannot be imported, or its version does not fit.
     """
+    installed = runtime.of(_Installed)
     try:
-        return _load()
+        if installed.package is None:
+            installed.package = _load()
+        return installed.package
     except MissingDependencyError as error:
         error.where = where
         raise

@@ -2,33 +2,41 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import TYPE_CHECKING
 
 from twinkle.errors import SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub.importer import import_variant
 from twinkle.sources.hub.kernels_package import kernels_package
 from twinkle.sources.hub.request import HubRequest
 from twinkle.sources.hub.resolve import Resolved, resolve
+from twinkle.sources.locks import NamedLocks
 
 if TYPE_CHECKING:
+    import threading
     from types import ModuleType
 
     from twinkle.sources.hub.lockfile import Lock
     from twinkle.sources.hub.trust import Trust
 
-__all__ = ["forget", "load_kernel", "resolve_tree"]
-
-_guard = threading.Lock()
-_repo_locks: dict[str, threading.RLock] = {}
-# By what was asked, and by what was allowed: a request that names no trust is not served by one that does.
-_loaded: dict[tuple[object, ...], tuple[Resolved, ModuleType]] = {}
+__all__ = ["load_kernel", "repository_lock", "resolve_tree"]
 
 
-def forget() -> None:
-    """Resolve every request anew."""
-    _loaded.clear()
+class _Loaded:
+    """The kernels that were resolved and imported in this process.
+
+    Attributes:
+        by_request: By what was asked and what was allowed: a request that names no trust is not
+            served by one that does.
+    """
+
+    def __init__(self) -> None:
+        self.by_request: dict[tuple[object, ...], tuple[Resolved, ModuleType]] = {}
+
+
+def repository_lock(repo_id: str) -> threading.RLock:
+    """The lock that a thread holds while it loads a kernel of a repository."""
+    return runtime.of(NamedLocks).of(f"repository {repo_id}")
 
 
 def resolve_tree(
@@ -63,11 +71,10 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
     Raises:
         SourceError: It is not to be had, not trusted, not what was locked, or does not import.
     """
-    with _guard:
-        repo_lock = _repo_locks.setdefault(request.repo_id, threading.RLock())
+    loaded = runtime.of(_Loaded).by_request
     key = (request.repo_id, request.key, trust.everything, trust.repos, lock.path if lock else None)
-    with repo_lock:
-        if key not in _loaded:
+    with repository_lock(request.repo_id):
+        if key not in loaded:
             modules: dict[str, ModuleType] = {}
             for needed, resolved in resolve_tree(request, trust, lock):
                 modules[needed.repo_id] = import_variant(
@@ -76,16 +83,5 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
                     what=f"{needed} ({resolved.variant_dir.name})",
                     where=needed.where,
                 )
-            _loaded[key] = resolved, modules[request.repo_id]
-        return _loaded[key]
-
-
-def _in_child() -> None:
-    # Whoever held these in the parent is not here.
-    global _guard
-    _guard = threading.Lock()
-    _repo_locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_in_child)
+            loaded[key] = resolved, modules[request.repo_id]
+        return loaded[key]

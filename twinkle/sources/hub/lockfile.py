@@ -25,7 +25,9 @@ import contextlib
 import json
 import os
 
+from twinkle._environment import check_path
 from twinkle.errors import SourceError
+from twinkle.runtime import runtime
 from twinkle.sources.hub.request import is_commit
 
 TYPE_CHECKING = False
@@ -34,13 +36,18 @@ if TYPE_CHECKING:
 
     from twinkle.sources.hub.request import HubRequest
 
-__all__ = ["LOCK_NAME", "Lock", "LockedKernel", "beside", "in_force", "use"]
+__all__ = ["LOCK_NAME", "Lock", "LockedKernel", "beside", "in_force", "named_lock", "use"]
 
 LOCK_NAME = "twinkle.lock"
 _HEX = frozenset("0123456789abcdef")
 
-_given: str | None = None
-_read: dict[tuple[str, int, int], Lock] = {}
+
+class _InForce:
+    """The lock given for the whole process, and the locks that were read, by path, time and size."""
+
+    def __init__(self) -> None:
+        self.given: str | None = None
+        self.read: dict[tuple[str, int, int], Lock] = {}
 
 
 class LockedKernel:
@@ -72,7 +79,7 @@ class LockedKernel:
 
     @property
     def key(self) -> tuple[str, str]:
-        """What finds the entry."""
+        """The repository and what was asked for: the key of the entry in a lock."""
         return self.repo_id, self.requested
 
     def document(self) -> dict[str, object]:
@@ -188,24 +195,42 @@ def beside(directory: str | None) -> str | None:
 
 @contextlib.contextmanager
 def use(path: str | None) -> Iterator[None]:
-    """Put a lock in force for every Hub kernel of the process, whatever lies beside its configuration."""
-    global _given
-    before, _given = _given, path
+    """Use one lock for every Hub kernel of the process, whatever lies beside its configuration."""
+    state = runtime.of(_InForce)
+    before, state.given = state.given, path
     try:
         yield
     finally:
-        _given = before
+        state.given = before
+
+
+def named_lock(typed: str | None = None) -> str | None:
+    """The lock to use in place of those beside the configurations: ``--lock``, else ``TWINKLE_LOCK``.
+
+    Args:
+        typed: The value of the option, if it was given.
+
+    Raises:
+        ConfigError: It looks like a switch, not like a path.
+    """
+    path = typed or os.environ.get("TWINKLE_LOCK")
+    if path:
+        where = None if typed else "environment variable TWINKLE_LOCK"
+        check_path("--lock" if typed else "TWINKLE_LOCK", path, "the path of a twinkle.lock", where=where)
+    return path or None
 
 
 def in_force(directory: str | None) -> Lock | None:
-    """The lock that holds for a registration of a file in ``directory``.
+    """The lock for the registrations of a file in ``directory``.
 
     The one given to :func:`use` goes first, then ``TWINKLE_LOCK``, then the one in the directory.
 
     Raises:
+        ConfigError: ``TWINKLE_LOCK`` is no path.
         SourceError: It cannot be read.
     """
-    path = _given or os.environ.get("TWINKLE_LOCK") or beside(directory)
+    state = runtime.of(_InForce)
+    path = state.given or named_lock() or beside(directory)
     if path is None:
         return None
     from twinkle.sources.permissions import writable_by_others
@@ -222,6 +247,6 @@ def in_force(directory: str | None) -> Lock | None:
             "a lock that others can write is not used", where=path, found=reason, fix=f"chmod go-w {path}"
         )
     key = (os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
-    if key not in _read:
-        _read[key] = Lock.read(path)
-    return _read[key]
+    if key not in state.read:
+        state.read[key] = Lock.read(path)
+    return state.read[key]

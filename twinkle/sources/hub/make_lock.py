@@ -24,7 +24,7 @@ __all__ = ["by_lock", "fetch_locked", "make_lock"]
 
 
 def by_lock(sources: Iterable[HubSource], given: str | None) -> dict[str, list[HubSource]]:
-    """The sources by the lock that holds for them: ``given``, or the one beside their configuration."""
+    """The sources by the path of their lock: ``given``, or the one beside their configuration."""
     grouped: dict[str, list[HubSource]] = {}
     for source in sources:
         path = given or os.path.join(source.base_dir or os.curdir, LOCK_NAME)
@@ -137,7 +137,7 @@ def _digests(
 
 
 def fetch_locked(locked: LockedKernel, where: str | None) -> int:
-    """Have every locked variant of a kernel in the cache, with the right digests.
+    """Bring every locked variant of a kernel into the cache, with the right digests.
 
     Returns:
         How many variants were fetched now.

@@ -1,4 +1,4 @@
-"""What a registration asks the Hub for: a repository, and a version, a revision or the newest.
+"""A request to the Hub: a repository, and a version, a revision or the newest.
 
 Standard library only, without ``re``: this module is imported at interpreter start when a
 configuration names a repository.
@@ -215,7 +215,7 @@ def _is_number(text: str) -> bool:
 
 
 def is_commit(text: object) -> bool:
-    """Whether it is the 40 hexadecimal digits of a commit, which may become part of a path."""
+    """Whether a value is the 40 hexadecimal digits of a commit, which may become part of a path."""
     return isinstance(text, str) and len(text) == 40 and _HEX.issuperset(text)
 
 

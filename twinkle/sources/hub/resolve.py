@@ -1,4 +1,4 @@
-"""From a request to a directory on disk with the verified variant for this machine."""
+"""Resolving a request to a directory on disk with the verified variant for this machine."""
 
 from __future__ import annotations
 
@@ -299,14 +299,14 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
 
 
 def locked_problems(variant_dir: Path, files: list[HubFile]) -> list[str]:
-    """In what a variant on disk differs from a lock: files changed, missing or added."""
+    """The differences of a variant on disk from a lock: files changed, missing or added."""
     problems = [problem for file in files if (problem := file.problem(variant_dir))]
     known = {file.path for file in files}
     return problems + [f"{path}: not in the lock" for path in files_of(variant_dir) if path not in known]
 
 
 def problems_of(variant_dir: Path, files: list[HubFile] | None) -> list[str]:
-    """In what a variant on disk differs from its listing; without a listing, that it is empty."""
+    """The differences of a variant on disk from its listing; without a listing, that it is empty."""
     if files is not None:
         return [problem for file in files if (problem := file.problem(variant_dir))]
     if not files_of(variant_dir):
@@ -322,7 +322,7 @@ def fetch(
     listing: Mapping[str, list[HubFile]],
     client: HubClient,
 ) -> str | None:
-    """Have all files of a variant in the cache, each as the Hub listed it, fetched by one process at a time.
+    """Bring all files of a variant into the cache, each as the Hub listed it; one process at a time.
 
     Returns:
         What was found of its signature, when it was fetched just now.

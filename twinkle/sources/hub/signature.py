@@ -18,7 +18,7 @@ _BUNDLE = "metadata.json.sigstore"
 
 
 def signature_note(variant_dir: Path, request: HubRequest) -> str | None:
-    """What is to be said of the signature; ``None`` for a kernel that is not signed.
+    """Verify the signature of a variant: a note for the report, or ``None`` where it is not signed.
 
     A signature by someone whom ``kernels`` does not know is worth a remark: its list has one publisher.
     A signature that is not valid, or files that are not the signed ones, are refused.

@@ -51,20 +51,22 @@ class HubSource:
     ) -> None:
         self.request = HubRequest(repo_id, revision=revision, version=version, where=where)
         self.attr = attr
-        self.implements = kind
+        self.of = kind
         self.trust = Trust.parse(trust_remote_code, where=where)
         # Entries of a variable have the working directory as base: no lock is looked for there.
         self.base_dir = None if where is not None and where.startswith("TWINKLE_") else base_dir
         self.resolved: Resolved | None = None
-        self._loaded: object = None
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What loading found worth saying: the version that was chosen, why it is trusted."""
+        """The notes of loading: the version that was chosen, why it is trusted."""
         return tuple(self.resolved.notes) if self.resolved is not None else ()
 
     def describe(self) -> str:
-        """``Hub publisher/name version 1 (v1 at 1a2b3c4d5e6f, torch-cpu): RMSNorm``."""
+        """The repository, what it was resolved to and the name in it.
+
+        ``Hub publisher/name version 1 (v1 at 1a2b3c4d5e6f, torch-cpu): RMSNorm``
+        """
         text = f"Hub {self.request}"
         resolved = self.resolved
         if resolved is not None:
@@ -79,12 +81,11 @@ class HubSource:
         Raises:
             SourceError: It is not to be had, not trusted, not what was locked, or does not import.
         """
-        found = self._loaded
-        if found is None:
-            # No lock of its own, which a fork in another thread would leave locked: the first one counts.
-            found = self.__dict__.setdefault("_found", self._attribute(self._module()))
-            self._loaded = found
-        return found
+        loaded = self.__dict__.get("_loaded")
+        if loaded is None:
+            # Without a lock, which a fork in another thread would leave locked: the first one counts.
+            loaded = self.__dict__.setdefault("_loaded", self._attribute(self._module()))
+        return loaded
 
     def _module(self) -> ModuleType:
         from twinkle.sources.hub.load import load_kernel
@@ -98,7 +99,7 @@ class HubSource:
         from twinkle.sources import adapters, lookup
 
         where = self.request.where
-        homes = lookup.HOMES[self.implements]
+        homes = lookup.HOMES[self.of]
         try:
             found = lookup.find(module, self.attr, homes=homes)
         except Exception as error:
@@ -110,6 +111,6 @@ class HubSource:
             ) from error
         if found is lookup.MISSING:
             raise lookup.not_found(
-                module, self.attr, kind=self.implements, homes=homes, described=str(self.request), where=where
+                module, self.attr, kind=self.of, homes=homes, described=str(self.request), where=where
             )
-        return adapters.finish(found, kind=self.implements, described=str(self.request), where=where)
+        return adapters.finish(found, kind=self.of, described=str(self.request), where=where)

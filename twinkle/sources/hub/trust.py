@@ -1,10 +1,11 @@
-"""Whose code may run: decided before a kernel is downloaded and before it is imported, offline as well."""
+"""The trust decision: whose code may run. It is made before a download and before an import."""
 
 from __future__ import annotations
 
 import time
 
 from twinkle.errors import ConfigError, SourceError
+from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,12 +15,20 @@ if TYPE_CHECKING:
     from twinkle.sources.hub.client import HubClient
     from twinkle.sources.hub.request import HubRequest
 
-__all__ = ["Trust", "decide", "forget"]
+__all__ = ["Trust", "decide"]
 
 _EXPECTED = 'true, false, or a list of repositories such as ["publisher/name"]'
 
-# What the Hub said of a publisher in this process, by endpoint: one question each is enough.
-_asked: dict[tuple[str, str], bool] = {}
+
+class _Publishers:
+    """The publishers that the Hub was asked about in this process: one question each is enough.
+
+    Attributes:
+        trusted: By endpoint and publisher.
+    """
+
+    def __init__(self) -> None:
+        self.trusted: dict[tuple[str, str], bool] = {}
 
 
 class Trust:
@@ -68,7 +77,7 @@ class Trust:
 
 
 def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: HubClient | None) -> str:
-    """Why the repository may be loaded: ``trust_remote_code`` or what the Hub says of its publisher.
+    """Decide whether a repository may be loaded, and say why it may.
 
     Online the Hub is asked, and its answer kept beside the repository in the cache. Offline, and
     when the Hub does not answer, that answer counts; without one the kernel is refused.
@@ -112,16 +121,12 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
     raise _refused(request, found)
 
 
-def forget() -> None:
-    """Ask the Hub anew about every publisher."""
-    _asked.clear()
-
-
 def _ask(client: HubClient, publisher: str) -> bool:
+    known = runtime.of(_Publishers).trusted
     key = (client.endpoint, publisher)
-    if key not in _asked:
-        _asked[key] = client.trusts(publisher)
-    return _asked[key]
+    if key not in known:
+        known[key] = client.trusts(publisher)
+    return known[key]
 
 
 def _recorded(record: Mapping[str, object], endpoint: str, publisher: str) -> tuple[bool, str] | None:

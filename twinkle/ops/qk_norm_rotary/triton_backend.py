@@ -1,4 +1,4 @@
-"""Norms of queries and keys and their rotation as one function with the signature of its definition."""
+"""Norms of queries and keys and their rotation by Triton, with the signature of their definition."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import DEFINITION, STRAIGHT, apply_of, define, route, rows_of, through_definition
+from twinkle.ops.launch import (
+    EAGER,
+    REFERENCE,
+    define_op,
+    dispatch_path,
+    lazy_module,
+    rows_of,
+    through_definition,
+    tl_dtype,
+)
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
 from twinkle.ops.rms_norm import reference as norms
-from twinkle.ops.rms_norm.layer import covers as covers_norm
-from twinkle.ops.rms_norm.layer import result_dtype
+from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rotary import reference as rotations
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["covers", "qk_norm_rotary"]
+__all__ = ["qk_norm_rotary", "supports"]
 
+_kernels = lazy_module("twinkle.ops.qk_norm_rotary.triton")
+_norm_kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _NORMS = {form.name: form for form in norms.FORMS}
 _ROTATIONS = {form.name: form for form in rotations.FORMS}
 _LLAMA = QKNormRotaryForm("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
@@ -29,13 +40,19 @@ MOST = 16384
 """Elements of one token's heads that a program holds."""
 
 
+def supports(
+    form: QKNormRotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form, or None: half-split pairs of all channels."""
+    return None if _is_supported(form) else f"there is no kernel for {form.name}"
+
+
 @functools.cache
-def covers(form: QKNormRotaryForm) -> bool:
-    """Whether there is a kernel for a form: half-split pairs of all channels."""
+def _is_supported(form: QKNormRotaryForm) -> bool:
     rotation = form.rotary
     return (
         form.norm.name in _NORMS
-        and covers_norm(form.norm)
+        and triton_backend.supports(form.norm) is None
         and form.norm.compute not in ("input", "fused")
         and rotation.name in _ROTATIONS
         and rotation.pairs == "half"
@@ -82,13 +99,13 @@ def qk_norm_rotary(
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
         come before heads, as after the definition's transpose.
     """
-    way = route(q, k, q_weight, k_weight, cos, sin) if covers(form) else DEFINITION
-    if way != DEFINITION and _fits(q, k, q_weight, k_weight, cos, sin, head_dim, form):
+    path = dispatch_path(q, k, q_weight, k_weight, cos, sin) if _is_supported(form) else REFERENCE
+    if path is not REFERENCE and _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, form):
         if form.norm.weight == "none":
             q_weight = k_weight = None
         names = (form.norm.name, form.rotary.name, form.over == "all")
-        function = _straight if way == STRAIGHT else _op
-        if way == STRAIGHT and not torch.is_grad_enabled():
+        function = _eager if path is EAGER else _op
+        if path is EAGER and not torch.is_grad_enabled():
             function = _forward
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
@@ -96,7 +113,7 @@ def qk_norm_rotary(
     )
 
 
-def _fits(
+def _accepts(
     q: Tensor,
     k: Tensor,
     q_weight: Tensor | None,
@@ -130,7 +147,7 @@ def _dtypes(
     q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str
 ) -> tuple[torch.dtype, ...]:
     """Of the norm's result, of the products of the rotation, of the result."""
-    between = result_dtype(q, weight, _NORMS[norm])
+    between = triton_backend.result_dtype(q, weight, _NORMS[norm])
     form = _ROTATIONS[rotation]
     compute = torch.promote_types(between, cos.dtype) if form.compute == "input" else torch.float32
     return between, compute, between if form.cast != "none" else compute
@@ -164,14 +181,10 @@ def _forward(
     rotation: str,
     over_all: bool,
 ) -> tuple[Tensor, Tensor]:
-    from twinkle.ops.launch import tl_dtype
-    from twinkle.ops.qk_norm_rotary import triton as kernels
-    from twinkle.ops.rms_norm.triton import roundings
-
     between, compute, out = _dtypes(q, qw, cos, norm, rotation)
     q_out, k_out = _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
     form = _NORMS[norm]
-    normal, scale, product, _ = roundings(form, q.dtype, None if qw is None else qw.dtype)
+    normal, scale, product, _ = _norm_kernels().roundings(form, q.dtype, None if qw is None else qw.dtype)
     constants = {
         "ONE_PLUS": form.weight == "one_plus",
         "COMPUTE": form.compute,
@@ -181,7 +194,7 @@ def _forward(
         "S": tl_dtype(scale),
         "P": tl_dtype(product),
     }
-    kernels.forward(
+    _kernels().forward(
         rows_of(q),
         rows_of(k),
         qw,
@@ -216,13 +229,10 @@ def _backward(
     rotation: str,
     over_all: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from twinkle.ops.qk_norm_rotary import triton as kernels
-    from twinkle.ops.rms_norm.triton import roundings
-
+) -> tuple[Tensor | None, ...]:
     dq, dk = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     dq_out, dk_out = (x if x.stride(-1) == 1 else x.contiguous() for x in (dq_out, dk_out))
-    dqw, dkw = kernels.backward(
+    dqw, dkw = _kernels().backward(
         dq_out,
         dk_out,
         rows_of(q),
@@ -236,21 +246,20 @@ def _backward(
         rows_of(dk),
         over_all=over_all,
         one_plus=_NORMS[norm].weight == "one_plus",
-        scale=roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1],
+        scale=_norm_kernels().roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1],
         one=_ROTATIONS[rotation].tables == "half",
         weight_grad=weight_grad,
     )
-    none = q.new_empty(0)
-    return dq, dk, none if dqw is None else dqw, q.new_empty(0) if dkw is None else dkw
+    return dq, dk, dqw, dkw
 
 
-def _backward_apart(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _backward_apart(*inputs: Any) -> tuple[Tensor | None, ...]:
     """The same with the gradients of the weights in memory of their own: results of an op share none."""
     dq, dk, dqw, dkw = _backward(*inputs)
-    return dq, dk, dqw, dkw.clone()
+    return dq, dk, dqw, None if dkw is None else dkw.clone()
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...]) -> None:
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
     q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
     ctx.save_for_backward(q, k, qw, kw, cos, sin)
     ctx.eps, ctx.rest = (q_eps, k_eps), rest
@@ -265,30 +274,16 @@ def _gradients(ctx: Any, function: Any, dq_out: Tensor, dk_out: Tensor) -> tuple
     return (dq, dk, dqw, dkw, *(None,) * 8)
 
 
-class _QKNormRotary(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _keep(ctx, inputs)
-        return _forward(*inputs)
+def _again(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+    *inputs, cos, sin = ctx.saved_tensors
+    q_eps, k_eps = ctx.eps
+    head_dim, norm, rotation, over_all = ctx.rest
+    form = QKNormRotaryForm("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
 
-    @staticmethod
-    def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            *inputs, cos, sin = ctx.saved_tensors
-            head_dim, norm, rotation, over_all = ctx.rest
-            form = QKNormRotaryForm("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
-            through = through_definition(
-                lambda q, k, qw, kw: reference.qk_norm_rotary(
-                    q, k, qw, kw, ctx.eps[0], ctx.eps[1], cos, sin, head_dim=head_dim, form=form
-                ),
-                tuple(inputs),
-                (dq_out, dk_out),
-            )
-            return (*through, *(None,) * 8)
-        return _gradients(ctx, _backward, dq_out, dk_out)
+    def definition(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.qk_norm_rotary(q, k, qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form)
 
-
-_straight = apply_of(_QKNormRotary)
+    return (*through_definition(definition, tuple(inputs), (dq_out, dk_out)), *(None,) * 8)
 
 
 def _fake_forward(
@@ -325,24 +320,25 @@ def _fake_backward(
     rotation: str,
     over_all: bool,
     weight_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, ...]:
     wanted = weight_grad and qw is not None and kw is not None
-    dqw = torch.empty_like(qw) if wanted else q.new_empty(0)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dqw, torch.empty_like(kw) if wanted else q.new_empty(0)
+    dqw, dkw = (torch.empty_like(w) if wanted and w is not None else None for w in (qw, kw))
+    return q.new_empty(q.shape), k.new_empty(k.shape), dqw, dkw
 
 
-_backward_op = define(
-    "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, Tensor? kw, "
-    "float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, bool over_all, "
-    "bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    _backward_apart,
-    _fake_backward,
-)
-_op = define(
+_eager, _op = define_op(
+    "_QKNormRotary",
     "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, "
     "Tensor sin, int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    setup=lambda ctx, inputs, output: _keep(ctx, inputs),
-    backward=lambda ctx, dq_out, dk_out: _gradients(ctx, _backward_op, dq_out, dk_out),
+    backward_schema="qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
+    "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
+    "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    op_backward=_backward_apart,
+    keep=_keep,
+    gradients=_gradients,
+    again=_again,
 )

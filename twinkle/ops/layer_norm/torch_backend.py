@@ -5,13 +5,13 @@ Layers that call it already are left alone there, and so is ``nn.LayerNorm``.
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.build import forward_class
+from twinkle.ops import machine
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.layer_norm.reference import LayerNormForm
 from twinkle.ops.plain import pays
@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["covers", "layer_class", "layer_norm"]
+__all__ = ["layer_class", "layer_norm", "supports"]
 
 _LEAST = 1 << 15
 """Elements from which torch's elementwise ops use several threads."""
 
 
-def covers(form: LayerNormForm) -> bool:
-    """Whether torch's kernel stands for a form: one written out in float32 and rounded at its end."""
-    return form.written == "out" and form.compute == "float32" and form.cast == "after_weight"
+def supports(
+    form: LayerNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why torch's kernel is not for a form, or None: one written out in float32 and rounded at its end."""
+    if form.written == "out" and form.compute == "float32" and form.cast == "after_weight":
+        return None
+    return f"torch's own kernel is what it calls, or rounds elsewhere ({form.name})"
 
 
 def layer_norm(
@@ -44,7 +48,7 @@ def layer_norm(
             as do other dtypes than that of ``x``, and everything under autocast.
         bias: As ``weight``.
         eps: Added to the variance.
-        form: One that :func:`covers` says yes to.
+        form: One that :func:`supports` has nothing against.
 
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
@@ -70,29 +74,24 @@ def _waits(x: Tensor) -> bool:
         x.is_cpu
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and torch.get_num_threads() > 1
+        and not machine.one_thread()
         and not pays(x, _LEAST)
     )
 
 
+@once_for("x", "weight", "bias", "eps")
 def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: One that :func:`covers` says yes to.
+        form: One that :func:`supports` has nothing against.
         facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
             ``forward``, or the number itself.
 
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: LayerNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    values = {name: value for name, value in facts if name in ("x", "weight", "bias", "eps")}
-    values = {"weight": None, "bias": None, **values}
+    values = {"weight": None, "bias": None, **facts}
     return forward_class(
         f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
     )

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from trial import Outcome
 
 from twinkle.match.symbolic import source
-from twinkle.match.trial import Outcome
 from twinkle.ops.causal_lm_loss.reference import causal_lm_loss
 
 if TYPE_CHECKING:

@@ -49,7 +49,7 @@ def trial(
 
     Args:
         obj: The class or function that was recognised.
-        recognition: Its recognition, as one of the ops of ``templates.OPS``.
+        recognition: Its recognition, as one of the ops of ``template_ops()``.
         dtype: Of the inputs and parameters.
         mixed: What may be of another dtype in a program is: parameters of norms, tables of rotary
             embeddings and weights of experts stay in float32.
@@ -59,13 +59,15 @@ def trial(
     """
     facts = dict(recognition.facts)
     requires = facts.pop("requires", ())
-    setup = _SETUPS[str(recognition.op)]
+    setup = _SETUPS.get(str(recognition.op))
+    if setup is None:
+        return Outcome(False, f"nobody wrote down the inputs of a trial of {recognition.op}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         values, reference = setup(recognition.form, dtype, torch.float32 if mixed else dtype)
         values = {role: value for role, value in values.items() if role in facts}
         own: Any = obj.forward if isinstance(obj, type) else obj  # type: ignore[attr-defined]
-        function, _ = source.unwrap(source.function_of(own))
+        function, _ = source.unwrap(source.function_of_callable(own))
         arguments = {
             facts[role]: value for role, value in values.items() if not _is_attribute(recognition, role)
         }

@@ -18,16 +18,13 @@ if TYPE_CHECKING:
 
     from twinkle.ops.experts.reference import ExpertsForm
 
-__all__ = ["covers", "declines", "layer_class"]
+__all__ = ["layer_class", "supports"]
 
 
-def covers(form: ExpertsForm) -> bool:
-    """As on a GPU."""
-    return layer.covers(form)
-
-
-def declines(facts: Mapping[str, Any]) -> str | None:
-    """Why an instance is left alone, or None: see ``layer.declines``."""
-    if facts.get("implementation") == "grouped_mm":
+def supports(
+    form: ExpertsForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why a form or an instance is left alone, or None: as on a GPU, but for transformers' ``grouped_mm``."""
+    if facts is not None and facts.get("implementation") == "grouped_mm":
         return "its own grouped_mm spends its time in the same products on the CPU"
-    return layer.declines(facts)
+    return layer.supports(form, device, facts)

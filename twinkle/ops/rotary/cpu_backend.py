@@ -10,18 +10,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.plain import pays, straight
+from twinkle.ops.plain import pays, runs_eagerly
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.layer import _again, _compute, _empty, _out_dtype, _plan, maker_of
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
+from twinkle.ops.rotary.triton_backend import (
+    _compute,
+    _empty,
+    _out_dtype,
+    _plan,
+    gradients_with_graph,
+    maker_of,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["covers", "function_for", "rotary"]
+__all__ = ["function_for", "rotary", "supports"]
 
 _LEAST, _NEVER = 1 << 16, 1 << 62
 """Elements of the query below which the definition is as fast; in half precision and without gradients it
@@ -30,14 +37,18 @@ _FORMS = {form.name: form for form in FORMS}
 _HALF = _FORMS["half"]
 
 
-def covers(form: RotaryForm) -> bool:
-    """Whether a form is computed here."""
+def supports(
+    form: RotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why a form is not computed here, or None."""
     if form.tables == "repeated" and form.compute == "input":
-        return False  # in bfloat16 not faster
-    return form.pairs in ("half", "interleaved") and form.part in ("all", "first", "last")
+        return "not faster than the definition in bfloat16"
+    if form.pairs in ("half", "interleaved") and form.part in ("all", "first", "last"):
+        return None
+    return f"nothing for {form.pairs} pairs of {form.part} channels"
 
 
-_COVERED = frozenset(name for name, form in _FORMS.items() if covers(form))
+_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
 
 
 def rotary(
@@ -61,8 +72,8 @@ def rotary(
     grad = torch.is_grad_enabled()
     if (
         pays(q, _LEAST if grad or form.part == "all" or q.dtype == torch.float32 else _NEVER)
-        and form.name in _COVERED
-        and straight(q, k, cos, sin, v)
+        and form.name in _SUPPORTED
+        and runs_eagerly(q, k, cos, sin, v)
         and not (grad and (cos.requires_grad or sin.requires_grad))
     ):
         plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
@@ -183,7 +194,7 @@ class _Rotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         dk = dk if ctx.two else None
         if torch.is_grad_enabled():
-            return (*_again(ctx, cos, sin, dq, dk), None, None, None, None, None)
+            return (*gradients_with_graph(ctx, cos, sin, dq, dk), None, None, None, None, None)
         name, tokens_first, dtype = ctx.rest
         form = _FORMS[name]
         found: list[Tensor | None] = []
@@ -199,4 +210,4 @@ class _Rotary(torch.autograd.Function):
 
 
 function_for = maker_of(rotary)
-"""A function with the arguments of another; see :func:`twinkle.ops.rotary.layer.maker_of`."""
+"""A function with the arguments of another; see :func:`twinkle.ops.rotary.triton_backend.maker_of`."""

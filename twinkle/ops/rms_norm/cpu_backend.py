@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.build import forward_class
+from twinkle.ops import machine
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import like, rows_of, through_definition
-from twinkle.ops.plain import chunk_rows, chunks, pays, straight
+from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["covers", "layer_class", "rms_norm"]
+__all__ = ["layer_class", "rms_norm", "supports"]
 
 _LEAST, _LEAST_INFERENCE = 1 << 17, 1 << 19
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
@@ -32,17 +33,18 @@ Without gradients it is as fast at any size where several threads share the rows
 _NAMES = {form.name: form for form in FORMS}
 
 
-def covers(form: RMSNormForm) -> bool:
-    """Whether a form is computed here: those whose statistics and product are float32 throughout."""
-    return (
-        form.compute in ("float32", "promoted")
-        and form.gate == "none"
-        and form.groups != "always"
-        and form.weight_place == "after"
-    )
+def supports(
+    form: RMSNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why a form is not computed here, or None: its statistics and product are to be float32 throughout."""
+    if form.compute not in ("float32", "promoted"):
+        return f"not faster than the definition where it computes in {form.compute}"
+    if form.gate == "none" and form.groups != "always" and form.weight_place == "after":
+        return None
+    return f"nothing for gates, groups, or a weight before the norm ({form.name})"
 
 
-_COVERED = frozenset(name for name, form in _NAMES.items() if covers(form))
+_SUPPORTED = frozenset(name for name, form in _NAMES.items() if supports(form) is None)
 
 
 def rms_norm(
@@ -75,16 +77,16 @@ def rms_norm(
     """
     if (
         pays(x, _LEAST)
-        and form.name in _COVERED
+        and form.name in _SUPPORTED
         and group_size is None
-        and straight(x, weight)
+        and runs_eagerly(x, weight)
         and (weight is None or weight.shape == x.shape[-1:])
     ):
         if form.weight == "none" or not with_weight:
             weight = None
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return _RMSNorm.apply(x, weight, eps, form)
-        if pays(x, _LEAST_INFERENCE) and torch.get_num_threads() == 1:
+        if pays(x, _LEAST_INFERENCE) and machine.one_thread():
             return _forward(x, weight, eps, form)[0]
     return reference.rms_norm(
         x,
@@ -194,28 +196,21 @@ class _RMSNorm(torch.autograd.Function):
             return (*_backward(dy, x, weight, roots, ctx.form, ctx.needs_input_grad[1]), None, None)
 
 
+@once_for("x", "weight", "eps", "group_size", "with_weight")
 def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
         form: Where it rounds.
-        facts: As for ``twinkle.ops.rms_norm.layer.layer_class``.
+        facts: As for ``twinkle.ops.rms_norm.triton_backend.layer_class``.
 
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return _layer_class(form, tuple(sorted(facts.items())))
-
-
-@functools.cache
-def _layer_class(form: RMSNormForm, facts: tuple[tuple[str, Any], ...]) -> type[nn.Module]:
-    known = ("x", "weight", "eps", "group_size", "with_weight")
-    values = {name: value for name, value in facts if name in known}
-    values.setdefault("weight", None)
     return forward_class(
         f"RMSNorm_{form.name}",
         rms_norm,
-        values,
+        {"weight": None, **facts},
         inputs=("x",),
         constants={"form": form},
         absent_ok=("weight",) if form.optional_weight else (),

@@ -1,0 +1,139 @@
+"""Single methods of the steps that a rewritten forward calls, without a forward around them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.errors import TwinkleWarning
+from twinkle.fuse.norms import described
+from twinkle.fuse.qk_norm_rotary import PairStep
+from twinkle.fuse.residual_norm import SumStep, unfused
+from twinkle.fuse.steps import layer_copies, reason_against
+from twinkle.proof.compare import Verdict
+from twinkle.records import Binding, LayerKernel
+from twinkle.swap.candidate import Candidate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+transformers = pytest.importorskip("transformers")
+
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb  # noqa: E402
+
+
+class Planted(SumStep):
+    """With a candidate of its own, and a comparison that comes to a given verdict."""
+
+    def __init__(self, *, proofs: int = 1, right: bool = True) -> None:
+        super().__init__("a source", proofs=proofs, recall=False)
+        record = LayerKernel("residual_norm", self.source, origin="embedded")
+        self.planted = Candidate(record, Binding("layer", "a:Block", "residual_norm", self.source))
+        self.right = right
+        self.compared: list[bool] = []
+
+    def candidate(self, owner: nn.Module) -> Candidate | None:
+        return self.planted if self.planted.rejected is None else None
+
+    def _verdict(self, compared: Any, grad: bool) -> Verdict:
+        self.compared.append(grad)
+        return Verdict(self.right, "right" if self.right else "wrong")
+
+
+def pair(function: Callable[..., Any] = apply_rotary_pos_emb) -> PairStep:
+    return PairStep("a source", "transpose", lambda: function, proofs=1, recall=False)
+
+
+def never() -> NoReturn:
+    raise AssertionError("not to be called")
+
+
+def compare_and_run(step: Planted, kernel: Callable[[], Any] = lambda: "done") -> Any:
+    return step.compare_and_run(nn.Identity(), "key", "needs", kernel, lambda: None)  # type: ignore[arg-type,return-value]
+
+
+def test_a_kernel_runs_alone_after_as_many_comparisons_as_asked_for() -> None:
+    step = Planted(proofs=2)
+    assert compare_and_run(step) == "done"
+    assert step.proven_with_grad == {}
+    assert compare_and_run(step) == "done"
+    assert step.proven_with_grad == step.proven == {"key": "needs"}
+    assert step.compared == [True, True]
+
+
+def test_a_comparison_without_gradients_proves_nothing_for_calls_with_them() -> None:
+    step = Planted()
+    with torch.no_grad():
+        compare_and_run(step)
+    assert step.proven == {"key": "needs"}
+    assert step.proven_with_grad == {}
+
+
+def test_a_kernel_that_is_wrong_is_not_called() -> None:
+    step = Planted(right=False)
+    with pytest.warns(TwinkleWarning, match="does not compute the same: wrong"):
+        assert compare_and_run(step, never) is None
+    assert step.proven == {}
+
+
+def test_without_comparisons_nothing_is_made_for_one() -> None:
+    step = Planted(proofs=0)
+    assert step.compare_and_run(nn.Identity(), "key", "needs", lambda: "done", never) == "done"
+    assert step.compared == []
+
+
+def test_a_kernel_that_raises_leaves_the_call_to_the_original_steps() -> None:
+    def broken() -> NoReturn:
+        raise ValueError("no such device")
+
+    step = Planted()
+    with pytest.warns(TwinkleWarning, match="no such device"):
+        assert compare_and_run(step, broken) is None
+    assert step.proven == {}
+
+
+def test_a_step_whose_candidate_is_gone_runs_the_original_steps() -> None:
+    step, norm = SumStep("a source", proofs=1, recall=False), LlamaRMSNorm(8)
+    x, y = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    for ours, theirs in zip(step.fused(nn.Identity(), x, y, norm), unfused(x, y, norm, None), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_the_factor_of_an_addend_is_applied_by_the_original_steps() -> None:
+    x, y = torch.randn(3, 8), torch.randn(3, 8)
+    total, normed = unfused(x, y, nn.Identity(), 0.5)
+    assert torch.equal(total, x + y * 0.5)
+    assert normed is total
+
+
+def test_a_pair_is_ready_with_two_norms_and_a_rotation_alone() -> None:
+    q, k, owner = LlamaRMSNorm(8), LlamaRMSNorm(8), nn.Identity()
+    assert pair().ready(owner, q, k, apply_rotary_pos_emb)
+    assert not pair().ready(owner, q, nn.Linear(8, 8), apply_rotary_pos_emb)
+    assert not pair().ready(owner, q, k, torch.add)
+    k.register_forward_hook(lambda *_: None)
+    assert not pair().ready(owner, q, k, apply_rotary_pos_emb)
+
+
+def test_a_compiler_is_told_the_rotation_by_its_name() -> None:
+    text = described(LlamaRMSNorm)
+    assert pair().rotation_name(text, text)
+    assert pair().rotation_name(text, "") == ""
+    assert pair(torch.add).rotation_name(text, text) == ""
+
+
+def test_the_reason_against_a_norm_names_its_class() -> None:
+    norm = LlamaRMSNorm(8)
+    assert reason_against((norm,)) is None
+    norm.variance_epsilon = None
+    assert reason_against((norm,)) == "LlamaRMSNorm has no weight or eps where its class promises them"
+
+
+def test_copies_of_layers_share_their_parameters() -> None:
+    norm = LlamaRMSNorm(8)
+    [copy] = layer_copies((norm,)).children()
+    assert copy is not norm
+    assert copy.weight is norm.weight

@@ -1,0 +1,172 @@
+"""The gated MLP by Triton: its activation and product in one kernel, its projections left to their layers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.gated_mlp.activation import (
+    ACTIVATIONS,
+    gated_activation,
+    gated_activation_fused,
+    gated_linear,
+)
+from twinkle.ops.gated_mlp.reference import FORMS, GatedMLPForm
+from twinkle.ops.launch import EAGER, dispatch_path
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    Layer = Callable[[Tensor], Tensor]
+
+__all__ = ["gated_mlp", "layer_class", "supports"]
+
+_FORMS = {form.name: form for form in FORMS}
+_SEPARATE = _FORMS["separate"]
+
+
+def supports(
+    form: GatedMLPForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form and an instance, or None: any form, with an activation it knows."""
+    if form.name not in _FORMS:
+        return f"{form.name} is no form of its definition"
+    activation = None if facts is None else facts["activation"]
+    if activation is None or activation in ACTIVATIONS:
+        return None
+    return f"no kernel for the activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: Layer | None,
+    up: Layer | None,
+    down: Layer,
+    activation: str,
+    *,
+    form: GatedMLPForm = _SEPARATE,
+    gate_up: Layer | None = None,
+    dropout: Layer | None = None,
+    norm: Layer | None = None,
+    limit: float | None = None,
+    gate_scale: float = 1.0,
+    output_scale: float = 1.0,
+) -> Tensor:
+    """``down(activation(gate(x)) · up(x))``; as ``reference.gated_mlp``, but for ``activation``.
+
+    In half precision the product equals the definition's but where ``exp`` or ``erf`` lands on the other
+    side of a rounding boundary: one unit in the last place. Gradients are rounded once, at the end.
+
+    Args:
+        x: ``[..., hidden]``.
+        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused form.
+        up: See ``gate``.
+        down: ``[..., intermediate] -> [..., hidden]``. For a bare ``nn.Linear`` backward
+            computes its input again instead of keeping it.
+        activation: One of ``triton.ACTIVATIONS``.
+        form: What lies between them.
+        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused form.
+        dropout: Of a form with dropout.
+        norm: Of a form with a norm.
+        limit: Of a clamped form.
+        gate_scale: Of a scaled form.
+        output_scale: Of a scaled form.
+
+    Returns:
+        ``[..., hidden]``.
+
+    Raises:
+        ValueError: The activation is not one of those.
+    """
+    scale = gate_scale if form.scaled else None
+    exact = form.cast == "float32"
+    keep = (form.clamp, limit if form.clamp != "none" else None, scale, exact)
+    if form.projections == "fused":
+        assert gate_up is not None
+        h = gated_activation_fused(gate_up(x), activation, form.gate_half, *keep)
+    else:
+        assert gate is not None
+        assert up is not None
+        g, u = gate(x), up(x)
+        if not (form.norm or form.dropout or form.scaled) and _is_bare(down) and _may_recompute(g, u, down):
+            return gated_linear(g, u, down.weight, down.bias, activation, *keep)  # type: ignore[attr-defined]
+        h = gated_activation(g, u, activation, *keep)
+    if form.norm:
+        assert norm is not None
+        h = norm(h)
+    if form.dropout and dropout is not None:
+        h = dropout(h)
+    if form.cast == "down_weight":
+        weight = getattr(down, "weight", None)
+        if isinstance(weight, torch.Tensor) and h.dtype != weight.dtype and weight.dtype != torch.int8:
+            h = h.to(weight.dtype)
+    return down(h) * output_scale if form.scaled else down(h)
+
+
+def _is_bare(layer: Any) -> bool:
+    """A linear layer that nobody hooks into: its call is `F.linear` and nothing else."""
+    return type(layer) is nn.Linear and not (
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or "forward" in layer.__dict__
+        or torch.nn.modules.module._global_forward_hooks
+        or torch.nn.modules.module._global_forward_pre_hooks
+    )
+
+
+def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and (g.requires_grad or u.requires_grad)
+        and down.weight.requires_grad  # a frozen layer keeps no input in the first place
+        and not torch.is_autocast_enabled(g.device.type)
+        and down.weight.dtype == g.dtype
+        and dispatch_path(g, u, down.weight, down.bias) is EAGER
+    )
+
+
+@once_for(
+    "x",
+    "gate",
+    "up",
+    "down",
+    "gate_up",
+    "dropout",
+    "norm",
+    "limit",
+    "gate_scale",
+    "output_scale",
+    "activation",
+)
+def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+
+    Args:
+        form: What lies between the projections.
+        facts: From the argument of the definition to the name of the attribute, or for ``x`` of the argument
+            of ``forward``, or the number itself; ``activation`` is the canonical name of the instance's.
+
+    Returns:
+        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
+
+    Raises:
+        ValueError: There is no kernel for the activation.
+    """
+    if (why := supports(form, facts=facts)) is not None:
+        raise ValueError(why)
+    return forward_class(
+        f"GatedMLP_{form.name}",
+        gated_mlp,
+        {"gate": None, "up": None, **{name: value for name, value in facts.items() if name != "activation"}},
+        inputs=("x",),
+        constants={"form": form, "activation": facts["activation"]},
+    )

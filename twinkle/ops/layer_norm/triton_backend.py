@@ -1,0 +1,208 @@
+"""LayerNorm by Triton: a function with the signature of its definition, and layers that call it.
+
+    >>> from twinkle.ops.layer_norm.triton_backend import layer_class
+    >>> layer_class(form, {"x": "input", "weight": "weight", "bias": "bias", "eps": 1e-5,
+    ...                    "normalized_shape": (768,)})
+
+A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of the class it replaces.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module
+from twinkle.ops.layer_norm import reference, torch_backend
+from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
+from twinkle.ops.plain import pays
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["layer_class", "layer_norm", "supports"]
+
+WIDEST = 65536
+_kernels = lazy_module("twinkle.ops.layer_norm.triton")
+_LEAST = 1 << 23
+"""Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
+_FUSED = next(form for form in FORMS if form.name == "fused")
+
+
+def supports(
+    form: LayerNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form and an instance, or None.
+
+    It computes torch's own function, and a norm that is written out in float32 and rounded at its end.
+    """
+    if form.written != "fused" and (reason := torch_backend.supports(form)) is not None:
+        return reason
+    shape = None if facts is None else facts.get("normalized_shape")
+    if isinstance(shape, tuple) and len(shape) != 1:
+        return f"it normalises over {len(shape)} dimensions"
+    return None
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    form: LayerNormForm,
+    normalized_shape: tuple[int, ...] = (),
+) -> Tensor:
+    """``(x - mean(x)) / sqrt(var(x) + eps) · w + b`` in float32, rounded once; see ``reference.layer_norm``.
+
+    Small inputs, several dimensions, other dtypes and everything that
+    :func:`twinkle.ops.launch.dispatch_path` keeps from a kernel go to torch's own function.
+
+    Args:
+        x: ``[..., hidden]``, up to 65536 wide for the kernel.
+        weight: ``[hidden]`` or None.
+        bias: ``[hidden]`` or None.
+        eps: Added to the variance.
+        form: One that :func:`supports` has nothing against.
+        normalized_shape: Of a ``fused`` form; the kernel needs the last dimension alone.
+
+    Returns:
+        ``[..., hidden]``, of the dtype of ``x``.
+    """
+    if form.affine != "both":
+        bias = None
+        weight = None if form.affine == "none" else weight
+    if pays(x, _LEAST) and not x.is_nested:
+        path = dispatch_path(x, weight, bias)
+        if path is not REFERENCE and _accepts(x, weight, bias, form, normalized_shape):
+            if path is not EAGER:
+                return _op(x, weight, bias, eps)[0]
+            if torch.is_grad_enabled():
+                return _eager(x, weight, bias, eps)
+            return _kernels().forward(x, weight, bias, eps, stats=False)[0]
+    if form is _FUSED:  # what small inputs take, so straight
+        return nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
+    if form.written == "out":
+        return torch_backend.layer_norm(x, weight, bias, eps, form=form)
+    return reference.layer_norm(x, weight, bias, eps, form=form, normalized_shape=normalized_shape)
+
+
+def _accepts(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    form: LayerNormForm,
+    normalized_shape: tuple[int, ...],
+) -> bool:
+    """Whether the kernel takes tensors of these shapes and dtypes."""
+    last = x.shape[-1:]
+    if not last or not 0 < last[0] <= WIDEST:
+        return False
+    if form.written == "fused":
+        if tuple(normalized_shape) != tuple(last):
+            return False
+        # Autocast makes float32 of everything, and mixed dtypes are torch's to refuse.
+        only = x.dtype if form.compute == "input" else torch.float32
+        if only != torch.float32 and torch.is_autocast_enabled(x.device.type):
+            return False
+    else:
+        only = None
+    for p in (weight, bias):
+        if p is None:
+            continue
+        if p.shape != last or not p.is_contiguous() or (only is not None and p.dtype != only):
+            return False
+    return True
+
+
+def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """What the kernel computes, whichever the form: in float32, rounded once."""
+    with torch.autocast(x.device.type, enabled=False):
+        w, b = (None if p is None else p.float() for p in (weight, bias))
+        h = nn.functional.layer_norm(x.float(), x.shape[-1:], w, b, eps)
+        return h.to(x.dtype)
+
+
+def _forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    return _kernels().forward(x, weight, bias, eps)  # type: ignore[no-any-return]
+
+
+def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    return x.new_empty(x.shape), x.new_empty((2, rows), dtype=torch.float32)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    dx, dw, db = wanted
+    return _kernels().backward(  # type: ignore[no-any-return]
+        dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        p.new_empty(p.shape) if p is not None and is_wanted else None
+        for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
+    )
+
+
+def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, stats = ctx.saved_tensors
+    dx, dw, db, _ = ctx.needs_input_grad
+    wanted = [dx, weight is not None and dw, bias is not None and db]
+    found = function(dy, x, weight, bias, stats, wanted)
+    return (*(made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True)), None)
+
+
+_eager, _op = define_op(
+    "_LayerNorm",
+    "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward_schema="layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    tensors=3,
+    auxiliary=True,
+    gradients=_gradients,
+    reference=_exactly,
+)
+
+
+@once_for("x", "weight", "bias", "eps", "normalized_shape")
+def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+
+    Args:
+        form: One that :func:`supports` has nothing against.
+        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
+            ``forward``, or the value itself.
+
+    Returns:
+        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
+    """
+    values = {"weight": None, "bias": None, **facts}
+    return forward_class(
+        f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
+    )

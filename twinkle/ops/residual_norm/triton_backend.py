@@ -1,0 +1,201 @@
+"""Residual add and norm by Triton, as one function with the signature of its definition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.launch import (
+    EAGER,
+    REFERENCE,
+    DispatchPath,
+    define_op,
+    dispatch_path,
+    lazy_module,
+    like,
+    through_definition,
+)
+from twinkle.ops.residual_norm import reference
+from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.rms_norm import triton_backend
+from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["path_for", "residual_norm", "run", "supports"]
+
+_kernels = lazy_module("twinkle.ops.residual_norm.triton")
+_FORMS = {form.name: form for form in FORMS}
+_LLAMA = ResidualNormForm("rms_norm_llama", _FORMS["llama"])
+
+
+def supports(
+    form: ResidualNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form, or None: there is one behind every RMSNorm that has one."""
+    if isinstance(form.norm, RMSNormForm) and form.norm.name in _FORMS:
+        return triton_backend.supports(form.norm, device)
+    return f"there is no kernel for {form.name}"
+
+
+def residual_norm(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    *,
+    form: ResidualNormForm = _LLAMA,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """``h = residual + x`` and ``norm(h)``; see ``reference.residual_norm``.
+
+    The sum equals the definition's bit for bit, the norm as ``rms_norm`` says; the gradient of the sum is
+    rounded once, where autograd rounds the norm's part before it adds.
+
+    Args:
+        x: ``[..., hidden]``, what a sublayer returned.
+        residual: ``[..., hidden]``.
+        weight: ``[hidden]`` or None, of the norm.
+        eps: Of the norm.
+        form: Which norm.
+        bias: ``[hidden]`` or None, of a layer norm (the definition runs).
+        scale: Of a scaled form.
+
+    Returns:
+        The sum and the normalised sum.
+    """
+    path = path_for(x, residual, weight, form)
+    if path is not REFERENCE:
+        return run(path, x, residual, weight, eps, form, scale)
+    return reference.residual_norm(x, residual, weight, eps, form=form, bias=bias, scale=scale)
+
+
+def path_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNormForm) -> DispatchPath:
+    """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
+
+    Args:
+        x: As for :func:`residual_norm`, with all that follows.
+        residual: ``[..., hidden]``.
+        weight: ``[hidden]`` or None.
+        form: Which norm.
+    """
+    if x.dtype != residual.dtype or x.shape != residual.shape or supports(form) is not None:
+        return REFERENCE
+    path = dispatch_path(x, residual, weight)
+    if path is not REFERENCE and triton_backend.accepts(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+        return path
+    return REFERENCE
+
+
+def run(
+    path: DispatchPath,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    form: ResidualNormForm,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
+    if form.norm.weight == "none":  # type: ignore[union-attr]
+        weight = None
+    factor = scale if form.scaled else None
+    if path is EAGER and not torch.is_grad_enabled():
+        return _forward(x, residual, weight, eps, form.norm.name, factor)
+    if path is EAGER:
+        return _eager(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+    return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+
+
+def _forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    y, total = _kernels().forward(x, weight, eps, _FORMS[norm], residual, scale)
+    assert total is not None
+    return total, y
+
+
+def _backward(
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    norm: str,
+    scale: float | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx, dr, dw = _kernels().backward(dy, h, weight, eps, _FORMS[norm], dh, scale, weight_grad)
+    return dx, None if dr is dx else dr, dw
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(results[0], inputs[2])
+    ctx.rest = inputs[3:]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, function: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, weight = ctx.saved_tensors
+    scale = ctx.rest[2]
+    if dy is None:
+        dx = dh if dh is None or scale is None else dh * scale
+        return dx, dh, None, None, None, None
+    wanted = weight is not None and ctx.needs_input_grad[2]
+    dx, dr, dw = function(dh, dy, h, weight, *ctx.rest, wanted)
+    return dx, dx if scale is None else dr, dw if wanted else None, None, None, None
+
+
+def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    eps, norm, scale = ctx.rest
+
+    def definition(h: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
+        y = rms_norm(h, w, eps, form=_FORMS[norm], normalized_shape=h.shape[-1:], with_weight=w is not None)
+        return h * 1, y
+
+    dr, dw = through_definition(definition, ctx.saved_tensors, (dh, dy))
+    return dr if dr is None or scale is None else dr * scale, dr, dw, None, None, None
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    y = like(x, triton_backend.result_dtype(x, weight, _FORMS[norm]))[0]
+    return torch.empty_like(y, dtype=x.dtype), y
+
+
+def _fake_backward(
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    norm: str,
+    scale: float | None,
+    weight_grad: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dx = like(h)[0]
+    dw = torch.empty_like(weight) if weight is not None and weight_grad else None
+    return dx, None if scale is None else torch.empty_like(dx), dw
+
+
+_eager, _op = define_op(
+    "_ResidualNorm",
+    "residual_norm(Tensor x, Tensor residual, Tensor? weight, float eps, str norm, float? scale)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward_schema="residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, "
+    "str norm, float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    keep=_keep,
+    gradients=_gradients,
+    again=_again,
+)

@@ -1,0 +1,363 @@
+"""Rotary position embedding by Triton: with the signature of its definition, and with any other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.build import once_for, plain_function
+from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, through_definition
+from twinkle.ops.rotary import reference
+from twinkle.ops.rotary.reference import FORMS, RotaryForm
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["function_for", "maker_of", "rotary", "supports"]
+
+_kernels = lazy_module("twinkle.ops.rotary.triton")
+_FORMS = {form.name: form for form in FORMS}
+_HALF = _FORMS["half"]
+_ONE = ("half", "first_half", "first_half_repeated", "repeated")
+_PAIRS = {"half": 0, "interleaved": 1, "interleaved_to_half": 2}
+
+
+def supports(
+    form: RotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a form, or None."""
+    if form.pairs in _PAIRS and form.part in ("all", "first", "last"):
+        return None
+    return f"no kernel for {form.pairs} pairs of {form.part} channels"
+
+
+_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+
+
+def rotary(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int = 1,
+    *,
+    form: RotaryForm = _HALF,
+    v: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    mrope_section: list[int] | None = None,
+    slice_last: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """``x · cos + rotate(x) · sin``; see ``reference.rotary``. Equal to it bit for bit, gradients too.
+
+    Args:
+        q: ``[batch, heads, tokens, channels]``, or heads and tokens exchanged, as ``unsqueeze_dim`` says.
+        k: As ``q``; unused by a form of one tensor.
+        cos: ``[batch, tokens, channels]``. One that wants a gradient goes through the definition.
+        sin: As ``cos``.
+        unsqueeze_dim: Where the tables get their head dimension.
+        form: Which channels are paired, and where it rounds.
+        v: The third tensor of a form of three.
+        position_ids: Of an indexed form.
+        mrope_section: Channels of time, height and width, of a form with sections.
+        slice_last: The order of slicing and unsqueezing the tables, which changes no value.
+
+    Returns:
+        A tensor for a form of one tensor, else a tuple.
+    """
+    path = dispatch_path(q, k, cos, sin, v) if form.name in _SUPPORTED else REFERENCE
+    if path is not REFERENCE and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
+        if plan is not None:
+            cos, sin, tokens_first = plan
+            turned: Callable[..., Any] = _eager if path is EAGER else _op
+            if form.tensors == 1:
+                return turned(q, None, cos, sin, form.name, tokens_first, q.dtype)[0]
+            results = turned(q, k, cos, sin, form.name, tokens_first, q.dtype)
+            if form.tensors == 2:
+                return results[0], results[1]
+            return (*results, turned(v, None, cos, sin, form.name, tokens_first, q.dtype)[0])
+    return reference.rotary(
+        q,
+        k,
+        cos,
+        sin,
+        unsqueeze_dim,
+        form=form,
+        v=v,
+        position_ids=position_ids,
+        mrope_section=mrope_section,
+        slice_last=slice_last,
+    )
+
+
+def _plan(
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    unsqueeze_dim: int,
+    form: RotaryForm,
+    position_ids: Tensor | None,
+    mrope_section: list[int] | None,
+) -> tuple[Tensor, Tensor, bool] | None:
+    """The tables as ``[batch or 1, tokens, width]``, and whether tokens stand before heads; else None."""
+    rank = q.dim()
+    if form.indexed or form.sections:
+        narrow = reference.RotaryForm("", broadcast="none", indexed=form.indexed, sections=form.sections)
+        cos = reference._table(cos, 0, position_ids, mrope_section, narrow, False)
+        sin = reference._table(sin, 0, position_ids, mrope_section, narrow, False)
+    if cos.shape != sin.shape or rank not in (3, 4) or cos.dtype != sin.dtype:
+        return None
+    if form.tensors > 1 and (k is None or k.dim() != rank or k.dtype != q.dtype):
+        return None
+    width = cos.shape[-1]
+    turned = 2 * width if form.tables in ("half", "repeated") else width
+    if turned > q.shape[-1] or turned % 2 or (form.part == "all" and turned != q.shape[-1]):
+        return None
+    if form.broadcast == "none":
+        heads = -3
+        lead = cos.dim()
+        if lead > 3 and cos.shape[heads] == 1:
+            cos, sin = cos.squeeze(heads), sin.squeeze(heads)
+        elif lead > 2:
+            return None
+    else:
+        place = unsqueeze_dim if form.broadcast == "argument" else int(form.broadcast)
+        # The head dimension stands where the table is unsqueezed, counted from the end of q.
+        heads = place - (cos.dim() + 1) if place >= 0 else place
+    if heads not in (-2, -3) or cos.dim() not in (2, 3):
+        return None
+    tokens = -3 if heads == -2 else -2
+    if cos.dim() == 2:
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    batch = q.shape[0] if rank == 4 else 1
+    if cos.shape[1] != q.shape[tokens] or cos.shape[0] not in (1, batch):
+        return None
+    if k is not None and form.tensors > 1:
+        other = k.shape[0] if rank == 4 else 1
+        if other != batch or k.shape[tokens] != q.shape[tokens] or k.shape[-1] != q.shape[-1]:
+            return None
+    return cos, sin, heads == -2
+
+
+def _eager(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    if not torch.is_grad_enabled():
+        return _forward(q, k, cos, sin, form, tokens_first, dtype)
+    return _differentiable(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
+
+
+def _four(x: Tensor, tokens_first: bool) -> Tensor:
+    """``[batch, heads, tokens, channels]`` with adjacent channels."""
+    if x.dim() == 3:
+        x = x.unsqueeze(0)
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        x = x.contiguous()
+    return x.transpose(1, 2) if tokens_first else x
+
+
+def _compute(x: torch.dtype, table: torch.dtype, form: RotaryForm) -> torch.dtype:
+    return torch.promote_types(x, table) if form.compute == "input" else torch.float32
+
+
+def _out_dtype(x: torch.dtype, table: torch.dtype, query: torch.dtype, form: RotaryForm) -> torch.dtype:
+    turned = {"own": x, "query": query, "none": _compute(x, table, form)}[form.cast]
+    return torch.promote_types(turned, x) if form.part != "all" else turned
+
+
+def _empty(x: Tensor, dtype: torch.dtype, form: RotaryForm | None = None) -> Tensor:
+    # Elementwise results keep the strides of the input; forms that end in a concatenation do not.
+    joined = form is not None and (
+        form.part != "all" or form.tables == "half" or form.pairs == "interleaved_to_half"
+    )
+    out = torch.empty_like(
+        x, dtype=dtype, memory_format=torch.contiguous_format if joined else torch.preserve_format
+    )
+    # The kernel wants channels side by side.
+    return (
+        out if out.stride(-1) == 1 or x.shape[-1] == 1 else torch.empty(x.shape, dtype=dtype, device=x.device)
+    )
+
+
+def _launch(
+    x: tuple[Tensor, Tensor | None],
+    outs: tuple[Tensor, Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    form: RotaryForm,
+    tokens_first: bool,
+    inputs: torch.dtype,
+    back: bool,
+) -> None:
+    compute = _compute(inputs, cos.dtype, form)
+    half = cos.shape[-1] if form.tables in ("half", "repeated") else cos.shape[-1] // 2
+    if cos.stride(-1) != 1 or sin.stride(-1) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    first, second = (None if y is None else _four(y, tokens_first) for y in x)
+    first_out, second_out = (None if y is None else _four(y, tokens_first) for y in outs)
+    assert first is not None
+    assert first_out is not None
+    repeat = cos.shape[0] == 1 and first.shape[0] != 1
+    _kernels().turn(
+        first,
+        second,
+        first_out,
+        second_out,
+        cos.expand(first.shape[0], -1, -1) if repeat else cos,
+        sin.expand(first.shape[0], -1, -1) if repeat else sin,
+        pairs=_PAIRS[form.pairs],
+        one=form.tables in _ONE,
+        inverse=form.inverse,
+        half=half,
+        start=x[0].shape[-1] - 2 * half if form.part == "last" else 0,
+        compute=compute,
+        sums=inputs if form.compute == "input" else torch.float32,
+        back=back,
+    )
+
+
+def _forward(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, query: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    kind = _FORMS[form]
+    q_out = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
+    k_out = None if k is None else _empty(k, _out_dtype(k.dtype, cos.dtype, query, kind), kind)
+    _launch((q, k), (q_out, k_out), cos, sin, kind, tokens_first, q.dtype, False)
+    return q_out, k_out if k_out is not None else q.new_empty(0)
+
+
+def _backward(
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    form: str,
+    tokens_first: bool,
+    inputs: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    q_out = _empty(dq, inputs)
+    k_out = None if dk is None else _empty(dk, inputs)
+    _launch((dq, dk), (q_out, k_out), cos, sin, _FORMS[form], tokens_first, inputs, True)
+    return q_out, k_out if k_out is not None else dq.new_empty(0)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+    q, k, cos, sin, form, tokens_first, query = inputs
+    ctx.save_for_backward(cos, sin)
+    ctx.rest = (form, tokens_first, q.dtype)
+    ctx.two = k is not None
+    ctx.shapes = (q.shape, None if k is None else k.shape, query)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, function: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    none = (None,) * 5
+    dk = dk if ctx.two else None
+    if dq is None:
+        return (None, None if dk is None else function(dk, None, cos, sin, *ctx.rest)[0], *none)
+    found = function(dq, dk, cos, sin, *ctx.rest)
+    return (found[0], None if dk is None else found[1], *none)
+
+
+def _again(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return (*gradients_with_graph(ctx, cos, sin, dq, dk if ctx.two else None), *(None,) * 5)
+
+
+def gradients_with_graph(
+    ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None
+) -> list[Tensor | None]:
+    """Gradients with a graph. The rotation is linear, so it matters nothing where they are taken."""
+    form, tokens_first, dtype = ctx.rest
+    *shapes, query = ctx.shapes
+    cast = _FORMS[form].cast
+    plain = dataclasses.replace(
+        _FORMS[form],
+        broadcast="argument",
+        indexed=False,
+        sections=False,
+        cast="own" if cast == "query" else cast,
+    )
+    if len(shapes[0]) == 3:
+        cos, sin = cos[0], sin[0]
+    place = len(shapes[0]) - (2 if tokens_first else 3)
+
+    def definition(*x: Tensor | None) -> Any:
+        made = [
+            reference.rotary(y, None, cos, sin, place, form=dataclasses.replace(plain, tensors=1))
+            for y in x
+            if y is not None
+        ]
+        return tuple(y.to(query) if cast == "query" else y for y in made)  # type: ignore[union-attr]
+
+    origins = [
+        None if s is None else torch.zeros(s, dtype=dtype, device=cos.device, requires_grad=True)
+        for s in shapes
+    ]
+    grads = gradients if shapes[1] is not None else gradients[:1]
+    return through_definition(definition, tuple(origins), tuple(grads))
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, query: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    kind = _FORMS[form]
+    first = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
+    return first, q.new_empty(0) if k is None else _empty(
+        k, _out_dtype(k.dtype, cos.dtype, query, kind), kind
+    )
+
+
+def _fake_backward(
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    form: str,
+    tokens_first: bool,
+    inputs: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    return _empty(dq, inputs), dq.new_empty(0) if dk is None else _empty(dk, inputs)
+
+
+_differentiable, _op = define_op(
+    "_Rotary",
+    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str form, bool tokens_first, ScalarType query)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    backward_schema="rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, "
+    "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
+    backward=_backward,
+    fake_backward=_fake_backward,
+    keep=_keep,
+    gradients=_gradients,
+    again=_again,
+)
+
+
+def maker_of(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+    """What makes functions with the arguments of others that compute ``function``, a `rotary`.
+
+    The maker takes the form, the facts (from the argument of `rotary` to the name of the argument of the
+    original, or its value) and the original. It returns the same function for the same arguments.
+    """
+
+    @once_for("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
+    def function_for(
+        form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        return plain_function(original, function, {"k": None, **facts}, constants={"form": form})
+
+    return function_for
+
+
+function_for = maker_of(rotary)
+"""See :func:`maker_of`."""

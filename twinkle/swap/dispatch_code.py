@@ -1,0 +1,173 @@
+"""The source text of a dispatch function, from its decision tree.
+
+The text refers to these globals, which :class:`twinkle.swap.dispatch.Dispatch` gives the function:
+``_tw_original``, ``_tw_k0`` … (the kernels by the index of their entry), ``_tw_pending`` (the first call),
+``_tw_traced_…`` and ``_tw_load`` (calls under a compiler), the functions that look at the moment
+(``_tw_where``, ``_tw_grad``, ``_tw_compiling``, ``_tw_autocast``, ``_tw_dtype_key``, ``_tw_current``,
+``_tw_astray``), ``_tw_there`` (a call with another GPU as the current one), and the ``constants`` below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from twinkle.swap.entry import Split
+
+if TYPE_CHECKING:
+    from twinkle.swap.code import CallForm
+    from twinkle.swap.dtype_keys import DtypeKey
+    from twinkle.swap.entry import Entry, Leaf
+
+__all__ = ["DispatchCode"]
+
+# `x.is_cuda` takes a sixth of the time of `x.device.type`.
+_QUICK = {"cpu": "is_cpu", "cuda": "is_cuda", "mps": "is_mps", "xpu": "is_xpu"}
+
+
+class DispatchCode:
+    """Writes the text of one dispatch function.
+
+    Args:
+        form: How the function takes its arguments and hands them on.
+        training: The expression that says whether a call is one in training.
+        always_compiling: Every call counts as one under a compiler.
+        with_dtype: Kernels are proven by dtype, so that a trace has to say which it is for.
+
+    Attributes:
+        devices: The device types that there are kernels for; a call is on device 1, 2 … of them, or 0.
+        several_gpus: A tensor may lie on another GPU than the current one, where a kernel would be launched.
+        constants: The globals that the text needs besides functions: dtypes, and sets of dtype keys.
+        traced: The moments, in letters, for which the text calls a function ``_tw_traced_…``.
+    """
+
+    def __init__(self, form: CallForm, *, training: str, always_compiling: bool, with_dtype: bool) -> None:
+        self.form = form
+        self.training = training
+        self.always_compiling = always_compiling
+        self.with_dtype = with_dtype
+        self.devices: list[str] = []
+        self.several_gpus = False
+        self.constants: dict[str, Any] = {}
+        self.traced: set[str] = set()
+        self._key_sets: list[frozenset[DtypeKey]] = []
+
+    def text(self, tree: Split | Leaf | None) -> str:
+        """The function that chooses as the tree says; None for the original alone."""
+        lines = [*self._device_lines(tree), *self._lines(tree, "    ", {})]
+        return "\n".join([self.form.head("forward"), *lines, ""])
+
+    def traced_text(self, never_ran: bool) -> str:
+        """The function that a compiler traces; with the original behind a kernel that never ran."""
+        call = f"return _tw_kernel({self.form.arguments})"
+        lines = [self.form.head("forward")]
+        if never_ran:
+            lines += ["    try:", f"        {call}", "    except Exception:", "        _tw_blame(_tw_entry)"]
+            lines += [f"    return _tw_original({self.form.arguments})", ""]
+        else:
+            lines += [f"    {call}", ""]
+        return "\n".join(lines)
+
+    def _device_lines(self, tree: Split | Leaf | None) -> Iterator[str]:
+        """The lines that look at the device of a call.
+
+        ``_tw_device`` is its number; ``_tw_away`` says that it is another GPU than the current one.
+        """
+        by_device = isinstance(tree, Split) and tree.name == "device"
+        gpus = self.several_gpus and tree is not None
+        devices, values, argument = self.devices, self.form.values(), self.form.probe
+        slow = [f"_tw_device = _tw_where({tuple(devices)!r}, {values})"] if by_device else []
+        slow += [f"_tw_away = _tw_astray({values})"] if gpus else []
+        if not slow:
+            return
+        if argument is None or (by_device and any(d not in _QUICK for d in devices)):
+            yield from (f"    {line}" for line in slow)
+            return
+        yield "    try:"
+        if by_device:
+            number_of = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
+            yield f"        _tw_device = {number_of} else 0"
+        if gpus:
+            number = devices.index("cuda") + 1 if "cuda" in devices else 0
+            on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
+            yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
+        # No tensor (AttributeError), or one that torch.fx traces and that has no answer.
+        yield "    except Exception:"
+        yield from (f"        {line}" for line in slow)
+
+    def _lines(self, tree: Split | Leaf | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        """The lines of a subtree; ``known`` holds the attributes of the moment that are decided above it."""
+        if isinstance(tree, Split):
+            *first, last = tree.branches
+            for value, branch in first:
+                yield f"{pad}if {self._condition(tree.name, value)}:"
+                yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
+            yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
+        elif tree is None:
+            yield f"{pad}return _tw_original({self.form.arguments})"
+        elif tree.live or (tree.dtype_keys and self.form.probe is None):
+            yield from self._kernel_lines(tree.entry, pad, known)
+        elif tree.dtype_keys and (self.always_compiling or known.get("compiling") is not True):
+            yield from self._lines_for_keys(tree.entry, tree.dtype_keys, pad, known)
+        elif known.get("compiling") is True and not self.always_compiling:
+            yield from self._traced_lines(pad, known)
+        elif known.get("compiling") is False:
+            yield f"{pad}return _tw_pending({self.form.packed})"
+        else:
+            yield f"{pad}if _tw_compiling():"
+            yield from self._traced_lines(pad + "    ", known)
+            yield f"{pad}return _tw_pending({self.form.packed})"
+
+    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        if known.get("device", "cuda") in (None, "cuda") and self.several_gpus:
+            yield f"{pad}if _tw_away:"
+            yield f"{pad}    return _tw_there(_tw_k{entry.index}, {self.form.packed})"
+        yield f"{pad}return _tw_k{entry.index}({self.form.arguments})"
+
+    def _lines_for_keys(
+        self, entry: Entry, keys: frozenset[DtypeKey], pad: str, known: dict[str, Any]
+    ) -> Iterator[str]:
+        """The kernel for calls whose dtype key it was proven for, a comparison for others."""
+        yield f"{pad}if {self._dtype_condition(keys)}:"
+        yield from self._kernel_lines(entry, pad + "    ", known)
+        if known.get("compiling") is not False:
+            yield f"{pad}if _tw_compiling():"
+            yield from self._traced_lines(pad + "    ", known)
+        # One name for each set: a call in another thread may still run the text before.
+        if keys not in self._key_sets:
+            self._key_sets.append(keys)
+        name = f"_tw_keys{self._key_sets.index(keys)}"
+        self.constants[name] = keys
+        yield f"{pad}if _tw_dtype_key({self.form.probe}) in {name}:"
+        yield from self._kernel_lines(entry, pad + "    ", known)
+        yield f"{pad}return _tw_pending({self.form.packed})"
+
+    def _dtype_condition(self, keys: frozenset[DtypeKey]) -> str:
+        """Whether the first tensor has a dtype that the kernel was proven for, without autocast.
+
+        Quick, and a compiler can tell: it goes on with constants.
+        """
+        dtypes = sorted((dtype for dtype, autocast in keys if dtype and autocast is None), key=str)
+        tests = []
+        for dtype in dtypes:
+            name = f"_tw_{str(dtype).removeprefix('torch.')}"
+            self.constants[name] = dtype
+            tests.append(f"getattr({self.form.probe}, 'dtype', None) is {name}")
+        return f"({' or '.join(tests)}) and not _tw_autocast()" if tests else "False"
+
+    def _condition(self, name: str, value: Any) -> str:
+        if name == "device":
+            return f"_tw_device == {self.devices.index(value) + 1}" if value else "True"
+        return {"grad": "_tw_grad()", "training": self.training, "compiling": "_tw_compiling()"}[name]
+
+    def _traced_lines(self, pad: str, known: dict[str, Any]) -> Iterator[str]:
+        """The lines of a call under a compiler: load for the trace, then the function that is traced."""
+        letters = [{None: "x", True: "1", False: "0"}[known.get(n)] for n in ("training", "grad")]
+        name = "_".join([str(known.get("device") or "any"), *letters])
+        self.traced.add(name)
+        # The kernel is loaded between the two lines: the trace meets it in the second.
+        values = [repr(name), repr(known.get("device")), self.training, "_tw_grad()"]
+        if self.form.probe is not None and self.with_dtype:
+            values.append(f"getattr({self.form.probe}, 'dtype', None)")
+        yield f"{pad}_tw_load({', '.join(values)})"
+        yield f"{pad}return _tw_traced_{name}({self.form.arguments})"
