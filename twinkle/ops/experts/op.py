@@ -48,10 +48,10 @@ def experts(
         x: ``[tokens, hidden]``.
         indices: ``[tokens, k]``.
         weights: ``[tokens, k]``, of any dtype.
-        gate_up: See ``reference.experts``, as the next three.
-        down: ...
-        gate_up_bias: ...
-        down_bias: ...
+        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged, as ``form`` says.
+        down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
+        gate_up_bias: ``[experts, 2 · intermediate]`` or None.
+        down_bias: ``[experts, hidden]`` or None.
         form: How they are laid out.
         gating: ``gating.gating_of`` the form.
 
