@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from twinkle.match.recognition import Recognition
 
-__all__ = ["add_parser", "main"]
+__all__ = ["main"]
 
 _EPILOG = """\
 examples:
@@ -42,23 +42,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_parser(subparsers: Any) -> None:
-    """Add the command to an ``argparse`` command line."""
-    parser = subparsers.add_parser(
-        "match",
-        help="print what is recognised in a module",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _arguments(parser)
-    parser.set_defaults(main=main)
-
-
-def main(words: Sequence[str] | argparse.Namespace) -> int:
+def main(words: Sequence[str]) -> int:
     """Print what is recognised.
 
     Args:
-        words: The words behind ``twinkle match``, or what ``argparse`` made of them.
+        words: The words behind ``twinkle match``.
 
     Returns:
         The exit code: 0, or 1 when nothing was recognised.
@@ -66,19 +54,16 @@ def main(words: Sequence[str] | argparse.Namespace) -> int:
     Raises:
         ConfigError: A target that is none, or cannot be imported.
     """
-    if isinstance(words, argparse.Namespace):
-        options = words
-    else:
-        parser = argparse.ArgumentParser(
-            prog="twinkle match",
-            description="Print what is recognised in a module, as which form, and near misses.",
-            epilog=_EPILOG,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        _arguments(parser)
-        options = parser.parse_args(list(words))
-        if bool(options.targets) == options.all:
-            parser.error("name a target, or --all")
+    parser = argparse.ArgumentParser(
+        prog="twinkle match",
+        description="Print what is recognised in a module, as which form, and near misses.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _arguments(parser)
+    options = parser.parse_args(list(words))
+    if bool(options.targets) == options.all:
+        parser.error("name a target, or --all")
     with contextlib.redirect_stdout(sys.stderr):  # transformers 4.57 prints where it is imported
         if options.all:
             rows = _all(options.jobs or min(os.cpu_count() or 1, 4), near=not options.json)

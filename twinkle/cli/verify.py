@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
+    import torch
+
     from twinkle.proof.verify import Part, Row
 
 __all__ = ["main"]
@@ -46,6 +48,51 @@ The exit code is 0 when all kernels are right, 1 when one was rejected, 2 when t
 
 def main(words: Sequence[str]) -> int:
     """Prove the kernels and print a table."""
+    parser = _parser()
+    options = parser.parse_args(words)
+    if options.clear:
+        return _clear()
+
+    # Torch is imported only now: `--help` should not wait for it.
+    from twinkle.ops.cases import sampled_ops
+    from twinkle.proof import verify
+
+    ops, here = sampled_ops(), verify.devices()
+    unknown = [op for op in options.op or () if op not in ops]
+    if unknown:
+        parser.error(f"--op {unknown[0]}: there are {', '.join(ops)}")
+    absent = [w for w in options.device or () if all(w not in (str(d), d.type) for d in here)]
+    if absent:
+        parser.error(f"--device {absent[0]}: this machine has {', '.join(map(str, here))}")
+    chosen = [d for d in here if not options.device or {str(d), d.type} & set(options.device)]
+    seed = options.seed if options.seed is not None else time.time_ns() % 2**31
+    dtypes = options.dtype or list(verify.DTYPES)
+    started = time.perf_counter()
+    rows, interrupted = _compare(chosen, options.op or ops, dtypes, seed)
+    left_out = {
+        f"{dtype} on {device}: {why}"
+        for device in chosen
+        for dtype in dtypes
+        if (why := verify.skipped(device, dtype))
+    }
+    rejected = [row for row in rows if not row.verdict.ok]
+    if options.json:
+        _print_json(rows, seed, sorted(left_out), interrupted)
+    else:
+        _print_table(rows if options.all else _worst(rows))
+        for text in sorted(left_out):
+            print(f"left out: {text}")
+        took = f"{time.perf_counter() - started:.0f} s" + (", interrupted" if interrupted else "")
+        print(f"{len(rows) - len(rejected)} of {len(rows)} comparisons proven, seed {seed}, {took}")
+        if not rows and not interrupted:
+            print("there is no kernel for the devices asked for: what is there stays the original")
+    sys.stdout.flush()  # what is printed is to be there also if the end of the interpreter is interrupted
+    if interrupted:
+        return 130
+    return 1 if rejected else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="twinkle verify",
         description="Prove the embedded kernels right on this machine.",
@@ -61,58 +108,27 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--all", action="store_true", help="a line for every shape")
     parser.add_argument("--json", action="store_true", help="every comparison as JSON")
     parser.add_argument("--clear", action="store_true", help="forget the verdicts that were kept, and stop")
-    options = parser.parse_args(words)
-    if options.clear:
-        return _clear()
+    return parser
 
-    # Torch is imported only now: `--help` should not wait for it.
-    from twinkle.ops.cases import sampled_ops
-    from twinkle.proof import verify as rerun
 
-    ops = sampled_ops()
-    unknown = [op for op in options.op or () if op not in ops]
-    if unknown:
-        parser.error(f"--op {unknown[0]}: there are {', '.join(ops)}")
-    here = rerun.devices()
-    chosen = [d for d in here if not options.device or {str(d), d.type} & set(options.device)]
-    absent = [w for w in options.device or () if all(w not in (str(d), d.type) for d in here)]
-    if absent:
-        parser.error(f"--device {absent[0]}: this machine has {', '.join(map(str, here))}")
-    seed = options.seed if options.seed is not None else time.time_ns() % 2**31
-    dtypes = options.dtype or list(rerun.DTYPES)
+def _compare(
+    devices: Sequence[torch.device], ops: Sequence[str], dtypes: Sequence[str], seed: int
+) -> tuple[list[Row], bool]:
+    """The comparisons of all parts, or of those before Ctrl-C, and whether that came."""
+    from twinkle.proof import verify
+
     rows: list[Row] = []
-    started = time.perf_counter()
-    interrupted = False
     progress = _Progress()
     try:
-        todo = rerun.parts(chosen, ops=options.op or ops, dtypes=dtypes)
-        for number, part in enumerate(todo):
-            progress.show(part, number, len(todo))
-            rows.extend(rerun.rerun(part, seed=seed))
+        parts = verify.parts(devices, ops=ops, dtypes=dtypes)
+        for number, part in enumerate(parts):
+            progress.show(part, number, len(parts))
+            rows.extend(verify.rerun(part, seed=seed))
     except KeyboardInterrupt:
-        interrupted = True
-    progress.clear()
-    rejected = [row for row in rows if not row.verdict.ok]
-    left_out = {
-        f"{dtype} on {device}: {why}"
-        for device in chosen
-        for dtype in dtypes
-        if (why := rerun.skipped(device, dtype))
-    }
-    if options.json:
-        _print_json(rows, seed, sorted(left_out), interrupted)
-    else:
-        _print_table(rows if options.all else _worst(rows))
-        for text in sorted(left_out):
-            print(f"left out: {text}")
-        took = f"{time.perf_counter() - started:.0f} s" + (", interrupted" if interrupted else "")
-        print(f"{len(rows) - len(rejected)} of {len(rows)} comparisons proven, seed {seed}, {took}")
-        if not rows and not interrupted:
-            print("there is no kernel for the devices asked for: what is there stays the original")
-    sys.stdout.flush()  # what is printed is to be there also if the end of the interpreter is interrupted
-    if interrupted:
-        return 130
-    return 1 if rejected else 0
+        return rows, True
+    finally:
+        progress.clear()
+    return rows, False
 
 
 def _clear() -> int:

@@ -70,19 +70,19 @@ def attribute_path(term: Term) -> str | None:
     return ".".join(reversed(names)) if term.op == "self" and names else None
 
 
-def fits(kind: str, term: Term) -> bool:
-    """A hole of that kind may be bound to the term."""
+def may_bind(kind: str, term: Term) -> bool:
+    """Whether a hole of that kind may be bound to the term."""
     if kind == "input":
         return term.op == "input"
     if kind == "attr":
         return attribute_path(term) is not None
     if kind == "scalar":
         if term.op == "index" and term.args[1].op == "const":
-            return fits("attr", term.args[0])
+            return may_bind("attr", term.args[0])
         return term.op in ("const", "input") or attribute_path(term) is not None
     if kind == "callable":
         if term.op == "index":
-            return term.args[0].op == "py" and fits("scalar", term.args[1])
+            return term.args[0].op == "py" and may_bind("scalar", term.args[1])
         return term.op == "py" or attribute_path(term) is not None
     return kind == "any"
 
@@ -123,7 +123,7 @@ def _solve(
             if name in bound:
                 if bound[name] is not right:
                     return None
-            elif fits(kinds[name], right):
+            elif may_bind(kinds[name], right):
                 bound = {**bound, name: right}
             else:
                 return None
@@ -197,7 +197,7 @@ class _Walker:
         self.seen.add((id(left), id(right)))
         if left.op == "hole":
             known = self.bound.get(left.args[0])
-            if known is None and fits(self.kinds[left.args[0]], right):
+            if known is None and may_bind(self.kinds[left.args[0]], right):
                 self.bound[left.args[0]] = right
                 self.agreed += 1
             elif known is not right:

@@ -13,17 +13,15 @@ names an op.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-from contextlib import contextmanager
 from importlib import import_module
 
 from twinkle.ops.backends import Backend
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Callable, Mapping
     from types import ModuleType
     from typing import Any, Literal
 
@@ -119,10 +117,16 @@ class Op:
 
 def all_ops() -> tuple[Op, ...]:
     """Every op, in the order of their ranks."""
-    return _walk(tuple(import_module(_PACKAGE).__path__))
+    path = tuple(import_module(_PACKAGE).__path__)
+    if path not in _records:
+        _records[path] = _walk(path)
+    return _records[path]
 
 
-@functools.cache
+# By the folders that were walked. No functools.cache: importing that takes longer than all the records.
+_records: dict[tuple[str, ...], tuple[Op, ...]] = {}
+
+
 def _walk(path: tuple[str, ...]) -> tuple[Op, ...]:
     found: dict[str, Op] = {}
     for folder in path:
@@ -144,24 +148,26 @@ def find_op(name: str) -> Op:
     raise LookupError(f"there is no op {name!r}")
 
 
-@contextmanager
-def added_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Let the ops in one more folder be ops as long as the block runs.
+class added_folder:
+    """Lets the ops in one more folder be ops as long as the block runs.
 
     Args:
         folder: Laid out as ``twinkle/ops``: one folder in it for each op.
     """
-    path: list[str] = import_module(_PACKAGE).__path__  # type: ignore[assignment]
-    entry = os.fspath(folder)
-    before = set(sys.modules)
-    path.append(entry)
-    try:
-        yield
-    finally:
-        path.remove(entry)
-        _walk.cache_clear()
-        for name in set(sys.modules) - before:
-            if str(getattr(sys.modules[name], "__file__", "")).startswith(os.path.join(entry, "")):
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = os.fspath(folder)
+        self._path: list[str] = import_module(_PACKAGE).__path__  # type: ignore[assignment]
+
+    def __enter__(self) -> None:
+        self._path.append(self._folder)
+
+    def __exit__(self, *exception: object) -> None:
+        _records.pop(tuple(self._path), None)
+        self._path.remove(self._folder)
+        inside = os.path.join(self._folder, "")
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", "")).startswith(inside):
                 del sys.modules[name]
 
 

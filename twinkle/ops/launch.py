@@ -29,6 +29,7 @@ __all__ = [
     "DEVICE_TYPES",
     "EAGER",
     "REFERENCE",
+    "Derivative",
     "DispatchPath",
     "Launcher",
     "apply_of",
@@ -285,86 +286,98 @@ def lazy_module(name: str) -> Callable[[], Any]:
     return functools.cache(functools.partial(import_module, name))
 
 
+class Derivative:
+    """How an op is differentiated: what is kept from the forward, and the gradients that follow from it.
+
+    By default the first ``tensors`` inputs are saved, all the others are ``ctx.rest``, and each of the saved
+    ones has a gradient. ``ctx`` is that of an autograd ``Function``.
+
+    Args:
+        schema: Of the op that computes the gradients, as for ``torch.library.define``.
+        backward: Launches its kernel; may return None for a gradient that is not wanted.
+        fake: Makes empty gradients of the same shapes, dtypes and strides.
+        op_backward: As ``backward`` with results that share no memory, where those of ``backward`` do.
+        tensors: How many inputs, from the first one on, are tensors with gradients.
+        auxiliary: All results of the forward but the first one are for backward alone.
+        keep: ``keep(ctx, inputs, results)`` saves what backward wants, in the place of the default.
+        gradients: ``gradients(ctx, backward, *cotangents)`` gives one gradient an input; ``backward`` is the
+            function itself or the op, whose absent gradients are empty tensors.
+        reference: The definition, of the saved inputs and ``ctx.rest``: for gradients with a graph.
+        again: ``again(ctx, *cotangents)`` gives gradients with a graph, in the place of the default.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        backward: Callable[..., Any],
+        fake: Callable[..., Any],
+        *,
+        op_backward: Callable[..., Any] | None = None,
+        tensors: int = 0,
+        auxiliary: bool = False,
+        keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
+        reference: Callable[..., Any] | None = None,
+        again: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    ) -> None:
+        self.backward = backward
+        self.op = _define(schema, _without_none(op_backward or backward), _without_none(fake))
+        self.auxiliary = auxiliary
+        self.keep = keep or self._keep_inputs
+        self.gradients = gradients or _gradients_of_inputs
+        self.again = again or self._again_by_reference
+        self._tensors = tensors
+        self._reference = reference
+
+    def _keep_inputs(self, ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
+        ctx.save_for_backward(*inputs[: self._tensors], *(results[1:] if self.auxiliary else ()))
+        ctx.rest = inputs[self._tensors :]
+
+    def _again_by_reference(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        assert self._reference is not None
+        definition = functools.partial(_with_rest, self._reference, ctx.rest)
+        found = through_definition(definition, ctx.saved_tensors[: self._tensors], cotangents)
+        return (*found, *[None] * len(ctx.rest))
+
+    def set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """The op's part of ``keep``."""
+        if self.auxiliary:
+            ctx.set_materialize_grads(False)
+            ctx.mark_non_differentiable(*output[1:])
+        self.keep(ctx, inputs, output)
+
+    def of_op(self, ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients, computed by the op."""
+        if self.auxiliary:
+            if cotangents[0] is None:
+                return (None,) * len(ctx.needs_input_grad)
+            cotangents = cotangents[:1]
+        return self.gradients(ctx, self.op, *cotangents)
+
+
 def define_op(
     name: str,
     schema: str,
     forward: Callable[..., Any],
     fake: Callable[..., Any],
-    *,
-    backward_schema: str,
-    backward: Callable[..., Any],
-    fake_backward: Callable[..., Any],
-    op_backward: Callable[..., Any] | None = None,
-    tensors: int = 0,
-    auxiliary: bool = False,
-    keep: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
-    gradients: Callable[..., tuple[Tensor | None, ...]] | None = None,
-    reference: Callable[..., Any] | None = None,
-    again: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    derivative: Derivative,
 ) -> tuple[Callable[..., Any], Any]:
     """Make one differentiable function of a forward and a backward: eager, and as an op of ``twinkle``.
-
-    By default the first ``tensors`` inputs are saved, all the others are ``ctx.rest``, and each of the saved
-    ones has a gradient. ``ctx`` is that of an autograd ``Function`` in what follows.
 
     Args:
         name: Of the step in a graph of autograd.
         schema: Of the op, as for ``torch.library.define``.
         forward: Launches the kernel.
         fake: Makes empty results of the same shapes, dtypes and strides.
-        backward_schema: Of the op that computes the gradients.
-        backward: Launches that kernel; may return None for a gradient that is not wanted.
-        fake_backward: As ``fake``.
-        op_backward: As ``backward`` with results that share no memory, where those of ``backward`` do.
-        tensors: How many inputs, from the first one on, are tensors with gradients.
-        auxiliary: All results but the first one are for backward alone.
-        keep: ``keep(ctx, inputs, results)`` saves what backward wants, in the place of the default.
-        gradients: ``gradients(ctx, backward, *cotangents)`` gives one gradient an input; ``backward`` is the
-            function itself or the op, whose absent gradients are empty tensors.
-        reference: The definition, of the saved inputs and ``ctx.rest``: for gradients with a graph.
-        again: ``again(ctx, *cotangents)`` gives gradients with a graph, in the place of the default.
+        derivative: How it is differentiated.
 
     Returns:
         The function for plain tensors outside every transform (see :func:`apply_of`), which returns the
         first result alone where the others are auxiliary; and the op.
     """
-
-    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
-        ctx.save_for_backward(*inputs[:tensors], *(results[1:] if auxiliary else ()))
-        ctx.rest = inputs[tensors:]
-
-    def gradients_of_inputs(ctx: Any, function: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        found = function(*cotangents, *ctx.saved_tensors, *ctx.rest)
-        return (*(found if isinstance(found, tuple) else (found,)), *[None] * len(ctx.rest))
-
-    def again_by_reference(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        assert reference is not None
-        rest = ctx.rest
-        definition = functools.partial(_with_rest, reference, rest)
-        found = through_definition(definition, ctx.saved_tensors[:tensors], cotangents)
-        return (*found, *[None] * len(rest))
-
-    keep = keep or keep_inputs
-    gradients = gradients or gradients_of_inputs
-    again = again or again_by_reference
-    backward_op = _define(
-        backward_schema, _without_none(op_backward or backward), _without_none(fake_backward)
-    )
-
-    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        if auxiliary:
-            ctx.set_materialize_grads(False)
-            ctx.mark_non_differentiable(*output[1:])
-        keep(ctx, inputs, output)
-
-    def derivative(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-        if auxiliary:
-            if cotangents[0] is None:
-                return (None,) * len(ctx.needs_input_grad)
-            cotangents = cotangents[:1]
-        return gradients(ctx, backward_op, *cotangents)
-
-    op = _define(schema, forward, fake, setup=set_up, backward=derivative)
+    keep, auxiliary = derivative.keep, derivative.auxiliary
+    backward, gradients, again = derivative.backward, derivative.gradients, derivative.again
+    op = _define(schema, forward, fake, setup=derivative.set_up, backward=derivative.of_op)
 
     def eager_forward(ctx: Any, *inputs: Any) -> Any:
         results = forward(*inputs)
@@ -378,6 +391,11 @@ def define_op(
 
     members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
     return apply_of(type(torch.autograd.Function)(name, (torch.autograd.Function,), members)), op
+
+
+def _gradients_of_inputs(ctx: Any, function: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    found = function(*cotangents, *ctx.saved_tensors, *ctx.rest)
+    return (*(found if isinstance(found, tuple) else (found,)), *[None] * len(ctx.rest))
 
 
 def _with_rest(reference: Callable[..., Any], rest: tuple[Any, ...], *tensors: Tensor | None) -> Any:

@@ -97,7 +97,7 @@ def _kernel(form: LossForm) -> Callable[..., Any]:
 def cases(
     form: LossForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape; the last with labels that do not count."""
+    """A call of each shape; the last with labels that do not count."""
     generator = seeded(device)
     for shape, (rows, width, vocabulary) in _SHAPES.items():
         hidden = random((rows, width), dtype, generator)

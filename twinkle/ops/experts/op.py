@@ -15,7 +15,7 @@ import torch
 from twinkle.ops.experts import products, reference
 from twinkle.ops.experts.gating import Gating
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-from twinkle.ops.launch import define_op, through_definition
+from twinkle.ops.launch import Derivative, define_op, through_definition
 
 if TYPE_CHECKING:
     from typing import Any
@@ -48,10 +48,10 @@ def experts(
         x: ``[tokens, hidden]``.
         indices: ``[tokens, k]``.
         weights: ``[tokens, k]``, of any dtype.
-        gate_up: See ``reference.experts``, as the next three.
-        down: ...
-        gate_up_bias: ...
-        down_bias: ...
+        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged, as ``form`` says.
+        down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
+        gate_up_bias: ``[experts, 2 · intermediate]`` or None.
+        down_bias: ``[experts, hidden]`` or None.
         form: How they are laid out.
         gating: ``gating.gating_of`` the form.
 
@@ -306,13 +306,15 @@ _eager, _op = define_op(
     f"experts({_INPUTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
-    backward_schema=f"experts_backward(Tensor dout, {_INPUTS}, Tensor h, Tensor rows, Tensor offsets, "
-    f"bool want_x, bool want_weights, bool want_gate_up, bool want_down, {_REST}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    tensors=7,
-    auxiliary=True,
-    gradients=_gradients,
-    again=_again,
+    Derivative(
+        f"experts_backward(Tensor dout, {_INPUTS}, Tensor h, Tensor rows, Tensor offsets, "
+        f"bool want_x, bool want_weights, bool want_gate_up, bool want_down, {_REST}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        tensors=7,
+        auxiliary=True,
+        gradients=_gradients,
+        again=_again,
+    ),
 )

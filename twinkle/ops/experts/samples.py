@@ -36,7 +36,7 @@ _SHAPES = {
 
 
 def forms() -> tuple[ExpertsForm, ...]:
-    """All."""
+    """Every form of the definition."""
     return reference.FORMS
 
 
@@ -108,7 +108,7 @@ class Experts(nn.Module):
 def cases(
     form: ExpertsForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape with a silu; and every activation, for the form that most families have.
+    """A call of each shape with a silu; and every activation, for the form that most families have.
 
     One shape for a form without padding, which is computed as the one with it.
     """

@@ -329,13 +329,13 @@ def gate_backward(
 
     Args:
         dp: ``[rows, intermediate]``, the gradient of the result as if every weight were one.
-        h: As in :func:`gate`, as the next five.
-        bias: ...
-        ids: ...
+        h: ``[rows, 2 · intermediate]``, the fused projection.
+        bias: ``[experts, 2 · intermediate]`` or None, of the fused projection.
+        ids: ``[slots]``, the expert of each slot.
         weights: ``[slots]``, contiguous.
-        rows: ...
-        offsets: ...
-        gating: ...
+        rows: ``[3, rows]``, as :func:`invert` gives it.
+        offsets: ``[experts + 1]``, where the rows of each expert begin.
+        gating: The activation and its clamp.
 
     Returns:
         The gradient of ``h``, the result of :func:`gate` times the weights, the gradient of the weights

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from twinkle.ops.launch import (
     EAGER,
     REFERENCE,
+    Derivative,
     apply_of,
     define_op,
     dispatch_path,
@@ -304,22 +305,26 @@ _gated, _op = define_op(
     f"gated_activation(Tensor gate, Tensor up, str activation, {_REST}) -> Tensor",
     _forward,
     lambda gate, up, *rest: fresh(gate)[0],
-    backward_schema="gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
-    f"{_REST}) -> (Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=lambda dout, gate, up, *rest: (fresh(gate)[0], fresh(gate)[0]),
-    tensors=2,
-    reference=definition,
+    Derivative(
+        "gated_activation_backward(Tensor dout, Tensor gate, Tensor up, str activation, "
+        f"{_REST}) -> (Tensor, Tensor)",
+        _backward,
+        lambda dout, gate, up, *rest: (fresh(gate)[0], fresh(gate)[0]),
+        tensors=2,
+        reference=definition,
+    ),
 )
 _fused, _fused_op = define_op(
     "_Fused",
     f"gated_activation_fused(Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
     _fused_forward,
     lambda gate_up, *rest: gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2)),
-    backward_schema="gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, "
-    f"int gate_half, {_REST}) -> Tensor",
-    backward=_fused_backward,
-    fake_backward=lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
-    tensors=1,
-    reference=_fused_definition,
+    Derivative(
+        "gated_activation_fused_backward(Tensor dout, Tensor gate_up, str activation, "
+        f"int gate_half, {_REST}) -> Tensor",
+        _fused_backward,
+        lambda dout, gate_up, *rest: gate_up.new_empty(gate_up.shape),
+        tensors=1,
+        reference=_fused_definition,
+    ),
 )

@@ -23,7 +23,7 @@ __all__ = ["cases", "forms", "inputs"]
 
 
 def forms() -> tuple[GatedMLPForm, ...]:
-    """All."""
+    """Every form of the definition."""
     return reference.FORMS
 
 
@@ -88,7 +88,7 @@ class MLP(nn.Module):
 def cases(
     form: GatedMLPForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape with a silu; and every activation, for the form that most families have."""
+    """A call of each shape with a silu; and every activation, for the form that most families have."""
     generator = seeded(device)
     calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
     if form.name == "separate":

@@ -24,7 +24,7 @@ _UNKNOWN_WIDTH = 128
 
 
 def forms() -> tuple[LayerNormForm, ...]:
-    """All."""
+    """Every form of the definition."""
     return reference.FORMS
 
 
@@ -61,7 +61,7 @@ class Norm(nn.Module):
 def cases(
     form: LayerNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape."""
+    """A call of each shape, on random inputs."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
     if form.affine != "none":
         facts["weight"] = "weight"

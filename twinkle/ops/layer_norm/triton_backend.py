@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from twinkle.ops.build import forward_class, once_for
-from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
 from twinkle.ops.plain import pays
@@ -179,14 +179,16 @@ _eager, _op = define_op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    backward_schema="layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
-    "bool[] wanted) -> (Tensor, Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    tensors=3,
-    auxiliary=True,
-    gradients=_gradients,
-    reference=_exactly,
+    Derivative(
+        "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+        "bool[] wanted) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        tensors=3,
+        auxiliary=True,
+        gradients=_gradients,
+        reference=_exactly,
+    ),
 )
 
 

@@ -112,15 +112,15 @@ def run(
 
     Args:
         path: As found.
-        q: As for :func:`path_for`, with all that follows.
-        k: ...
-        q_weight: ...
-        k_weight: ...
+        q: ``[batch, heads, tokens, head_dim]``.
+        k: ``[batch, kv_heads, tokens, head_dim]``.
+        q_weight: ``[head_dim]``, or ``[heads · head_dim]`` where the norm is over all heads; or None.
+        k_weight: As ``q_weight``.
         q_eps: Of the norm of the queries.
         k_eps: Of the norm of the keys.
-        cos: ...
-        sin: ...
-        form: ...
+        cos: ``[batch, tokens, head_dim]``, or half as wide where the form says so.
+        sin: As ``cos``.
+        form: Which norm and which rotation.
 
     Returns:
         The shapes of ``q`` and ``k``; in memory tokens come before heads.

@@ -49,7 +49,7 @@ def _bound(function: Callable[..., Any], form: QKNormRotaryForm, head_dim: int) 
 def cases(
     form: QKNormRotaryForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape."""
+    """A call of each shape, on random inputs."""
     generator = seeded(device)
     bare = form.norm.weight == "none"
     for shape, (batch, tokens, heads, kv_heads, head_dim) in _SHAPES.items():

@@ -10,6 +10,7 @@ import torch
 from twinkle.ops.launch import (
     EAGER,
     REFERENCE,
+    Derivative,
     define_op,
     dispatch_path,
     lazy_module,
@@ -332,13 +333,15 @@ _eager, _op = define_op(
     "Tensor sin, int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    backward_schema="qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
-    "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
-    "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    op_backward=_backward_apart,
-    keep=_keep,
-    gradients=_gradients,
-    again=_again,
+    Derivative(
+        "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
+        "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
+        "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        op_backward=_backward_apart,
+        keep=_keep,
+        gradients=_gradients,
+        again=_again,
+    ),
 )

@@ -40,7 +40,7 @@ def _bound(function: Callable[..., Any], form: ResidualNormForm) -> Callable[...
 def cases(
     form: ResidualNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape."""
+    """A call of each shape, on random inputs."""
     generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x, residual = (random((*lead, width), dtype, generator) for _ in range(2))

@@ -9,6 +9,7 @@ import torch
 from twinkle.ops.launch import (
     EAGER,
     REFERENCE,
+    Derivative,
     DispatchPath,
     define_op,
     dispatch_path,
@@ -191,11 +192,13 @@ _eager, _op = define_op(
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    backward_schema="residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, "
-    "str norm, float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    keep=_keep,
-    gradients=_gradients,
-    again=_again,
+    Derivative(
+        "residual_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, float eps, "
+        "str norm, float? scale, bool weight_grad) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        keep=_keep,
+        gradients=_gradients,
+        again=_again,
+    ),
 )

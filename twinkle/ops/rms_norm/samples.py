@@ -24,7 +24,7 @@ _UNKNOWN_WIDTH = 128
 
 
 def forms() -> tuple[RMSNormForm, ...]:
-    """All."""
+    """Every form of the definition."""
     return reference.FORMS
 
 
@@ -54,7 +54,7 @@ class Norm(nn.Module):
 def cases(
     form: RMSNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape, and a weight in float32 beside inputs in half precision."""
+    """A call of each shape, and a weight in float32 beside inputs in half precision."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
     if form.weight != "none":
         facts["weight"] = "weight"

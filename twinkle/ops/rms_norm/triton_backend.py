@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class, once_for
-from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, like
+from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module, like
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
 
@@ -179,13 +179,15 @@ _eager, _op = define_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, str form) -> Tensor",
     _forward,
     _fake_forward,
-    backward_schema="rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, "
-    "bool weight_grad) -> (Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    tensors=2,
-    gradients=_gradients,
-    reference=_reference,
+    Derivative(
+        "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, "
+        "bool weight_grad) -> (Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        tensors=2,
+        gradients=_gradients,
+        reference=_reference,
+    ),
 )
 
 

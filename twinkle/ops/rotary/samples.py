@@ -29,7 +29,7 @@ _SHAPES = {
 
 
 def forms() -> tuple[RotaryForm, ...]:
-    """All."""
+    """Every form of the definition."""
     return reference.FORMS
 
 
@@ -102,7 +102,7 @@ def _definition(form: RotaryForm) -> Callable[..., Any]:
 def cases(
     form: RotaryForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """Each shape, and tables in float32 beside inputs in half precision."""
+    """A call of each shape, and tables in float32 beside inputs in half precision."""
     generator = seeded(device)
     original = _definition(form)
     facts = {role: role for role in _roles(form)}

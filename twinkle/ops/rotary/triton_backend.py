@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.build import once_for, plain_function
-from twinkle.ops.launch import EAGER, REFERENCE, define_op, dispatch_path, lazy_module, through_definition
+from twinkle.ops.launch import (
+    EAGER,
+    REFERENCE,
+    Derivative,
+    define_op,
+    dispatch_path,
+    lazy_module,
+    through_definition,
+)
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import FORMS, RotaryForm
 
@@ -333,13 +341,15 @@ _differentiable, _op = define_op(
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
-    backward_schema="rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, "
-    "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
-    backward=_backward,
-    fake_backward=_fake_backward,
-    keep=_keep,
-    gradients=_gradients,
-    again=_again,
+    Derivative(
+        "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, "
+        "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        keep=_keep,
+        gradients=_gradients,
+        again=_again,
+    ),
 )
 
 
