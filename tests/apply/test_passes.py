@@ -121,7 +121,7 @@ PLANNING = [
     ("twinkle.match.structure.check_instance", 3),
     ("twinkle.apply.layers._usable", 2),
     ("twinkle.swap.layers.plan", 2),
-    ("twinkle.apply.functions.find", 1),
+    ("twinkle.apply.functions.function_at", 1),
     ("twinkle.apply.functions.dispatcher", 1),
 ]
 COMMITTING = [
