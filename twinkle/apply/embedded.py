@@ -65,16 +65,16 @@ def _offered(op: str) -> tuple[LayerKernel, ...]:
     return tuple(kernel for name in names for kernel in runtime.embedded.kernels_named(name))
 
 
-def layer_rule(cls: type, where: str) -> Callable[[nn.Module], Bound | None] | None:
+def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[nn.Module], Bound | None] | None:
     """How a layer of a class is bound to embedded kernels; None where no layer of it is.
 
     Args:
         cls: Its class without Twinkle.
+        found: What the class is recognised as.
         where: The device the kernels are for.
     """
-    found = recognise(cls)
     if found.op is None or found.op in fused.OPS:
-        ops = [op for op in fused.OPS if wanted(op)]
+        ops = [op for op in fused.OPS if wanted(op)] if fused.serves(where) else []
         return partial(_with_fused_places, cls, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
     backend = backend_for(found.op, found.form, where) if kernels else None

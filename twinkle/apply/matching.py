@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from twinkle.apply.bound import Bound, specialise
@@ -47,25 +47,36 @@ def match(model: nn.Module, embedded_on: str | None) -> list[Bound]:
 
 def _rule(cls: type, embedded_on: str | None) -> Callable[[nn.Module], Bound | None] | None:
     """How a module of a class is bound; None where no module of it is."""
-    registered = _registered(cls)
+
+    @cache
+    def recognition() -> Recognition:
+        """What the class is recognised as: asked at most once, and not of a class that was named."""
+        from twinkle.match.structure import recognise
+
+        return recognise(cls)
+
+    registered = _registered(cls, recognition)
     if registered is not None:
         target, entry, kernels = registered
         if entry is None or not isinstance(entry.target, Op):
             return partial(_named, cls, target, kernels, entry)
-        from twinkle.match.structure import recognise
-
-        return partial(_recognised, cls, kernels, entry, recognise(cls))
+        return partial(_recognised, cls, kernels, entry, recognition())
     if embedded_on is None:
         return None
     from twinkle.apply import embedded
 
-    return embedded.layer_rule(cls, embedded_on)
+    return embedded.layer_rule(cls, recognition(), embedded_on)
 
 
-def _registered(cls: type) -> tuple[type, LayerTarget | None, tuple[LayerKernel, ...]] | None:
+def _registered(
+    cls: type, recognition: Callable[[], Recognition]
+) -> tuple[type, LayerTarget | None, tuple[LayerKernel, ...]] | None:
     """The target class, the registration and its kernels; the newest registration wins."""
     for entry in reversed(runtime.registry.layer_targets):
-        target = _meant(cls, entry)
+        if isinstance(entry.target, Op):
+            target = cls if recognition().op == entry.target.op else None
+        else:
+            target = defining_match(cls, entry.target)
         if target is not None:
             kernels = runtime.registry.kernels_named(entry.kernel_name)
             return (target, entry, kernels) if kernels else None
@@ -76,15 +87,6 @@ def _registered(cls: type) -> tuple[type, LayerTarget | None, tuple[LayerKernel,
             kernels = runtime.registry.kernels_named(name)
             return (base, None, kernels) if kernels else None
     return None
-
-
-def _meant(cls: type, entry: LayerTarget) -> type | None:
-    """The class that a registration means, where it means this one or what it inherits from."""
-    if not isinstance(entry.target, Op):
-        return defining_match(cls, entry.target)
-    from twinkle.match.structure import recognise
-
-    return cls if recognise(cls).op == entry.target.op else None
 
 
 def _named(

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from twinkle.fuse.sites import Site
     from twinkle.fuse.steps import FusedStep
 
-__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel"]
+__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "serves"]
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -94,6 +94,11 @@ def draft_of(cls: type) -> Draft | str:
     return found
 
 
+def serves(device: str) -> bool:
+    """Whether fused kernels run on a device, such as ``cuda`` or ``cpu``."""
+    return ("cuda" if device == "rocm" else device) in launch.DEVICE_TYPES
+
+
 def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
     """The kernel that is a layer's forward with fused kernels in it, or None without a place for one.
 
@@ -103,7 +108,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
         where: The device the kernels are for.
         ops: The ops that are wanted.
     """
-    if not ops or ("cuda" if where == "rocm" else where) not in launch.DEVICE_TYPES:
+    if not ops or not serves(where):
         return None
     # Most layers hold no norm, and parsing their code takes time.
     if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):
