@@ -136,17 +136,9 @@ def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, form: str) -> tuple[Te
 
 
 def _fake_forward(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    form: str,
-    *rest: Any,
+    x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    first = gate_up if _FORMS[form].transposed else gate_up.transpose(1, 2)
+    first = gate_up if _FORMS[rest[3]].transposed else gate_up.transpose(1, 2)
     count = indices.numel()
     return (
         x.new_empty(x.shape),
@@ -174,23 +166,23 @@ def _backward(
     want_down: bool,
     form: str,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weights, gate_up, down and the biases; empty where none is wanted."""
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x, weights, gate_up, down and the biases; None where none is wanted."""
     transposed = _FORMS[form].transposed
     first, second = _layout(gate_up, down, _FORMS[form])
-    count, token, none = rows.shape[1], rows[1], x.new_empty(0)
+    count, token = rows.shape[1], rows[1]
     ids, k = _flat(indices), indices.shape[1]
     if count == 0 or x.numel() == 0 or first.numel() == 0:
-        biases = (none if b is None else torch.zeros_like(b) for b in (gate_up_bias, down_bias))
+        biases = (None if b is None else torch.zeros_like(b) for b in (gate_up_bias, down_bias))
         given = ((x, want_x), (weights, want_weights), (gate_up, want_gate_up), (down, want_down))
-        return (*(torch.zeros_like(t) if want else none for t, want in given), *biases)
+        return (*(torch.zeros_like(t) if want else None for t, want in given), *biases)
     step = products.steps(x.device)
     flat = _flat(weights)
     dout, x = _adjacent(dout), _adjacent(x)
     dp = products.rows(dout, second.transpose(1, 2), offsets, count, token)
     dh, a, dweights = step.gate_backward(dp, h, gate_up_bias, ids, flat, rows, offsets, Gating(*rest))
     del dp
-    dx = dgate_up = ddown = dgate_up_bias = ddown_bias = none
+    dx = dgate_up = ddown = dgate_up_bias = ddown_bias = None
     if want_down:
         pair = (a, dout, offsets, None, token) if transposed else (dout, a, offsets, token, None)
         ddown = products.outer(*pair)
@@ -211,37 +203,17 @@ def _backward(
             each = dout.to(dweights.dtype) @ down_bias.to(dweights.dtype).t()
             chosen = each.gather(1, indices.clamp(max=each.shape[1] - 1))
             dweights = dweights + chosen.where(indices < each.shape[1], 0).reshape(-1)
-    dweights = dweights.to(weights.dtype).view(weights.shape) if want_weights else none
+    dweights = dweights.to(weights.dtype).view(weights.shape) if want_weights else None
     return dx, dweights, dgate_up, ddown, dgate_up_bias, ddown_bias
 
 
-def _fake_backward(
-    dout: Tensor,
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    gate_up_bias: Tensor | None,
-    down_bias: Tensor | None,
-    h: Tensor,
-    rows: Tensor,
-    offsets: Tensor,
-    want_x: bool,
-    want_weights: bool,
-    want_gate_up: bool,
-    want_down: bool,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    given = (
-        (x, want_x),
-        (weights, want_weights),
-        (gate_up, want_gate_up),
-        (down, want_down),
-        (gate_up_bias, gate_up_bias is not None),
-        (down_bias, down_bias is not None),
+def _fake_backward(dout: Tensor, x: Tensor, indices: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    weights, gate_up, down, gate_up_bias, down_bias, _, _, _, *wanted = rest
+    tensors = (x, weights, gate_up, down, gate_up_bias, down_bias)
+    return tuple(
+        t.new_empty(t.shape) if t is not None and want else None
+        for t, want in zip(tensors, (*wanted[:4], True, True), strict=True)
     )
-    return tuple(t.new_empty(t.shape) if want and t is not None else x.new_empty(0) for t, want in given)
 
 
 def _adjacent(x: Tensor) -> Tensor:

@@ -287,20 +287,8 @@ def _again(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...
     return (*through_definition(definition, tuple(inputs), (dq_out, dk_out)), *(None,) * 8)
 
 
-def _fake_forward(
-    q: Tensor,
-    k: Tensor,
-    qw: Tensor | None,
-    kw: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    head_dim: int,
-    norm: str,
-    rotation: str,
-    over_all: bool,
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(q: Tensor, k: Tensor, qw: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, cos, _, head_dim, norm, rotation, _ = rest
     out = _dtypes(q, qw, cos, norm, rotation)[-1]
     return _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
 
@@ -312,17 +300,9 @@ def _fake_backward(
     k: Tensor,
     qw: Tensor | None,
     kw: Tensor | None,
-    q_eps: float,
-    k_eps: float,
-    cos: Tensor,
-    sin: Tensor,
-    head_dim: int,
-    norm: str,
-    rotation: str,
-    over_all: bool,
-    weight_grad: bool,
+    *rest: Any,
 ) -> tuple[Tensor | None, ...]:
-    wanted = weight_grad and qw is not None and kw is not None
+    wanted = rest[-1] and qw is not None and kw is not None
     dqw, dkw = (torch.empty_like(w) if wanted and w is not None else None for w in (qw, kw))
     return q.new_empty(q.shape), k.new_empty(k.shape), dqw, dkw
 

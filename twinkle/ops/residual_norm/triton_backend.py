@@ -172,15 +172,9 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dh: Tensor | None,
-    dy: Tensor,
-    h: Tensor,
-    weight: Tensor | None,
-    eps: float,
-    norm: str,
-    scale: float | None,
-    weight_grad: bool,
+    dh: Tensor | None, dy: Tensor, h: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _, _, scale, weight_grad = rest
     dx = like(h)[0]
     dw = torch.empty_like(weight) if weight is not None and weight_grad else None
     return dx, None if scale is None else torch.empty_like(dx), dw

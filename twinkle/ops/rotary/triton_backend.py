@@ -248,11 +248,11 @@ def _backward(
     form: str,
     tokens_first: bool,
     inputs: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     q_out = _empty(dq, inputs)
     k_out = None if dk is None else _empty(dk, inputs)
     _launch((dq, dk), (q_out, k_out), cos, sin, _FORMS[form], tokens_first, inputs, True)
-    return q_out, k_out if k_out is not None else dq.new_empty(0)
+    return q_out, k_out
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
@@ -324,15 +324,10 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dq: Tensor,
-    dk: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    form: str,
-    tokens_first: bool,
-    inputs: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    return _empty(dq, inputs), dq.new_empty(0) if dk is None else _empty(dk, inputs)
+    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor | None]:
+    inputs = rest[-1]
+    return _empty(dq, inputs), None if dk is None else _empty(dk, inputs)
 
 
 _differentiable, _op = define_op(
