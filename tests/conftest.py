@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from kernel_fixtures import every_size, half, kernels  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,9 +73,9 @@ def _settings() -> dict[str, Any]:
         "deterministic or a warning": torch.is_deterministic_algorithms_warn_only_enabled(),
         "precision of products": torch.get_float32_matmul_precision(),
     }
-    options = sys.modules.get("twinkle.apply.options")
-    if options is not None:
-        found |= {f"option {name}": value for name, value in vars(options.options).items()}
+    twinkle = sys.modules.get("twinkle.runtime")
+    if twinkle is not None:
+        found |= {f"option {name}": value for name, value in vars(twinkle.runtime.options).items()}
     return found
 
 

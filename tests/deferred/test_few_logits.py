@@ -21,7 +21,7 @@ VOCAB = 1024
 @pytest.fixture(autouse=True)
 def every_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are what counts here: the proof of the loss, which follows the weights, is not asked."""
-    monkeypatch.setattr(forward, "is_trusted", lambda *_, **__: True)
+    monkeypatch.setattr(forward, "loss_verified", lambda *_, **__: True)
 
 
 class Model(nn.Module):
