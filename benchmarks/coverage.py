@@ -7,7 +7,7 @@
     python benchmarks/coverage.py --no-build                    without building models
     python benchmarks/coverage.py --no-build --totals           this transformers, for the table of versions
 
-For every class and function that is recognised, the code itself and the reference of its form run on the
+For every class and function that is recognised, the code itself and the reference of its variant run on the
 same random inputs, in float32, in bfloat16 and in bfloat16 with float32 parameters or tables; they must be
 equal bit for bit. Every model class is built from a small config on the meta device, and the modules in
 it are checked against what their class promised.
@@ -43,7 +43,7 @@ OPS = (
     "qk_norm_rotary",
     "layer_norm",
 )
-# Places inside a forward: recognised, and taken by a kernel where there is one for their form.
+# Places inside a forward: recognised, and taken by a kernel where there is one for their variant.
 INSIDE = ("residual_norm", "qk_norm_rotary")
 # Of the 53 model types in the table of liger-kernel 0.8.5, those that have the op on by default.
 LIGER = {"rms_norm": 51, "gated_mlp": 45, "rotary": 36, "causal_lm_loss": 51, "layer_norm": 11}
@@ -96,7 +96,7 @@ def _measure(name: str, build: bool, out: dict) -> None:
     for _, value in candidates(module):
         for found in filter(None, recognise_all(value)):
             wired = found.facts.get("wired", True)
-            out["rows"].append((found.target, found.op, found.form.name, wired))
+            out["rows"].append((found.target, found.op, found.variant.name, wired))
             if "wired" in found.facts:
                 continue  # made of a sum, norms and a rotation that are tried where they are defined
             if isinstance(value, type):
@@ -122,7 +122,7 @@ def _try(value: object, found: object, out: dict) -> None:
         if not outcome.equal:
             ran = "differ" in outcome.found or "instead of" in outcome.found or "the loss is" in outcome.found
             out["wrong" if ran else "not_run"].append(
-                (found.target, found.op, found.form.name, case, outcome.found)
+                (found.target, found.op, found.variant.name, case, outcome.found)
             )
 
 

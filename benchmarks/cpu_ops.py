@@ -34,9 +34,9 @@ from twinkle.ops.rotary import reference as rotary_reference
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-NORMS = {form.name: form for form in norm_reference.FORMS}
-ROTATIONS = {form.name: form for form in rotary_reference.FORMS}
-COHERE = next(form for form in layer_norm_reference.FORMS if form.name == "cohere")
+NORMS = {variant.name: variant for variant in norm_reference.VARIANTS}
+ROTATIONS = {variant.name: variant for variant in rotary_reference.VARIANTS}
+COHERE = next(variant for variant in layer_norm_reference.VARIANTS if variant.name == "cohere")
 EPS = 1e-6
 
 
@@ -52,15 +52,15 @@ class Case(NamedTuple):
 
 
 def norm_case(name: str, rows: int, width: int, dtype: torch.dtype) -> Case:
-    form = NORMS[name]
+    variant = NORMS[name]
     x, w = torch.randn(rows, width).to(dtype), (torch.randn(width) + 1).to(dtype)
     return Case(
         f"rms_norm ({name})",
         f"{rows}x{width}",
         (x, w),
         2,
-        lambda x, w: norm_reference.rms_norm(x, w, EPS, form=form),
-        lambda x, w: norm_cpu.rms_norm(x, w, EPS, form=form),
+        lambda x, w: norm_reference.rms_norm(x, w, EPS, variant=variant),
+        lambda x, w: norm_cpu.rms_norm(x, w, EPS, variant=variant),
     )
 
 
@@ -71,15 +71,15 @@ def layer_norm_case(rows: int, width: int, dtype: torch.dtype) -> Case:
         f"{rows}x{width}",
         (x, w),
         2,
-        lambda x, w: layer_norm_reference.layer_norm(x, w, None, EPS, form=COHERE),
-        lambda x, w: layer_norm_torch.layer_norm(x, w, None, EPS, form=COHERE),
+        lambda x, w: layer_norm_reference.layer_norm(x, w, None, EPS, variant=COHERE),
+        lambda x, w: layer_norm_torch.layer_norm(x, w, None, EPS, variant=COHERE),
     )
 
 
 def rotary_case(name: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
-    form = ROTATIONS[name]
+    variant = ROTATIONS[name]
     heads, kv_heads, dim = 16, 8, 128
-    width = dim // 2 if form.part != "all" else dim
+    width = dim // 2 if variant.part != "all" else dim
     q = torch.randn(batch, tokens, heads, dim).to(dtype).transpose(1, 2)
     k = torch.randn(batch, tokens, kv_heads, dim).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(batch, tokens, width).to(dtype) for _ in range(2))
@@ -88,8 +88,8 @@ def rotary_case(name: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
         f"{batch}x{tokens}x{heads}+{kv_heads}x{dim}",
         (q, k, cos, sin),
         2,
-        lambda *x: rotary_reference.rotary(*x, form=form),
-        lambda *x: rotary_cpu.rotary(*x, form=form),
+        lambda *x: rotary_reference.rotary(*x, variant=variant),
+        lambda *x: rotary_cpu.rotary(*x, variant=variant),
     )
 
 

@@ -86,7 +86,7 @@ class Layer:
             self.gate_up,
             self.down,
             self.shape.experts,
-            form=reference.FORMS[0],
+            variant=reference.VARIANTS[0],
         )
 
     def twinkle(self) -> Any:
@@ -207,8 +207,8 @@ def errors(layer: Layer, call: Callable[[], Any]) -> list[float]:
     ours = [y, *torch.autograd.grad(y, layer.leaves, gradient)]
     exact = [t.detach().float().requires_grad_() for t in layer.leaves]
     x, weights, gate_up, down = exact
-    form = reference.FORMS[0]
-    best = reference.experts(x, layer.indices, weights, gate_up, down, layer.shape.experts, form=form)
+    variant = reference.VARIANTS[0]
+    best = reference.experts(x, layer.indices, weights, gate_up, down, layer.shape.experts, variant=variant)
     theirs = [best, *torch.autograd.grad(best, exact, gradient.float())]
     pairs = zip(ours, theirs, strict=True)
     return [float((a.detach().float() - b.detach()).norm() / b.detach().norm()) for a, b in pairs]

@@ -40,11 +40,11 @@ from twinkle.ops.rotary.layer import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-LLAMA = next(form for form in norm_reference.FORMS if form.name == "llama")
-FUSED = next(form for form in layer_norm_reference.FORMS if form.name == "fused")
-HALF = next(form for form in rotary_reference.FORMS if form.name == "half")
-RESIDUAL = residual_reference.ResidualNormForm("rms_norm_llama", LLAMA)
-QK = qk_reference.QKNormRotaryForm("llama_half_head", LLAMA, HALF)
+LLAMA = next(variant for variant in norm_reference.VARIANTS if variant.name == "llama")
+FUSED = next(variant for variant in layer_norm_reference.VARIANTS if variant.name == "fused")
+HALF = next(variant for variant in rotary_reference.VARIANTS if variant.name == "half")
+RESIDUAL = residual_reference.ResidualNormVariant("rms_norm_llama", LLAMA)
+QK = qk_reference.QKNormRotaryVariant("llama_half_head", LLAMA, HALF)
 EPS = 1e-6
 TARGETS = {
     "rms_norm": (90, 80),
@@ -75,13 +75,13 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def norm_case(rows: int, width: int) -> Case:
     def eager(x, w):
-        return norm_reference.rms_norm(x, w, EPS, form=LLAMA)
+        return norm_reference.rms_norm(x, w, EPS, variant=LLAMA)
 
     providers = {
         "eager": eager,
         "torch.compile": _compiled(eager),
         "F.rms_norm": lambda x, w: F.rms_norm(x, (width,), w, EPS),
-        "twinkle": lambda x, w: rms_norm(x, w, EPS, form=LLAMA),
+        "twinkle": lambda x, w: rms_norm(x, w, EPS, variant=LLAMA),
     }
     try:
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
@@ -99,7 +99,7 @@ def layer_norm_case(rows: int, width: int) -> Case:
         return F.layer_norm(x, (width,), w, b, EPS)
 
     def ours(x, w, b):
-        return layer_norm_backend.layer_norm(x, w, b, EPS, form=FUSED, normalized_shape=(width,))
+        return layer_norm_backend.layer_norm(x, w, b, EPS, variant=FUSED, normalized_shape=(width,))
 
     providers = {"eager": eager, "torch.compile": _compiled(eager), "twinkle": ours}
     try:
@@ -116,12 +116,12 @@ def layer_norm_case(rows: int, width: int) -> Case:
 
 def residual_case(rows: int, width: int) -> Case:
     def eager(x, r, w):
-        return residual_reference.residual_norm(x, r, w, EPS, form=RESIDUAL)
+        return residual_reference.residual_norm(x, r, w, EPS, variant=RESIDUAL)
 
     providers = {
         "eager": eager,
         "torch.compile": _compiled(eager),
-        "twinkle": lambda x, r, w: residual_norm(x, r, w, EPS, form=RESIDUAL),
+        "twinkle": lambda x, r, w: residual_norm(x, r, w, EPS, variant=RESIDUAL),
     }
     try:
         from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
@@ -166,7 +166,7 @@ def _tables(tokens: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def rotary_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
     def eager(q, k, cos, sin):
-        return rotary_reference.rotary(q, k, cos, sin, form=HALF)
+        return rotary_reference.rotary(q, k, cos, sin, variant=HALF)
 
     providers = {"eager": eager, "torch.compile": _compiled(eager), "twinkle": apply_rotary_pos_emb}
     try:
@@ -183,13 +183,13 @@ def rotary_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) ->
 
 def qk_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
     def eager(q, k, qw, kw, cos, sin):
-        return qk_reference.qk_norm_rotary(q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, form=QK)
+        return qk_reference.qk_norm_rotary(q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, variant=QK)
 
     providers = {
         "eager": eager,
         "torch.compile": _compiled(eager),
         "twinkle": lambda q, k, qw, kw, cos, sin: qk_norm_rotary(
-            q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, form=QK
+            q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, variant=QK
         ),
     }
     try:

@@ -1,4 +1,4 @@
-"""A trial of a recognition: the code itself against the reference of its form, on random inputs.
+"""A trial of a recognition: the code itself against the reference of its variant, on random inputs.
 
 The module is not built by its constructor: it is given just the attributes that the facts name, so
 code that reads anything else fails the trial instead of passing by luck.
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 def trial(
     obj: Any, recognition: Recognition, dtype: torch.dtype = torch.float32, *, mixed: bool = False
 ) -> Outcome:
-    """Run ``obj`` and the reference of its form on the same random inputs.
+    """Run ``obj`` and the reference of its variant on the same random inputs.
 
     Args:
         obj: The class or function that was recognised.
@@ -64,7 +64,7 @@ def trial(
         return Outcome(False, f"nobody wrote down the inputs of a trial of {recognition.op}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        values, reference = setup(recognition.form, dtype, torch.float32 if mixed else dtype)
+        values, reference = setup(recognition.variant, dtype, torch.float32 if mixed else dtype)
         values = {role: value for role, value in values.items() if role in facts}
         own: Any = obj.forward if isinstance(obj, type) else obj  # type: ignore[attr-defined]
         function, _ = source.unwrap(source.function_of_callable(own))
@@ -75,7 +75,7 @@ def trial(
             name: value for name, value in arguments.items() if name in function.__code__.co_varnames
         }
         try:
-            expected = reference(form=recognition.form, **_known(values, facts))
+            expected = reference(variant=recognition.variant, **_known(values, facts))
             if isinstance(obj, type):
                 module = _module(obj, recognition, values, dtype)
                 found = function(module, **_copies(arguments))
@@ -171,7 +171,7 @@ def _norm_values(dtype: torch.dtype, other: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _rms_norm(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+def _rms_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     more = {
         "gate": torch.randn(3, 5, _HIDDEN, dtype=dtype),
         "activation": nn.functional.silu,
@@ -181,15 +181,17 @@ def _rms_norm(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     return {**_norm_values(dtype, other), **more}, lambda weight=None, **rest: rms_norm(weight=weight, **rest)
 
 
-def _layer_norm(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+def _layer_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     def reference(weight: Any = None, bias: Any = None, **rest: Any) -> Tensor:
         return layer_norm(weight=weight, bias=bias, **rest)
 
     # torch's function wants the weight in the dtype of its input.
-    return _norm_values(dtype, torch.float32 if form.name.startswith("fused_float32") else other), reference
+    return _norm_values(
+        dtype, torch.float32 if variant.name.startswith("fused_float32") else other
+    ), reference
 
 
-def _gated_mlp(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+def _gated_mlp(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     def linear(rows: int, columns: int) -> nn.Linear:
         return nn.Linear(columns, rows, dtype=dtype)
 
@@ -213,24 +215,24 @@ def _gated_mlp(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     return values, reference
 
 
-def _rotary(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+def _rotary(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     batch, heads, tokens, width = 2, 3, 5, 8
-    turned = width // 2 if form.part in ("first", "last") else width
-    columns = turned // 2 if form.tables in ("half", "repeated") else turned
+    turned = width // 2 if variant.part in ("first", "last") else width
+    columns = turned // 2 if variant.tables in ("half", "repeated") else turned
     q_shape: tuple[int, ...] = (batch, heads, tokens, width)
     k_shape: tuple[int, ...] = (batch, 1, tokens, width)
     table: tuple[int, ...] = (batch, tokens, columns)
-    if form.broadcast == "-2":
+    if variant.broadcast == "-2":
         q_shape, k_shape, table = (tokens, heads, width), (tokens, 1, width), (tokens, columns)
-    elif form.broadcast == "2":
+    elif variant.broadcast == "2":
         q_shape, k_shape = (batch, tokens, heads, width), (batch, tokens, 1, width)
-    elif form.part == "prefix":
+    elif variant.part == "prefix":
         table = (tokens - 2, columns)
-    elif form.broadcast == "none":
+    elif variant.broadcast == "none":
         table = (tokens, columns)
-    if form.indexed:
+    if variant.indexed:
         table = (11, columns)
-    if form.sections:
+    if variant.sections:
         table = (3, batch, tokens, columns)
     values: dict[str, Any] = {
         "q": torch.randn(q_shape, dtype=dtype),
@@ -242,7 +244,7 @@ def _rotary(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         "position_ids": torch.arange(batch * tokens).view(batch, tokens) % 11,
         "mrope_section": [1, 1, columns // 2 - 2],
     }
-    if form.pairs == "complex":
+    if variant.pairs == "complex":
         values["cos"] = torch.polar(
             torch.ones(batch, tokens, width // 2), torch.randn(batch, tokens, width // 2)
         )
@@ -253,13 +255,13 @@ def _rotary(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     return values, reference
 
 
-def _experts(form: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+def _experts(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     def weights(rows: int, columns: int) -> Tensor:
-        shape = (columns, rows) if form.transposed else (rows, columns)
+        shape = (columns, rows) if variant.transposed else (rows, columns)
         return torch.randn(_EXPERTS, *shape, dtype=dtype) / 4
 
     indices = torch.rand(10, _EXPERTS).topk(2).indices
-    if form.padding:
+    if variant.padding:
         indices[2, 1] = _EXPERTS
     values = {
         "x": torch.randn(10, _HIDDEN, dtype=dtype),

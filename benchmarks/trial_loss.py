@@ -90,7 +90,7 @@ class _Numbers:
 
 
 def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.float32) -> Outcome:
-    """Run the forward of ``cls`` with labels, and the reference of its form, on the same hidden states.
+    """Run the forward of ``cls`` with labels, and the reference of its variant, on the same hidden states.
 
     Args:
         cls: The model class.
@@ -100,7 +100,7 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
     Returns:
         Whether loss and logits are equal bit for bit.
     """
-    form, facts = recognition.form, recognition.facts
+    variant, facts = recognition.variant, recognition.facts
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         hidden = torch.randn(2, 7, _HIDDEN, dtype=dtype)
@@ -119,7 +119,7 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
                 head.weight,
                 head.bias,
                 seen["labels"],
-                form=replace(form, hidden_cast=False),
+                variant=replace(variant, hidden_cast=False),
                 factors=factors,
                 shift_labels=seen["shift_labels"],
             )

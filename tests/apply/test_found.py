@@ -58,16 +58,16 @@ def ones(queries: Any, keys: Any, cosine: Any, sine: Any) -> Any:
 
 
 class Fitted(nn.Module):
-    """A kernel that has a function for each form, with the arguments of the original."""
+    """A kernel that has a function for each variant, with the arguments of the original."""
 
     asked: Any = None
 
     def forward(self, queries: Any, keys: Any, cosine: Any, sine: Any) -> Any:
-        raise AssertionError("for_form gives another one")
+        raise AssertionError("for_variant gives another one")
 
     @staticmethod
-    def for_form(form: Any, facts: Any, original: Any) -> Any:
-        Fitted.asked = (form.name, facts["cos"], original.__name__)
+    def for_variant(variant: Any, facts: Any, original: Any) -> Any:
+        Fitted.asked = (variant.name, facts["cos"], original.__name__)
         return zeros
 
 
@@ -88,7 +88,7 @@ def test_a_function_is_found_by_its_code(program: Any, clean_registry: Registry,
     assert [(b.target, b.state) for b in clean_registry.bindings] == [("found_program:turn", "active")]
 
 
-def test_a_kernel_may_have_a_function_for_each_form(program: Any) -> None:
+def test_a_kernel_may_have_a_function_for_each_variant(program: Any) -> None:
     bind({"func_impl": Fitted})
     kernelize_layers(program.Attention())
     assert is_zero(program)

@@ -11,7 +11,7 @@ import torch
 import twinkle.ops.causal_lm_loss.samples as loss_samples
 from twinkle.cli import main
 from twinkle.ops import launch
-from twinkle.ops.cases import cases, forms, sampled_ops
+from twinkle.ops.cases import cases, sampled_ops, variants
 from twinkle.proof import verify as rerun
 from twinkle.proof.compare import compare
 
@@ -23,29 +23,29 @@ QUICK = ["verify", "--op", "causal_lm_loss", "--dtype", "float32", "--device", "
 
 @pytest.fixture(autouse=True)
 def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two forms of the loss, two shapes each; verdicts go to a directory of the test."""
+    """Two variants of the loss, two shapes each; verdicts go to a directory of the test."""
     monkeypatch.setenv("TWINKLE_CACHE", str(tmp_path))
-    monkeypatch.setattr(loss_samples, "forms", lambda: (loss_samples.LossForm("plain"), _BIASED))
+    monkeypatch.setattr(loss_samples, "variants", lambda: (loss_samples.LossVariant("plain"), _BIASED))
     shapes = {name: loss_samples._SHAPES[name] for name in ("one row", "ragged")}
     monkeypatch.setattr(loss_samples, "_SHAPES", shapes)
 
 
-_BIASED = loss_samples.LossForm("bias", bias=True)
+_BIASED = loss_samples.LossVariant("bias", bias=True)
 
 
 def wrong_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
     right = loss_samples._kernel
 
-    def kernel(form: Any) -> Any:
-        return (lambda *args: right(form)(*args) * 1.01) if form.bias else right(form)
+    def kernel(variant: Any) -> Any:
+        return (lambda *args: right(variant)(*args) * 1.01) if variant.bias else right(variant)
 
     monkeypatch.setattr(loss_samples, "_kernel", kernel)
 
 
-def test_a_line_for_each_form_with_both_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_for_each_variant_with_both_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(QUICK) == 0
     out = capsys.readouterr().out.splitlines()
-    assert out[0].split()[:4] == ["device", "op", "form", "by"]
+    assert out[0].split()[:4] == ["device", "op", "variant", "by"]
     assert [line.split()[2] for line in out[1:3]] == ["plain", "bias"]
     assert all(line.endswith("proven") for line in out[1:3])
     assert out[3].startswith("4 of 4 comparisons proven, seed 1")
@@ -71,7 +71,7 @@ def test_json_has_every_comparison(capsys: pytest.CaptureFixture[str]) -> None:
     document = json.loads(capsys.readouterr().out)
     assert len(document["comparisons"]) == 4
     first = document["comparisons"][0]
-    assert (first["op"], first["form"], first["dtype"], first["ok"]) == (
+    assert (first["op"], first["variant"], first["dtype"], first["ok"]) == (
         "causal_lm_loss",
         "plain",
         "float32",
@@ -116,7 +116,7 @@ def test_ctrl_c_keeps_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert kept(tmp_path) == 3
 
 
-def test_verdicts_are_kept_before_the_next_form_begins(
+def test_verdicts_are_kept_before_the_next_variant_begins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
@@ -194,7 +194,7 @@ def test_bfloat16_says_nothing_in_the_interpreter(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("op", [op for op in sampled_ops() if op != "causal_lm_loss"])
 def test_every_op_has_samples_of_every_shape(op: str) -> None:
-    form = forms(op)[0]
-    shapes = [case.shape for case in cases(op, form, torch.float16, torch.device("cpu"))]
+    variant = variants(op)[0]
+    shapes = [case.shape for case in cases(op, variant, torch.float16, torch.device("cpu"))]
     assert {"plain", "ragged", "wide"} <= set(shapes)
     assert len(shapes) == len(set(shapes))

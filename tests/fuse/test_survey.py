@@ -45,15 +45,15 @@ class Super(Block):
 
 def test_places_with_a_kernel_and_without() -> None:
     [found] = recognise_all(Block)
-    assert (found.op, found.form.name) == ("residual_norm", "rms_norm_llama_scaled")
+    assert (found.op, found.variant.name) == ("residual_norm", "rms_norm_llama_scaled")
     assert found.facts == {
         "norm": "after",
         "scale": "0.5",
         "wired": True,
         "sites": (
-            {"form": "rms_norm_llama_scaled", "norm": "after", "scale": "0.5", "wired": True},
+            {"variant": "rms_norm_llama_scaled", "norm": "after", "scale": "0.5", "wired": True},
             {
-                "form": "layer_norm_fused",
+                "variant": "layer_norm_fused",
                 "norm": "first",
                 "scale": None,
                 "wired": False,
@@ -70,7 +70,7 @@ def test_a_forward_that_cannot_be_rewritten_says_why() -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "op", "form", "wired"),
+    ("target", "op", "variant", "wired"),
     [
         ("llama:LlamaDecoderLayer", "residual_norm", "rms_norm_llama", True),
         ("gemma4:Gemma4TextDecoderLayer", "residual_norm", "rms_norm_gemma4", True),
@@ -83,14 +83,14 @@ def test_a_forward_that_cannot_be_rewritten_says_why() -> None:
         ("llama:LlamaAttention", None, None, None),
     ],
 )
-def test_known_families(target: str, op: str | None, form: str | None, wired: bool | None) -> None:
+def test_known_families(target: str, op: str | None, variant: str | None, wired: bool | None) -> None:
     family, name = target.split(":")
     try:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     except ImportError:
         pytest.skip(f"this transformers has no {family}")
     [found] = recognise_all(getattr(module, name))
-    assert (found.op, found.form and found.form.name, found.facts.get("wired")) == (op, form, wired)
+    assert (found.op, found.variant and found.variant.name, found.facts.get("wired")) == (op, variant, wired)
 
 
 def test_the_command_says_what_is_left_as_it_is(capsys: Any) -> None:
@@ -106,6 +106,6 @@ def test_the_command_says_what_is_left_as_it_is(capsys: Any) -> None:
     assert row == {
         "target": "transformers.models.llama.modeling_llama:LlamaDecoderLayer",
         "op": "residual_norm",
-        "form": "rms_norm_llama",
+        "variant": "rms_norm_llama",
         "facts": {"norm": "post_attention_layernorm", "scale": None, "wired": True},
     }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture(scope="session")
 def trial() -> Callable[..., Any]:
-    """Runs a class or function and the reference of its form on the same inputs."""
+    """Runs a class or function and the reference of its variant on the same inputs."""
     path = Path(__file__).parents[2] / "benchmarks" / "trial.py"
     spec = importlib.util.spec_from_file_location("trial", path)
     assert spec is not None

@@ -106,30 +106,30 @@ class PlainMLP(Gate):
 
 def test_names_take_no_part():
     found = recognise(Odd)
-    assert (found.op, found.form.name) == ("rms_norm", "llama")
+    assert (found.op, found.variant.name) == ("rms_norm", "llama")
     assert found.facts == {"x": "tokens", "eps": "small", "weight": "g"}
 
 
 @pytest.mark.parametrize(
-    ("cls", "form"),
+    ("cls", "variant"),
     [(Odd, "llama"), (Late, "olmo2"), (Offset, "gemma"), (Divided, "llama_divided"), (Branching, "llama")],
 )
-def test_rounding_is_part_of_the_form(cls, form):
-    assert recognise(cls).form.name == form
+def test_rounding_is_part_of_the_variant(cls, variant):
+    assert recognise(cls).variant.name == variant
 
 
 @pytest.mark.parametrize("cls", [Odd, Late, Offset, Divided, Branching, Gate, DirectGate])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_reference_of_the_form_gives_the_same_bits(cls, dtype, trial):
+def test_the_reference_of_the_variant_gives_the_same_bits(cls, dtype, trial):
     assert trial(cls, recognise(cls), dtype).equal
 
 
-def test_a_trial_tells_a_wrong_form_apart(trial):
+def test_a_trial_tells_a_wrong_variant_apart(trial):
     found = recognise(Odd)
     wrong = recognise(Late)
     outcome = trial(
         Odd,
-        type(found)(found.target, "rms_norm", wrong.form, found.facts, found.instance_facts),
+        type(found)(found.target, "rms_norm", wrong.variant, found.facts, found.instance_facts),
         torch.bfloat16,
     )
     assert not outcome.equal
@@ -149,7 +149,7 @@ def test_the_first_difference_is_named():
             return self.g * h.to(x.dtype)
 
     (miss,) = recognise(Wide).near
-    assert (miss.op, miss.form.name, miss.difference) == ("rms_norm", "llama", "expected -1, found -2")
+    assert (miss.op, miss.variant.name, miss.difference) == ("rms_norm", "llama", "expected -1, found -2")
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_foreign_wrapper_is_not_looked_through():
     assert "wrapped by" in found.reason
 
 
-def test_the_same_code_over_another_helper_is_another_form(tmp_path, monkeypatch):
+def test_the_same_code_over_another_helper_is_another_variant(tmp_path, monkeypatch):
     body = (
         "import torch\n"
         "def half(x):\n"
@@ -208,8 +208,8 @@ def test_the_same_code_over_another_helper_is_another_form(tmp_path, monkeypatch
     import turns_one_way
     import turns_the_other
 
-    assert recognise(turns_one_way.turn).form.inverse is False
-    assert recognise(turns_the_other.turn).form.inverse is True
+    assert recognise(turns_one_way.turn).variant.inverse is False
+    assert recognise(turns_the_other.turn).variant.inverse is True
 
 
 def test_a_recognition_is_made_once_a_class():
@@ -240,8 +240,8 @@ class DroppedGate(NormedGate):
 
 
 def test_a_norm_and_a_dropout_are_told_apart_by_what_init_builds():
-    assert recognise(NormedGate).form.name == "normed"
-    assert recognise(DroppedGate).form.name == "separate_dropout"
+    assert recognise(NormedGate).variant.name == "normed"
+    assert recognise(DroppedGate).variant.name == "separate_dropout"
 
 
 def test_an_mlp_without_gate_is_no_gated_mlp():
@@ -282,9 +282,9 @@ def multimodal(q, k, cos, sin, mrope_section, unsqueeze_dim=1):
     return q_out, k_out
 
 
-def test_multimodal_sections_are_a_form_of_rotary(trial):
+def test_multimodal_sections_are_a_variant_of_rotary(trial):
     found = recognise(multimodal)
-    assert (found.op, found.form.name) == ("rotary", "sections")
+    assert (found.op, found.variant.name) == ("rotary", "sections")
     assert trial(multimodal, found).equal
 
 
@@ -344,5 +344,5 @@ def test_a_missing_weight_is_a_reason():
 
 
 def test_layers_of_torch_are_recognised():
-    assert recognise(nn.LayerNorm).form.name == "fused"
-    assert recognise(nn.RMSNorm).form.compute == "fused"
+    assert recognise(nn.LayerNorm).variant.name == "fused"
+    assert recognise(nn.RMSNorm).variant.compute == "fused"

@@ -68,7 +68,7 @@ def test_no_recognition_is_wrong(coverage):
 
 
 @pytest.mark.parametrize(
-    ("target", "op", "form"),
+    ("target", "op", "variant"),
     [
         ("llama:LlamaRMSNorm", "rms_norm", "llama"),
         ("gemma3:Gemma3RMSNorm", "rms_norm", "gemma"),
@@ -90,12 +90,12 @@ def test_no_recognition_is_wrong(coverage):
         ("granite:GraniteForCausalLM", "causal_lm_loss", "divide"),
     ],
 )
-def test_known_families(target, op, form):
+def test_known_families(target, op, variant):
     family, name = target.split(":")
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     found = recognise(getattr(module, name))
     # Before transformers 5.18 experts have no room for a slot without one.
-    assert (found.op, found.form and found.form.name.removesuffix("_unpadded")) == (op, form)
+    assert (found.op, found.variant and found.variant.name.removesuffix("_unpadded")) == (op, variant)
 
 
 def test_a_classifier_head_is_no_causal_loss():
@@ -139,7 +139,7 @@ def test_a_model_is_matched_in_little_more_time_than_its_file_is_parsed():
     assert time.thread_time() - started < 25 * unit
 
 
-def test_the_command_prints_form_and_facts(capsys):
+def test_the_command_prints_variant_and_facts(capsys):
     from twinkle.cli.match import main
 
     assert main(["transformers.models.llama", "--json"]) == 0
@@ -148,7 +148,7 @@ def test_the_command_prints_form_and_facts(capsys):
     assert norm == {
         "target": "transformers.models.llama.modeling_llama:LlamaRMSNorm",
         "op": "rms_norm",
-        "form": "llama",
+        "variant": "llama",
         "facts": {"x": "hidden_states", "eps": "variance_epsilon", "weight": "weight"},
     }
 

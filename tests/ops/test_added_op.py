@@ -66,20 +66,20 @@ OP = {
 
 
         @dataclass(frozen=True)
-        class DynamicTanhForm:
+        class DynamicTanhVariant:
             """Whether there is a bias."""
 
             name: str
             bias: bool = True
 
 
-        def dynamic_tanh(x, weight, bias, alpha, *, form):
+        def dynamic_tanh(x, weight, bias, alpha, *, variant):
             """``[..., hidden]`` to the same."""
             y = weight * torch.tanh(alpha * x)
-            return y + bias if form.bias else y
+            return y + bias if variant.bias else y
 
 
-        FORMS = (DynamicTanhForm("biased"), DynamicTanhForm("plain", bias=False))
+        VARIANTS = (DynamicTanhVariant("biased"), DynamicTanhVariant("plain", bias=False))
     ''',
     "torch_backend.py": '''
         """One step fewer."""
@@ -89,15 +89,15 @@ OP = {
         from twinkle.ops.build import forward_class
 
 
-        def supports(form, device=None, facts=None):
-            return None if form.bias else "it has no bias"
+        def supports(variant, device=None, facts=None):
+            return None if variant.bias else "it has no bias"
 
 
         def dynamic_tanh(x, weight, bias, alpha):
             return torch.addcmul(bias, torch.tanh(alpha * x), weight)
 
 
-        def layer_class(form, facts):
+        def layer_class(variant, facts):
             return forward_class("DynamicTanh", dynamic_tanh, facts, inputs=("x",))
     ''',
     "layer.py": '''
@@ -110,8 +110,8 @@ OP = {
 
         class DynamicTanh(nn.Module):
             @staticmethod
-            def for_form(form, facts):
-                return layer_for("dynamic_tanh", form, facts)
+            def for_variant(variant, facts):
+                return layer_for("dynamic_tanh", variant, facts)
     ''',
     "samples.py": '''
         """Calls of it."""
@@ -123,8 +123,8 @@ OP = {
         from twinkle.ops.dynamic_tanh import reference
 
 
-        def forms():
-            return reference.FORMS
+        def variants():
+            return reference.VARIANTS
 
 
         class Layer(nn.Module):
@@ -134,13 +134,14 @@ OP = {
                 self.alpha = nn.Parameter(random((1,), dtype, generator))
 
             def forward(self, x):
-                return reference.dynamic_tanh(x, self.weight, self.bias, self.alpha, form=reference.FORMS[0])
+                plain = reference.VARIANTS[0]
+                return reference.dynamic_tanh(x, self.weight, self.bias, self.alpha, variant=plain)
 
 
-        def cases(form, dtype, device, backend):
+        def cases(variant, dtype, device, backend):
             facts = {name: name for name in ("x", "weight", "bias", "alpha")}
             generator = seeded(device)
-            kernel = implementation("dynamic_tanh", backend).layer_class(form, facts).forward
+            kernel = implementation("dynamic_tanh", backend).layer_class(variant, facts).forward
             for shape, (lead, width) in SHAPES.items():
                 x = random((*lead, width), dtype, generator)
                 yield Case(shape, Layer.forward, kernel, (x,), Layer(width, dtype, generator), facts)
@@ -191,10 +192,10 @@ def program(
 
 def test_its_code_is_recognised_and_a_near_miss_says_the_difference(program: Any) -> None:
     found = recognise(program.Squash)
-    assert (found.op, found.form.name) == ("dynamic_tanh", "biased")
+    assert (found.op, found.variant.name) == ("dynamic_tanh", "biased")
     assert found.facts == {"x": "states", "weight": "gain", "bias": "shift", "alpha": "sharpness"}
     near = recognise(program.Halved).near
-    assert [(miss.op, miss.form.name) for miss in near] == [("dynamic_tanh", "biased")]
+    assert [(miss.op, miss.variant.name) for miss in near] == [("dynamic_tanh", "biased")]
 
 
 def test_what_must_hold_of_an_instance_is_asked_by_its_own_hook(program: Any) -> None:

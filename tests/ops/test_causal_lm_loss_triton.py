@@ -15,7 +15,7 @@ from rounding import assert_near, rounding_bound, terms
 from twinkle.ops.causal_lm_loss import chunks
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
-FORMS = [
+VARIANTS = [
     RowLoss(),
     RowLoss(pre=0.5),
     RowLoss(pre=0.25, post=4.0, tanh=True),
@@ -70,19 +70,19 @@ def device() -> str:
 
 
 @pytest.mark.parametrize("vocab", [5, 256, 700])
-@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
 @pytest.mark.parametrize("scale", ["none", "one", "each"])
-def test_kernel_equals_the_plain_path(row_losses, form, vocab, scale):
+def test_kernel_equals_the_plain_path(row_losses, variant, vocab, scale):
     torch.manual_seed(0)
     logits = (5 * torch.randn(3, vocab)).to(device())
     bias = torch.randn(vocab, device=device()) if vocab == 700 else None
-    labels = torch.tensor([form.ignore_index, 2, vocab - 1], device=device())
+    labels = torch.tensor([variant.ignore_index, 2, vocab - 1], device=device())
     factor = {"none": None, "one": torch.tensor(0.3), "each": torch.tensor([1.0, 2.0, 3.0])}[scale]
     factor = factor if factor is None else factor.to(device())
     found, expected = logits.clone(), logits.clone()
     losses, right = torch.full((2, 3), torch.nan, device=device()).unbind(0)
-    row_losses(found, bias, labels, losses, factor, form, True)
-    chunks._plain_row_losses(expected, bias, labels, right, factor, form, True)
+    row_losses(found, bias, labels, losses, factor, variant, True)
+    chunks._plain_row_losses(expected, bias, labels, right, factor, variant, True)
     assert_near(losses, right, terms(vocab) + 30)
     assert_near(found, expected, terms(vocab) + 30)
 

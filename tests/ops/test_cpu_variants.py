@@ -13,8 +13,10 @@ from twinkle.ops.rotary import cpu_backend as rotary_cpu
 from twinkle.ops.rotary import reference as rotary_reference
 from twinkle.proof.compare import compare
 
-NORMS = {form.name: form for form in norm_reference.FORMS if norm_cpu.supports(form) is None}
-ROTATIONS = {form.name: form for form in rotary_reference.FORMS if rotary_cpu.supports(form) is None}
+NORMS = {variant.name: variant for variant in norm_reference.VARIANTS if norm_cpu.supports(variant) is None}
+ROTATIONS = {
+    variant.name: variant for variant in rotary_reference.VARIANTS if rotary_cpu.supports(variant) is None
+}
 LLAMA, HALF = NORMS["llama"], ROTATIONS["half"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
@@ -64,10 +66,10 @@ def differentiate(function, inputs, wanted, **options):
     return results, torch.autograd.grad(results, wanted, pushes)
 
 
-def normed(form, dtype, weight=None, shape=(3, 7, 60)):
+def normed(variant, dtype, weight=None, shape=(3, 7, 60)):
     torch.manual_seed(0)
     x = torch.randn(shape).to(dtype).requires_grad_()
-    if form.weight == "none":
+    if variant.weight == "none":
         return x, None
     return x, torch.randn(shape[-1]).to(weight or dtype).requires_grad_()
 
@@ -75,31 +77,33 @@ def normed(form, dtype, weight=None, shape=(3, 7, 60)):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NORMS)
 def test_a_norm_equals_its_definition_bit_for_bit(monkeypatch, name, dtype):
-    form = NORMS[name]
+    variant = NORMS[name]
     for weight in {dtype, torch.float32}:
-        x, w = normed(form, dtype, weight)
-        y = norm_cpu.rms_norm(x, w, 1e-6, form=form)
-        expected = norm_reference.rms_norm(x, w, 1e-6, form=form)
+        x, w = normed(variant, dtype, weight)
+        y = norm_cpu.rms_norm(x, w, 1e-6, variant=variant)
+        expected = norm_reference.rms_norm(x, w, 1e-6, variant=variant)
         assert ours(y)
         assert (y.dtype, y.stride()) == (expected.dtype, expected.stride())
         assert torch.equal(y, expected)
         monkeypatch.setattr(machine, "one_thread", lambda: True)
         with torch.no_grad():
-            assert torch.equal(norm_cpu.rms_norm(x, w, 1e-6, form=form), expected)
+            assert torch.equal(norm_cpu.rms_norm(x, w, 1e-6, variant=variant), expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_of_a_norm_are_as_near_to_the_exact_ones(threads, name, dtype):
-    form = NORMS[name]
-    x, w = normed(form, dtype)
+    variant = NORMS[name]
+    x, w = normed(variant, dtype)
     wanted = [t for t in (x, w) if t is not None]
-    _, found = differentiate(norm_cpu.rms_norm, (x, w, 1e-6), wanted, form=form)
-    _, other = differentiate(norm_reference.rms_norm, (x, w, 1e-6), wanted, form=form)
+    _, found = differentiate(norm_cpu.rms_norm, (x, w, 1e-6), wanted, variant=variant)
+    _, other = differentiate(norm_reference.rms_norm, (x, w, 1e-6), wanted, variant=variant)
     wide = [None if t is None else t.detach().double().requires_grad_() for t in (x, w)]
-    plain_form = norm_reference.RMSNormForm("", inverse=form.inverse, weight=form.weight, compute="input")
+    plain_variant = norm_reference.RMSNormVariant(
+        "", inverse=variant.inverse, weight=variant.weight, compute="input"
+    )
     leaves = [t for t in wide if t is not None]
-    _, exact = differentiate(norm_reference.rms_norm, (*wide, 1e-6), leaves, form=plain_form)
+    _, exact = differentiate(norm_reference.rms_norm, (*wide, 1e-6), leaves, variant=plain_variant)
     # A dozen elementwise operations, a sum over the width, and one over the rows.
     as_near(found, other, exact, 12 + 60 + 3 * 7)
 
@@ -107,7 +111,7 @@ def test_gradients_of_a_norm_are_as_near_to_the_exact_ones(threads, name, dtype)
 def test_a_norm_of_a_transposed_input_keeps_its_strides():
     x = torch.randn(2, 5, 4, 32).transpose(1, 2).requires_grad_()
     w = torch.randn(32, requires_grad=True)
-    y, expected = (f(x, w, 1e-6, form=LLAMA) for f in (norm_cpu.rms_norm, norm_reference.rms_norm))
+    y, expected = (f(x, w, 1e-6, variant=LLAMA) for f in (norm_cpu.rms_norm, norm_reference.rms_norm))
     assert ours(y)
     assert y.stride() == expected.stride()
     assert torch.equal(y, expected)
@@ -116,7 +120,7 @@ def test_a_norm_of_a_transposed_input_keeps_its_strides():
 def test_a_frozen_weight_gets_no_gradient():
     x, w = normed(LLAMA, torch.float32)
     w.requires_grad_(False)
-    norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA).sum().backward()
+    norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA).sum().backward()
     assert w.grad is None
     assert x.grad is not None
 
@@ -124,14 +128,14 @@ def test_a_frozen_weight_gets_no_gradient():
 def test_a_norm_below_the_size_that_pays_is_the_definition(monkeypatch):
     monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
     x, w = normed(LLAMA, torch.float32)
-    assert not ours(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA))
+    assert not ours(norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA))
 
 
 def test_a_proof_is_about_the_way_of_large_inputs(monkeypatch):
     monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
     monkeypatch.setattr(norm_cpu, "_forward", lambda x, *rest: (x.detach() * 2, x.new_ones(x.numel(), 1)))
     x, w = normed(LLAMA, torch.float32)
-    options = {"eps": 1e-6, "form": LLAMA}
+    options = {"eps": 1e-6, "variant": LLAMA}
     # With gradients: without, several threads leave it to the definition.
     assert not compare(norm_reference.rms_norm, norm_cpu.rms_norm, (x, w), options, backward=True).ok
 
@@ -140,7 +144,7 @@ def test_a_norm_can_be_differentiated_twice():
     x, w = normed(LLAMA, torch.float32, shape=(4, 16))
 
     def twice(function):
-        y = function(x, w, 1e-6, form=LLAMA)
+        y = function(x, w, 1e-6, variant=LLAMA)
         (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(first.pow(2).sum(), (x, w))
 
@@ -152,34 +156,34 @@ def test_a_norm_can_be_differentiated_twice():
 def test_backward_under_autocast_is_in_float32():
     x, w = normed(LLAMA, torch.float32)
     g = torch.randn_like(x)
-    outside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA), (x, w), g)
+    outside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA), (x, w), g)
     with torch.autocast("cpu"):
-        inside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA), (x, w), g)
+        inside = torch.autograd.grad(norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA), (x, w), g)
     assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
 
 
-def rotated(form, dtype, tables, tokens_first_in_memory=True):
+def rotated(variant, dtype, tables, tokens_first_in_memory=True):
     torch.manual_seed(0)
-    width = 16 if form.part in ("first", "last") else DIM
-    width = width // 2 if form.tables in ("half", "repeated") else width
+    width = 16 if variant.part in ("first", "last") else DIM
+    width = width // 2 if variant.tables in ("half", "repeated") else width
 
     def made(heads):
         x = torch.randn(BATCH, TOKENS, heads, DIM, dtype=dtype).transpose(1, 2)
         x = x if tokens_first_in_memory else x.contiguous()
-        x = x.transpose(1, 2) if form.broadcast in ("2", "-2") else x
-        return (x[0] if form.broadcast == "-2" else x).detach().requires_grad_()
+        x = x.transpose(1, 2) if variant.broadcast in ("2", "-2") else x
+        return (x[0] if variant.broadcast == "-2" else x).detach().requires_grad_()
 
-    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(form.broadcast, (BATCH, TOKENS))
+    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(variant.broadcast, (BATCH, TOKENS))
     extra = {}
-    if form.indexed:
+    if variant.indexed:
         lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS))
-    if form.sections:
+    if variant.sections:
         lead, extra["mrope_section"] = (3, BATCH, TOKENS), [4, 4, 4]
     cos, sin = (torch.randn(*lead, width, dtype=tables) for _ in range(2))
     q, k, v = made(HEADS), made(KV), made(KV)
-    if form.tensors == 3:
+    if variant.tensors == 3:
         extra["v"] = v
-    return (q, k, cos, sin), extra, [q, k, v][: form.tensors]
+    return (q, k, cos, sin), extra, [q, k, v][: variant.tensors]
 
 
 @pytest.mark.parametrize("memory", ["tokens first", "heads first"])
@@ -189,29 +193,29 @@ def rotated(form, dtype, tables, tokens_first_in_memory=True):
 )
 @pytest.mark.parametrize("name", ROTATIONS)
 def test_a_rotation_and_its_gradients_are_as_near_as_the_definition(name, dtype, tables, memory):
-    form = ROTATIONS[name]
-    inputs, extra, wanted = rotated(form, dtype, tables, memory == "tokens first")
-    results, found = differentiate(rotary_cpu.rotary, inputs, wanted, form=form, **extra)
-    expected, other = differentiate(rotary_reference.rotary, inputs, wanted, form=form, **extra)
+    variant = ROTATIONS[name]
+    inputs, extra, wanted = rotated(variant, dtype, tables, memory == "tokens first")
+    results, found = differentiate(rotary_cpu.rotary, inputs, wanted, variant=variant, **extra)
+    expected, other = differentiate(rotary_reference.rotary, inputs, wanted, variant=variant, **extra)
     assert all(ours(y) for y in results)
     assert [(y.dtype, y.stride()) for y in results] == [(y.dtype, y.stride()) for y in expected]
-    exact_form = rotary_reference.RotaryForm(
+    exact_variant = rotary_reference.RotaryVariant(
         "",
-        form.pairs,
-        form.inverse,
-        form.tables,
-        part=form.part,
-        broadcast=form.broadcast,
-        indexed=form.indexed,
-        sections=form.sections,
-        tensors=form.tensors,
+        variant.pairs,
+        variant.inverse,
+        variant.tables,
+        part=variant.part,
+        broadcast=variant.broadcast,
+        indexed=variant.indexed,
+        sections=variant.sections,
+        tensors=variant.tensors,
     )
-    wide, more, leaves = rotated(form, dtype, tables, memory == "tokens first")
+    wide, more, leaves = rotated(variant, dtype, tables, memory == "tokens first")
     leaves = [x.detach().double().requires_grad_() for x in leaves]
-    wide = (leaves[0], leaves[1] if form.tensors > 1 else wide[1], *(x.double() for x in wide[2:]))
-    if form.tensors == 3:
+    wide = (leaves[0], leaves[1] if variant.tensors > 1 else wide[1], *(x.double() for x in wide[2:]))
+    if variant.tensors == 3:
         more["v"] = leaves[2]
-    exact = differentiate(rotary_reference.rotary, wide, leaves, form=exact_form, **more)
+    exact = differentiate(rotary_reference.rotary, wide, leaves, variant=exact_variant, **more)
     # Two products and their sum, each behind a cast of its own.
     as_near((*results, *found), (*expected, *other), (*exact[0], *exact[1]), 6)
 
@@ -233,7 +237,7 @@ def test_a_rotation_can_be_differentiated_twice():
 
     def twice(function):
         (first,) = torch.autograd.grad(
-            function(q, k, cos, sin, form=HALF)[0].pow(3).sum(), q, create_graph=True
+            function(q, k, cos, sin, variant=HALF)[0].pow(3).sum(), q, create_graph=True
         )
         return torch.autograd.grad(first.pow(2).sum(), q)[0]
 
@@ -246,11 +250,11 @@ def test_transforms_of_torch_func_follow_the_definition(function):
     x, w = normed(LLAMA, torch.float32, shape=(4, 8))
     (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
     rooms, at, call = {
-        "norm": ((norm_cpu, norm_reference), x, lambda room, t: room.rms_norm(t, w, 1e-6, form=LLAMA)),
+        "norm": ((norm_cpu, norm_reference), x, lambda room, t: room.rms_norm(t, w, 1e-6, variant=LLAMA)),
         "rotation": (
             (rotary_cpu, rotary_reference),
             q,
-            lambda room, t: room.rotary(t, k, cos, sin, form=HALF)[0],
+            lambda room, t: room.rotary(t, k, cos, sin, variant=HALF)[0],
         ),
     }[function]
     mine, theirs = (
@@ -265,7 +269,7 @@ def test_a_compiler_sees_the_definition_without_a_break(function):
     x, w = normed(LLAMA, torch.float32)
     (q, k, cos, sin), _, _ = rotated(HALF, torch.float32, torch.float32)
     call = {
-        "norm": lambda: norm_cpu.rms_norm(x, w, 1e-6, form=LLAMA),
+        "norm": lambda: norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA),
         "rotation": lambda: rotary_cpu.rotary(q, k, cos, sin)[0],
     }[function]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")()

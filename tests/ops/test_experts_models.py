@@ -65,10 +65,10 @@ def found_in(model):
     found = []
     for module in model.modules():
         recognition = recognise(type(module))
-        if recognition.op == "experts" and supports(recognition.form) is None:
+        if recognition.op == "experts" and supports(recognition.variant) is None:
             facts = check_instance(recognition, module)
             assert isinstance(facts, dict), facts
-            found.append((module, recognition.form, facts))
+            found.append((module, recognition.variant, facts))
     if not found:
         pytest.skip("the experts of this transformers are no 3-D parameters")
     return found
@@ -76,8 +76,8 @@ def found_in(model):
 
 def put_in(model):
     """Run the op instead of the layers' own forwards."""
-    for module, form, facts in found_in(model):
-        module.forward = layer_class(form, facts).forward.__get__(module)
+    for module, variant, facts in found_in(model):
+        module.forward = layer_class(variant, facts).forward.__get__(module)
     return model
 
 
@@ -120,8 +120,8 @@ def test_loss_and_gradients_are_the_models_own(family, implementation, kinds):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_bfloat16_is_as_near_to_float32_as_the_models_own(family, implementation):
     model = build(family, implementation).bfloat16()
-    module, form, facts = found_in(model)[0]
-    kernel = layer_class(form, facts).forward
+    module, variant, facts = found_in(model)[0]
+    kernel = layer_class(variant, facts).forward
     torch.manual_seed(2)
     x = torch.randn(24, 32, dtype=torch.bfloat16)
     indices = torch.rand(24, 4).topk(2).indices
@@ -132,8 +132,8 @@ def test_bfloat16_is_as_near_to_float32_as_the_models_own(family, implementation
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_layer_fits_the_arguments_of_the_models_own(family):
-    module, form, facts = found_in(build(family, "eager"))[0]
-    check_layer(layer_class(form, facts), type(module), instances=[module])
+    module, variant, facts = found_in(build(family, "eager"))[0]
+    check_layer(layer_class(variant, facts), type(module), instances=[module])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,11 +144,11 @@ def test_autocast_goes_where_the_models_own_goes(family):
         ids = torch.arange(3, 15)[None]
         with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
             mine, theirs = (m(input_ids=ids).logits.float() for m in (ours, model))
-            module, form, facts = found_in(model)[0]
+            module, variant, facts = found_in(model)[0]
             x = torch.randn(12, 32)
             indices, weights = torch.rand(12, 4).topk(2).indices, torch.rand(12, 2)
             result = module(x, indices, weights)
-            assert layer_class(form, facts).forward(module, x, indices, weights).dtype == result.dtype
+            assert layer_class(variant, facts).forward(module, x, indices, weights).dtype == result.dtype
         # Two layers of three products in bfloat16; norms are in float32.
         assert (mine - theirs).norm() <= rounding_bound(torch.bfloat16, 6, theirs.norm().item())
 

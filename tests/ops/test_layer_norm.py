@@ -15,24 +15,28 @@ from twinkle.ops.layer_norm.samples import cases
 from twinkle.ops.layer_norm.torch_backend import layer_class, layer_norm, supports
 from twinkle.proof.compare import compare
 
-FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
-COHERE = FORMS["cohere"]
+VARIANTS = {variant.name: variant for variant in reference.VARIANTS if supports(variant) is None}
+COHERE = VARIANTS["cohere"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_as_near_to_the_exact_result_as_its_definition(name, dtype):
-    for case in cases(FORMS[name], dtype, torch.device("cpu"), "torch_backend"):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_as_near_to_the_exact_result_as_its_definition(name, dtype):
+    for case in cases(VARIANTS[name], dtype, torch.device("cpu"), "torch_backend"):
         verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
         assert verdict.ok, (case.shape, verdict)
 
 
-def test_forms_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
+def test_variants_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
     monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
-    left = {form.name for form in reference.FORMS if backend_for("layer_norm", form, "cpu") is None}
+    left = {
+        variant.name for variant in reference.VARIANTS if backend_for("layer_norm", variant, "cpu") is None
+    }
     assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
     assert all(
-        backend_for("layer_norm", form, device) for form in FORMS.values() for device in ("cpu", "cuda")
+        backend_for("layer_norm", variant, device)
+        for variant in VARIANTS.values()
+        for device in ("cpu", "cuda")
     )
 
 
@@ -46,8 +50,8 @@ def test_what_torch_computes_otherwise_goes_through_the_definition(case):
     if case == "float64":
         x, w = x.double(), w.double()
     with torch.autocast("cpu", enabled=case == "autocast"):
-        found = layer_norm(x, w, None, 1e-5, form=COHERE)
-        expected = reference.layer_norm(x, w, None, 1e-5, form=COHERE)
+        found = layer_norm(x, w, None, 1e-5, variant=COHERE)
+        expected = reference.layer_norm(x, w, None, 1e-5, variant=COHERE)
     assert found.dtype == expected.dtype
     assert torch.equal(found, expected)
 
@@ -56,9 +60,9 @@ def test_what_torch_computes_otherwise_goes_through_the_definition(case):
 def test_few_rows_wait_for_no_other_thread_in_their_backward(monkeypatch, one_thread):
     monkeypatch.setattr(machine, "one_thread", lambda: one_thread)
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(8)
-    y = layer_norm(x, w, None, 1e-5, form=COHERE)
+    y = layer_norm(x, w, None, 1e-5, variant=COHERE)
     assert (type(y.grad_fn).__name__ == "NativeLayerNormBackward0") is one_thread
-    assert_near(y, reference.layer_norm(x, w, None, 1e-5, form=COHERE), 2 * terms(8) + 24)
+    assert_near(y, reference.layer_norm(x, w, None, 1e-5, variant=COHERE), 2 * terms(8) + 24)
 
 
 def test_a_class_of_transformers_is_recognised_and_computes_the_same():
@@ -66,7 +70,7 @@ def test_a_class_of_transformers_is_recognised_and_computes_the_same():
     layer = modeling.CohereLayerNorm(32)
     nn.init.normal_(layer.weight)
     found = recognise(modeling.CohereLayerNorm)
-    kernel = layer_class(found.form, check_instance(found, layer)).forward
+    kernel = layer_class(found.variant, check_instance(found, layer)).forward
     x = torch.randn(3, 32)
     assert_near(kernel(layer, x), layer(x), 2 * terms(32) + 24)
 
@@ -75,5 +79,7 @@ def test_a_compiler_sees_no_break():
     x, w = torch.randn(4, 8), torch.randn(8)
     compiled = torch.compile(layer_norm, fullgraph=True, backend="eager")
     assert_near(
-        compiled(x, w, None, 1e-5, form=COHERE), layer_norm(x, w, None, 1e-5, form=COHERE), 2 * terms(32) + 24
+        compiled(x, w, None, 1e-5, variant=COHERE),
+        layer_norm(x, w, None, 1e-5, variant=COHERE),
+        2 * terms(32) + 24,
     )

@@ -11,8 +11,8 @@ import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 PARTS = {
-    "ops": ("ops/test_cpu_variants.py", "ops/test_few_logits.py", "ops/test_layer_norm.py"),
-    "loss": ("ops/test_causal_lm_loss.py", "ops/test_deferred_logits.py", "proof/test_loss_proof.py"),
+    "ops": ("ops/test_cpu_variants.py", "deferred/test_few_logits.py", "ops/test_layer_norm.py"),
+    "loss": ("ops/test_causal_lm_loss.py", "deferred/test_deferred_logits.py", "deferred/test_loss_proof.py"),
 }
 # Torch and oneDNN without vector instructions, on one thread: other orders of every sum and product, and no
 # bfloat16 of the processor's own. Any machine can be this one.

@@ -123,7 +123,7 @@ class Wrong(nn.Module):
         return 1.01 * hidden_states
 
     @staticmethod
-    def for_form(form: object, facts: object) -> type[nn.Module] | None:
+    def for_variant(variant: object, facts: object) -> type[nn.Module] | None:
         return Wrong
 
 
@@ -132,7 +132,7 @@ class None_(nn.Module):
         return hidden_states
 
     @staticmethod
-    def for_form(form: object, facts: object) -> type[nn.Module] | None:
+    def for_variant(variant: object, facts: object) -> type[nn.Module] | None:
         return None
 
 
@@ -147,10 +147,10 @@ def test_what_was_bound_by_structure_is_proven_first(clean_registry: Registry) -
     assert [state for _, state, _ in states(clean_registry)] == ["failed"]
 
 
-def test_a_repository_may_lack_a_form(clean_registry: Registry) -> None:
+def test_a_repository_may_lack_a_variant(clean_registry: Registry) -> None:
     ids = torch.arange(8)[None]
     expected = llama()(ids).logits
     register_kernels({"layers": {"none": {"match": "rms_norm", "layer_impl": None_}}})
-    with pytest.warns(match="no kernel for the form 'llama' of rms_norm"):
+    with pytest.warns(match="no kernel for the variant 'llama' of rms_norm"):
         model = kernelize_model(llama(), device="cpu")
     assert torch.equal(model(ids).logits, expected)

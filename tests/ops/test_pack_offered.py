@@ -152,7 +152,7 @@ def test_a_copy_of_the_pack_binds_what_auto_binds(
     assert {state for *_, state in by_auto} == {"active"}
 
 
-def test_what_auto_loads_is_what_for_form_gives(
+def test_what_auto_loads_is_what_for_variant_gives(
     layers_wanted: Registry, kernels: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Mine(nn.Module):
@@ -161,11 +161,11 @@ def test_what_auto_loads_is_what_for_form_gives(
 
     asked = []
 
-    def for_form(form: Any, facts: Any) -> type[nn.Module]:
-        asked.append((form.name, facts["x"]))
+    def for_variant(variant: Any, facts: Any) -> type[nn.Module]:
+        asked.append((variant.name, facts["x"]))
         return Mine
 
-    monkeypatch.setattr(RMSNorm, "for_form", staticmethod(for_form))
+    monkeypatch.setattr(RMSNorm, "for_variant", staticmethod(for_variant))
     runtime.options.verify = "off"
     norm: Any = llama().model.norm.to(kernels)
     kernelize_layers(norm)

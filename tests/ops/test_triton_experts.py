@@ -11,11 +11,13 @@ from twinkle.ops.experts.gating import gating_of
 from twinkle.ops.experts.layer import experts, layer_class, supports
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
-# The kernels know no difference between a form and its unpadded one.
-FORMS = {
-    form.name: form for form in reference.FORMS if supports(form) is None and "_unpadded" not in form.name
+# The kernels know no difference between a variant and its unpadded one.
+VARIANTS = {
+    variant.name: variant
+    for variant in reference.VARIANTS
+    if supports(variant) is None and "_unpadded" not in variant.name
 }
-PLAIN = FORMS["plain"]
+PLAIN = VARIANTS["plain"]
 EXPERTS, HIDDEN, INTER = 4, 20, 12
 HERE = torch.device("cpu")
 # Two products, back and forth, over the width, both halves between, and the tokens; two dozen others.
@@ -45,15 +47,15 @@ def half(device: torch.device, request: pytest.FixtureRequest) -> torch.dtype:
 class Call:
     """Inputs of one call, and the call by the op and by the definition."""
 
-    def __init__(self, form=PLAIN, *, device, dtype=torch.float32, tokens=6, k=2, indices=None, seed=0):
+    def __init__(self, variant=PLAIN, *, device, dtype=torch.float32, tokens=6, k=2, indices=None, seed=0):
         torch.manual_seed(seed)
-        self.form = form
+        self.variant = variant
 
         def random(*shape, scale=1.0):
             return (torch.randn(shape) * scale).to(device, dtype).requires_grad_()
 
         def matrix(rows, columns):
-            return random(EXPERTS, *((columns, rows) if form.transposed else (rows, columns)), scale=0.25)
+            return random(EXPERTS, *((columns, rows) if variant.transposed else (rows, columns)), scale=0.25)
 
         if indices is None:
             indices = torch.rand(tokens, EXPERTS).topk(k).indices
@@ -63,7 +65,7 @@ class Call:
         self.weights = torch.rand(tokens, k).to(device, dtype).requires_grad_()
         self.gate_up, self.down = matrix(2 * INTER, HIDDEN), matrix(HIDDEN, INTER)
         self.rest = {"limit": 0.4, "alpha": 1.7}
-        if form.bias:
+        if variant.bias:
             self.rest["gate_up_bias"] = random(EXPERTS, 2 * INTER)
             self.rest["down_bias"] = random(EXPERTS, HIDDEN)
 
@@ -73,11 +75,11 @@ class Call:
 
     def ours(self, activation="silu", **more):
         given = (self.x, self.indices, self.weights, self.gate_up, self.down, EXPERTS, activation)
-        return experts(*given, form=self.form, **self.rest, **more)
+        return experts(*given, variant=self.variant, **self.rest, **more)
 
     def theirs(self, activation="silu"):
         given = (self.x, self.indices, self.weights, self.gate_up, self.down, EXPERTS)
-        return reference.experts(*given, ACTIVATIONS[activation], form=self.form, **self.rest)
+        return reference.experts(*given, ACTIVATIONS[activation], variant=self.variant, **self.rest)
 
     def check(self, operations=OPERATIONS, **options):
         y, y2 = self.ours(**options), self.theirs(**options)
@@ -93,19 +95,21 @@ def gradients(y, leaves):
     return torch.autograd.grad(y, leaves, g)
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_every_form_equals_its_definition_in_float32(device, form):
-    Call(form, device=device).check()
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant_equals_its_definition_in_float32(device, variant):
+    Call(variant, device=device).check()
 
 
-@pytest.mark.parametrize("form", [FORMS["float32_gating"], FORMS["gpt_oss"]], ids=lambda form: form.name)
-def test_half_precision_is_as_near_to_float32_as_the_definition(device, half, form):
-    call = Call(form, device=device, dtype=half)
+@pytest.mark.parametrize(
+    "variant", [VARIANTS["float32_gating"], VARIANTS["gpt_oss"]], ids=lambda variant: variant.name
+)
+def test_half_precision_is_as_near_to_float32_as_the_definition(device, half, variant):
+    call = Call(variant, device=device, dtype=half)
     ours = call.ours()
     ours = (ours, *gradients(ours, call.leaves()))
     theirs = call.theirs()
     theirs = (theirs, *gradients(theirs, call.leaves()))
-    exact = Call(form, device=device)
+    exact = Call(variant, device=device)
     for mine, original in zip(exact.leaves(), call.leaves(), strict=True):
         mine.data.copy_(original)
     best = exact.theirs()
@@ -121,9 +125,11 @@ def test_every_activation_on_the_cpu(activation):
     Call(device=HERE).check(activation=activation)
 
 
-@pytest.mark.parametrize("form", [FORMS["clamped"], FORMS["clamped_activated"]], ids=lambda form: form.name)
-def test_an_activation_behind_a_clamp(device, form):
-    Call(form, device=device, tokens=3).check(activation="gelu_tanh")
+@pytest.mark.parametrize(
+    "variant", [VARIANTS["clamped"], VARIANTS["clamped_activated"]], ids=lambda variant: variant.name
+)
+def test_an_activation_behind_a_clamp(device, variant):
+    Call(variant, device=device, tokens=3).check(activation="gelu_tanh")
 
 
 ROUTINGS = {
@@ -252,11 +258,11 @@ def test_under_a_transform_the_definition_runs(device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", [PLAIN, FORMS["gpt_oss"]], ids=lambda form: form.name)
-def test_opcheck(device, form):
-    call = Call(form, device=device, tokens=3)
+@pytest.mark.parametrize("variant", [PLAIN, VARIANTS["gpt_oss"]], ids=lambda variant: variant.name)
+def test_opcheck(device, variant):
+    call = Call(variant, device=device, tokens=3)
     biases = call.rest.get("gate_up_bias"), call.rest.get("down_bias")
-    rest = (form.name, *gating_of(form, "silu", 0.4, 1.7))
+    rest = (variant.name, *gating_of(variant, "silu", 0.4, 1.7))
     inputs = (call.x, call.indices, call.weights, call.gate_up, call.down, *biases)
     torch.library.opcheck(torch.ops.twinkle.experts.default, (*inputs, *rest))
 
@@ -286,7 +292,7 @@ def test_under_autocast_grouped_mm_alone_keeps_the_dtype_of_the_weights(device, 
 
 
 def test_a_layer_for_the_names_of_any_class(device):
-    call = Call(FORMS["clamped"], device=device)
+    call = Call(VARIANTS["clamped"], device=device)
     facts = {
         "x": "h",
         "indices": "where",
@@ -298,12 +304,12 @@ def test_a_layer_for_the_names_of_any_class(device):
         "limit": 0.4,
         "implementation": "eager",
     }
-    made = layer_class(call.form, facts)
+    made = layer_class(call.variant, facts)
     layer = torch.nn.Module()
     layer.both, layer.last = torch.nn.Parameter(call.gate_up), torch.nn.Parameter(call.down)
     y = made.forward(layer, call.x, where=call.indices, how_much=call.weights)
     assert_near(y, call.theirs("gelu"), OPERATIONS)
-    assert layer_class(call.form, dict(facts)) is made
+    assert layer_class(call.variant, dict(facts)) is made
 
 
 def test_what_is_left_alone():
@@ -312,7 +318,7 @@ def test_what_is_left_alone():
     assert supports(PLAIN, "cuda", {"implementation": "grouped_mm"}) is None
     assert "grouped_mm" in cpu_backend.supports(PLAIN, "cpu", {"implementation": "grouped_mm"})
     assert cpu_backend.supports(PLAIN, "cpu", {"implementation": "eager"}) is None
-    assert all(supports(form) for form in reference.FORMS if form.norm or form.float32)
+    assert all(supports(variant) for variant in reference.VARIANTS if variant.norm or variant.float32)
     with pytest.raises(ValueError, match="no kernel for the activation 'unknown:Swish'"):
         layer_class(PLAIN, {"activation": "unknown:Swish"})
 
@@ -339,7 +345,7 @@ def test_many_experts_on_a_gpu(device, dtype, hidden, inter):
     weights = torch.rand(tokens, k, device=device).to(dtype).requires_grad_()
     leaves = (x, weights, gate_up, down)
     y = experts(x, indices, weights, gate_up, down, number)
-    y2 = reference.experts(x, indices, weights, gate_up, down, number, form=PLAIN)
+    y2 = reference.experts(x, indices, weights, gate_up, down, number, variant=PLAIN)
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     for a, b in zip((y, *gradients(y, leaves)), (y2, *gradients(y2, leaves)), strict=True):
         assert ((a.float() - b.float()).norm() / b.float().norm()).item() < bound
@@ -372,7 +378,7 @@ def test_more_than_2_to_the_31_weights(device):
     indices = torch.tensor([[8], [8], [0], [7]], device=device)
     weights = torch.ones(4, 1, device=device, dtype=torch.bfloat16)
     y = experts(x, indices, weights, gate_up, down, number)
-    y2 = reference.experts(x, indices, weights, gate_up, down, number, form=PLAIN)
+    y2 = reference.experts(x, indices, weights, gate_up, down, number, variant=PLAIN)
     assert ((y.float() - y2.float()).norm() / y2.float().norm()).item() < 1e-2
 
 

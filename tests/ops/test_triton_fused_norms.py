@@ -10,11 +10,11 @@ from twinkle.ops.qk_norm_rotary import reference as qk_reference
 from twinkle.ops.qk_norm_rotary import triton_backend as qk
 from twinkle.ops.residual_norm import reference as residual_reference
 from twinkle.ops.residual_norm import triton_backend as residual
-from twinkle.ops.rms_norm.reference import FORMS as NORMS
-from twinkle.ops.rotary.reference import FORMS as ROTATIONS
+from twinkle.ops.rms_norm.reference import VARIANTS as NORMS
+from twinkle.ops.rotary.reference import VARIANTS as ROTATIONS
 
-NORM = {form.name: form for form in NORMS}
-ROTATION = {form.name: form for form in ROTATIONS}
+NORM = {variant.name: variant for variant in NORMS}
+ROTATION = {variant.name: variant for variant in ROTATIONS}
 
 
 def compare(ours, theirs, wanted, operations, dtype=torch.float32):
@@ -37,20 +37,20 @@ def residual_inputs(device, dtype=torch.float32, width=100):
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "unweighted", "t5"])
 def test_residual_norm_equals_its_definition(kernels, name, scaled, width):
-    form = residual_reference.ResidualNormForm("", NORM[name], scaled)
+    variant = residual_reference.ResidualNormVariant("", NORM[name], scaled)
     x, r, w = residual_inputs(kernels, width=width)
     weight = None if NORM[name].weight == "none" else w
-    ours = residual.residual_norm(x, r, weight, 1e-6, form=form, scale=0.22)
-    theirs = residual_reference.residual_norm(x, r, weight, 1e-6, form=form, scale=0.22)
+    ours = residual.residual_norm(x, r, weight, 1e-6, variant=variant, scale=0.22)
+    theirs = residual_reference.residual_norm(x, r, weight, 1e-6, variant=variant, scale=0.22)
     assert type(ours[0].grad_fn).__name__ == "_ResidualNormBackward"
     compare(ours, theirs, [x, r] if weight is None else [x, r, w], 2 * terms(width) + 30)
 
 
 def test_residual_norm_rounds_where_its_definition_rounds(kernels, half):
     x, r, w = residual_inputs(kernels, half)
-    form = residual_reference.ResidualNormForm("", NORM["llama"])
+    variant = residual_reference.ResidualNormVariant("", NORM["llama"])
     (h, y), (h2, y2) = (
-        f(x, r, w, 1e-6, form=form) for f in (residual.residual_norm, residual_reference.residual_norm)
+        f(x, r, w, 1e-6, variant=variant) for f in (residual.residual_norm, residual_reference.residual_norm)
     )
     assert torch.equal(h, h2)
     torch.testing.assert_close(y, y2, rtol=2 * torch.finfo(half).eps, atol=0)
@@ -60,11 +60,11 @@ def test_residual_norm_rounds_where_its_definition_rounds(kernels, half):
 @pytest.mark.parametrize("only", [0, 1])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_residual_norm_with_one_result_used(kernels, only, scaled):
-    form = residual_reference.ResidualNormForm("", NORM["llama"], scaled)
+    variant = residual_reference.ResidualNormVariant("", NORM["llama"], scaled)
     x, r, w = residual_inputs(kernels)
     found, expected = (
         torch.autograd.grad(
-            f(x, r, w, 1e-6, form=form, scale=0.5)[only].sin().sum(), (x, r, w), allow_unused=True
+            f(x, r, w, 1e-6, variant=variant, scale=0.5)[only].sin().sum(), (x, r, w), allow_unused=True
         )
         for f in (residual.residual_norm, residual_reference.residual_norm)
     )
@@ -76,10 +76,10 @@ def test_residual_norm_with_one_result_used(kernels, only, scaled):
 
 def test_residual_norm_second_derivatives(kernels):
     x, r, w = residual_inputs(kernels)
-    form = residual_reference.ResidualNormForm("", NORM["llama"])
+    variant = residual_reference.ResidualNormVariant("", NORM["llama"])
 
     def second(function):
-        h, y = function(x, r, w, 1e-6, form=form)
+        h, y = function(x, r, w, 1e-6, variant=variant)
         first = torch.autograd.grad((h.sin() + y.sin()).sum(), (x, r, w), create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in first), (x, r, w))
 
@@ -108,8 +108,8 @@ def qk_inputs(
 @pytest.mark.parametrize("rotation", ["half", "half_float32", "half_cast", "float32_tables", "split_half"])
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "unweighted", "t5", "statistics"])
 def test_qk_norm_rotary_equals_its_definition(kernels, half, name, rotation, over):
-    form = qk_reference.QKNormRotaryForm("", NORM[name], ROTATION[rotation], over)
-    assert qk.supports(form) is None
+    variant = qk_reference.QKNormRotaryVariant("", NORM[name], ROTATION[rotation], over)
+    assert qk.supports(variant) is None
     width = 12 if rotation == "split_half" else 24
     for dtype, tables in ((torch.float32, torch.float32), (half, half), (half, torch.float32)):
         inputs = qk_inputs(kernels, over, dtype, tables, width)
@@ -117,7 +117,7 @@ def test_qk_norm_rotary_equals_its_definition(kernels, half, name, rotation, ove
         if NORM[name].weight == "none":
             inputs, wanted = (*inputs[:2], None, None, *inputs[4:]), wanted[:2]
         ours, theirs = (
-            f(*inputs, head_dim=24, form=form) for f in (qk.qk_norm_rotary, qk_reference.qk_norm_rotary)
+            f(*inputs, head_dim=24, variant=variant) for f in (qk.qk_norm_rotary, qk_reference.qk_norm_rotary)
         )
         assert type(ours[0].grad_fn).__name__ == "_QKNormRotaryBackward"
         assert [y.stride() for y in ours] == [y.stride() for y in theirs]
@@ -161,5 +161,5 @@ def test_the_same_bits_every_time(kernels):
 def test_on_the_device_of_the_tensors():
     x, r, w = residual_inputs("cuda:1")
     ours = residual.residual_norm(x, r, w, 1e-6)
-    theirs = residual_reference.residual_norm(x, r, w, 1e-6, form=residual._LLAMA)
+    theirs = residual_reference.residual_norm(x, r, w, 1e-6, variant=residual._LLAMA)
     compare(ours, theirs, [x, r, w], 1e-4, 1e-5)

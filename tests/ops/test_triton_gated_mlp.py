@@ -151,7 +151,7 @@ def test_a_linear_behind_it_keeps_no_product(kernels, bias):
 
 
 class MLP(nn.Module):
-    def __init__(self, form, bias=False):
+    def __init__(self, variant, bias=False):
         super().__init__()
         self.gate_proj, self.up_proj = nn.Linear(16, 24, bias=bias), nn.Linear(16, 24, bias=bias)
         self.gate_up_proj = nn.Linear(16, 48, bias=bias)
@@ -161,33 +161,33 @@ class MLP(nn.Module):
             nn.Dropout(0.0),
         )
 
-    def parts(self, form):
-        fused = form.projections == "fused"
+    def parts(self, variant):
+        fused = variant.projections == "fused"
         return {
             "gate": None if fused else self.gate_proj,
             "up": None if fused else self.up_proj,
             "gate_up": self.gate_up_proj if fused else None,
             "down": self.down_proj,
-            "norm": self.norm if form.norm else None,
-            "dropout": self.dropout if form.dropout else None,
-            "limit": 0.3 if form.clamp != "none" else None,
+            "norm": self.norm if variant.norm else None,
+            "dropout": self.dropout if variant.dropout else None,
+            "limit": 0.3 if variant.clamp != "none" else None,
             "gate_scale": 1.5,
             "output_scale": 0.5,
         }
 
 
-@pytest.mark.parametrize("form", reference.FORMS, ids=lambda form: form.name)
+@pytest.mark.parametrize("variant", reference.VARIANTS, ids=lambda variant: variant.name)
 @pytest.mark.parametrize("hooked", [False, True])
-def test_every_form_equals_its_definition(kernels, form, hooked):
+def test_every_variant_equals_its_definition(kernels, variant, hooked):
     torch.manual_seed(0)
-    mlp = MLP(form).to(kernels)
+    mlp = MLP(variant).to(kernels)
     seen = []
     if hooked:
         mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     x = torch.randn(2, 3, 16, device=kernels, requires_grad=True)
-    y = gated_mlp(x, activation="silu", form=form, **mlp.parts(form))
+    y = gated_mlp(x, activation="silu", variant=variant, **mlp.parts(variant))
     assert len(seen) == int(hooked)
-    y2 = reference.gated_mlp(x, activation=nn.functional.silu, form=form, **mlp.parts(form))
+    y2 = reference.gated_mlp(x, activation=nn.functional.silu, variant=variant, **mlp.parts(variant))
     used = [
         p
         for p in mlp.parameters()
@@ -199,8 +199,8 @@ def test_every_form_equals_its_definition(kernels, form, hooked):
 
 def test_a_layer_for_the_names_of_any_class(kernels):
     facts = {"x": "h", "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "gelu_tanh"}
-    made = layer_class(reference.FORMS[0], facts)
-    mlp, x = MLP(reference.FORMS[0]).to(kernels), torch.randn(2, 3, 16, device=kernels)
+    made = layer_class(reference.VARIANTS[0], facts)
+    mlp, x = MLP(reference.VARIANTS[0]).to(kernels), torch.randn(2, 3, 16, device=kernels)
     expected = mlp.down_proj(nn.functional.gelu(mlp.gate_proj(x), approximate="tanh") * mlp.up_proj(x))
     assert_near(made.forward(mlp, h=x), expected, OPERATIONS + 16 + 24)
     assert_near(
@@ -209,7 +209,7 @@ def test_a_layer_for_the_names_of_any_class(kernels):
         OPERATIONS + 16 + 24,
     )
     with pytest.raises(ValueError, match="no kernel for the activation"):
-        layer_class(reference.FORMS[0], {**facts, "activation": "unknown:Swish"})
+        layer_class(reference.VARIANTS[0], {**facts, "activation": "unknown:Swish"})
 
 
 @pytest.mark.gpu

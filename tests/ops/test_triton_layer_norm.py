@@ -13,8 +13,8 @@ from twinkle.ops.layer_norm.samples import cases
 from twinkle.ops.layer_norm.triton_backend import layer_class, layer_norm, supports
 from twinkle.proof.compare import compare
 
-FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
-FUSED, COHERE = FORMS["fused"], FORMS["cohere"]
+VARIANTS = {variant.name: variant for variant in reference.VARIANTS if supports(variant) is None}
+FUSED, COHERE = VARIANTS["fused"], VARIANTS["cohere"]
 
 
 def operations(width: int) -> int:
@@ -29,9 +29,9 @@ def at_any_size(kernels, monkeypatch):
     return kernels
 
 
-def run(function, x, w=None, b=None, g=None, form=FUSED):
+def run(function, x, w=None, b=None, g=None, variant=FUSED):
     leaves = [None if t is None else t.detach().clone().requires_grad_() for t in (x, w, b)]
-    y = function(*leaves, 1e-5, form=form, normalized_shape=x.shape[-1:])
+    y = function(*leaves, 1e-5, variant=variant, normalized_shape=x.shape[-1:])
     g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y) if g is None else g.to(y.dtype)
     return y, g, torch.autograd.grad(y, [t for t in leaves if t is not None], g)
 
@@ -49,14 +49,14 @@ def off(found, exact) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", FORMS)
-def test_every_form_is_as_near_to_the_exact_result_as_its_definition(kernels, name, dtype):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_as_near_to_the_exact_result_as_its_definition(kernels, name, dtype):
     if kernels.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("the interpreter truncates to bfloat16")
     if kernels.type == "cpu" and name.startswith("out"):
         pytest.skip("the same kernel as for Cohere's")
     torch.manual_seed(0)
-    for case in cases(FORMS[name], dtype, kernels):
+    for case in cases(VARIANTS[name], dtype, kernels):
         verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
         assert verdict.ok, (case.shape, verdict)
 
@@ -76,15 +76,15 @@ def test_float32_equals_torch_to_a_few_ulps(at_any_size, affine):
         assert_near(a, b, operations(200), magnitude=largest)
 
 
-@pytest.mark.parametrize("form", ["fused", "fused_float32", "cohere"])
-def test_half_precision_is_as_near_to_float64_as_the_definition(at_any_size, half, form):
+@pytest.mark.parametrize("variant", ["fused", "fused_float32", "cohere"])
+def test_half_precision_is_as_near_to_float64_as_the_definition(at_any_size, half, variant):
     torch.manual_seed(0)
-    kept = torch.float32 if form == "fused_float32" else half
+    kept = torch.float32 if variant == "fused_float32" else half
     x, w, b = (random(at_any_size, *s) for s in ((64, 200), (200,), (200,)))
-    x, w, b = x.to(half), w.to(kept), None if form == "cohere" else b.to(kept)
-    y, g, gradients = run(layer_norm, x, w, b, form=FORMS[form])
+    x, w, b = x.to(half), w.to(kept), None if variant == "cohere" else b.to(kept)
+    y, g, gradients = run(layer_norm, x, w, b, variant=VARIANTS[variant])
     assert used_kernel(y)
-    y2, _, gradients2 = run(reference.layer_norm, x, w, b, g, form=FORMS[form])
+    y2, _, gradients2 = run(reference.layer_norm, x, w, b, g, variant=VARIANTS[variant])
     assert (y.dtype, y.stride()) == (y2.dtype, y2.stride())
     wide = [None if t is None else t.double() for t in (x, w, b)]
     exact, _, exact_gradients = run(reference.layer_norm, *wide, g)
@@ -122,7 +122,7 @@ def test_gradients_that_nobody_wants_are_not_computed(at_any_size, width, wanted
     results = []
     for function in (layer_norm, reference.layer_norm):
         given = {name: t.clone().requires_grad_(name in wanted) for name, t in leaves.items()}
-        y = function(*given.values(), 1e-5, form=FUSED, normalized_shape=(width,))
+        y = function(*given.values(), 1e-5, variant=FUSED, normalized_shape=(width,))
         y.square().sum().backward()
         results.append([t.grad for t in given.values()])
     for a, b in zip(*results, strict=True):
@@ -161,13 +161,13 @@ def test_what_the_kernel_is_not_for_runs_the_definition(kernels, monkeypatch, ha
         x = x.to(half)
         if kernels.type == "cuda":
             with pytest.raises(RuntimeError):
-                layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=shape)
+                layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=shape)
             return
     if case == "one shape":
         with pytest.raises(RuntimeError, match="normalized_shape"):
-            layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=(9,))
+            layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=(9,))
         return
-    y = layer_norm(x.requires_grad_(), w, b, 1e-5, form=FUSED, normalized_shape=shape)
+    y = layer_norm(x.requires_grad_(), w, b, 1e-5, variant=FUSED, normalized_shape=shape)
     assert not used_kernel(y)
     assert torch.equal(y, nn.functional.layer_norm(x, shape, w, b, 1e-5))
 
@@ -175,14 +175,14 @@ def test_what_the_kernel_is_not_for_runs_the_definition(kernels, monkeypatch, ha
 def test_a_nested_tensor_runs_the_definition(at_any_size):
     norm = nn.LayerNorm(8, device=at_any_size)
     x = torch.nested.nested_tensor([random(at_any_size, 3, 8), random(at_any_size, 5, 8)])
-    y = layer_norm(x, norm.weight, norm.bias, 1e-5, form=FUSED, normalized_shape=(8,))
+    y = layer_norm(x, norm.weight, norm.bias, 1e-5, variant=FUSED, normalized_shape=(8,))
     assert_near(y.unbind()[1], norm(x.unbind()[1]), operations(64))
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (2, 0, 64)])
 def test_empty_inputs(at_any_size, shape):
     leaves = [random(at_any_size, *s).requires_grad_() for s in (shape, (64,), (64,))]
-    y = layer_norm(*leaves, 1e-5, form=FUSED, normalized_shape=(64,))
+    y = layer_norm(*leaves, 1e-5, variant=FUSED, normalized_shape=(64,))
     y.sum().backward()
     assert used_kernel(y)
     assert y.shape == shape
@@ -202,8 +202,8 @@ def test_inputs_that_are_not_contiguous(at_any_size, kind):
         "one dimension": lambda: whole[0, 0],
     }[kind]().requires_grad_()
     w, b = random(at_any_size, x.shape[-1]), random(at_any_size, x.shape[-1])
-    y = layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=x.shape[-1:])
-    y2 = reference.layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=x.shape[-1:])
+    y = layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=x.shape[-1:])
+    y2 = reference.layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=x.shape[-1:])
     assert used_kernel(y)
     assert_near(y, y2, operations(64))
     assert y.stride() == y2.stride()
@@ -215,7 +215,7 @@ def test_inputs_that_are_not_contiguous(at_any_size, kind):
 def test_a_gradient_that_is_expanded(at_any_size):
     x, w, b = (random(at_any_size, *s).requires_grad_() for s in ((3, 32), (32,), (32,)))
     ours, theirs = (
-        torch.autograd.grad(f(x, w, b, 1e-5, form=FUSED, normalized_shape=(32,)).sum(), (w, b))
+        torch.autograd.grad(f(x, w, b, 1e-5, variant=FUSED, normalized_shape=(32,)).sum(), (w, b))
         for f in (layer_norm, reference.layer_norm)
     )
     assert_near(ours, theirs, operations(32))
@@ -225,7 +225,7 @@ def test_inputs_are_left_as_they_were(at_any_size):
     given = [random(at_any_size, *s) for s in ((4, 64), (64,), (64,))]
     kept = [t.clone() for t in given]
     leaves = [t.requires_grad_() for t in given]
-    y = layer_norm(*leaves, 1e-5, form=FUSED, normalized_shape=(64,))
+    y = layer_norm(*leaves, 1e-5, variant=FUSED, normalized_shape=(64,))
     g = torch.ones_like(y)
     y.backward(g)
     assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))
@@ -245,8 +245,8 @@ def test_the_same_bits_every_time(at_any_size, width):
 def test_without_gradients_the_same(at_any_size):
     x, w, b = random(at_any_size, 4, 64), random(at_any_size, 64).requires_grad_(), random(at_any_size, 64)
     with torch.no_grad():
-        y = layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=(64,))
-    assert torch.equal(y, layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=(64,)))
+        y = layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=(64,))
+    assert torch.equal(y, layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=(64,)))
     assert not y.requires_grad
 
 
@@ -254,7 +254,7 @@ def test_the_function_transforms_of_torch_run_the_definition(at_any_size):
     x, w = random(at_any_size, 4, 64), random(at_any_size, 64)
     ours, theirs = (
         torch.func.grad(
-            lambda x, f=f: f(x, w, None, 1e-5, form=FUSED, normalized_shape=(64,)).square().sum()
+            lambda x, f=f: f(x, w, None, 1e-5, variant=FUSED, normalized_shape=(64,)).square().sum()
         )(x)
         for f in (layer_norm, reference.layer_norm)
     )
@@ -266,7 +266,7 @@ def test_second_derivatives_are_those_of_the_definition(at_any_size):
 
     def second(function):
         # The input depends on the weight as well: it must not be followed twice.
-        y = function(x * w, w, b, 1e-5, form=FUSED, normalized_shape=(64,)).sin().sum()
+        y = function(x * w, w, b, 1e-5, variant=FUSED, normalized_shape=(64,)).sin().sum()
         (g,) = torch.autograd.grad(y, x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), (x, w, b))
 
@@ -275,12 +275,12 @@ def test_second_derivatives_are_those_of_the_definition(at_any_size):
 
 
 def test_autocast_changes_no_dtype(at_any_size, half):
-    for x, form in ((random(at_any_size, 4, 64), FUSED), (random(at_any_size, 4, 64, dtype=half), COHERE)):
+    for x, variant in ((random(at_any_size, 4, 64), FUSED), (random(at_any_size, 4, 64, dtype=half), COHERE)):
         w = random(at_any_size, 64)
         given = x, w, None, 1e-5
         with torch.autocast(at_any_size.type, dtype=torch.bfloat16):
-            y = layer_norm(*given, form=form, normalized_shape=(64,))
-            y2 = reference.layer_norm(*given, form=form, normalized_shape=(64,))
+            y = layer_norm(*given, variant=variant, normalized_shape=(64,))
+            y2 = reference.layer_norm(*given, variant=variant, normalized_shape=(64,))
         assert y.dtype == y2.dtype
         assert_near(y, y2, operations(64) if y.dtype == torch.float32 else 2)
 
@@ -288,7 +288,7 @@ def test_autocast_changes_no_dtype(at_any_size, half):
 def test_autocast_of_torch_in_half_precision_runs_the_definition(at_any_size, half):
     norm, x = nn.LayerNorm(64, device=at_any_size, dtype=half), random(at_any_size, 4, 64, dtype=half)
     with torch.autocast(at_any_size.type, dtype=torch.bfloat16):
-        y = layer_norm(x, norm.weight, norm.bias, 1e-5, form=FUSED, normalized_shape=(64,))
+        y = layer_norm(x, norm.weight, norm.bias, 1e-5, variant=FUSED, normalized_shape=(64,))
         assert not used_kernel(y)
         assert y.dtype == norm(x).dtype
 
@@ -338,7 +338,7 @@ def test_a_compiler_sees_torchs_own_function_where_inputs_are_small(kernels):
         return graph.forward
 
     torch.compile(layer_norm, fullgraph=True, backend=backend)(
-        x, w, b, 1e-5, form=FUSED, normalized_shape=(64,)
+        x, w, b, 1e-5, variant=FUSED, normalized_shape=(64,)
     )
     assert seen == [nn.functional.layer_norm]
 
@@ -358,7 +358,7 @@ def test_a_layer_for_the_names_of_any_class(at_any_size):
     norm, x = Norm().to(at_any_size), random(at_any_size, 4, 64)
     y = made.forward(norm, states=x)
     assert used_kernel(y)
-    assert torch.equal(y, layer_norm(x, norm.gain, norm.shift, 1e-5, form=FUSED, normalized_shape=(64,)))
+    assert torch.equal(y, layer_norm(x, norm.gain, norm.shift, 1e-5, variant=FUSED, normalized_shape=(64,)))
     assert made is layer_class(FUSED, facts)
 
 
@@ -369,8 +369,12 @@ def test_only_one_normalised_dimension_is_taken():
 
 
 def test_a_device_of_triton_gets_its_kernel_and_a_cpu_what_torch_has(kernels, monkeypatch):
-    left = {form.name for form in reference.FORMS if backend_for("layer_norm", form, kernels.type) is None}
-    assert {backend_for("layer_norm", form, kernels.type).name for form in FORMS.values()} == {
+    left = {
+        variant.name
+        for variant in reference.VARIANTS
+        if backend_for("layer_norm", variant, kernels.type) is None
+    }
+    assert {backend_for("layer_norm", variant, kernels.type).name for variant in VARIANTS.values()} == {
         "triton_backend"
     }
     assert "out_float32_both_mean_square_divide_before_weight" in left
@@ -386,7 +390,7 @@ def test_more_than_2_to_the_31_elements():
     rows = (1 << 31) // 4096 + 8
     x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     w, b = (torch.randn(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
-    y = layer_norm(x, w, b, 1e-5, form=FUSED, normalized_shape=(4096,))
+    y = layer_norm(x, w, b, 1e-5, variant=FUSED, normalized_shape=(4096,))
     assert used_kernel(y)
     expected = nn.functional.layer_norm(x[-4:], (4096,), w, b, 1e-5)
     torch.testing.assert_close(y[-4:], expected, rtol=0.02, atol=0.02)

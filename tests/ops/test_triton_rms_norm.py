@@ -9,8 +9,8 @@ from rounding import across_a_boundary, assert_near, rounding_bound, terms
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.triton_backend import layer_class, rms_norm, supports
 
-FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
-LLAMA = FORMS["llama"]
+VARIANTS = {variant.name: variant for variant in reference.VARIANTS if supports(variant) is None}
+LLAMA = VARIANTS["llama"]
 
 
 def operations(width: int) -> int:
@@ -37,38 +37,38 @@ def used_kernel(y: torch.Tensor) -> bool:
     return type(y.grad_fn).__name__ == "_RMSNormBackward"
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_float32_equals_the_definition_to_a_few_ulps(kernels, name):
     torch.manual_seed(0)
-    form = FORMS[name]
+    variant = VARIANTS[name]
     x, w = torch.randn(6, 200, device=kernels), torch.randn(200, device=kernels)
-    w = None if form.weight == "none" else w
+    w = None if variant.weight == "none" else w
     shape = {"normalized_shape": (200,)}
-    y, g, gradients = run(rms_norm, x, w, form=form, **shape)
+    y, g, gradients = run(rms_norm, x, w, variant=variant, **shape)
     assert used_kernel(y)
-    y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=form, **shape)
+    y2, _, gradients2 = run(reference.rms_norm, x, w, g, variant=variant, **shape)
     assert_near(y, y2, operations(200))
     for a, b in zip(gradients, gradients2, strict=True):
         assert_near(a, b, operations(200))
 
 
 @pytest.mark.parametrize("weight_dtype", ["half", "float32"])
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_half_precision_rounds_where_the_definition_rounds(kernels, half, name, weight_dtype):
     torch.manual_seed(0)
-    form = FORMS[name]
+    variant = VARIANTS[name]
     x = torch.randn(7, 200, device=kernels, dtype=half)
     w = torch.randn(200, device=kernels, dtype=half if weight_dtype == "half" else torch.float32)
-    w = None if form.weight == "none" else w
-    if form.compute == "fused" and w is not None and w.dtype != half:
+    w = None if variant.weight == "none" else w
+    if variant.compute == "fused" and w is not None and w.dtype != half:
         pytest.skip("torch takes its own way, and so do we")
-    y, _, _ = run(rms_norm, x, w, form=form, normalized_shape=(200,))
-    y2, _, _ = run(reference.rms_norm, x, w, form=form, normalized_shape=(200,))
+    y, _, _ = run(rms_norm, x, w, variant=variant, normalized_shape=(200,))
+    y2, _, _ = run(reference.rms_norm, x, w, variant=variant, normalized_shape=(200,))
     assert used_kernel(y)
     assert (y.dtype, y.stride()) == (y2.dtype, y2.stride())
     if y.dtype == torch.float32:
         assert_near(y, y2, operations(200))
-    elif form.compute == "input":
+    elif variant.compute == "input":
         assert ulps(y, y2) <= 6  # six roundings on either side, half a unit each
     else:
         # Sums in another order move few values across a rounding boundary.
@@ -79,12 +79,12 @@ def test_half_precision_rounds_where_the_definition_rounds(kernels, half, name, 
 @pytest.mark.parametrize("name", ["llama", "gemma", "olmo2", "t5", "unweighted"])
 def test_half_precision_gradients_are_as_near_to_the_exact_ones(kernels, half, name):
     torch.manual_seed(0)
-    form = FORMS[name]
+    variant = VARIANTS[name]
     x, w = (torch.randn(*s, device=kernels, dtype=half) for s in ((64, 200), (200,)))
-    w = None if form.weight == "none" else w
-    _, g, ours = run(rms_norm, x, w, form=form)
-    _, _, theirs = run(reference.rms_norm, x, w, g, form=form)
-    _, _, exact = run(reference.rms_norm, x.double(), None if w is None else w.double(), g, form=form)
+    w = None if variant.weight == "none" else w
+    _, g, ours = run(rms_norm, x, w, variant=variant)
+    _, _, theirs = run(reference.rms_norm, x, w, g, variant=variant)
+    _, _, exact = run(reference.rms_norm, x.double(), None if w is None else w.double(), g, variant=variant)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= (b - c).norm() + rounding_bound(half, 1, c.norm().item())
 
@@ -93,9 +93,9 @@ def test_half_precision_gradients_are_as_near_to_the_exact_ones(kernels, half, n
 def test_every_width_up_to_65536(kernels, width):
     torch.manual_seed(0)
     x, w = torch.randn(3, width, device=kernels), torch.randn(width, device=kernels)
-    y, g, gradients = run(rms_norm, x, w, form=LLAMA)
+    y, g, gradients = run(rms_norm, x, w, variant=LLAMA)
     assert used_kernel(y)
-    y2, _, gradients2 = run(reference.rms_norm, x, w, g, form=LLAMA)
+    y2, _, gradients2 = run(reference.rms_norm, x, w, g, variant=LLAMA)
     root = x.square().mean(-1, keepdim=True).rsqrt()
     largest = (g * w * root).abs().max().item()  # before the part along the input is taken off
     assert_near(y, y2, operations(width))
@@ -131,7 +131,7 @@ def test_inputs_that_are_not_contiguous(kernels, kind):
         "strided channels": lambda: whole[..., ::2],
     }[kind]()
     w = torch.randn(x.shape[-1], device=kernels)
-    y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA)
+    y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, variant=LLAMA)
     assert_near(y, y2, operations(64))
     if kind == "transposed":
         assert y.stride() == y2.stride()
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_expanded(kernels):
     x = torch.randn(3, 32, device=kernels, requires_grad=True)
     w = torch.randn(32, device=kernels)
     (ours,) = torch.autograd.grad(rms_norm(x, w, 1e-6).sum(), x)
-    (theirs,) = torch.autograd.grad(reference.rms_norm(x, w, 1e-6, form=LLAMA).sum(), x)
+    (theirs,) = torch.autograd.grad(reference.rms_norm(x, w, 1e-6, variant=LLAMA).sum(), x)
     assert_near(ours, theirs, operations(32))
 
 
@@ -187,7 +187,7 @@ def test_a_frozen_weight_gets_no_gradient(kernels):
 def test_the_function_transforms_of_torch_run_the_definition(kernels):
     x, w = torch.randn(4, 64, device=kernels), torch.randn(64, device=kernels)
     ours = torch.func.grad(lambda x: rms_norm(x, w, 1e-6).square().sum())(x)
-    theirs = torch.func.grad(lambda x: reference.rms_norm(x, w, 1e-6, form=LLAMA).square().sum())(x)
+    theirs = torch.func.grad(lambda x: reference.rms_norm(x, w, 1e-6, variant=LLAMA).square().sum())(x)
     assert torch.equal(ours, theirs)
 
 
@@ -197,7 +197,7 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
 
     def second(function):
         # The input depends on the weight as well: it must not be followed twice.
-        y = function(x * w, w, 1e-6, form=LLAMA).sin().sum()
+        y = function(x * w, w, 1e-6, variant=LLAMA).sin().sum()
         (g,) = torch.autograd.grad(y, x, create_graph=True)
         return torch.autograd.grad(g.square().sum(), (x, w))
 
@@ -208,15 +208,15 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
 def test_autocast_changes_nothing(kernels, half):
     x, w = torch.randn(4, 64, device=kernels, dtype=half), torch.randn(64, device=kernels)
     with torch.autocast(kernels.type, dtype=torch.bfloat16):
-        y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA)
+        y, y2 = rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, variant=LLAMA)
     assert y.dtype == y2.dtype
 
 
-def test_autocast_of_a_form_that_computes_in_the_dtype_of_its_input_runs_the_definition(kernels, half):
+def test_autocast_of_a_variant_that_computes_in_the_dtype_of_its_input_runs_the_definition(kernels, half):
     x = torch.randn(4, 64, device=kernels, dtype=half)
     with torch.autocast(kernels.type, dtype=torch.bfloat16):
-        y = rms_norm(x, None, 1e-6, form=FORMS["input_unweighted"])
-        assert torch.equal(y, reference.rms_norm(x, None, 1e-6, form=FORMS["input_unweighted"]))
+        y = rms_norm(x, None, 1e-6, variant=VARIANTS["input_unweighted"])
+        assert torch.equal(y, reference.rms_norm(x, None, 1e-6, variant=VARIANTS["input_unweighted"]))
 
 
 def test_opcheck(kernels):
@@ -270,7 +270,7 @@ def test_a_layer_for_the_names_of_any_class(kernels):
 def test_without_a_device_for_triton_the_definition_runs():
     x = torch.randn(4, 64, device="cpu", dtype=torch.float64)
     w = torch.randn(64, dtype=torch.float64)
-    assert torch.equal(rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, form=LLAMA))
+    assert torch.equal(rms_norm(x, w, 1e-6), reference.rms_norm(x, w, 1e-6, variant=LLAMA))
 
 
 @pytest.mark.gpu
@@ -281,7 +281,7 @@ def test_more_than_2_to_the_31_elements():
     x = torch.randn(rows, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     w = torch.randn(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     y = rms_norm(x, w, 1e-6)
-    expected = reference.rms_norm(x[-4:], w, 1e-6, form=LLAMA)
+    expected = reference.rms_norm(x[-4:], w, 1e-6, variant=LLAMA)
     assert ulps(y[-4:], expected) <= 2
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     (expected_dx,) = torch.autograd.grad(expected, x, torch.ones_like(expected))

@@ -10,35 +10,35 @@ from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.layer import apply_rotary_pos_emb
 from twinkle.ops.rotary.triton_backend import function_for, rotary, supports
 
-FORMS = {form.name: form for form in reference.FORMS if supports(form) is None}
-HALF = FORMS["half"]
+VARIANTS = {variant.name: variant for variant in reference.VARIANTS if supports(variant) is None}
+HALF = VARIANTS["half"]
 BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
 
 
-def example(form, device, dtype=torch.float32, tables=torch.float32, tokens_first_in_memory=True):
-    """Inputs of a form, in the layout it wants."""
+def example(variant, device, dtype=torch.float32, tables=torch.float32, tokens_first_in_memory=True):
+    """Inputs of a variant, in the layout it wants."""
     torch.manual_seed(0)
-    width = 16 if form.part in ("first", "last") else DIM
-    width = width // 2 if form.tables in ("half", "repeated") else width
+    width = 16 if variant.part in ("first", "last") else DIM
+    width = width // 2 if variant.tables in ("half", "repeated") else width
 
     def made(heads):
         x = torch.randn(BATCH, TOKENS, heads, DIM, dtype=dtype).transpose(1, 2)
         x = x if tokens_first_in_memory else x.contiguous()
-        x = x.transpose(1, 2) if form.broadcast in ("2", "-2") else x
-        x = x[0] if form.broadcast == "-2" else x
+        x = x.transpose(1, 2) if variant.broadcast in ("2", "-2") else x
+        x = x[0] if variant.broadcast == "-2" else x
         return x.to(device).requires_grad_()
 
-    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(form.broadcast, (BATCH, TOKENS))
+    lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(variant.broadcast, (BATCH, TOKENS))
     extra = {}
-    if form.indexed:
+    if variant.indexed:
         lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS), device=device)
-    if form.sections:
+    if variant.sections:
         lead, extra["mrope_section"] = (3, BATCH, TOKENS), [4, 4, 4]
     cos, sin = (torch.randn(*lead, width, dtype=tables).to(device) for _ in range(2))
     q, k, v = made(HEADS), made(KV), made(KV)
-    if form.tensors == 3:
+    if variant.tensors == 3:
         extra["v"] = v
-    return (q, k, cos, sin), extra, [q, k, v][: form.tensors]
+    return (q, k, cos, sin), extra, [q, k, v][: variant.tensors]
 
 
 def as_tuple(results):
@@ -53,14 +53,14 @@ def used_kernel(y):
     ("dtypes", "layout"),
     [("float32", "heads first"), ("half", "tokens first"), ("half with float32 tables", "heads first")],
 )
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_results_and_gradients_equal_the_definition_bit_for_bit(kernels, half, name, dtypes, layout):
-    form = FORMS[name]
+    variant = VARIANTS[name]
     dtype = torch.float32 if dtypes == "float32" else half
     tables = half if dtypes == "half" else torch.float32
-    inputs, extra, wanted = example(form, kernels, dtype, tables, layout == "tokens first")
-    ours = as_tuple(rotary(*inputs, form=form, **extra))
-    theirs = as_tuple(reference.rotary(*inputs, form=form, **extra))
+    inputs, extra, wanted = example(variant, kernels, dtype, tables, layout == "tokens first")
+    ours = as_tuple(rotary(*inputs, variant=variant, **extra))
+    theirs = as_tuple(reference.rotary(*inputs, variant=variant, **extra))
     assert all(used_kernel(y) for y in ours)
     gradients = [torch.randn(y.shape).to(y) for y in theirs]
     found = torch.autograd.grad(ours, wanted, gradients)
@@ -78,7 +78,7 @@ def test_heads_where_unsqueeze_dim_says(kernels, place, batch):
     q, k = (x.transpose(1, 2) if place == 2 else x for x in (q, k))
     cos, sin = cos[:batch], sin[:batch]
     for a, b in zip(
-        rotary(q, k, cos, sin, place), reference.rotary(q, k, cos, sin, place, form=HALF), strict=True
+        rotary(q, k, cos, sin, place), reference.rotary(q, k, cos, sin, place, variant=HALF), strict=True
     ):
         assert used_kernel(a)
         assert torch.equal(a, b)
@@ -89,7 +89,7 @@ def test_heads_where_unsqueeze_dim_says(kernels, place, batch):
 def test_head_dims_and_heads_of_any_number(kernels, dim, heads):
     q, k = (torch.randn(1, h, 3, dim, device=kernels) for h in (heads, 1))
     cos, sin = (torch.randn(1, 3, dim, device=kernels) for _ in range(2))
-    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, form=HALF), strict=True):
+    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, variant=HALF), strict=True):
         assert torch.equal(a, b)
 
 
@@ -108,7 +108,7 @@ def test_inputs_are_left_as_they_were(kernels):
 def test_a_gradient_of_one_of_both(kernels, only):
     inputs, _, wanted = example(HALF, kernels)
     found = torch.autograd.grad(rotary(*inputs)[only].sum(), wanted, allow_unused=True)
-    expected = torch.autograd.grad(reference.rotary(*inputs, form=HALF)[only].sum(), wanted[only])[0]
+    expected = torch.autograd.grad(reference.rotary(*inputs, variant=HALF)[only].sum(), wanted[only])[0]
     assert found[1 - only] is None
     assert torch.equal(found[only], expected)
 
@@ -131,7 +131,7 @@ def test_empty_inputs(kernels, shape):
 def test_channels_that_are_not_adjacent(kernels):
     (_, k, cos, sin), _, _ = example(HALF, kernels)
     q = torch.randn(BATCH, HEADS, TOKENS, 2 * DIM, device=kernels)[..., ::2]
-    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, form=HALF), strict=True):
+    for a, b in zip(rotary(q, k, cos, sin), reference.rotary(q, k, cos, sin, variant=HALF), strict=True):
         assert torch.equal(a, b)
 
 
@@ -139,7 +139,7 @@ def test_second_derivatives_are_those_of_the_definition(kernels):
     inputs, _, (q, k) = example(HALF, kernels)
 
     def second(function):
-        a, b = function(*inputs, form=HALF)
+        a, b = function(*inputs, variant=HALF)
         g = torch.autograd.grad((a.sin() * b.sum()).sum(), (q, k), create_graph=True)
         return torch.autograd.grad(sum(x.square().sum() for x in g), (q, k))
 
@@ -159,10 +159,10 @@ def test_opcheck(kernels):
 @pytest.mark.parametrize("name", ["half", "partial", "interleaved", "vision"])
 def test_compiled_without_a_graph_break(kernels, name):
     torch._dynamo.reset()
-    inputs, extra, wanted = example(FORMS[name], kernels)
+    inputs, extra, wanted = example(VARIANTS[name], kernels)
     backend = "inductor" if kernels.type == "cuda" else "aot_eager"
-    compiled = torch.compile(lambda *a: rotary(*a, form=FORMS[name]), fullgraph=True, backend=backend)
-    ours, theirs = compiled(*inputs, **extra), rotary(*inputs, form=FORMS[name])
+    compiled = torch.compile(lambda *a: rotary(*a, variant=VARIANTS[name]), fullgraph=True, backend=backend)
+    ours, theirs = compiled(*inputs, **extra), rotary(*inputs, variant=VARIANTS[name])
     gradients = [torch.randn_like(y) for y in theirs]
     found, expected = (torch.autograd.grad(y, wanted, gradients) for y in (ours, theirs))
     assert all(torch.equal(a, b) for a, b in zip((*ours, *found), (*theirs, *expected), strict=True))

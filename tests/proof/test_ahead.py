@@ -10,7 +10,7 @@ import torch
 from rounding import assert_near, terms
 from torch import nn
 
-from twinkle.ops.cases import cases, forms
+from twinkle.ops.cases import cases, variants
 from twinkle.proof.first_use import inputs_for
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
@@ -33,9 +33,9 @@ def fresh_dynamo() -> Iterator[None]:
 
 def norm(factor: float, widths: tuple[int, ...] = (48,)) -> tuple[list[nn.Module], Binding]:
     """Norms with a kernel that is off by a factor, which a graph shows as a cosine."""
-    form = forms("rms_norm")[0]
-    sample = next(iter(cases("rms_norm", form, torch.float32, CPU)))
-    source = EmbeddedLayer("rms_norm", form, sample.facts)
+    variant = variants("rms_norm")[0]
+    sample = next(iter(cases("rms_norm", variant, torch.float32, CPU)))
+    source = EmbeddedLayer("rms_norm", variant, sample.facts)
     kernel: Any = sample.kernel
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
@@ -44,7 +44,7 @@ def norm(factor: float, widths: tuple[int, ...] = (48,)) -> tuple[list[nn.Module
     source._made = type("Shown", (nn.Module,), {"forward": forward, "can_torch_compile": True})
     binding = Binding("layer", "program:Norm", "rms_norm", source)
     candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
-    modules: list[nn.Module] = [type(sample.module)(form, width, torch.float32, CPU) for width in widths]
+    modules: list[nn.Module] = [type(sample.module)(variant, width, torch.float32, CPU) for width in widths]
     for module in modules:
         plan(module, [candidate]).commit()
     return modules, binding
@@ -111,9 +111,9 @@ def test_in_inference_no_gradients_are_compared() -> None:
 
 @pytest.mark.parametrize(("factor", "state"), [(1.0, "active"), (1.01, "failed")])
 def test_a_function_is_proven_too(factor: float, state: str) -> None:
-    form = forms("rotary")[0]
-    sample = next(iter(cases("rotary", form, torch.float32, CPU)))
-    source = EmbeddedFunction("rotary", form, sample.facts, sample.original)
+    variant = variants("rotary")[0]
+    sample = next(iter(cases("rotary", variant, torch.float32, CPU)))
+    source = EmbeddedFunction("rotary", variant, sample.facts, sample.original)
 
     def planted(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: Any) -> Any:
         q, k = sample.kernel(q, k, cos, sin, unsqueeze_dim)
@@ -143,31 +143,31 @@ def test_random_numbers_of_the_program_are_as_without() -> None:
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "gated_mlp"])
-def test_inputs_can_be_made_up_for_every_form_of_a_layer(op: str) -> None:
-    for form in forms(op):
-        sample = next(iter(cases(op, form, torch.float32, CPU)))
-        source = EmbeddedLayer(op, form, sample.facts)
+def test_inputs_can_be_made_up_for_every_variant_of_a_layer(op: str) -> None:
+    for variant in variants(op):
+        sample = next(iter(cases(op, variant, torch.float32, CPU)))
+        source = EmbeddedLayer(op, variant, sample.facts)
         given = inputs_for(source, sample.original, sample.module, dtype=None, device=None)
-        if getattr(form, "gate", "none") == "none":
+        if getattr(variant, "gate", "none") == "none":
             assert given is not None
             sample.original(sample.module, *given)
 
 
-def test_inputs_can_be_made_up_for_every_form_of_rotary() -> None:
-    for form in forms("rotary"):
-        if form.pairs in ("complex", "matrix"):
+def test_inputs_can_be_made_up_for_every_variant_of_rotary() -> None:
+    for variant in variants("rotary"):
+        if variant.pairs in ("complex", "matrix"):
             continue
-        sample = next(iter(cases("rotary", form, torch.float32, CPU)))
-        source = EmbeddedFunction("rotary", form, sample.facts, sample.original)
+        sample = next(iter(cases("rotary", variant, torch.float32, CPU)))
+        source = EmbeddedFunction("rotary", variant, sample.facts, sample.original)
         given = inputs_for(source, sample.original, None, dtype=torch.bfloat16, device="cpu")
         assert given is not None
         sample.original(*given)
 
 
 def test_arguments_are_made_up_for_what_takes_anything() -> None:
-    form = forms("rotary")[0]
-    sample = next(iter(cases("rotary", form, torch.float32, CPU)))
-    source = EmbeddedFunction("rotary", form, sample.facts, sample.original)
+    variant = variants("rotary")[0]
+    sample = next(iter(cases("rotary", variant, torch.float32, CPU)))
+    source = EmbeddedFunction("rotary", variant, sample.facts, sample.original)
 
     def anything(*args: Any, **kwargs: Any) -> Any:
         return sample.original(*args, **kwargs)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from twinkle.ops.cases import cases, forms
+from twinkle.ops.cases import cases, variants
 from twinkle.proof.cache import ProofCache, cache_file, proofs
 from twinkle.proof.cache_key import cache_key, kernel_version
 from twinkle.proof.compare import Verdict
@@ -20,7 +20,7 @@ from twinkle.proof.first_use import prove
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedLayer
 
-KEY = {"op": "rms_norm", "form": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
+KEY = {"op": "rms_norm", "variant": "llama", "dtype": "bfloat16", "device": "cpu", "gradients": True}
 RIGHT = Verdict(True, "error 1e-3", errors=(1e-3, 2e-3, float("nan"), float("nan")))
 
 
@@ -147,9 +147,9 @@ def test_without_a_file_nothing_is_kept() -> None:
 
 
 def sample(width: int = 48) -> tuple[Any, Any, torch.Tensor]:
-    form = forms("rms_norm")[0]
-    made = next(iter(cases("rms_norm", form, torch.float32, torch.device("cpu"))))
-    module = type(made.module)(form, width, torch.float32, torch.device("cpu"))
+    variant = variants("rms_norm")[0]
+    made = next(iter(cases("rms_norm", variant, torch.float32, torch.device("cpu"))))
+    module = type(made.module)(variant, width, torch.float32, torch.device("cpu"))
     return made, module, torch.randn(2, 8, width)
 
 
@@ -169,7 +169,7 @@ class Counted:
 def asked(
     kernel: Counted, made: Any, module: Any, x: torch.Tensor, *, source: Any = None, **options: Any
 ) -> Verdict:
-    source = source or EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+    source = source or EmbeddedLayer("rms_norm", variants("rms_norm")[0], made.facts)
     options = {"backward": True, "recall": True, **options}
     return prove(source, made.original, kernel, (x,), {}, module=module, **options)
 
@@ -215,7 +215,7 @@ def test_what_could_change_the_answer_is_another_question(kept: Path, change: st
     elif change == "frozen weight":
         module.requires_grad_(False)
     elif change == "number":
-        source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], {**made.facts, "eps": 1e-5})
+        source = EmbeddedLayer("rms_norm", variants("rms_norm")[0], {**made.facts, "eps": 1e-5})
     kernel = Counted(made.kernel)
     with torch.autocast("cpu", enabled=change == "autocast"):
         asked(kernel, made, module, x, source=source)
@@ -245,7 +245,7 @@ def test_a_proof_with_gradients_holds_without_and_not_the_other_way(kept: Path) 
 def test_a_users_own_kernel_is_compared_each_time(kept: Path) -> None:
     class Mine:
         kind = "function"
-        op, form, facts, backend = "rms_norm", forms("rms_norm")[0], {}, "triton_backend"
+        op, variant, facts, backend = "rms_norm", variants("rms_norm")[0], {}, "triton_backend"
 
     made, module, x = sample()
     for _ in range(2):
@@ -298,7 +298,7 @@ def test_no_source_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setattr(module, "_PACKAGE", tmp_path)
     kernel_version.cache_clear()
     made, nn_module, x = sample()
-    source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+    source = EmbeddedLayer("rms_norm", variants("rms_norm")[0], made.facts)
     assert cache_key(source, (x,), {}, module=nn_module, backward=True) is None
     kernel_version.cache_clear()
 
@@ -310,7 +310,7 @@ def test_the_report_says_that_a_verdict_is_from_before(kept: Path, clean_registr
 
     for _ in range(2):
         made, module, x = sample()
-        source = EmbeddedLayer("rms_norm", forms("rms_norm")[0], made.facts)
+        source = EmbeddedLayer("rms_norm", variants("rms_norm")[0], made.facts)
         binding = Binding("layer", "program:Norm", "rms_norm", source)
         kernel = LayerKernel("rms_norm", source, chosen_by="twinkle")
         plan(module, [Candidate(kernel, binding, proofs=1, recall=True)]).commit()

@@ -1,7 +1,7 @@
 """Kernels that are wrong in one way each, in the place of every embedded kernel: none of them gets to run.
 
 They come in by the real path: a layer or function of a program is recognised and given the kernel of its
-form, with a wrong one behind it, and is called.
+variant, with a wrong one behind it, and is called.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from twinkle.ops.cases import cases, forms
+from twinkle.ops.cases import cases, variants
 from twinkle.ops.catalog import find_op
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.runtime import runtime
@@ -146,9 +146,9 @@ FUNCTIONS = {
 }
 
 
-def case(op: str, form: str) -> Any:
+def case(op: str, variant: str) -> Any:
     torch.manual_seed(0)
-    wanted = next(f for f in forms(op) if f.name == form)
+    wanted = next(f for f in variants(op) if f.name == variant)
     return wanted, next(iter(cases(op, wanted, torch.float32, torch.device("cpu"))))
 
 
@@ -162,8 +162,8 @@ def planted(sample: Any, function: Callable[..., Any]) -> type[nn.Module]:
 
 
 def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple[Any, ...]]:
-    form, sample = case(op, LAYERS[op])
-    source = EmbeddedLayer(op, form, sample.facts)
+    variant, sample = case(op, LAYERS[op])
+    source = EmbeddedLayer(op, variant, sample.facts)
     source._made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
     kernel = LayerKernel(op, source, chosen_by="twinkle")
     binding = Binding("layer", "program:Layer", op, source)
@@ -173,9 +173,9 @@ def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple
 
 
 def function(
-    op: str, spoil: Callable[..., Any], sample: Any, form: Any
+    op: str, spoil: Callable[..., Any], sample: Any, variant: Any
 ) -> tuple[Callable[..., Any], Binding]:
-    source = EmbeddedFunction(op, form, sample.facts, sample.original)
+    source = EmbeddedFunction(op, variant, sample.facts, sample.original)
     names = sample.original.__code__.co_varnames[: sample.original.__code__.co_argcount]
     scope: dict[str, Any] = {"spoil": spoil, "kernel": sample.kernel}
     exec(f"def planted({', '.join(names)}):\n    return spoil(kernel, {', '.join(names)})\n", scope)
@@ -210,26 +210,26 @@ def test_a_wrong_layer_never_runs(op: str, spoil: Callable[..., Any]) -> None:
 def test_a_wrong_function_never_runs(op: str, spoil: Callable[..., Any]) -> None:
     if op == "causal_lm_loss" and spoil is first_rows_alone:
         pytest.skip("a loss is one number: see the next test")
-    form, sample = case(op, FUNCTIONS[op])
-    call, binding = function(op, spoil, sample, form)
+    variant, sample = case(op, FUNCTIONS[op])
+    call, binding = function(op, spoil, sample, variant)
     rejected(lambda: call(*sample.args), sample.original(*sample.args), binding)
 
 
 def test_a_loss_of_the_first_rows_alone_never_runs() -> None:
-    form, sample = case("causal_lm_loss", "plain")
+    variant, sample = case("causal_lm_loss", "plain")
 
     def first_rows(kernel: Any, hidden: Any, weight: Any, bias: Any, labels: Any) -> Any:
         return kernel(hidden[:16], weight, bias, labels[:16])
 
-    call, binding = function("causal_lm_loss", first_rows, sample, form)
+    call, binding = function("causal_lm_loss", first_rows, sample, variant)
     rejected(lambda: call(*sample.args), sample.original(*sample.args), binding)
 
 
 @pytest.mark.parametrize("op", LAYERS)
 def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
-    form, sample = case(op, LAYERS[op])
+    variant, sample = case(op, LAYERS[op])
     name = "weight" if op.endswith("norm") else "down"  # a layer, or the tensor of all experts
-    source = EmbeddedLayer(op, form, sample.facts)
+    source = EmbeddedLayer(op, variant, sample.facts)
 
     class Bent:
         """The module with a weight whose gradient is bent."""
@@ -256,13 +256,13 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
 
 @pytest.mark.parametrize("op", ["residual_norm", "qk_norm_rotary", "causal_lm_loss"])
 def test_a_wrong_gradient_of_a_weight_that_is_an_argument_never_trains(op: str) -> None:
-    form, sample = case(op, FUNCTIONS[op])
+    variant, sample = case(op, FUNCTIONS[op])
     at = {"residual_norm": 2, "qk_norm_rotary": 2, "causal_lm_loss": 1}[op]
 
     def bent(kernel: Any, *args: Any) -> Any:
         return kernel(*args[:at], _Push.apply(args[at]), *args[at + 1 :])
 
-    call, binding = function(op, bent, sample, form)
+    call, binding = function(op, bent, sample, variant)
     rejected(lambda: call(*sample.args), sample.original(*sample.args), binding)
     assert "gradient off by" in binding.proof
 
@@ -280,8 +280,8 @@ def test_the_right_layer_runs(op: str) -> None:
 
 @pytest.mark.parametrize("op", FUNCTIONS)
 def test_the_right_function_runs(op: str) -> None:
-    form, sample = case(op, FUNCTIONS[op])
-    call, binding = function(op, right, sample, form)
+    variant, sample = case(op, FUNCTIONS[op])
+    call, binding = function(op, right, sample, variant)
     call(*sample.args)
     assert (binding.state, binding.proof.partition(":")[0]) == ("active", "proven")
 
@@ -297,9 +297,9 @@ def test_a_wrong_gradient_is_found_when_training_begins_after_inference() -> Non
 
 
 def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_called() -> None:
-    form, sample = case("rms_norm", "llama")
-    small = type(sample.module)(form, 24, torch.float32, torch.device("cpu"))
-    source = EmbeddedLayer("rms_norm", form, sample.facts)
+    variant, sample = case("rms_norm", "llama")
+    small = type(sample.module)(variant, 24, torch.float32, torch.device("cpu"))
+    source = EmbeddedLayer("rms_norm", variant, sample.facts)
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return sample.kernel(self, x) * (1.0 if x.shape[-1] > 100 else 1.01)
@@ -343,7 +343,7 @@ def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(EmbeddedLayer, "load", load)
     monkeypatch.setattr(
-        embedded, "backend_for", lambda op, form, device: find_op(op).backend("triton_backend")
+        embedded, "backend_for", lambda op, variant, device: find_op(op).backend("triton_backend")
     )
     monkeypatch.setattr(runtime.options, "kernels", "auto")
     model = nn.Sequential(Norm())

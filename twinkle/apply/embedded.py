@@ -77,7 +77,7 @@ def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[nn.Module
         ops = [op for op in fused.OPS if wanted(op)] if fused.serves(where) else []
         return partial(_with_fused_places, cls, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
-    backend = backend_for(found.op, found.form, where) if kernels else None
+    backend = backend_for(found.op, found.variant, where) if kernels else None
     if backend is None:
         return None
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
@@ -105,12 +105,12 @@ def _as_recognised(
     facts = check_instance(found, module)
     if not isinstance(facts, dict):
         return None
-    if (why := backend.supports(found.form, facts=facts)) is not None:
+    if (why := backend.supports(found.variant, facts=facts)) is not None:
         runtime.session.remark(f"the {found.op} of {class_path(cls)} is left alone: {why}")
         return None
 
     def source(registered: Source) -> EmbeddedLayer:
-        return EmbeddedLayer(str(found.op), found.form, facts, backend.name, registered)
+        return EmbeddedLayer(str(found.op), found.variant, facts, backend.name, registered)
 
     sizes = tuple(parameter.shape for parameter in module.parameters())
     made = specialise(cls, kernels, facts, source, device=where, sizes=sizes)
@@ -154,13 +154,13 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
         found: The function.
         where: The device the kernels are for.
     """
-    op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
-    backend = backend_for(op, form, where) if op is not None and wanted(op) else None
+    op, variant, facts = found.recognition.op, found.recognition.variant, found.recognition.facts
+    backend = backend_for(op, variant, where) if op is not None and wanted(op) else None
     if backend is None:
         return []
 
     def source(registered: Source) -> EmbeddedFunction:
-        return EmbeddedFunction(str(op), form, facts, found.original, backend.name, registered)
+        return EmbeddedFunction(str(op), variant, facts, found.original, backend.name, registered)
 
     return [
         specialise_function(kernel, found, source, device=where)

@@ -110,6 +110,6 @@ def _recognised(
     facts = checked if isinstance(checked, dict) else str(checked)
 
     def source(registered: Source) -> SpecialisedSource:
-        return SpecialisedSource(registered, str(recognition.op), recognition.form, facts)
+        return SpecialisedSource(registered, str(recognition.op), recognition.variant, facts)
 
     return Bound(module, cls, cls, specialise(cls, kernels, facts, source), entry)

@@ -85,13 +85,13 @@ def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) ->
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
     if any(not kernel.recognised for kernel in named):
         return False
-    op, form, facts = found.recognition.op, found.recognition.form, found.recognition.facts
+    op, variant, facts = found.recognition.op, found.recognition.variant, found.recognition.facts
     made = []
     for kernel in kernels:
         runtime.registry.unbind(kernel, kernel.target.text)
         made.append(
             specialise_function(
-                kernel, found, lambda s: SpecialisedSource(s, str(op), form, facts, found.original)
+                kernel, found, lambda s: SpecialisedSource(s, str(op), variant, facts, found.original)
             )
         )
     made = [kernel for kernel in made if kernel not in named]

@@ -1,4 +1,4 @@
-"""``twinkle match``: what is recognised in a module, as which form, and why not more."""
+"""``twinkle match``: what is recognised in a module, as which variant, and why not more."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--all", action="store_true", help="every modeling module of the installed transformers"
     )
-    parser.add_argument("--json", action="store_true", help="a list of target, op, form and facts")
+    parser.add_argument("--json", action="store_true", help="a list of target, op, variant and facts")
     parser.add_argument(
         "--jobs", type=int, metavar="N", help="processes for --all (the number of CPUs, 4 at most)"
     )
@@ -56,7 +56,7 @@ def main(words: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="twinkle match",
-        description="Print what is recognised in a module, as which form, and near misses.",
+        description="Print what is recognised in a module, as which variant, and near misses.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,7 +71,7 @@ def main(words: Sequence[str]) -> int:
             rows = [_row(found, near=True) for text in options.targets for found in _recognitions(text)]
     recognised = [row for row in rows if row["op"] is not None]
     if options.json:
-        keys = ("target", "op", "form", "facts")
+        keys = ("target", "op", "variant", "facts")
         json.dump([{key: row[key] for key in keys} for row in recognised], sys.stdout, indent=1)
         print()
     else:
@@ -202,11 +202,11 @@ def _row(found: Recognition, *, near: bool) -> dict[str, Any]:
     return {
         "target": found.target,
         "op": found.op,
-        "form": found.form.name if found.op is not None else None,
+        "variant": found.variant.name if found.op is not None else None,
         "facts": _plain(found.facts),
         "instance": list(found.instance_facts),
         "reason": found.reason,
-        "near": [(miss.op, miss.form.name, miss.difference) for miss in found.near]
+        "near": [(miss.op, miss.variant.name, miss.difference) for miss in found.near]
         if near and not found
         else [],
     }
@@ -232,16 +232,16 @@ def _text(rows: list[dict[str, Any]]) -> str:
             module = where
         if row["op"] is not None:
             for place in row["facts"].get("sites") or [row["facts"]]:
-                form = place.get("form", row["form"])
-                lines.append(f"  {name:<34} {row['op']:<16} {form:<28} {_shown(row, place)}")
+                variant = place.get("variant", row["variant"])
+                lines.append(f"  {name:<34} {row['op']:<16} {variant:<28} {_shown(row, place)}")
                 if place.get("wired") is False:
                     lines.append(f"  {'':<34} left as it is: {place['reason']}")
             if row["facts"].get("requires"):
                 lines.append(f"  {'':<34} only with {', '.join(row['facts']['requires'])}")
         elif not row["near"]:
             lines.append(f"  {name:<34} -                {row['reason']}")
-        for op, form, difference in row["near"]:
-            lines.append(f"  {name:<34} not {op:<12} nearest {form}: {difference}")
+        for op, variant, difference in row["near"]:
+            lines.append(f"  {name:<34} not {op:<12} nearest {variant}: {difference}")
             if row["reason"]:
                 lines.append(f"  {'':<34} and it {row['reason']}")
     recognised = sum(row["op"] is not None for row in rows)
@@ -256,5 +256,5 @@ def _shown(row: dict[str, Any], facts: dict[str, Any]) -> str:
     return ", ".join(
         f"{role}={'self.' if role in row['instance'] else ''}{fact}"
         for role, fact in facts.items()
-        if role not in ("form", "wired", "reason") and isinstance(fact, str | int | float)
+        if role not in ("variant", "wired", "reason") and isinstance(fact, str | int | float)
     )

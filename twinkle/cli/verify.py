@@ -24,7 +24,7 @@ blocks, one row, ragged and wide rows, rows with gaps between them. Both are mea
 in the next finer dtype. A kernel passes when it is off by no more than twice what the definition itself is
 off in that dtype, and a little; errors are norms relative to that of the result.
 
-  form         the rounding or layout, as `twinkle match` names it
+  variant         the rounding or layout, as `twinkle match` names it
   error        of the kernel, and in parentheses of the definition: forward, then gradients
   shape        the worst of them; every rejected one has a line of its own
 
@@ -37,7 +37,7 @@ examples:
 
 The verdicts are kept in the file that first calls look in (TWINKLE_CACHE names its directory, `off` does
 without; default ~/.cache/twinkle). A first call that finds its kernel, shape and dtype there is not
-compared again, and the report says `proven (cached, date)`. They are kept form by form, so that Ctrl-C
+compared again, and the report says `proven (cached, date)`. They are kept variant by variant, so that Ctrl-C
 loses none; the table then has what was compared so far. Where triton compiles, all of it takes minutes:
 how far it is goes to standard error.
 
@@ -155,7 +155,7 @@ class _Progress:
         about = (str(part.device), part.op)
         text = f"{number}/{total}  {time.perf_counter() - self._started:.0f} s  {'  '.join(about)}"
         if self._terminal:
-            text += f"  {part.form.name}  {part.dtype}"
+            text += f"  {part.variant.name}  {part.dtype}"
             print(f"\r{text[:78]:<78}", end="", file=sys.stderr, flush=True)
         elif about != self._said:
             print(text, file=sys.stderr, flush=True)
@@ -167,10 +167,10 @@ class _Progress:
 
 
 def _worst(rows: list[Row]) -> list[Row]:
-    """Of all shapes of a form in a dtype the worst, and every rejected one."""
+    """Of all shapes of a variant in a dtype the worst, and every rejected one."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.device, row.op, row.form, row.dtype), []).append(row)
+        groups.setdefault((row.device, row.op, row.variant, row.dtype), []).append(row)
     found = []
     for group in groups.values():
         rejected = [row for row in group if not row.verdict.ok]
@@ -185,12 +185,12 @@ def _badness(row: Row) -> float:
 
 
 def _print_table(rows: list[Row]) -> None:
-    headers = ("device", "op", "form", "by", "dtype", "shape", "error", "gradients", "")
+    headers = ("device", "op", "variant", "by", "dtype", "shape", "error", "gradients", "")
     cells = [
         (
             row.device,
             row.op,
-            row.form,
+            row.variant,
             row.how,
             row.dtype,
             row.shape,
@@ -230,7 +230,7 @@ def _print_json(rows: list[Row], seed: int, left_out: list[str], interrupted: bo
             {
                 "device": row.device,
                 "op": row.op,
-                "form": row.form,
+                "variant": row.variant,
                 "by": row.how,
                 "dtype": row.dtype,
                 "shape": row.shape,

@@ -135,8 +135,8 @@ def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int
 
 def _is_softcapped(model: nn.Module, recognition: Any) -> bool:
     """Whether the model soft-caps its logits; its code may have a soft cap that its config turns off."""
-    form = getattr(recognition, "form", None)
-    steps = [step for step in getattr(form, "steps", ()) if "softcap" in step]
+    variant = getattr(recognition, "variant", None)
+    steps = [step for step in getattr(variant, "steps", ()) if "softcap" in step]
     factors = recognition.facts.get("factors", ()) if steps else ()
     values = [module_at(model, factor) if isinstance(factor, str) else factor for factor in factors]
     return bool(steps) and any(value is not None for value in values)

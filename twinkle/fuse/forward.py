@@ -119,12 +119,12 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     sites = [
         site
         for site in sites_of(draft, owner)
-        if site.op in ops and site.reason is None and backend_for(site.op, site.form, where) is not None
+        if site.op in ops and site.reason is None and backend_for(site.op, site.variant, where) is not None
     ]
     if not sites:
         return None
     known = runtime.of(_Forwards).kernels.setdefault(cls, {})
-    key = (where, tuple((site.number, site.form.name) for site in sites))
+    key = (where, tuple((site.number, site.variant.name) for site in sites))
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
         # Each place proves itself: the forward around it may not run twice.
@@ -160,8 +160,8 @@ class FusedForward:
         self._made: type[nn.Module] | None = None
 
     def describe(self) -> str:
-        """The ops and their forms."""
-        shown = dict.fromkeys(f"{site.op} ({site.form.name})" for site in self.sites)
+        """The ops and their variants."""
+        shown = dict.fromkeys(f"{site.op} ({site.variant.name})" for site in self.sites)
         return f"embedded {', '.join(shown)}"
 
     def load(self) -> object:

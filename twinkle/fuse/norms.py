@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 from twinkle.match.structure import recognise
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 from twinkle.ops.rms_norm.triton_backend import supports
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.tensors import constant
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.layer_norm.reference import LayerNormForm
+    from twinkle.ops.layer_norm.reference import LayerNormVariant
 
-__all__ = ["Norm", "described", "hooked", "norm_form", "norm_from", "norm_of", "numbers_of", "unswapped"]
+__all__ = ["Norm", "described", "hooked", "norm_from", "norm_of", "norm_variant", "numbers_of", "unswapped"]
 
-_FORMS = {form.name: form for form in FORMS}
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
 
 
 class Norm(NamedTuple):
-    """An RMSNorm class: its form, and where an instance keeps weight and eps.
+    """An RMSNorm class: its variant, and where an instance keeps weight and eps.
 
     Attributes:
-        form: Where it rounds.
+        variant: Where it rounds.
         weight: The name of its parameter, or None.
         eps: The name of an attribute, or the number itself.
         shape: The name of the attribute with the normalised shape, or None.
         switch: The name of a flag that must be True for the layer to use its weight, or None.
     """
 
-    form: RMSNormForm
+    variant: RMSNormVariant
     weight: str | None
     eps: str | float
     shape: str | None
@@ -61,9 +61,9 @@ def norm_of(cls: type) -> Norm | str:
         return f"there is no kernel for a {name} behind other steps"
     if found.op != "rms_norm":
         return f"{name} is not recognised as an RMSNorm"
-    form, facts = found.form, found.facts
-    if supports(form) is not None or form.groups != "none" or found.guards:
-        return f"there is no kernel for {name} behind other steps ({form.name})"
+    variant, facts = found.variant, found.facts
+    if supports(variant) is not None or variant.groups != "none" or found.guards:
+        return f"there is no kernel for {name} behind other steps ({variant.name})"
     if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight and eps"
     weight, eps, shape, switch = map(facts.get, ("weight", "eps", "normalized_shape", "with_weight"))
@@ -73,17 +73,17 @@ def norm_of(cls: type) -> Norm | str:
         return f"the numbers of {name} are not its own attributes"
     if switch is not None and not isinstance(switch, str):
         return f"{name} has no attribute that says whether it has a weight"
-    return Norm(form, weight, eps if isinstance(eps, str) else float(eps), shape, switch)
+    return Norm(variant, weight, eps if isinstance(eps, str) else float(eps), shape, switch)
 
 
-def norm_form(cls: type) -> RMSNormForm | LayerNormForm | None:
-    """The form of the norm that a class is, whether or not a fused kernel can compute it."""
+def norm_variant(cls: type) -> RMSNormVariant | LayerNormVariant | None:
+    """The variant of the norm that a class is, whether or not a fused kernel can compute it."""
     plain = unswapped(cls)
     found = recognise(plain) if isinstance(plain, type) else None
     if found is None or found.op not in ("rms_norm", "layer_norm"):
         return None
-    form: RMSNormForm | LayerNormForm = found.form
-    return None if getattr(form, "gate", "none") != "none" else form
+    variant: RMSNormVariant | LayerNormVariant = found.variant
+    return None if getattr(variant, "gate", "none") != "none" else variant
 
 
 def unswapped(cls: type) -> type | str:
@@ -153,7 +153,7 @@ def _described(cls: type) -> str:
     if isinstance(norm, str):
         return ""
     eps = norm.eps if isinstance(norm.eps, str) else repr(norm.eps)
-    return "|".join((norm.form.name, norm.weight or "", eps, norm.shape or "", norm.switch or ""))
+    return "|".join((norm.variant.name, norm.weight or "", eps, norm.shape or "", norm.switch or ""))
 
 
 described: Callable[[type], str] = constant(_described)
@@ -162,6 +162,6 @@ described: Callable[[type], str] = constant(_described)
 
 def norm_from(text: str) -> Norm:
     """The norm of a text that :func:`described` gave."""
-    form, weight, eps, shape, switch = text.split("|")
+    variant, weight, eps, shape, switch = text.split("|")
     number = eps if eps.isidentifier() else float(eps)
-    return Norm(_FORMS[form], weight or None, number, shape or None, switch or None)
+    return Norm(_VARIANTS[variant], weight or None, number, shape or None, switch or None)

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.fuse.norms import described, hooked, norm_form, norm_from, norm_of, numbers_of
-from twinkle.fuse.rotations import plain_rotation, rotation_form, rotation_of
+from twinkle.fuse.norms import described, hooked, norm_from, norm_of, norm_variant, numbers_of
+from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.qk_norm_rotary import triton_backend as op
 from twinkle.ops.qk_norm_rotary.heads import joined, path_for, run, split
-from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
-from twinkle.ops.rms_norm.reference import RMSNormForm
-from twinkle.ops.rotary.reference import FORMS
+from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
+from twinkle.ops.rms_norm.reference import RMSNormVariant
+from twinkle.ops.rotary.reference import VARIANTS
 from twinkle.proof.first_use import proof_tokens
 from twinkle.proof.inputs import fewer_of
 from twinkle.sources.embedded import EmbeddedLayer
@@ -27,28 +27,28 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from twinkle.fuse.norms import Norm
-    from twinkle.ops.rotary.reference import RotaryForm
+    from twinkle.ops.rotary.reference import RotaryVariant
 
     Between = Literal["nothing", "transpose", "split"]
 
-__all__ = ["PairStep", "form_of_pair", "pair_of"]
+__all__ = ["PairStep", "pair_of", "variant_of_pair"]
 
-_ROTATIONS = {form.name: form for form in FORMS}
+_ROTATIONS = {variant.name: variant for variant in VARIANTS}
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
 
 
 class Pair(NamedTuple):
-    """Two norms of one form and a rotation.
+    """Two norms of one variant and a rotation.
 
     Attributes:
         q, k: The norms of queries and keys.
-        form: The form of the op.
+        variant: The variant of the op.
     """
 
     q: Norm
     k: Norm
-    form: QKNormRotaryForm
+    variant: QKNormRotaryVariant
 
 
 def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pair | str:
@@ -72,16 +72,18 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
 
 
 def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
-    if q.form is not k.form:
+    if q.variant is not k.variant:
         return "the norms of queries and keys differ"
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
-    form = _form(q.form, _ROTATIONS[rotation], between)
-    return op.supports(form) or Pair(q, k, form)
+    variant = _variant(q.variant, _ROTATIONS[rotation], between)
+    return op.supports(variant) or Pair(q, k, variant)
 
 
-def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) -> QKNormRotaryForm | None:
-    """The form of two norms and a rotation, whether or not there is a kernel; None where they are none.
+def variant_of_pair(
+    q_class: type, k_class: type, function: Any, between: Between
+) -> QKNormRotaryVariant | None:
+    """The variant of two norms and a rotation, whether or not there is a kernel; None where they are none.
 
     Args:
         q_class: As for :func:`pair_of`, with all that follows.
@@ -89,15 +91,15 @@ def form_of_pair(q_class: type, k_class: type, function: Any, between: Between) 
         function: The rotation.
         between: What stands between the norms and the rotation.
     """
-    q, k, rotation = norm_form(q_class), norm_form(k_class), rotation_form(function)
-    if not isinstance(q, RMSNormForm) or q is not k or rotation is None:
+    q, k, rotation = norm_variant(q_class), norm_variant(k_class), rotation_variant(function)
+    if not isinstance(q, RMSNormVariant) or q is not k or rotation is None:
         return None
-    return _form(q, rotation, between)
+    return _variant(q, rotation, between)
 
 
-def _form(norm: RMSNormForm, rotation: RotaryForm, between: Between) -> QKNormRotaryForm:
+def _variant(norm: RMSNormVariant, rotation: RotaryVariant, between: Between) -> QKNormRotaryVariant:
     over: Literal["head", "all"] = "all" if between == "split" else "head"
-    return QKNormRotaryForm(f"{norm.name}_{rotation.name}_{over}", norm, rotation, over)
+    return QKNormRotaryVariant(f"{norm.name}_{rotation.name}_{over}", norm, rotation, over)
 
 
 class PairStep(FusedStep):
@@ -193,9 +195,9 @@ class PairStep(FusedStep):
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
             if u is not None and v is not None:
-                path = path_for(q, k, u[0], v[0], cos, sin, pair.form)
+                path = path_for(q, k, u[0], v[0], cos, sin, pair.variant)
                 if path is EAGER:
-                    return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form)
+                    return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.variant)
         else:
             done = self.first_call(owner, key, q, k, q_layer, k_layer, cos, sin)
             if done is not None:
@@ -225,9 +227,9 @@ class PairStep(FusedStep):
         if rotation:
             q_norm, k_norm = norm_from(q_text), norm_from(k_text)
             u, v = numbers_of(q_norm, q_layer), numbers_of(k_norm, k_layer)
-            form = _form(q_norm.form, _ROTATIONS[rotation], self.between)
-            if u is not None and v is not None and path_for(q, k, u[0], v[0], cos, sin, form) is CUSTOM_OP:
-                return run(CUSTOM_OP, q, k, u[0], v[0], u[1], v[1], cos, sin, form)
+            variant = _variant(q_norm.variant, _ROTATIONS[rotation], self.between)
+            if u is not None and v is not None and path_for(q, k, u[0], v[0], cos, sin, variant) is CUSTOM_OP:
+                return run(CUSTOM_OP, q, k, u[0], v[0], u[1], v[1], cos, sin, variant)
         return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
 
     @constant
@@ -276,7 +278,7 @@ class PairStep(FusedStep):
         if reason is not None or u is None or v is None:
             self.note(owner, reason or "a norm lacks its weight or eps")
             return None
-        if path_for(q, k, u[0], v[0], cos, sin, pair.form) is not EAGER:
+        if path_for(q, k, u[0], v[0], cos, sin, pair.variant) is not EAGER:
             dtypes = ", ".join(str(x.dtype).removeprefix("torch.") for x in (q, k, cos))
             shapes = f"{tuple(q.shape)}, {tuple(k.shape)}, {tuple(cos.shape)}"
             self.note(owner, f"no kernel for {shapes} of {dtypes}")
@@ -285,7 +287,7 @@ class PairStep(FusedStep):
             owner,
             key,
             pair,
-            lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.form),
+            lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.variant),
             lambda: self.comparison(pair, q, k, q_layer, k_layer, key[2], cos, sin),
         )
         if done is not None:
@@ -306,7 +308,7 @@ class PairStep(FusedStep):
         """Kernel and original steps on the first tokens of a call and copies of its layers.
 
         Args:
-            pair: The norms and the form of the op.
+            pair: The norms and the variant of the op.
             q: As for :meth:`first_call`, with all that follows.
             k: Keys.
             q_layer: The norm of the queries.
@@ -327,14 +329,14 @@ class PairStep(FusedStep):
 
         def kernel(layers: nn.Module, q: Tensor, k: Tensor) -> Any:
             (q_weight, q_eps), (k_weight, k_eps) = _numbers(pair, *layers.children())
-            path = path_for(q, k, q_weight, k_weight, cos_, sin_, pair.form)
+            path = path_for(q, k, q_weight, k_weight, cos_, sin_, pair.variant)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
-            return run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos_, sin_, pair.form)
+            return run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos_, sin_, pair.variant)
 
         (_, q_eps), (_, k_eps) = _numbers(pair, q_layer, k_layer)
         return Comparison(
-            EmbeddedLayer(self.op, pair.form, {"q_eps": q_eps, "k_eps": k_eps, "table": cos.itemsize}),
+            EmbeddedLayer(self.op, pair.variant, {"q_eps": q_eps, "k_eps": k_eps, "table": cos.itemsize}),
             original,
             kernel,
             (q.detach()[sequences, :, tokens], k.detach()[sequences, :, tokens]),

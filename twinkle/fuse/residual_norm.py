@@ -9,7 +9,7 @@ import torch
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
-from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.sources.embedded import EmbeddedLayer
 
@@ -20,31 +20,33 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.norms import Norm
 
-__all__ = ["SumStep", "forms_of"]
+__all__ = ["SumStep", "variants_of"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
 
 
-class NormForms(NamedTuple):
-    """A norm and the two forms of the op that end with it.
+class NormVariants(NamedTuple):
+    """A norm and the two variants of the op that end with it.
 
     Attributes:
         norm: The norm.
-        form: That of a sum and the norm.
+        variant: That of a sum and the norm.
         scaled: That of a sum with a factor and the norm.
     """
 
     norm: Norm
-    form: ResidualNormForm
-    scaled: ResidualNormForm
+    variant: ResidualNormVariant
+    scaled: ResidualNormVariant
 
 
-def forms_of(norm: Norm) -> NormForms:
-    """The forms of a sum before that norm."""
-    name = f"rms_norm_{norm.form.name}"
-    return NormForms(
-        norm, ResidualNormForm(name, norm.form), ResidualNormForm(f"{name}_scaled", norm.form, True)
+def variants_of(norm: Norm) -> NormVariants:
+    """The variants of a sum before that norm."""
+    name = f"rms_norm_{norm.variant.name}"
+    return NormVariants(
+        norm,
+        ResidualNormVariant(name, norm.variant),
+        ResidualNormVariant(f"{name}_scaled", norm.variant, True),
     )
 
 
@@ -81,18 +83,18 @@ class SumStep(FusedStep):
         if type(left) is not torch.Tensor or type(right) is not torch.Tensor:
             return unfused(left, right, layer, factor)
         proven = self.proven_with_grad if _recording() else self.proven
-        forms = proven.get((type(layer), left.dtype, right.dtype))
-        if forms is None:
+        variants = proven.get((type(layer), left.dtype, right.dtype))
+        if variants is None:
             done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
                 return done
         elif not hooked(layer):
-            numbers = numbers_of(forms.norm, layer)
+            numbers = numbers_of(variants.norm, layer)
             if numbers is not None:
-                form = forms.form if factor is None else forms.scaled
-                path = path_for(right, left, numbers[0], form)
+                variant = variants.variant if factor is None else variants.scaled
+                path = path_for(right, left, numbers[0], variant)
                 if path is EAGER:
-                    return run(path, right, left, numbers[0], numbers[1], form, factor)
+                    return run(path, right, left, numbers[0], numbers[1], variant, factor)
         return unfused(left, right, layer, factor)
 
     def traced(self, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
@@ -104,10 +106,10 @@ class SumStep(FusedStep):
             norm = norm_from(text)
             numbers = numbers_of(norm, layer)
             if numbers is not None:
-                forms = forms_of(norm)
-                form = forms.form if factor is None else forms.scaled
-                if path_for(right, left, numbers[0], form) is CUSTOM_OP:
-                    return run(CUSTOM_OP, right, left, numbers[0], numbers[1], form, factor)
+                variants = variants_of(norm)
+                variant = variants.variant if factor is None else variants.scaled
+                if path_for(right, left, numbers[0], variant) is CUSTOM_OP:
+                    return run(CUSTOM_OP, right, left, numbers[0], numbers[1], variant, factor)
         return unfused(left, right, layer, factor)
 
     def first_call(
@@ -119,17 +121,17 @@ class SumStep(FusedStep):
         if reason is not None or isinstance(norm, str) or numbers is None:
             self.note(owner, reason or "its norm lacks its weight or eps")
             return None
-        forms = forms_of(norm)
-        form = forms.form if factor is None else forms.scaled
-        if path_for(right, left, numbers[0], form) is not EAGER:
+        variants = variants_of(norm)
+        variant = variants.variant if factor is None else variants.scaled
+        if path_for(right, left, numbers[0], variant) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(left)} + {tensor_text(right)}")
             return None
         done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
             (type(layer), left.dtype, right.dtype),
-            forms,
-            lambda: run(EAGER, right, left, *numbers, form, factor),
-            lambda: self.comparison(norm, form, left, right, layer, factor),
+            variants,
+            lambda: run(EAGER, right, left, *numbers, variant, factor),
+            lambda: self.comparison(norm, variant, left, right, layer, factor),
         )
         if done is not None:
             self.note_taken_over(owner, (layer,))
@@ -138,7 +140,7 @@ class SumStep(FusedStep):
     def comparison(
         self,
         norm: Norm,
-        form: ResidualNormForm,
+        variant: ResidualNormVariant,
         left: Tensor,
         right: Tensor,
         layer: nn.Module,
@@ -151,13 +153,13 @@ class SumStep(FusedStep):
 
         def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
             weight, eps = _numbers(norm, layers.get_submodule("0"))
-            path = path_for(right, left, weight, form)
+            path = path_for(right, left, weight, variant)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
-            return run(path, right, left, weight, eps, form, factor)
+            return run(path, right, left, weight, eps, variant, factor)
 
         _, eps = _numbers(norm, layer)
-        subject = EmbeddedLayer(self.op, form, {"eps": eps, "scale": factor})
+        subject = EmbeddedLayer(self.op, variant, {"eps": eps, "scale": factor})
         return Comparison(subject, original, kernel, (left, right), layer_copies((layer,)))
 
 

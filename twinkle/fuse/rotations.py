@@ -13,12 +13,12 @@ from twinkle.match.symbolic.source import function_of_callable
 from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
-    from twinkle.ops.rotary.reference import RotaryForm
+    from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["plain_rotation", "rotation_form", "rotation_of"]
+__all__ = ["plain_rotation", "rotation_of", "rotation_variant"]
 
 
-def rotation_of(function: Any) -> RotaryForm | str:
+def rotation_of(function: Any) -> RotaryVariant | str:
     """The rotary embedding that ``function(q, k, cos, sin)`` is, or in words why it is none.
 
     Of a function that Twinkle replaced by an embedded kernel, the original counts.
@@ -46,15 +46,15 @@ def rotation_of(function: Any) -> RotaryForm | str:
     facts.pop("slice_last", None)
     if axis != 1 or facts:
         return f"{name} depends on more than q, k, cos and sin"
-    form: RotaryForm = found.form
-    return form
+    variant: RotaryVariant = found.variant
+    return variant
 
 
-def rotation_form(function: Any) -> RotaryForm | None:
+def rotation_variant(function: Any) -> RotaryVariant | None:
     """The rotary embedding of queries and keys that a function is, whatever arguments it takes."""
     plain = function_of_callable(plain_rotation(function))
     found = recognise(plain) if plain is not None else None
-    return None if found is None or found.op != "rotary" or found.form.tensors != 2 else found.form
+    return None if found is None or found.op != "rotary" or found.variant.tensors != 2 else found.variant
 
 
 def plain_rotation(function: Any) -> Any:

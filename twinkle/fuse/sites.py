@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from twinkle.fuse.norms import Norm, norm_form, norm_of
+from twinkle.fuse.norms import Norm, norm_of, norm_variant
 from twinkle.fuse.places import SumThenLayer
-from twinkle.fuse.qk_norm_rotary import PairStep, form_of_pair, pair_of
-from twinkle.fuse.residual_norm import SumStep, forms_of
-from twinkle.ops.layer_norm.reference import LayerNormForm
-from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.fuse.qk_norm_rotary import PairStep, pair_of, variant_of_pair
+from twinkle.fuse.residual_norm import SumStep, variants_of
+from twinkle.ops.layer_norm.reference import LayerNormVariant
+from twinkle.ops.residual_norm.reference import ResidualNormVariant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ class Site(NamedTuple):
     Attributes:
         number: The index of the place in its forward.
         op: The op.
-        form: The form of it; None where the layers or the function are something else.
+        variant: The variant of it; None where the layers or the function are something else.
         reason: Why there is no kernel for it, or None.
     """
 
     number: int
     op: str
-    form: Any
+    variant: Any
     reason: str | None = None
 
 
@@ -66,14 +66,14 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     norm = "its norm is not there" if cls is None else norm_of(cls)
     scaled = place.scale is not None
     if isinstance(norm, Norm):
-        forms = forms_of(norm)
-        return Site(number, SumStep.op, forms.scaled if scaled else forms.form)
-    other = None if cls is None else norm_form(cls)
+        variants = variants_of(norm)
+        return Site(number, SumStep.op, variants.scaled if scaled else variants.variant)
+    other = None if cls is None else norm_variant(cls)
     if other is None:
         return Site(number, SumStep.op, None, norm)
-    kind = "layer_norm" if isinstance(other, LayerNormForm) else "rms_norm"
+    kind = "layer_norm" if isinstance(other, LayerNormVariant) else "rms_norm"
     name = f"{kind}_{other.name}{'_scaled' * scaled}"
-    return Site(number, SumStep.op, ResidualNormForm(name, other, scaled), norm)
+    return Site(number, SumStep.op, ResidualNormVariant(name, other, scaled), norm)
 
 
 def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:
@@ -81,5 +81,5 @@ def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, 
         return Site(number, PairStep.op, None, "its norms are not there")
     pair = pair_of(q, k, function, place.between)
     if isinstance(pair, str):
-        return Site(number, PairStep.op, form_of_pair(q, k, function, place.between), pair)
-    return Site(number, PairStep.op, pair.form)
+        return Site(number, PairStep.op, variant_of_pair(q, k, function, place.between), pair)
+    return Site(number, PairStep.op, pair.variant)

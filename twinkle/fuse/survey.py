@@ -2,7 +2,7 @@
 
     >>> from transformers.models.llama.modeling_llama import LlamaDecoderLayer
     >>> [found] = recognise_places(LlamaDecoderLayer)
-    >>> found.op, found.form.name, found.facts["norm"], found.facts["wired"]
+    >>> found.op, found.variant.name, found.facts["norm"], found.facts["wired"]
     ('residual_norm', 'rms_norm_llama', 'post_attention_layernorm', True)
 
 The decision is the one made for a model that is there (:mod:`twinkle.fuse.sites`). Where only an instance
@@ -17,7 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.forward import draft_of
-from twinkle.fuse.norms import norm_form
+from twinkle.fuse.norms import norm_variant
 from twinkle.fuse.places import SumThenLayer, find_places
 from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.match.attributes import attribute_classes
@@ -82,9 +82,9 @@ def recognise_places(cls: type) -> list[Recognition]:
     for number, place in enumerate(places):
         classes = [_norm_at(path, attributes) for path in layers_of(place)]
         site = site_of(number, place, classes, function.__globals__.get)
-        if site.form is not None:
+        if site.variant is not None:
             reason = site.reason or _not_rewritten(cls)
-            found.setdefault(site.op, []).append((site.form, _facts(place, reason, function)))
+            found.setdefault(site.op, []).append((site.variant, _facts(place, reason, function)))
     return [_recognition(cls, op, found[op]) for op in OPS if op in found]
 
 
@@ -94,11 +94,11 @@ def _not_rewritten(cls: type) -> str | None:
 
 
 def _recognition(cls: type, op: str, sites: list[tuple[Any, dict[str, Any]]]) -> Recognition:
-    form, facts = next((site for site in sites if site[1]["wired"]), sites[0])
+    variant, facts = next((site for site in sites if site[1]["wired"]), sites[0])
     if len(sites) > 1:
-        facts = {**facts, "sites": tuple({"form": one.name, **more} for one, more in sites)}
+        facts = {**facts, "sites": tuple({"variant": one.name, **more} for one, more in sites)}
     layers = tuple(role for role in facts if role in ("norm", "q_norm", "k_norm"))
-    return Recognition(f"{cls.__module__}:{cls.__qualname__}", op, form, facts, layers)
+    return Recognition(f"{cls.__module__}:{cls.__qualname__}", op, variant, facts, layers)
 
 
 def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
 
 
 def _norm_at(path: str, attributes: dict[str, set[type]]) -> type | None:
-    """The norm that ``__init__`` assigns to an attribute; None for none, or for several forms of norm."""
-    norms = {norm_form(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
+    """The norm that ``__init__`` assigns to an attribute; None for none, or for several variants of norm."""
+    norms = {norm_variant(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
     norms.pop(None, None)
     return next(iter(norms.values())) if len(norms) == 1 else None

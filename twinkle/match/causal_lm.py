@@ -10,7 +10,7 @@ from twinkle.match.recognition import NearMiss
 from twinkle.match.symbolic.execute import Run
 from twinkle.match.symbolic.terms import Term, show, walk
 from twinkle.match.unify import attribute_path
-from twinkle.ops.causal_lm_loss.reference import CausalLMLossForm
+from twinkle.ops.causal_lm_loss.reference import CausalLMLossVariant
 
 __all__ = ["Head", "causal_loss_names", "recognise_head"]
 
@@ -20,14 +20,14 @@ class Head(NamedTuple):
 
     Attributes:
         op: ``causal_lm_loss``, or None where the loss is another.
-        form: The variant of the op.
+        variant: The variant of the op.
         facts: The path of the head, the factors of the steps between head and loss, and the arguments.
         instance_facts: The facts that only an instance can tell.
         near: The near miss, where the loss is another.
     """
 
     op: str | None
-    form: Any
+    variant: Any
     facts: dict[str, Any]
     instance_facts: tuple[str, ...]
     near: tuple[NearMiss, ...] = ()
@@ -86,7 +86,7 @@ def _loss(calls: list[Term]) -> Head:
             return _head_of(logits, arguments)
         except _Other as error:
             problem = problem or str(error)
-    near = NearMiss("causal_lm_loss", CausalLMLossForm("plain"), problem)
+    near = NearMiss("causal_lm_loss", CausalLMLossVariant("plain"), problem)
     return Head(None, None, {}, (), (near,))
 
 
@@ -100,7 +100,7 @@ def _head_of(logits: Term, arguments: dict[str, Term]) -> Head:
     if labels is None or labels.args == (None,):
         targets = "shift_labels"
     names = tuple(name for name, _ in steps)
-    form = CausalLMLossForm(
+    variant = CausalLMLossVariant(
         "_".join(("cast", *names) if hidden_cast else names) or "plain",
         steps=names,
         hidden_cast=hidden_cast,
@@ -111,7 +111,7 @@ def _head_of(logits: Term, arguments: dict[str, Term]) -> Head:
     for role in ("labels", "shift_labels", "vocab_size"):
         if (given := arguments.get(role)) is not None and given.args != (None,):
             facts[role] = show(given).removeprefix("self.")
-    return Head("causal_lm_loss", form, facts, ("head", "factors", "loss_function"))
+    return Head("causal_lm_loss", variant, facts, ("head", "factors", "loss_function"))
 
 
 def _peel(term: Term, steps: list[tuple[str, str | None]]) -> tuple[str, Term]:

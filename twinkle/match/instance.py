@@ -69,13 +69,13 @@ class Instance:
         module: The layer.
 
     Attributes:
-        form: The form of its class.
+        variant: The variant of its class.
         facts: What is known of it; ``check`` may add to them.
         module: The layer.
     """
 
     def __init__(self, recognition: Recognition, module: Any) -> None:
-        self.form = recognition.form
+        self.variant = recognition.variant
         self.facts = dict(recognition.facts)
         self.module = module
 
@@ -151,7 +151,7 @@ class _Reader:
 
     def _allowed(self, hook: str) -> tuple[str, ...]:
         asked = self.op.hook(hook)
-        allowed: tuple[str, ...] = () if asked is None else asked(self.instance.form)
+        allowed: tuple[str, ...] = () if asked is None else asked(self.instance.variant)
         return allowed
 
     def read(self, argument: str, path: str) -> Any:

@@ -2,7 +2,7 @@
 
 A term counts as near an op when it holds the core expression of that op (a reciprocal root of a mean of
 squares, a product with an activation between two layers, a rotation): ``core`` in the ``recognition.py`` of
-the op says so. Which form is nearest is counted.
+the op says so. Which variant is nearest is counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Expression", "NearMiss", "near_misses", "ops_with_core"]
 
 
-# The share of a form's operations that must agree: below it the two only share their core expression.
+# The share of a variant's operations that must agree: below it the two only share their core expression.
 _NEAR = 0.4
 _MOST_PARTS = 600
 
@@ -84,7 +84,7 @@ def ops_with_core(term: Term) -> tuple[Op, ...]:
 
 
 def near_misses(term: Term, run: Run) -> tuple[NearMiss, ...]:
-    """The nearest form of every op whose core expression the term holds."""
+    """The nearest variant of every op whose core expression the term holds."""
     return tuple(found for op in ops_with_core(term) if (found := _nearest(op, term, run)) is not None)
 
 
@@ -98,8 +98,8 @@ def _nearest(op: Op, term: Term, run: Run) -> NearMiss | None:
                 best = (share, template, found)
     if best is None:
         # Equal to the last operation, and it does more than compute.
-        return NearMiss(op.name, next(iter(templates(op))).form, "; ".join(run.effects) or "unknown")
+        return NearMiss(op.name, next(iter(templates(op))).variant, "; ".join(run.effects) or "unknown")
     share, template, found = best
     if share < _NEAR:
         return None
-    return NearMiss(op.name, template.form, f"expected {found.expected}, found {found.found}")
+    return NearMiss(op.name, template.variant, f"expected {found.expected}, found {found.found}")

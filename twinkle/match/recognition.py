@@ -18,12 +18,12 @@ class NearMiss:
 
     Attributes:
         op: The op.
-        form: The nearest variant.
+        variant: The nearest variant.
         difference: The first difference, as ``expected …, found …`` or in words.
     """
 
     op: str
-    form: Any
+    variant: Any
     difference: str
 
 
@@ -47,7 +47,7 @@ class Recognition:
     Attributes:
         target: ``module:Name``.
         op: The op, or None.
-        form: The frozen variant of that op (``twinkle.ops.<op>.reference``), or None.
+        variant: The frozen variant of that op (``twinkle.ops.<op>.reference``), or None.
         facts: Each argument of the variant's reference: the name of the attribute or of the parameter it
             is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
         instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
@@ -57,7 +57,7 @@ class Recognition:
 
     target: str
     op: str | None = None
-    form: Any = None
+    variant: Any = None
     facts: dict[str, Any] = field(default_factory=dict)
     instance_facts: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
     >>> from twinkle.match.structure import recognise
     >>> from transformers.models.llama.modeling_llama import LlamaRMSNorm
     >>> found = recognise(LlamaRMSNorm)
-    >>> found.op, found.form.name, found.facts["eps"]
+    >>> found.op, found.variant.name, found.facts["eps"]
     ('rms_norm', 'llama', 'variance_epsilon')
 
 No name of a class, function or attribute takes part in the decision.
@@ -109,7 +109,7 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
         head = recognise_head(run, owner)
         if head is not None:
             run.cls = None
-            made = Recognition(target, head.op, head.form, head.facts, head.instance_facts)
+            made = Recognition(target, head.op, head.variant, head.facts, head.instance_facts)
             return replace(made, _nearest=lambda: head.near) if head.near else made
     run.cls = None
     if not ops_with_core(term):
@@ -168,7 +168,7 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
                 facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
-                return Recognition(target, op.name, template.form, facts, instance_facts, guards)
+                return Recognition(target, op.name, template.variant, facts, instance_facts, guards)
     return None
 
 

@@ -1,6 +1,6 @@
 """The templates: the references of the ops, executed symbolically with holes for their arguments.
 
-The definition of a form and what is recognised as that form are one and the same code.
+The definition of a variant and what is recognised as that variant are one and the same code.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ def holes(op: Op) -> dict[str, str]:
 
 
 class Template(NamedTuple):
-    """One form as a term with holes."""
+    """One variant as a term with holes."""
 
     op: Op
-    form: Any
+    variant: Any
     term: Term
     key: int
 
 
 class _Forms:
-    """The templates of one op, made as they are asked for: the commonest forms come first."""
+    """The templates of one op, made as they are asked for: the commonest variants come first."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
@@ -56,9 +56,9 @@ class _Forms:
         self.made: list[Template] = []
         spellings = op.hook("spellings")
         self.todo = [
-            (form, spelling)
-            for form in op.variants
-            for spelling in ((({},)) if spellings is None else spellings(form))
+            (variant, spelling)
+            for variant in op.variants
+            for spelling in ((({},)) if spellings is None else spellings(variant))
         ]
         self.todo.reverse()
 
@@ -72,9 +72,9 @@ class _Forms:
                 return
             self.make(*self.todo.pop())
 
-    def make(self, form: Any, spelling: dict[str, Any]) -> None:
+    def make(self, variant: Any, spelling: dict[str, Any]) -> None:
         run = Run(self.arena, inline=200)
-        given: dict[str, Term] = {"form": run.embed(form)}
+        given: dict[str, Term] = {"variant": run.embed(variant)}
         given.update({name: run.embed(value) for name, value in spelling.items()})
         for name in self.names:
             if name not in given:
@@ -82,12 +82,12 @@ class _Forms:
         term = run.function(self.function, [], given)
         if run.effects:
             raise AssertionError(
-                f"the reference of {self.op.name} {form.name} is no mere computation: {run.effects}"
+                f"the reference of {self.op.name} {variant.name} is no mere computation: {run.effects}"
             )
-        self.made.append(Template(self.op, form, term, shape_key(term)))
+        self.made.append(Template(self.op, variant, term, shape_key(term)))
 
 
 @cache
 def templates(op: Op) -> _Forms:
-    """The templates of an op, the commonest forms first."""
+    """The templates of an op, the commonest variants first."""
     return _Forms(op)

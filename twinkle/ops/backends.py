@@ -6,8 +6,9 @@ A backend is a module in the folder of its op:
     cpu_backend.py      plain torch for the CPU, where that was measured to be faster than what it replaces
     torch_backend.py    plain torch for any device: torch's own kernel in the place of code that writes it out
 
-It answers one question, ``supports(form, device, facts)``: why it is not for a variant of the op and an
-instance, or None. ``layer_class(form, facts)`` or ``function_for(form, facts, original)`` gives the kernel.
+It answers one question, ``supports(variant, device, facts)``: why it is not for a variant of the op and an
+instance, or None. ``layer_class(variant, facts)`` or ``function_for(variant, facts, original)`` gives the
+kernel.
 
 Standard library only: the records of the ops, which name their backends, are imported at interpreter start.
 """
@@ -104,7 +105,7 @@ def device() -> str:
 
 
 def layer_for(op: str, variant: Any, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
-    """What ``for_form`` of an embedded layer answers on this machine.
+    """What ``for_variant`` of an embedded layer answers on this machine.
 
     Where no backend is for this machine, that is Triton's, which computes the definition here: whoever
     binds it by hand asks for it.

@@ -28,12 +28,12 @@ def once_for(*known: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def decorate(make: Callable[..., Any]) -> Callable[..., Any]:
         @functools.cache
-        def made(form: Any, facts: tuple[tuple[str, Any], ...], *rest: Any) -> Any:
-            return make(form, dict(facts), *rest)
+        def made(variant: Any, facts: tuple[tuple[str, Any], ...], *rest: Any) -> Any:
+            return make(variant, dict(facts), *rest)
 
         @functools.wraps(make)
-        def call(form: Any, facts: Mapping[str, Any], *rest: Any) -> Any:
-            return made(form, tuple((name, facts[name]) for name in known if name in facts), *rest)
+        def call(variant: Any, facts: Mapping[str, Any], *rest: Any) -> Any:
+            return made(variant, tuple((name, facts[name]) for name in known if name in facts), *rest)
 
         return call
 

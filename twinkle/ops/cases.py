@@ -2,8 +2,8 @@
 
 Every op with a kernel has a ``samples.py`` with these functions, the last one where it can be told::
 
-    forms()                                                  the forms of the op
-    cases(form, dtype, device, backend)                      calls of it, of several shapes
+    variants()                                                  the variants of the op
+    cases(variant, dtype, device, backend)                      calls of it, of several shapes
     inputs(instance)                                         random inputs for an instance at hand
 
 ``inputs`` returns values by argument of the definition, or None where it cannot know them.
@@ -29,12 +29,12 @@ __all__ = [
     "Case",
     "Instance",
     "cases",
-    "forms",
     "implementation",
     "random",
     "sampled_ops",
     "seeded",
     "strided",
+    "variants",
 ]
 
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
@@ -73,14 +73,14 @@ class Instance:
     """What a kernel that was never called is for, to make up inputs from.
 
     Attributes:
-        form, facts: As recognised and read from it.
+        variant, facts: As recognised and read from it.
         module: The layer, or None for a function.
         lead: Leading dimensions of the inputs, ``[batch, tokens]``.
         dtype: Of the inputs.
         generator: Of the random numbers, on the device of the inputs.
     """
 
-    form: Any
+    variant: Any
     facts: Mapping[str, Any]
     module: nn.Module | None
     lead: tuple[int, int]
@@ -104,26 +104,26 @@ def sampled_ops() -> tuple[str, ...]:
     return tuple(op.name for op in all_ops() if op.has("samples"))
 
 
-def forms(op: str) -> tuple[Any, ...]:
-    """The forms of an op that have samples, whether or not there is a kernel for them."""
-    found: tuple[Any, ...] = find_op(op).module("samples").forms()
+def variants(op: str) -> tuple[Any, ...]:
+    """The variants of an op that have samples, whether or not there is a kernel for them."""
+    found: tuple[Any, ...] = find_op(op).module("samples").variants()
     return found
 
 
 def cases(
-    op: str, form: Any, dtype: torch.dtype, device: torch.device, backend: str | None = None
+    op: str, variant: Any, dtype: torch.dtype, device: torch.device, backend: str | None = None
 ) -> Iterator[Case]:
-    """Calls of one form, on random inputs that follow from ``torch.manual_seed``.
+    """Calls of one variant, on random inputs that follow from ``torch.manual_seed``.
 
     Args:
         op: The name of the op.
-        form: One of :func:`forms`.
+        variant: One of :func:`variants`.
         dtype: Of the inputs and parameters.
         device: Where they are.
         backend: The name of what computes it (:mod:`twinkle.ops.backends`); the op's first by default.
     """
     record = find_op(op)
-    yield from record.module("samples").cases(form, dtype, device, backend or record.backends[0].name)
+    yield from record.module("samples").cases(variant, dtype, device, backend or record.backends[0].name)
 
 
 def implementation(op: str, backend: str) -> Any:

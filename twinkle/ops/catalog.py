@@ -2,7 +2,7 @@
 
     twinkle/ops/<op>/
         __init__.py         OP, the record: names, roles, backends, what it exports
-        reference.py        the definition in plain torch, and FORMS, its variants
+        reference.py        the definition in plain torch, and VARIANTS, its variants
         samples.py          calls of it, for proofs, tests and benchmarks
         recognition.py      what the matcher asks about its code and its instances, where it has to ask
         <backend>.py        an implementation, see :mod:`twinkle.ops.backends`
@@ -111,7 +111,7 @@ class Op:
     @property
     def variants(self) -> tuple[Any, ...]:
         """All that its definition can be told to compute."""
-        found: tuple[Any, ...] = self.module("reference").FORMS
+        found: tuple[Any, ...] = self.module("reference").VARIANTS
         return found
 
 

@@ -2,7 +2,7 @@
 
 Each replaces the layers of one family as they stand: Llama's norms and MLPs, Gemma's norms, torch's own
 ``LayerNorm``, Mixtral's experts. Bound with ``match``, as ``twinkle.toml`` beside this file does,
-``for_form`` makes one for the variant and the attribute names of whatever layer was recognised.
+``for_variant`` makes one for the variant and the attribute names of whatever layer was recognised.
 """
 
 from __future__ import annotations

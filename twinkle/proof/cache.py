@@ -91,7 +91,7 @@ class ProofCache:
                 "text": verdict.text,
                 "errors": [None if math.isnan(number) else number for number in verdict.errors],
                 "date": datetime.date.today().isoformat(),
-                "about": " ".join(str(key.get(part)) for part in ("op", "form", "dtype", "device")),
+                "about": " ".join(str(key.get(part)) for part in ("op", "variant", "dtype", "device")),
             }
             for key, verdict in verdicts
             if verdict.conclusive

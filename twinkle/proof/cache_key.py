@@ -30,7 +30,7 @@ class Source(Protocol):
     """The source of an embedded kernel (:mod:`twinkle.sources.embedded`), as far as the key needs it."""
 
     op: str
-    form: Any
+    variant: Any
     facts: dict[str, Any]
     backend: str
 
@@ -66,7 +66,7 @@ def cache_key(
     autocast = torch.is_autocast_enabled(device.type)
     return {
         "op": source.op,
-        "form": source.form.name,
+        "variant": source.variant.name,
         "backend": source.backend,
         "kernel": version,
         "facts": {

@@ -233,7 +233,7 @@ def inputs_for(
     if make is None:
         return None
     dtype = dtype or dtype_of((), module)
-    values = make(Instance(source.form, source.facts, module, _AHEAD, dtype, generator))
+    values = make(Instance(source.variant, source.facts, module, _AHEAD, dtype, generator))
     if values is None:
         return None
     named = {source.facts[role]: value for role, value in values.items() if role in source.facts}

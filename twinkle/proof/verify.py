@@ -10,7 +10,7 @@ import torch
 
 from twinkle.ops import launch
 from twinkle.ops.backends import Backend, backend_for
-from twinkle.ops.cases import cases, forms, sampled_ops
+from twinkle.ops.cases import cases, sampled_ops, variants
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
@@ -29,7 +29,7 @@ class Row:
 
     Attributes:
         device: ``cpu`` or ``cuda:0``.
-        op, form: What was compared.
+        op, variant: What was compared.
         how: What computes it: triton or plain torch.
         dtype: Of the inputs.
         shape: What is special about the inputs.
@@ -38,7 +38,7 @@ class Row:
 
     device: str
     op: str
-    form: str
+    variant: str
     how: str
     dtype: str
     shape: str
@@ -47,19 +47,19 @@ class Row:
 
 @dataclass(frozen=True)
 class Part:
-    """What is compared, and kept, together: one form in one dtype on one device, in several shapes.
+    """What is compared, and kept, together: one variant in one dtype on one device, in several shapes.
 
     Attributes:
         device: Where.
         op: The name of the op.
-        form: One of its forms.
+        variant: One of its variants.
         backend: What computes it.
         dtype: A name out of `DTYPES`.
     """
 
     device: torch.device
     op: str
-    form: Any
+    variant: Any
     backend: Backend
     dtype: str
 
@@ -67,7 +67,7 @@ class Part:
 @dataclass(frozen=True)
 class _Source:
     op: str
-    form: Any
+    variant: Any
     facts: Mapping[str, Any]
     backend: str
 
@@ -92,11 +92,11 @@ def parts(
     """
     chosen, names = sampled_ops() if ops is None else tuple(ops), tuple(dtypes)
     return [
-        Part(device, op, form, backend, dtype)
+        Part(device, op, variant, backend, dtype)
         for device in on
         for op in chosen
-        for form in forms(op)
-        if (backend := backend_for(op, form, device.type)) is not None
+        for variant in variants(op)
+        if (backend := backend_for(op, variant, device.type)) is not None
         for dtype in names
         if not skipped(device, dtype)
     ]
@@ -108,7 +108,7 @@ def rerun(part: Part, *, seed: int = 0) -> Iterator[Row]:
     The verdicts are kept where those of first calls are, also those there are when it ends before its time.
 
     Args:
-        part: Form, dtype and device.
+        part: Variant, dtype and device.
         seed: Of the inputs.
     """
     made: list[tuple[Mapping[str, Any], Verdict]] = []
@@ -129,11 +129,11 @@ def skipped(device: torch.device, dtype: str) -> str | None:
 
 
 def _compared(part: Part, seed: int) -> Iterator[tuple[Row, dict[str, Any] | None]]:
-    device, op, form, backend = part.device, part.op, part.form, part.backend
+    device, op, variant, backend = part.device, part.op, part.variant, part.backend
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
-        for case in cases(op, form, DTYPES[part.dtype], device, backend.name):
+        for case in cases(op, variant, DTYPES[part.dtype], device, backend.name):
             verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
-            source: Any = _Source(op, form, case.facts, backend.name)
+            source: Any = _Source(op, variant, case.facts, backend.name)
             asked = cache_key(source, case.args, {}, module=case.module, backward=True)
-            yield Row(str(device), op, form.name, backend.label, part.dtype, case.shape, verdict), asked
+            yield Row(str(device), op, variant.name, backend.label, part.dtype, case.shape, verdict), asked

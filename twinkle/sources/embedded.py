@@ -1,4 +1,4 @@
-"""The embedded kernels: made for the form and the attribute names that a target was recognised with."""
+"""The embedded kernels: made for the variant and the attribute names that a target was recognised with."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class _BackendSource:
             raise SourceError(
                 f"the embedded {self.backend.op} cannot be imported", found=str(error)
             ) from error
-        return SimpleNamespace(for_form=getattr(module, self.maker))
+        return SimpleNamespace(for_variant=getattr(module, self.maker))
 
 
 class _Embedded(SpecialisedSource):
-    """The kernel of an op for a form and an instance; see the two classes below for the arguments."""
+    """The kernel of an op for a variant and an instance; see the two classes below for the arguments."""
 
     kind = "embedded"
     facts: dict[str, Any]
@@ -61,28 +61,28 @@ class _Embedded(SpecialisedSource):
     def __init__(
         self,
         op: str,
-        form: Any,
+        variant: Any,
         facts: Mapping[str, Any],
         original: Callable[..., Any] | None,
         backend: str,
         source: Source | None,
     ) -> None:
         found = find_op(op).backend(backend)
-        super().__init__(source or _BackendSource(found, self._maker), op, form, dict(facts), original)
+        super().__init__(source or _BackendSource(found, self._maker), op, variant, dict(facts), original)
         self.backend = backend
         self._label = found.label
 
     def describe(self) -> str:
-        """The op, its form and what computes it."""
-        return f"embedded {self.op} ({self.form.name}), {self._label}"
+        """The op, its variant and what computes it."""
+        return f"embedded {self.op} ({self.variant.name}), {self._label}"
 
 
 class EmbeddedLayer(_Embedded):
-    """A layer class for a form of an op.
+    """A layer class for a variant of an op.
 
     Args:
         op: The name of the op.
-        form: The form that was recognised (``twinkle.ops.<op>.reference``).
+        variant: The variant that was recognised (``twinkle.ops.<op>.reference``).
         facts: From each argument of the definition to the attribute, the parameter or the number it is.
         backend: The name of the op's implementation (:mod:`twinkle.ops.backends`).
         source: As the embedded document registers it; by default the backend's module itself.
@@ -93,20 +93,20 @@ class EmbeddedLayer(_Embedded):
     def __init__(
         self,
         op: str,
-        form: Any,
+        variant: Any,
         facts: Mapping[str, Any],
         backend: str = "triton_backend",
         source: Source | None = None,
     ) -> None:
-        super().__init__(op, form, facts, None, backend, source)
+        super().__init__(op, variant, facts, None, backend, source)
 
 
 class EmbeddedFunction(_Embedded):
-    """A function for a form of an op, with the arguments of the one it replaces.
+    """A function for a variant of an op, with the arguments of the one it replaces.
 
     Args:
         op: The name of the op.
-        form: The form that was recognised.
+        variant: The variant that was recognised.
         facts: As for :class:`EmbeddedLayer`.
         original: The function that is replaced.
         backend: As for :class:`EmbeddedLayer`.
@@ -118,10 +118,10 @@ class EmbeddedFunction(_Embedded):
     def __init__(
         self,
         op: str,
-        form: Any,
+        variant: Any,
         facts: Mapping[str, Any],
         original: Callable[..., Any],
         backend: str = "triton_backend",
         source: Source | None = None,
     ) -> None:
-        super().__init__(op, form, facts, original, backend, source)
+        super().__init__(op, variant, facts, original, backend, source)

@@ -1,9 +1,9 @@
 """Kernels of a recognised op, specialised for the variant and the attribute names of a target.
 
-A kernel class may have a static method ``for_form(form, facts)``. It returns the layer class for a variant of
-its op, or where it has none ``None`` or the reason. That of a function kernel also takes the function that is
-replaced, ``for_form(form, facts, original)``, and returns a function with the same arguments. A kernel
-without ``for_form`` is taken for every variant.
+A kernel class may have a static method ``for_variant(variant, facts)``. It returns the layer class for a
+variant of its op, or where it has none ``None`` or the reason. That of a function kernel also takes the
+function that is replaced, ``for_variant(variant, facts, original)``, and returns a function with the same
+arguments. A kernel without ``for_variant`` is taken for every variant.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class SpecialisedSource:
     Args:
         source: Where the kernel class comes from.
         op: The op that the target was recognised as.
-        form: The form of it (``twinkle.ops.<op>.reference``).
+        variant: The variant of it (``twinkle.ops.<op>.reference``).
         facts: From each argument of the op's definition to the attribute, the parameter or the value it
-            is; or in words why the instance does not keep to the form of its class.
+            is; or in words why the instance does not keep to the variant of its class.
         original: The function that is replaced; None for a layer.
     """
 
@@ -40,20 +40,20 @@ class SpecialisedSource:
         self,
         source: Source,
         op: str,
-        form: Any,
+        variant: Any,
         facts: Mapping[str, Any] | str,
         original: Callable[..., Any] | None = None,
     ) -> None:
         self.source = source
         self.op = op
-        self.form = form
+        self.variant = variant
         self.facts = facts
         self.original = original
         self._made: Any = None
 
     def describe(self) -> str:
         """The description of the underlying source, and the variant."""
-        return f"{self.source.describe()} for {self.op} ({self.form.name})"
+        return f"{self.source.describe()} for {self.op} ({self.variant.name})"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -69,13 +69,13 @@ class SpecialisedSource:
         """The layer class or the function; the same one each time.
 
         Raises:
-            SourceError: It cannot be loaded, or has no kernel for the form.
+            SourceError: It cannot be loaded, or has no kernel for the variant.
         """
         if self._made is None:
             loaded = self.source.load()
             # A function kernel may be the forward of a class, which has the method.
             owner = loaded.__self__ if isinstance(loaded, MethodType) else loaded
-            maker = getattr(owner, "for_form", None)
+            maker = getattr(owner, "for_variant", None)
             self._made = loaded if maker is None else self._specialise(maker)
         made: object = self._made
         return made
@@ -83,15 +83,15 @@ class SpecialisedSource:
     def _specialise(self, maker: Any) -> object:
         if isinstance(self.facts, str):
             raise SourceError(
-                f"this layer is no {self.op} ({self.form.name}) after all",
+                f"this layer is no {self.op} ({self.variant.name}) after all",
                 where=self.source.describe(),
                 found=self.facts,
             )
         function = () if self.original is None else (self.original,)
-        made = maker(self.form, self.facts, *function)
+        made = maker(self.variant, self.facts, *function)
         if made is None or isinstance(made, str):
             raise SourceError(
-                f"there is no kernel for the form {self.form.name!r} of {self.op}",
+                f"there is no kernel for the variant {self.variant.name!r} of {self.op}",
                 where=self.source.describe(),
                 found=made,
                 fix="nothing has to be done: the original runs",

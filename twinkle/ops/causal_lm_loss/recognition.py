@@ -27,7 +27,7 @@ def check(instance: Any) -> None:
         layer = instance.get(head)
     instance.check_hooks(head, layer)
     facts["head"] = head
-    steps = zip(instance.form.steps, facts["factors"], strict=True)
+    steps = zip(instance.variant.steps, facts["factors"], strict=True)
     facts["factors"] = tuple(_factor(instance, step, path) for step, path in steps)
     loss = instance.function_of(getattr(instance.module, "loss_function", None))
     if loss is None or f"{loss.__module__}.{loss.__qualname__}" != _LOSS:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["CausalLMLossForm", "causal_lm_loss"]
+__all__ = ["CausalLMLossVariant", "causal_lm_loss"]
 
 
 @dataclass(frozen=True)
-class CausalLMLossForm:
+class CausalLMLossVariant:
     """What lies between the hidden states and the loss.
 
     Attributes:
@@ -47,7 +47,7 @@ def causal_lm_loss(
     bias: Tensor | None,
     labels: Tensor,
     *,
-    form: CausalLMLossForm,
+    variant: CausalLMLossVariant,
     factors: tuple[float | None, ...] = (),
     ignore_index: int = -100,
     num_items_in_batch: Tensor | int | None = None,
@@ -60,8 +60,8 @@ def causal_lm_loss(
         weight: ``[vocab, hidden]``.
         bias: ``[vocab]`` or None.
         labels: ``[batch, tokens]``.
-        form: What lies between.
-        factors: One number a step of the form, None for a cast or a softcap that is off.
+        variant: What lies between.
+        factors: One number a step of the variant, None for a cast or a softcap that is off.
         ignore_index: Labels of this value do not count.
         num_items_in_batch: Divide the sum by this instead of the number of labels that count.
         shift_labels: Labels that are shifted already, instead of ``labels``.
@@ -69,10 +69,10 @@ def causal_lm_loss(
     Returns:
         The loss, a scalar, and the logits ``[batch, tokens, vocab]``.
     """
-    if form.hidden_cast:
+    if variant.hidden_cast:
         hidden = hidden.to(weight.dtype)
     logits = F.linear(hidden, weight, bias)
-    for step, factor in zip(form.steps, factors, strict=True):
+    for step, factor in zip(variant.steps, factors, strict=True):
         if step == "float32":
             logits = logits.float()
         elif factor is None:

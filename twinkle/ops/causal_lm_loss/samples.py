@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LossForm", "cases", "forms"]
+__all__ = ["LossVariant", "cases", "variants"]
 
 
 @dataclass(frozen=True)
-class LossForm:
+class LossVariant:
     """What lies between the head and the mean of the losses.
 
     Attributes:
@@ -51,59 +51,61 @@ _SHAPES = {
 }
 
 
-def forms() -> tuple[LossForm, ...]:
+def variants() -> tuple[LossVariant, ...]:
     """Each thing that may lie between, by itself."""
     return (
-        LossForm("plain"),
-        LossForm("bias", bias=True),
-        LossForm("scaled", scale=0.25),
-        LossForm("softcap", softcap=3.0),
-        LossForm("smoothed", label_smoothing=0.1),
-        LossForm("sum", reduction="sum"),
-        LossForm("each_row", reduction="none"),
+        LossVariant("plain"),
+        LossVariant("bias", bias=True),
+        LossVariant("scaled", scale=0.25),
+        LossVariant("softcap", softcap=3.0),
+        LossVariant("smoothed", label_smoothing=0.1),
+        LossVariant("sum", reduction="sum"),
+        LossVariant("each_row", reduction="none"),
     )
 
 
-def _definition(form: LossForm) -> Callable[..., Any]:
+def _definition(variant: LossVariant) -> Callable[..., Any]:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         # In the dtype of the hidden states as a head gives them, then as a loss reads them.
         logits = F.linear(hidden, weight, bias)
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        if form.scale is not None:
-            logits = logits * form.scale
-        if form.softcap is not None:
-            logits = form.softcap * torch.tanh(logits / form.softcap)
-        return F.cross_entropy(logits, labels, reduction=form.reduction, label_smoothing=form.label_smoothing)
+        if variant.scale is not None:
+            logits = logits * variant.scale
+        if variant.softcap is not None:
+            logits = variant.softcap * torch.tanh(logits / variant.softcap)
+        return F.cross_entropy(
+            logits, labels, reduction=variant.reduction, label_smoothing=variant.label_smoothing
+        )
 
     return call
 
 
-def _kernel(form: LossForm) -> Callable[..., Any]:
+def _kernel(variant: LossVariant) -> Callable[..., Any]:
     def call(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         return linear_cross_entropy(
             hidden,
             weight,
             labels,
             bias=bias,
-            scale=form.scale,
-            softcap=form.softcap,
-            reduction=form.reduction,  # type: ignore[arg-type]
-            label_smoothing=form.label_smoothing,
+            scale=variant.scale,
+            softcap=variant.softcap,
+            reduction=variant.reduction,  # type: ignore[arg-type]
+            label_smoothing=variant.label_smoothing,
         )
 
     return call
 
 
 def cases(
-    form: LossForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: LossVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """A call of each shape; the last with labels that do not count."""
     generator = seeded(device)
     for shape, (rows, width, vocabulary) in _SHAPES.items():
         hidden = random((rows, width), dtype, generator)
         weight = random((vocabulary, width), dtype, generator, scale=0.3)
-        bias = random((vocabulary,), dtype, generator) if form.bias else None
+        bias = random((vocabulary,), dtype, generator) if variant.bias else None
         labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
         if shape == "some ignored":
             labels[::3] = -100
-        yield Case(shape, _definition(form), _kernel(form), (hidden, weight, bias, labels))
+        yield Case(shape, _definition(variant), _kernel(variant), (hidden, weight, bias, labels))

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from twinkle.ops.experts.reference import ExpertsForm
+    from twinkle.ops.experts.reference import ExpertsVariant
 
 __all__ = ["layer_class", "supports"]
 
 
 def supports(
-    form: ExpertsForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: ExpertsVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why a form or an instance is left alone, or None: as on a GPU, but for transformers' ``grouped_mm``."""
+    """Why a variant or an instance is left alone, or None: as on a GPU, but for ``grouped_mm``."""
     if facts is not None and facts.get("implementation") == "grouped_mm":
         return "its own grouped_mm spends its time in the same products on the CPU"
-    return layer.supports(form, device, facts)
+    return layer.supports(variant, device, facts)

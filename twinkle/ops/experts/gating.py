@@ -11,7 +11,7 @@ from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from twinkle.ops.experts.reference import ExpertsForm
+    from twinkle.ops.experts.reference import ExpertsVariant
 
 __all__ = ["Gating", "gate", "gate_backward", "gating_of"]
 
@@ -37,18 +37,18 @@ class Gating(NamedTuple):
     interleaved: bool = False
 
 
-def gating_of(form: ExpertsForm, activation: str, limit: float | None, alpha: float) -> Gating:
-    """The gating of a form."""
+def gating_of(variant: ExpertsVariant, activation: str, limit: float | None, alpha: float) -> Gating:
+    """The gating of a variant."""
     clamps = {"clamped": "inputs", "swish": "inputs", "clamped_activated": "activated"}
-    clamp = clamps.get(form.gating, "none")
-    swish = form.gating == "swish"
+    clamp = clamps.get(variant.gating, "none")
+    swish = variant.gating == "swish"
     return Gating(
         "silu" if swish else activation,
         clamp,
         limit if clamp != "none" else None,
         alpha if swish else None,
-        form.gating == "float32",
-        form.interleaved,
+        variant.gating == "float32",
+        variant.interleaved,
     )
 
 

@@ -12,7 +12,7 @@ from twinkle.ops.backends import layer_for
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.experts import op, reference
 from twinkle.ops.experts.gating import gating_of
-from twinkle.ops.experts.reference import FORMS, ExpertsForm
+from twinkle.ops.experts.reference import VARIANTS, ExpertsVariant
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
 
 if TYPE_CHECKING:
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Experts", "experts", "layer_class", "supports"]
 
-_FORMS = {form.name: form for form in FORMS}
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
 # What a caller may have asked transformers for; the others are kernels of their own, chosen on purpose.
 _IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 
 
 def supports(
-    form: ExpertsForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: ExpertsVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form and an instance, or None."""
-    if form.name not in _FORMS or form.norm or form.float32:
-        return f"no kernel for a norm behind the experts, nor for arithmetic all in float32 ({form.name})"
+    """Why there is no kernel for a variant and an instance, or None."""
+    if variant.name not in _VARIANTS or variant.norm or variant.float32:
+        return f"no kernel for a norm behind the experts, nor for arithmetic all in float32 ({variant.name})"
     facts = facts or {}
     activation, implementation = facts.get("activation", "silu"), facts.get("implementation")
     if activation not in ACTIVATIONS:
@@ -43,7 +43,7 @@ def supports(
     return None
 
 
-_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+_SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
 def _unknown(activation: str) -> str:
@@ -59,7 +59,7 @@ def experts(
     num_experts: int,
     activation: str = "silu",
     *,
-    form: ExpertsForm = FORMS[0],
+    variant: ExpertsVariant = VARIANTS[0],
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     limit: float | None = None,
@@ -79,10 +79,10 @@ def experts(
         down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
         num_experts: How many there are; those in ``gate_up`` count, which may have been spread since.
         activation: One of ``ACTIVATIONS`` of the gated activation.
-        form: How they are laid out.
-        gate_up_bias: ``[experts, 2 · intermediate]`` of a form with biases.
-        down_bias: ``[experts, hidden]`` of a form with biases.
-        limit: Of a clamped form.
+        variant: How they are laid out.
+        gate_up_bias: ``[experts, 2 · intermediate]`` of a variant with biases.
+        down_bias: ``[experts, hidden]`` of a variant with biases.
+        limit: Of a clamped variant.
         alpha: Of the ``swish`` gating.
         implementation: What transformers would run; its ``grouped_mm`` goes by the dtype of the weights, all
             others by autocast.
@@ -96,7 +96,7 @@ def experts(
     if activation not in ACTIVATIONS:
         raise ValueError(_unknown(activation))
     tensors = (indices, x, weights, gate_up, down, gate_up_bias, down_bias)
-    usual = form.name in _SUPPORTED and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
+    usual = variant.name in _SUPPORTED and x.dim() == 2 and indices.dim() == 2 and gate_up.dtype == down.dtype
     if not usual or not op.runs(*tensors):
         return reference.experts(
             x,
@@ -106,13 +106,13 @@ def experts(
             down,
             gate_up.shape[0],
             ACTIVATIONS[activation],
-            form=form,
+            variant=variant,
             gate_up_bias=gate_up_bias,
             down_bias=down_bias,
             limit=limit,
             alpha=alpha,
         )
-    kind, gating = x.device.type, gating_of(form, activation, limit, alpha)
+    kind, gating = x.device.type, gating_of(variant, activation, limit, alpha)
     autocast = torch.is_autocast_enabled(kind)
     follows = autocast and implementation != "grouped_mm"
     dtype = torch.get_autocast_dtype(kind) if follows else gate_up.dtype
@@ -129,7 +129,7 @@ def experts(
             cast(down),
             cast(gate_up_bias),
             cast(down_bias),
-            form,
+            variant,
             gating,
         )
     return result.to(x.dtype)
@@ -148,9 +148,9 @@ class Experts(nn.Module):
         )
 
     @staticmethod
-    def for_form(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
-        """The layer for another form and other names, or why there is none."""
-        return layer_for("experts", form, facts)
+    def for_variant(variant: ExpertsVariant, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another variant and other names, or why there is none."""
+        return layer_for("experts", variant, facts)
 
 
 @once_for(
@@ -167,11 +167,11 @@ class Experts(nn.Module):
     "activation",
     "implementation",
 )
-def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: ExpertsVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: How the experts are laid out.
+        variant: How the experts are laid out.
         facts: From the argument of the definition to the name of the attribute, or for ``x``, ``indices`` and
             ``weights`` of the argument of ``forward``, or the number itself; ``activation`` is the canonical
             name of the instance's, ``implementation`` what transformers would run.
@@ -182,12 +182,12 @@ def layer_class(form: ExpertsForm, facts: Mapping[str, Any]) -> type[nn.Module]:
     Raises:
         ValueError: There is no kernel for the activation, or another one was asked for by name.
     """
-    if (why := supports(form, facts=facts)) is not None:
+    if (why := supports(variant, facts=facts)) is not None:
         raise ValueError(why)
-    objects = {"form": form, "activation": facts.get("activation", "silu")}
+    objects = {"variant": variant, "activation": facts.get("activation", "silu")}
     objects["implementation"] = facts.get("implementation")
     return forward_class(
-        f"Experts_{form.name}",
+        f"Experts_{variant.name}",
         experts,
         {name: value for name, value in facts.items() if name not in objects},
         inputs=("x", "indices", "weights"),

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.experts.reference import ExpertsForm
+    from twinkle.ops.experts.reference import ExpertsVariant
 
 __all__ = ["experts"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_FORMS = {form.name: form for form in reference.FORMS}
+_VARIANTS = {variant.name: variant for variant in reference.VARIANTS}
 
 
 def experts(
@@ -39,7 +39,7 @@ def experts(
     down: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-    form: ExpertsForm,
+    variant: ExpertsVariant,
     gating: Gating,
 ) -> Tensor:
     """As ``reference.experts``, for tensors of one dtype.
@@ -48,19 +48,19 @@ def experts(
         x: ``[tokens, hidden]``.
         indices: ``[tokens, k]``.
         weights: ``[tokens, k]``, of any dtype.
-        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged, as ``form`` says.
+        gate_up: ``[experts, 2 · intermediate, hidden]``, or with the last two exchanged, as ``variant`` says.
         down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
         gate_up_bias: ``[experts, 2 · intermediate]`` or None.
         down_bias: ``[experts, hidden]`` or None.
-        form: How they are laid out.
-        gating: ``gating.gating_of`` the form.
+        variant: How they are laid out.
+        gating: ``gating.gating_of`` the variant.
 
     Returns:
         ``[tokens, hidden]``.
     """
     tensors = (x, indices, weights, gate_up, down, gate_up_bias, down_bias)
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    rest = (form.name, *gating)
+    rest = (variant.name, *gating)
     if traced:
         return _op(*tensors, *rest)[0]
     if torch.is_grad_enabled():
@@ -86,9 +86,9 @@ def runs(indices: Tensor, *tensors: Tensor | None) -> bool:
     )
 
 
-def _layout(gate_up: Tensor, down: Tensor, form: ExpertsForm) -> tuple[Tensor, Tensor]:
+def _layout(gate_up: Tensor, down: Tensor, variant: ExpertsVariant) -> tuple[Tensor, Tensor]:
     """Both as ``[experts, in, out]``."""
-    return (gate_up, down) if form.transposed else (gate_up.transpose(1, 2), down.transpose(1, 2))
+    return (gate_up, down) if variant.transposed else (gate_up.transpose(1, 2), down.transpose(1, 2))
 
 
 def _forward(
@@ -99,16 +99,16 @@ def _forward(
     down: Tensor,
     gate_up_bias: Tensor | None,
     down_bias: Tensor | None,
-    form: str,
+    variant: str,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The result, the fused projection ``[rows, 2 · intermediate]``, ``[3, rows]`` and ``[experts + 1]``."""
-    first, second = _layout(gate_up, down, _FORMS[form])
+    first, second = _layout(gate_up, down, _VARIANTS[variant])
     number, k = first.shape[0], indices.shape[1]
     ids = _flat(indices)
     count = ids.numel()
     if count == 0 or x.numel() == 0 or first.numel() == 0:
-        return _nothing(x, indices, gate_up, form)
+        return _nothing(x, indices, gate_up, variant)
     step = products.steps(x.device)
     # Radix sort goes by the bytes of the key.
     small = ids.to(torch.int16 if number < 32767 else torch.int32)
@@ -124,8 +124,8 @@ def _forward(
     return out, h, rows, offsets
 
 
-def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, form: str) -> tuple[Tensor, ...]:
-    first = gate_up if _FORMS[form].transposed else gate_up.transpose(1, 2)
+def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, variant: str) -> tuple[Tensor, ...]:
+    first = gate_up if _VARIANTS[variant].transposed else gate_up.transpose(1, 2)
     count = indices.numel()
     return (
         torch.zeros_like(x, memory_format=torch.contiguous_format),
@@ -138,7 +138,7 @@ def _nothing(x: Tensor, indices: Tensor, gate_up: Tensor, form: str) -> tuple[Te
 def _fake_forward(
     x: Tensor, indices: Tensor, weights: Tensor, gate_up: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    first = gate_up if _FORMS[rest[3]].transposed else gate_up.transpose(1, 2)
+    first = gate_up if _VARIANTS[rest[3]].transposed else gate_up.transpose(1, 2)
     count = indices.numel()
     return (
         x.new_empty(x.shape),
@@ -164,12 +164,12 @@ def _backward(
     want_weights: bool,
     want_gate_up: bool,
     want_down: bool,
-    form: str,
+    variant: str,
     *rest: Any,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, weights, gate_up, down and the biases; None where none is wanted."""
-    transposed = _FORMS[form].transposed
-    first, second = _layout(gate_up, down, _FORMS[form])
+    transposed = _VARIANTS[variant].transposed
+    first, second = _layout(gate_up, down, _VARIANTS[variant])
     count, token = rows.shape[1], rows[1]
     ids, k = _flat(indices), indices.shape[1]
     if count == 0 or x.numel() == 0 or first.numel() == 0:
@@ -260,7 +260,7 @@ def _definition(
         down,
         gate_up.shape[0],
         ACTIVATIONS[gating.activation],
-        form=_FORMS[rest[0]],
+        variant=_VARIANTS[rest[0]],
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,
         limit=gating.limit,
@@ -272,7 +272,7 @@ _INPUTS = (
     "Tensor x, Tensor indices, Tensor weights, Tensor gate_up, Tensor down, Tensor? gate_up_bias, "
     "Tensor? down_bias"
 )
-_REST = "str form, str activation, str clamp, float? limit, float? alpha, bool exact, bool interleaved"
+_REST = "str variant, str activation, str clamp, float? limit, float? alpha, bool exact, bool interleaved"
 _eager, _op = define_op(
     "_Experts",
     f"experts({_INPUTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -5,7 +5,7 @@ each over the tokens routed to it.
 """
 
 # mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
-# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+# Which optional arguments are given follows from the variant: an assert would be a step of the computation.
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FORMS", "ExpertsForm", "experts"]
+__all__ = ["VARIANTS", "ExpertsVariant", "experts"]
 
 
 @dataclass(frozen=True)
-class ExpertsForm:
+class ExpertsVariant:
     """How the experts lay out their parameters and gate.
 
     Attributes:
@@ -60,7 +60,7 @@ def experts(
     num_experts: int,
     activation: Callable[[Tensor], Tensor] = F.silu,
     *,
-    form: ExpertsForm,
+    variant: ExpertsVariant,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     norm: Callable[[Tensor], Tensor] | None = None,
@@ -77,18 +77,18 @@ def experts(
         down: ``[experts, hidden, intermediate]``, or with the last two exchanged.
         num_experts: How many there are.
         activation: Of the gate.
-        form: How they are laid out.
+        variant: How they are laid out.
         gate_up_bias: ``[experts, 2 · intermediate]``.
         down_bias: ``[experts, hidden]``.
-        norm: Of a form with a norm.
-        limit: Of a clamped form.
+        norm: Of a variant with a norm.
+        limit: Of a clamped variant.
         alpha: Of the ``swish`` gating.
 
     Returns:
         ``[tokens, hidden]``.
     """
-    total = torch.zeros_like(x, dtype=torch.float32) if form.float32 else torch.zeros_like(x)
-    classes = num_experts + 1 if form.padding else num_experts
+    total = torch.zeros_like(x, dtype=torch.float32) if variant.float32 else torch.zeros_like(x)
+    classes = num_experts + 1 if variant.padding else num_experts
     with torch.no_grad():
         mask = F.one_hot(indices, num_classes=classes).permute(2, 1, 0)
         hit = torch.greater(mask.sum(dim=(-1, -2)), 0).nonzero()
@@ -98,36 +98,36 @@ def experts(
             continue
         slot, token = torch.where(mask[expert])
         h = x[token]
-        if form.float32:
+        if variant.float32:
             h = h.float() @ gate_up[expert].float() + gate_up_bias[expert].float()
-        elif form.bias:
+        elif variant.bias:
             h = h @ gate_up[expert] + gate_up_bias[expert]
-        elif form.transposed:
+        elif variant.transposed:
             h = h @ gate_up[expert]
         else:
             h = F.linear(h, gate_up[expert])
-        if form.interleaved:
+        if variant.interleaved:
             gate, up = h[..., ::2], h[..., 1::2]
         else:
             gate, up = h.chunk(2, dim=-1)
-        h = _gated(gate, up, activation, limit, alpha, form)
-        if form.float32:
+        h = _gated(gate, up, activation, limit, alpha, variant)
+        if variant.float32:
             h = h.float() @ down[expert].float() + down_bias[expert].float()
-        elif form.bias:
+        elif variant.bias:
             h = h @ down[expert] + down_bias[expert]
-        elif form.transposed:
+        elif variant.transposed:
             h = h @ down[expert]
         else:
             h = F.linear(h, down[expert])
-        if form.norm:
+        if variant.norm:
             h = norm(h)
-        if form.float32:
+        if variant.float32:
             h = h * weights[token, slot, None].float()
             total.index_add_(0, token, h)
         else:
             h = h * weights[token, slot, None]
             total.index_add_(0, token, h.to(total.dtype))
-    if form.float32:
+    if variant.float32:
         return total.to(x.dtype)
     return total
 
@@ -138,35 +138,35 @@ def _gated(
     activation: Callable[[Tensor], Tensor],
     limit: float | None,
     alpha: float,
-    form: ExpertsForm,
+    variant: ExpertsVariant,
 ) -> Tensor:
-    if form.gating == "float32":
+    if variant.gating == "float32":
         return (activation(gate.float()) * up.float()).to(gate.dtype)
-    if form.gating == "clamped_activated":
+    if variant.gating == "clamped_activated":
         return activation(gate).clamp(max=limit) * up.clamp(min=-limit, max=limit)
-    if form.gating == "activation":
+    if variant.gating == "activation":
         return activation(gate) * up
     gate = gate.clamp(max=limit)
     up = up.clamp(min=-limit, max=limit)
-    if form.gating == "swish":
+    if variant.gating == "swish":
         return (up + 1) * (gate * torch.sigmoid(gate * alpha))
     return activation(gate) * up
 
 
 _PADDED = (
-    ExpertsForm("plain"),
-    ExpertsForm("transposed", transposed=True),
-    ExpertsForm("float32_gating", gating="float32"),
-    ExpertsForm("clamped", gating="clamped"),
-    ExpertsForm("clamped_activated", gating="clamped_activated"),
-    ExpertsForm("swish", gating="swish"),
-    ExpertsForm("normed", norm=True),
+    ExpertsVariant("plain"),
+    ExpertsVariant("transposed", transposed=True),
+    ExpertsVariant("float32_gating", gating="float32"),
+    ExpertsVariant("clamped", gating="clamped"),
+    ExpertsVariant("clamped_activated", gating="clamped_activated"),
+    ExpertsVariant("swish", gating="swish"),
+    ExpertsVariant("normed", norm=True),
 )
-FORMS: tuple[ExpertsForm, ...] = (
+VARIANTS: tuple[ExpertsVariant, ...] = (
     *_PADDED,
-    ExpertsForm("gpt_oss", transposed=True, bias=True, gating="swish", interleaved=True, padding=False),
-    ExpertsForm("float32_swish", transposed=True, bias=True, gating="swish", float32=True, padding=False),
+    ExpertsVariant("gpt_oss", transposed=True, bias=True, gating="swish", interleaved=True, padding=False),
+    ExpertsVariant("float32_swish", transposed=True, bias=True, gating="swish", float32=True, padding=False),
     # transformers before 5.18 has no room for a slot without expert.
-    *(replace(form, name=f"{form.name}_unpadded", padding=False) for form in _PADDED),
+    *(replace(variant, name=f"{variant.name}_unpadded", padding=False) for variant in _PADDED),
 )
-"""Every form that is recognised."""
+"""Every variant that is recognised."""

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.experts.reference import ExpertsForm
+    from twinkle.ops.experts.reference import ExpertsVariant
 
-__all__ = ["cases", "forms", "inputs"]
+__all__ = ["cases", "inputs", "variants"]
 
 _LIMIT, _ALPHA = 0.4, 1.7
 # Tokens, experts, experts a token, width and width within. Not fewer tokens: of two or three routing weights
@@ -35,9 +35,9 @@ _SHAPES = {
 }
 
 
-def forms() -> tuple[ExpertsForm, ...]:
-    """Every form of the definition."""
-    return reference.FORMS
+def variants() -> tuple[ExpertsVariant, ...]:
+    """Every variant of the definition."""
+    return reference.VARIANTS
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
@@ -45,12 +45,12 @@ def inputs(instance: Instance) -> dict[str, Any] | None:
     down = instance.part("down")
     if not isinstance(down, torch.Tensor) or down.dim() != 3:
         return None
-    experts, tokens, width = down.shape[0], math.prod(instance.lead), _width(down, instance.form)
+    experts, tokens, width = down.shape[0], math.prod(instance.lead), _width(down, instance.variant)
     return _inputs(tokens, experts, min(2, experts), width, instance.dtype, instance.generator)
 
 
-def _width(down: Tensor, form: ExpertsForm) -> int:
-    return int(down.shape[2] if form.transposed else down.shape[1])
+def _width(down: Tensor, variant: ExpertsVariant) -> int:
+    return int(down.shape[2] if variant.transposed else down.shape[1])
 
 
 def _inputs(
@@ -67,24 +67,26 @@ class Experts(nn.Module):
 
     def __init__(
         self,
-        form: ExpertsForm,
+        variant: ExpertsVariant,
         activation: str,
         sizes: tuple[int, int, int],
         dtype: torch.dtype,
         generator: torch.Generator,
     ) -> None:
         super().__init__()
-        self.form, self.activation = form, activation
+        self.variant, self.activation = variant, activation
         self.number, width, inner = sizes
 
         def parameter(*shape: int, scale: float = 1.0) -> nn.Parameter:
             return nn.Parameter(random((self.number, *shape), dtype, generator, scale=scale))
 
         def matrix(rows: int, columns: int) -> nn.Parameter:
-            return parameter(*((columns, rows) if form.transposed else (rows, columns)), scale=columns**-0.5)
+            return parameter(
+                *((columns, rows) if variant.transposed else (rows, columns)), scale=columns**-0.5
+            )
 
         self.gate_up, self.down = matrix(2 * inner, width), matrix(width, inner)
-        if form.bias:
+        if variant.bias:
             self.gate_up_bias, self.down_bias = parameter(2 * inner), parameter(width)
 
     def forward(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -97,7 +99,7 @@ class Experts(nn.Module):
             self.down,
             self.number,
             ACTIVATIONS[self.activation],
-            form=self.form,
+            variant=self.variant,
             gate_up_bias=getattr(self, "gate_up_bias", None),
             down_bias=getattr(self, "down_bias", None),
             limit=_LIMIT,
@@ -106,30 +108,30 @@ class Experts(nn.Module):
 
 
 def cases(
-    form: ExpertsForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: ExpertsVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """A call of each shape with a silu; and every activation, for the form that most families have.
+    """A call of each shape with a silu; and every activation, for the variant that most families have.
 
-    One shape for a form without padding, which is computed as the one with it.
+    One shape for a variant without padding, which is computed as the one with it.
     """
     generator = seeded(device)
     calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
-    if form.name == "plain":
+    if variant.name == "plain":
         calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]
-    if form.name.endswith("_unpadded"):
+    if variant.name.endswith("_unpadded"):
         calls = calls[:1]
     for shape, activation, tokens, number, k, width, inner in calls:
-        if shape == "slots without expert" and not form.padding:
+        if shape == "slots without expert" and not variant.padding:
             continue
-        module = Experts(form, activation, (number, width, inner), dtype, generator)
+        module = Experts(variant, activation, (number, width, inner), dtype, generator)
         names = ("x", "indices", "weights", "gate_up", "down", "gate_up_bias", "down_bias")
-        facts: dict[str, Any] = {name: name for name in names[: 7 if form.bias else 5]}
+        facts: dict[str, Any] = {name: name for name in names[: 7 if variant.bias else 5]}
         facts |= {"num_experts": number, "activation": activation}
-        if form.gating in ("clamped", "clamped_activated", "swish"):
+        if variant.gating in ("clamped", "clamped_activated", "swish"):
             facts["limit"] = _LIMIT
-        if form.gating == "swish":
+        if variant.gating == "swish":
             facts["alpha"] = _ALPHA
-        kernel: Any = implementation("experts", backend).layer_class(form, facts).forward
+        kernel: Any = implementation("experts", backend).layer_class(variant, facts).forward
         given = _inputs(tokens, number, k, width, dtype, generator)
         if shape == "slots without expert":
             given["indices"][::3, 1] = number

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.gated_mlp.reference import GatedMLPForm
+    from twinkle.ops.gated_mlp.reference import GatedMLPVariant
 
 __all__ = ["GatedMLP"]
 
@@ -31,6 +31,6 @@ class GatedMLP(nn.Module):
         return gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj, "silu")
 
     @staticmethod
-    def for_form(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
-        """The layer for another form and other names, or why there is none."""
-        return layer_for("gated_mlp", form, facts)
+    def for_variant(variant: GatedMLPVariant, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another variant and other names, or why there is none."""
+        return layer_for("gated_mlp", variant, facts)

@@ -1,11 +1,11 @@
 """The gated MLP: ``down(activation(gate(x)) · up(x))`` (Shazeer 2020, "GLU Variants").
 
-The activation, the projections and their biases belong to the instance; the form says how they are
+The activation, the projections and their biases belong to the instance; the variant says how they are
 laid out and what lies between them.
 """
 
 # mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
-# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+# Which optional arguments are given follows from the variant: an assert would be a step of the computation.
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
     Layer = Callable[[Tensor], Tensor]
 
-__all__ = ["FORMS", "GatedMLPForm", "gated_mlp"]
+__all__ = ["VARIANTS", "GatedMLPVariant", "gated_mlp"]
 
 
 @dataclass(frozen=True)
-class GatedMLPForm:
+class GatedMLPVariant:
     """What lies between the projections of a gated MLP.
 
     Attributes:
@@ -62,7 +62,7 @@ def gated_mlp(
     down: Layer,
     activation: Layer,
     *,
-    form: GatedMLPForm,
+    variant: GatedMLPVariant,
     gate_up: Layer | None = None,
     dropout: Layer | None = None,
     norm: Layer | None = None,
@@ -74,73 +74,73 @@ def gated_mlp(
 
     Args:
         x: ``[..., hidden]``.
-        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused form.
+        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused variant.
         up: See ``gate``.
         down: ``[..., intermediate] -> [..., hidden]``.
         activation: Elementwise.
-        form: What lies between them.
-        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused form.
-        dropout: Of a form with dropout.
-        norm: Of a form with a norm.
-        limit: Of a clamped form.
-        gate_scale: Of a scaled form.
-        output_scale: Of a scaled form.
+        variant: What lies between them.
+        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused variant.
+        dropout: Of a variant with dropout.
+        norm: Of a variant with a norm.
+        limit: Of a clamped variant.
+        gate_scale: Of a scaled variant.
+        output_scale: Of a scaled variant.
 
     Returns:
         ``[..., hidden]``.
     """
-    if form.projections == "separate":
+    if variant.projections == "separate":
         g = gate(x)
         u = up(x)
-    elif form.split == "view":
+    elif variant.split == "view":
         both = gate_up(x)
         batch, length, _ = both.shape
         both = both.view(batch, length, 2, -1)
-        g = both[..., form.gate_half, :]
-        u = both[..., 1 - form.gate_half, :]
+        g = both[..., variant.gate_half, :]
+        u = both[..., 1 - variant.gate_half, :]
     else:
         halves = gate_up(x).chunk(2, dim=-1)
-        g = halves[form.gate_half]
-        u = halves[1 - form.gate_half]
-    if form.clamp == "inputs":
+        g = halves[variant.gate_half]
+        u = halves[1 - variant.gate_half]
+    if variant.clamp == "inputs":
         g = g.clamp(max=limit)
         u = u.clamp(min=-limit, max=limit)
-    if form.clamp == "activated":
+    if variant.clamp == "activated":
         h = activation(g).clamp(max=limit) * u.clamp(min=-limit, max=limit)
-    elif form.cast == "float32":
+    elif variant.cast == "float32":
         h = (activation(g.float()) * u.float()).to(g.dtype)
-    elif form.scaled:
+    elif variant.scaled:
         h = activation(g * gate_scale) * u
     else:
         h = activation(g) * u
-    if form.norm:
+    if variant.norm:
         h = norm(h)
-    if form.dropout:
+    if variant.dropout:
         h = dropout(h)
-    if form.cast == "down_weight" and (
+    if variant.cast == "down_weight" and (
         isinstance(down.weight, torch.Tensor)
         and h.dtype != down.weight.dtype
         and down.weight.dtype != torch.int8
     ):
         h = h.to(down.weight.dtype)
-    if form.scaled:
+    if variant.scaled:
         return down(h) * output_scale
     return down(h)
 
 
-FORMS: tuple[GatedMLPForm, ...] = (
-    GatedMLPForm("separate"),
-    GatedMLPForm("separate_dropout", dropout=True),
-    GatedMLPForm("t5", dropout=True, cast="down_weight"),
-    GatedMLPForm("float32", cast="float32"),
-    GatedMLPForm("normed", norm=True),
-    GatedMLPForm("scaled", scaled=True),
-    GatedMLPForm("clamped", clamp="inputs"),
-    GatedMLPForm("clamped_activated", clamp="activated"),
-    GatedMLPForm("fused", projections="fused"),
-    GatedMLPForm("fused_up_first", projections="fused", gate_half=1),
-    GatedMLPForm("fused_dropout", projections="fused", dropout=True),
-    GatedMLPForm("fused_up_first_dropout", projections="fused", gate_half=1, dropout=True),
-    GatedMLPForm("fused_view", projections="fused", split="view"),
+VARIANTS: tuple[GatedMLPVariant, ...] = (
+    GatedMLPVariant("separate"),
+    GatedMLPVariant("separate_dropout", dropout=True),
+    GatedMLPVariant("t5", dropout=True, cast="down_weight"),
+    GatedMLPVariant("float32", cast="float32"),
+    GatedMLPVariant("normed", norm=True),
+    GatedMLPVariant("scaled", scaled=True),
+    GatedMLPVariant("clamped", clamp="inputs"),
+    GatedMLPVariant("clamped_activated", clamp="activated"),
+    GatedMLPVariant("fused", projections="fused"),
+    GatedMLPVariant("fused_up_first", projections="fused", gate_half=1),
+    GatedMLPVariant("fused_dropout", projections="fused", dropout=True),
+    GatedMLPVariant("fused_up_first_dropout", projections="fused", gate_half=1, dropout=True),
+    GatedMLPVariant("fused_view", projections="fused", split="view"),
 )
-"""Every form that is recognised."""
+"""Every variant that is recognised."""

@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.gated_mlp.reference import GatedMLPForm
+    from twinkle.ops.gated_mlp.reference import GatedMLPVariant
 
-__all__ = ["cases", "forms", "inputs"]
+__all__ = ["cases", "inputs", "variants"]
 
 
-def forms() -> tuple[GatedMLPForm, ...]:
-    """Every form of the definition."""
-    return reference.FORMS
+def variants() -> tuple[GatedMLPVariant, ...]:
+    """Every variant of the definition."""
+    return reference.VARIANTS
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
@@ -50,7 +50,7 @@ class MLP(nn.Module):
 
     def __init__(
         self,
-        form: GatedMLPForm,
+        variant: GatedMLPVariant,
         activation: str,
         width: int,
         inner: int,
@@ -58,15 +58,15 @@ class MLP(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.form, self.activation = form, activation
-        if form.projections == "fused":
+        self.variant, self.activation = variant, activation
+        if variant.projections == "fused":
             self.gate_up = nn.Linear(width, 2 * inner, device=device, dtype=dtype)
         else:
             self.gate = nn.Linear(width, inner, device=device, dtype=dtype)
             self.up = nn.Linear(width, inner, device=device, dtype=dtype)
-        if form.norm:
+        if variant.norm:
             self.norm = nn.LayerNorm(inner, device=device, dtype=dtype)
-        if form.dropout:
+        if variant.dropout:
             self.dropout = nn.Dropout(0.0)
         self.down = nn.Linear(inner, width, bias=False, device=device, dtype=dtype)
 
@@ -77,7 +77,7 @@ class MLP(nn.Module):
             x,
             down=self.down,
             activation=ACTIVATIONS[self.activation],
-            form=self.form,
+            variant=self.variant,
             limit=_LIMIT,
             gate_scale=_GATE_SCALE,
             output_scale=_OUTPUT_SCALE,
@@ -86,22 +86,22 @@ class MLP(nn.Module):
 
 
 def cases(
-    form: GatedMLPForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: GatedMLPVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
-    """A call of each shape with a silu; and every activation, for the form that most families have."""
+    """A call of each shape with a silu; and every activation, for the variant that most families have."""
     generator = seeded(device)
     calls = [(shape, "silu", *sizes) for shape, sizes in _SHAPES.items()]
-    if form.name == "separate":
+    if variant.name == "separate":
         calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]
     for shape, activation, lead, width, inner in calls:
-        module = MLP(form, activation, width, inner, dtype, device)
+        module = MLP(variant, activation, width, inner, dtype, device)
         facts: dict[str, Any] = {"x": "x", "down": "down", "activation": activation}
         facts |= {name: name for name in _LAYERS if hasattr(module, name)}
-        if form.clamp != "none":
+        if variant.clamp != "none":
             facts["limit"] = _LIMIT
-        if form.scaled:
+        if variant.scaled:
             facts |= {"gate_scale": _GATE_SCALE, "output_scale": _OUTPUT_SCALE}
-        kernel: Any = implementation("gated_mlp", backend).layer_class(form, facts).forward
+        kernel: Any = implementation("gated_mlp", backend).layer_class(variant, facts).forward
         x = random((*lead, width), dtype, generator)
         args = (strided(x) if shape == "strided" else x,)
         yield Case(shape, MLP.forward, kernel, args, module, facts)

@@ -14,7 +14,7 @@ from twinkle.ops.gated_mlp.activation import (
     gated_activation_fused,
     gated_linear,
 )
-from twinkle.ops.gated_mlp.reference import FORMS, GatedMLPForm
+from twinkle.ops.gated_mlp.reference import VARIANTS, GatedMLPVariant
 from twinkle.ops.launch import EAGER, dispatch_path
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 
 __all__ = ["gated_mlp", "layer_class", "supports"]
 
-_FORMS = {form.name: form for form in FORMS}
-_SEPARATE = _FORMS["separate"]
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_SEPARATE = _VARIANTS["separate"]
 
 
 def supports(
-    form: GatedMLPForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: GatedMLPVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form and an instance, or None: any form, with an activation it knows."""
-    if form.name not in _FORMS:
-        return f"{form.name} is no form of its definition"
+    """Why there is no kernel for a variant and an instance, or None: any with an activation it knows."""
+    if variant.name not in _VARIANTS:
+        return f"{variant.name} is no variant of its definition"
     activation = None if facts is None else facts["activation"]
     if activation is None or activation in ACTIVATIONS:
         return None
@@ -50,7 +50,7 @@ def gated_mlp(
     down: Layer,
     activation: str,
     *,
-    form: GatedMLPForm = _SEPARATE,
+    variant: GatedMLPVariant = _SEPARATE,
     gate_up: Layer | None = None,
     dropout: Layer | None = None,
     norm: Layer | None = None,
@@ -65,18 +65,18 @@ def gated_mlp(
 
     Args:
         x: ``[..., hidden]``.
-        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused form.
+        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused variant.
         up: See ``gate``.
         down: ``[..., intermediate] -> [..., hidden]``. For a bare ``nn.Linear`` backward
             computes its input again instead of keeping it.
         activation: One of ``triton.ACTIVATIONS``.
-        form: What lies between them.
-        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused form.
-        dropout: Of a form with dropout.
-        norm: Of a form with a norm.
-        limit: Of a clamped form.
-        gate_scale: Of a scaled form.
-        output_scale: Of a scaled form.
+        variant: What lies between them.
+        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused variant.
+        dropout: Of a variant with dropout.
+        norm: Of a variant with a norm.
+        limit: Of a clamped variant.
+        gate_scale: Of a scaled variant.
+        output_scale: Of a scaled variant.
 
     Returns:
         ``[..., hidden]``.
@@ -84,29 +84,33 @@ def gated_mlp(
     Raises:
         ValueError: The activation is not one of those.
     """
-    scale = gate_scale if form.scaled else None
-    exact = form.cast == "float32"
-    keep = (form.clamp, limit if form.clamp != "none" else None, scale, exact)
-    if form.projections == "fused":
+    scale = gate_scale if variant.scaled else None
+    exact = variant.cast == "float32"
+    keep = (variant.clamp, limit if variant.clamp != "none" else None, scale, exact)
+    if variant.projections == "fused":
         assert gate_up is not None
-        h = gated_activation_fused(gate_up(x), activation, form.gate_half, *keep)
+        h = gated_activation_fused(gate_up(x), activation, variant.gate_half, *keep)
     else:
         assert gate is not None
         assert up is not None
         g, u = gate(x), up(x)
-        if not (form.norm or form.dropout or form.scaled) and _is_bare(down) and _may_recompute(g, u, down):
+        if (
+            not (variant.norm or variant.dropout or variant.scaled)
+            and _is_bare(down)
+            and _may_recompute(g, u, down)
+        ):
             return gated_linear(g, u, down.weight, down.bias, activation, *keep)  # type: ignore[attr-defined]
         h = gated_activation(g, u, activation, *keep)
-    if form.norm:
+    if variant.norm:
         assert norm is not None
         h = norm(h)
-    if form.dropout and dropout is not None:
+    if variant.dropout and dropout is not None:
         h = dropout(h)
-    if form.cast == "down_weight":
+    if variant.cast == "down_weight":
         weight = getattr(down, "weight", None)
         if isinstance(weight, torch.Tensor) and h.dtype != weight.dtype and weight.dtype != torch.int8:
             h = h.to(weight.dtype)
-    return down(h) * output_scale if form.scaled else down(h)
+    return down(h) * output_scale if variant.scaled else down(h)
 
 
 def _is_bare(layer: Any) -> bool:
@@ -147,11 +151,11 @@ def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
     "output_scale",
     "activation",
 )
-def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: GatedMLPVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: What lies between the projections.
+        variant: What lies between the projections.
         facts: From the argument of the definition to the name of the attribute, or for ``x`` of the argument
             of ``forward``, or the number itself; ``activation`` is the canonical name of the instance's.
 
@@ -161,12 +165,12 @@ def layer_class(form: GatedMLPForm, facts: Mapping[str, Any]) -> type[nn.Module]
     Raises:
         ValueError: There is no kernel for the activation.
     """
-    if (why := supports(form, facts=facts)) is not None:
+    if (why := supports(variant, facts=facts)) is not None:
         raise ValueError(why)
     return forward_class(
-        f"GatedMLP_{form.name}",
+        f"GatedMLP_{variant.name}",
         gated_mlp,
         {"gate": None, "up": None, **{name: value for name, value in facts.items() if name != "activation"}},
         inputs=("x",),
-        constants={"form": form, "activation": facts["activation"]},
+        constants={"variant": variant, "activation": facts["activation"]},
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twinkle.ops.backends import layer_for
-from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
+from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.layer_norm.triton_backend import layer_norm
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LayerNorm"]
 
-_FUSED = next(form for form in FORMS if form.name == "fused")
+_FUSED = next(variant for variant in VARIANTS if variant.name == "fused")
 
 
 class LayerNorm(nn.Module):
@@ -30,10 +30,10 @@ class LayerNorm(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """``[..., hidden]`` to the same."""
         return layer_norm(
-            input, self.weight, self.bias, self.eps, form=_FUSED, normalized_shape=self.normalized_shape
+            input, self.weight, self.bias, self.eps, variant=_FUSED, normalized_shape=self.normalized_shape
         )
 
     @staticmethod
-    def for_form(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
-        """The layer for another form and other names, or why there is none."""
-        return layer_for("layer_norm", form, facts)
+    def for_variant(variant: LayerNormVariant, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another variant and other names, or why there is none."""
+        return layer_for("layer_norm", variant, facts)

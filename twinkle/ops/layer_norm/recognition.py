@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from twinkle.ops.layer_norm.reference import LayerNormForm
+    from twinkle.ops.layer_norm.reference import LayerNormVariant
 
 __all__ = ["core", "may_be_none"]
 
@@ -17,7 +17,7 @@ def core(code: Any) -> bool:
     return found
 
 
-def may_be_none(form: LayerNormForm) -> tuple[str, ...]:
+def may_be_none(variant: LayerNormVariant) -> tuple[str, ...]:
     """The roles whose attribute may hold None."""
-    tensors = ("weight", "bias") if form.written == "fused" else ()
-    return (*tensors, "eps") if form.name == "fused" else tensors
+    tensors = ("weight", "bias") if variant.written == "fused" else ()
+    return (*tensors, "eps") if variant.name == "fused" else tensors

@@ -5,7 +5,7 @@ write it out.
 """
 
 # mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
-# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+# Which optional arguments are given follows from the variant: an assert would be a step of the computation.
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FORMS", "LayerNormForm", "layer_norm"]
+__all__ = ["VARIANTS", "LayerNormVariant", "layer_norm"]
 
 
 @dataclass(frozen=True)
-class LayerNormForm:
+class LayerNormVariant:
     """How a LayerNorm is written and where it rounds.
 
     Attributes:
@@ -54,7 +54,7 @@ def layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
-    form: LayerNormForm,
+    variant: LayerNormVariant,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
     """The definition.
@@ -64,43 +64,43 @@ def layer_norm(
         weight: ``[hidden]`` or None.
         bias: ``[hidden]`` or None.
         eps: Added to the variance.
-        form: How it is written and where it rounds.
-        normalized_shape: Of a ``fused`` form.
+        variant: How it is written and where it rounds.
+        normalized_shape: Of a ``fused`` variant.
 
     Returns:
         ``[..., hidden]``.
     """
     dtype = x.dtype
-    h = x.float() if form.compute == "float32" else x
-    if form.written == "fused":
-        if form.affine == "both":
+    h = x.float() if variant.compute == "float32" else x
+    if variant.written == "fused":
+        if variant.affine == "both":
             h = F.layer_norm(h, normalized_shape, weight, bias, eps)
-        elif form.affine == "weight":
+        elif variant.affine == "weight":
             h = F.layer_norm(h, normalized_shape, weight, None, eps)
         else:
             h = F.layer_norm(h, normalized_shape, None, None, eps)
-        return h.to(dtype) if form.compute == "float32" else h
+        return h.to(dtype) if variant.compute == "float32" else h
     mean = h.mean(-1, keepdim=True)
-    if form.variance == "var":
+    if variant.variance == "var":
         variance = h.var(-1, unbiased=False, keepdim=True)
     else:
         variance = (h - mean).pow(2).mean(-1, keepdim=True)
-    if form.inverse == "divide":
+    if variant.inverse == "divide":
         h = (h - mean) / torch.sqrt(variance + eps)
     else:
         h = (h - mean) * torch.rsqrt(variance + eps)
-    if form.compute == "float32" and form.cast == "before_weight":
+    if variant.compute == "float32" and variant.cast == "before_weight":
         h = h.to(dtype)
-    if form.affine != "none":
-        h = weight.float() * h if form.weight_cast else weight * h
-    if form.affine == "both":
+    if variant.affine != "none":
+        h = weight.float() * h if variant.weight_cast else weight * h
+    if variant.affine == "both":
         h = h + bias
-    if form.compute == "float32" and form.cast == "after_weight":
+    if variant.compute == "float32" and variant.cast == "after_weight":
         h = h.to(dtype)
     return h
 
 
-def _written_out() -> tuple[LayerNormForm, ...]:
+def _written_out() -> tuple[LayerNormVariant, ...]:
     made = []
     for compute in ("input", "float32"):
         for affine in ("both", "weight", "none"):
@@ -110,17 +110,17 @@ def _written_out() -> tuple[LayerNormForm, ...]:
                         if cast == "before_weight" and (compute == "input" or affine == "none"):
                             continue
                         name = "_".join(("out", compute, affine, variance, inverse, cast))
-                        made.append(LayerNormForm(name, "out", compute, affine, variance, inverse, cast))
+                        made.append(LayerNormVariant(name, "out", compute, affine, variance, inverse, cast))
     return tuple(made)
 
 
-FORMS: tuple[LayerNormForm, ...] = (
-    LayerNormForm("fused"),
-    LayerNormForm("fused_unweighted", affine="none"),
-    LayerNormForm("fused_no_bias", affine="weight"),
-    LayerNormForm("fused_float32", compute="float32"),
-    LayerNormForm("fused_float32_unweighted", compute="float32", affine="none"),
-    LayerNormForm("cohere", "out", "float32", "weight", inverse="rsqrt", weight_cast=True),
+VARIANTS: tuple[LayerNormVariant, ...] = (
+    LayerNormVariant("fused"),
+    LayerNormVariant("fused_unweighted", affine="none"),
+    LayerNormVariant("fused_no_bias", affine="weight"),
+    LayerNormVariant("fused_float32", compute="float32"),
+    LayerNormVariant("fused_float32_unweighted", compute="float32", affine="none"),
+    LayerNormVariant("cohere", "out", "float32", "weight", inverse="rsqrt", weight_cast=True),
     *_written_out(),
 )
-"""Every form that is recognised."""
+"""Every variant that is recognised."""

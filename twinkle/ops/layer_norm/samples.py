@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.layer_norm.reference import LayerNormForm
+    from twinkle.ops.layer_norm.reference import LayerNormVariant
 
-__all__ = ["cases", "forms", "inputs"]
+__all__ = ["cases", "inputs", "variants"]
 
 _UNKNOWN_WIDTH = 128
 
 
-def forms() -> tuple[LayerNormForm, ...]:
-    """Every form of the definition."""
-    return reference.FORMS
+def variants() -> tuple[LayerNormVariant, ...]:
+    """Every variant of the definition."""
+    return reference.VARIANTS
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
@@ -41,39 +41,41 @@ def inputs(instance: Instance) -> dict[str, Any] | None:
 class Norm(nn.Module):
     """A norm by its definition."""
 
-    def __init__(self, form: LayerNormForm, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, variant: LayerNormVariant, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
         super().__init__()
-        self.form = form
+        self.variant = variant
         self.normalized_shape = (width,)
-        if form.affine != "none":
+        if variant.affine != "none":
             self.weight = nn.Parameter(torch.rand(width, device=device).add_(0.5).to(dtype))
-        if form.affine == "both":
+        if variant.affine == "both":
             self.bias = nn.Parameter(torch.rand(width, device=device).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
         weight, bias = getattr(self, "weight", None), getattr(self, "bias", None)
         return reference.layer_norm(
-            x, weight, bias, 1e-6, form=self.form, normalized_shape=self.normalized_shape
+            x, weight, bias, 1e-6, variant=self.variant, normalized_shape=self.normalized_shape
         )
 
 
 def cases(
-    form: LayerNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: LayerNormVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """A call of each shape, on random inputs."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
-    if form.affine != "none":
+    if variant.affine != "none":
         facts["weight"] = "weight"
-    if form.affine == "both":
+    if variant.affine == "both":
         facts["bias"] = "bias"
-    if form.written == "fused":
+    if variant.written == "fused":
         facts["normalized_shape"] = "normalized_shape"
     # Torch's function wants the weight in the dtype that it computes in.
-    kept = torch.float32 if form.written == "fused" and form.compute == "float32" else dtype
-    kernel: Any = implementation("layer_norm", backend).layer_class(form, facts).forward
+    kept = torch.float32 if variant.written == "fused" and variant.compute == "float32" else dtype
+    kernel: Any = implementation("layer_norm", backend).layer_class(variant, facts).forward
     generator = seeded(device)
     for shape, (lead, width) in SHAPES.items():
         x = random((*lead, width), dtype, generator, scale=3)
         args = (strided(x) if shape == "strided" else x,)
-        yield Case(shape, Norm.forward, kernel, args, Norm(form, width, kept, device), facts)
+        yield Case(shape, Norm.forward, kernel, args, Norm(variant, width, kept, device), facts)

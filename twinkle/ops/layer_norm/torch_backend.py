@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.layer_norm import reference
-from twinkle.ops.layer_norm.reference import LayerNormForm
+from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
@@ -29,16 +29,16 @@ _LEAST = 1 << 15
 
 
 def supports(
-    form: LayerNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: LayerNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why torch's kernel is not for a form, or None: one written out in float32 and rounded at its end."""
-    if form.written == "out" and form.compute == "float32" and form.cast == "after_weight":
+    """Why torch's kernel is not for a variant, or None: one written out in float32 and rounded at its end."""
+    if variant.written == "out" and variant.compute == "float32" and variant.cast == "after_weight":
         return None
-    return f"torch's own kernel is what it calls, or rounds elsewhere ({form.name})"
+    return f"torch's own kernel is what it calls, or rounds elsewhere ({variant.name})"
 
 
 def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, form: LayerNormForm
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, *, variant: LayerNormVariant
 ) -> Tensor:
     """``(x - mean(x)) / sqrt(var(x) + eps) · w + b`` in float32, rounded once; see ``reference.layer_norm``.
 
@@ -48,13 +48,13 @@ def layer_norm(
             as do other dtypes than that of ``x``, and everything under autocast.
         bias: As ``weight``.
         eps: Added to the variance.
-        form: One that :func:`supports` has nothing against.
+        variant: One that :func:`supports` has nothing against.
 
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
     """
-    weight = None if form.affine == "none" else weight
-    bias = bias if form.affine == "both" else None
+    weight = None if variant.affine == "none" else weight
+    bias = bias if variant.affine == "both" else None
     last = x.shape[-1:]
     plain = all(p is None or (p.shape == last and p.dtype == x.dtype) for p in (weight, bias))
     # Autocast would give float32 where the definition gives the dtype of its input.
@@ -65,7 +65,7 @@ def layer_norm(
             w, b = (None if p is None else p.float() for p in (weight, bias))
             return F.layer_norm(x.float(), last, w, b, eps).to(x.dtype)
         return F.layer_norm(x, last, weight, bias, eps)
-    return reference.layer_norm(x, weight, bias, eps, form=form)
+    return reference.layer_norm(x, weight, bias, eps, variant=variant)
 
 
 def _waits(x: Tensor) -> bool:
@@ -80,11 +80,11 @@ def _waits(x: Tensor) -> bool:
 
 
 @once_for("x", "weight", "bias", "eps")
-def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: LayerNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: One that :func:`supports` has nothing against.
+        variant: One that :func:`supports` has nothing against.
         facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
             ``forward``, or the number itself.
 
@@ -93,5 +93,5 @@ def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module
     """
     values = {"weight": None, "bias": None, **facts}
     return forward_class(
-        f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
+        f"LayerNorm_{variant.name}", layer_norm, values, inputs=("x",), constants={"variant": variant}
     )

@@ -1,7 +1,7 @@
 """LayerNorm by Triton: a function with the signature of its definition, and layers that call it.
 
     >>> from twinkle.ops.layer_norm.triton_backend import layer_class
-    >>> layer_class(form, {"x": "input", "weight": "weight", "bias": "bias", "eps": 1e-5,
+    >>> layer_class(variant, {"x": "input", "weight": "weight", "bias": "bias", "eps": 1e-5,
     ...                    "normalized_shape": (768,)})
 
 A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of the class it replaces.
@@ -17,7 +17,7 @@ from torch import nn
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
-from twinkle.ops.layer_norm.reference import FORMS, LayerNormForm
+from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
@@ -32,17 +32,17 @@ WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
 _LEAST = 1 << 23
 """Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
-_FUSED = next(form for form in FORMS if form.name == "fused")
+_FUSED = next(variant for variant in VARIANTS if variant.name == "fused")
 
 
 def supports(
-    form: LayerNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: LayerNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form and an instance, or None.
+    """Why there is no kernel for a variant and an instance, or None.
 
     It computes torch's own function, and a norm that is written out in float32 and rounded at its end.
     """
-    if form.written != "fused" and (reason := torch_backend.supports(form)) is not None:
+    if variant.written != "fused" and (reason := torch_backend.supports(variant)) is not None:
         return reason
     shape = None if facts is None else facts.get("normalized_shape")
     if isinstance(shape, tuple) and len(shape) != 1:
@@ -56,7 +56,7 @@ def layer_norm(
     bias: Tensor | None,
     eps: float,
     *,
-    form: LayerNormForm,
+    variant: LayerNormVariant,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
     """``(x - mean(x)) / sqrt(var(x) + eps) · w + b`` in float32, rounded once; see ``reference.layer_norm``.
@@ -69,46 +69,46 @@ def layer_norm(
         weight: ``[hidden]`` or None.
         bias: ``[hidden]`` or None.
         eps: Added to the variance.
-        form: One that :func:`supports` has nothing against.
-        normalized_shape: Of a ``fused`` form; the kernel needs the last dimension alone.
+        variant: One that :func:`supports` has nothing against.
+        normalized_shape: Of a ``fused`` variant; the kernel needs the last dimension alone.
 
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
     """
-    if form.affine != "both":
+    if variant.affine != "both":
         bias = None
-        weight = None if form.affine == "none" else weight
+        weight = None if variant.affine == "none" else weight
     if pays(x, _LEAST) and not x.is_nested:
         path = dispatch_path(x, weight, bias)
-        if path is not REFERENCE and _accepts(x, weight, bias, form, normalized_shape):
+        if path is not REFERENCE and _accepts(x, weight, bias, variant, normalized_shape):
             if path is not EAGER:
                 return _op(x, weight, bias, eps)[0]
             if torch.is_grad_enabled():
                 return _eager(x, weight, bias, eps)
             return _kernels().forward(x, weight, bias, eps, stats=False)[0]
-    if form is _FUSED:  # what small inputs take, so straight
+    if variant is _FUSED:  # what small inputs take, so straight
         return nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
-    if form.written == "out":
-        return torch_backend.layer_norm(x, weight, bias, eps, form=form)
-    return reference.layer_norm(x, weight, bias, eps, form=form, normalized_shape=normalized_shape)
+    if variant.written == "out":
+        return torch_backend.layer_norm(x, weight, bias, eps, variant=variant)
+    return reference.layer_norm(x, weight, bias, eps, variant=variant, normalized_shape=normalized_shape)
 
 
 def _accepts(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    form: LayerNormForm,
+    variant: LayerNormVariant,
     normalized_shape: tuple[int, ...],
 ) -> bool:
     """Whether the kernel takes tensors of these shapes and dtypes."""
     last = x.shape[-1:]
     if not last or not 0 < last[0] <= WIDEST:
         return False
-    if form.written == "fused":
+    if variant.written == "fused":
         if tuple(normalized_shape) != tuple(last):
             return False
         # Autocast makes float32 of everything, and mixed dtypes are torch's to refuse.
-        only = x.dtype if form.compute == "input" else torch.float32
+        only = x.dtype if variant.compute == "input" else torch.float32
         if only != torch.float32 and torch.is_autocast_enabled(x.device.type):
             return False
     else:
@@ -122,7 +122,7 @@ def _accepts(
 
 
 def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """What the kernel computes, whichever the form: in float32, rounded once."""
+    """What the kernel computes, whichever the variant: in float32, rounded once."""
     with torch.autocast(x.device.type, enabled=False):
         w, b = (None if p is None else p.float() for p in (weight, bias))
         h = nn.functional.layer_norm(x.float(), x.shape[-1:], w, b, eps)
@@ -193,11 +193,11 @@ _eager, _op = define_op(
 
 
 @once_for("x", "weight", "bias", "eps", "normalized_shape")
-def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: LayerNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: One that :func:`supports` has nothing against.
+        variant: One that :func:`supports` has nothing against.
         facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
             ``forward``, or the value itself.
 
@@ -206,5 +206,5 @@ def layer_class(form: LayerNormForm, facts: Mapping[str, Any]) -> type[nn.Module
     """
     values = {"weight": None, "bias": None, **facts}
     return forward_class(
-        f"LayerNorm_{form.name}", layer_norm, values, inputs=("x",), constants={"form": form}
+        f"LayerNorm_{variant.name}", layer_norm, values, inputs=("x",), constants={"variant": variant}
     )

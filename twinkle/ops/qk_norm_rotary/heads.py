@@ -1,7 +1,7 @@
 """The same op on queries and keys that are split into heads already, as they are inside an attention.
 
->>> path = path_for(q, k, q_weight, k_weight, cos, sin, form)
->>> q, k = run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, form)
+>>> path = path_for(q, k, q_weight, k_weight, cos, sin, variant)
+>>> q, k = run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, variant)
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, apply_of, dispatch_path, through_definition
 from twinkle.ops.qk_norm_rotary import reference, triton_backend
-from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
+from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
 
 if TYPE_CHECKING:
     from typing import Any
@@ -39,7 +39,7 @@ def path_for(
     k_weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    form: QKNormRotaryForm,
+    variant: QKNormRotaryVariant,
 ) -> DispatchPath:
     """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
@@ -50,12 +50,12 @@ def path_for(
         k_weight: As ``q_weight``.
         cos: ``[batch, tokens, head_dim]``.
         sin: As ``cos``.
-        form: Which norm and which rotation; one that ``triton_backend.supports``.
+        variant: Which norm and which rotation; one that ``triton_backend.supports``.
     """
     if q.dim() != 4 or k.dim() != 4 or q.dtype != k.dtype:
         return REFERENCE
     path = dispatch_path(q, k, q_weight, k_weight, cos, sin)
-    if path is REFERENCE or not _fits(q, k, q_weight, k_weight, cos, sin, form):
+    if path is REFERENCE or not _fits(q, k, q_weight, k_weight, cos, sin, variant):
         return REFERENCE
     return path
 
@@ -67,7 +67,7 @@ def _fits(
     k_weight: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    form: QKNormRotaryForm,
+    variant: QKNormRotaryVariant,
 ) -> bool:
     batch, heads, tokens, head_dim = q.shape
     k_batch, k_heads, k_tokens, k_head_dim = k.shape
@@ -75,7 +75,7 @@ def _fits(
         return False
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False
-    width = head_dim // 2 if form.rotary.tables == "half" else head_dim
+    width = head_dim // 2 if variant.rotary.tables == "half" else head_dim
     table = cos.shape
     if len(table) != 3 or table != sin.shape or cos.dtype != sin.dtype:
         return False
@@ -85,8 +85,8 @@ def _fits(
     if heads * head_dim > triton_backend.MOST or (q_weight is None) != (k_weight is None):
         return False
     if q_weight is None or k_weight is None:
-        return form.norm.weight == "none"
-    over = form.over == "all"
+        return variant.norm.weight == "none"
+    over = variant.over == "all"
     return bool(
         q_weight.shape == (heads * head_dim if over else head_dim,)
         and k_weight.shape == (k_heads * head_dim if over else head_dim,)
@@ -106,7 +106,7 @@ def run(
     k_eps: float,
     cos: Tensor,
     sin: Tensor,
-    form: QKNormRotaryForm,
+    variant: QKNormRotaryVariant,
 ) -> tuple[Tensor, Tensor]:
     """The kernel, for what :func:`path_for` found (and not for `REFERENCE`).
 
@@ -118,16 +118,16 @@ def run(
         k_weight: As ``q_weight``.
         q_eps: Of the norm of the queries.
         k_eps: Of the norm of the keys.
-        cos: ``[batch, tokens, head_dim]``, or half as wide where the form says so.
+        cos: ``[batch, tokens, head_dim]``, or half as wide where the variant says so.
         sin: As ``cos``.
-        form: Which norm and which rotation.
+        variant: Which norm and which rotation.
 
     Returns:
         The shapes of ``q`` and ``k``; in memory tokens come before heads.
     """
-    if form.norm.weight == "none":
+    if variant.norm.weight == "none":
         q_weight = k_weight = None
-    rest = (q.shape[3], form.norm.name, form.rotary.name, form.over == "all")
+    rest = (q.shape[3], variant.norm.name, variant.rotary.name, variant.over == "all")
     if path is EAGER and torch.is_grad_enabled():
         return _eager(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
     function: Any = triton_backend._forward if path is EAGER else triton_backend._op
@@ -150,7 +150,7 @@ class _Heads(torch.autograd.Function):
         head_dim, norm, rotation, over_all = ctx.rest
         q_eps, k_eps = ctx.eps
         if torch.is_grad_enabled():
-            form = QKNormRotaryForm(
+            variant = QKNormRotaryVariant(
                 "",
                 triton_backend._NORMS[norm],
                 triton_backend._ROTATIONS[rotation],
@@ -158,7 +158,7 @@ class _Heads(torch.autograd.Function):
             )
             through = through_definition(
                 lambda q, k, qw, kw: reference.qk_norm_rotary(
-                    joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form
+                    joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
                 ),
                 (q, k, qw, kw),
                 (dq_out, dk_out),

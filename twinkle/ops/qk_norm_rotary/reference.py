@@ -5,31 +5,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twinkle.ops.rms_norm.reference import RMSNormForm, rms_norm
-from twinkle.ops.rotary.reference import RotaryForm, rotary
+from twinkle.ops.rms_norm.reference import RMSNormVariant, rms_norm
+from twinkle.ops.rotary.reference import RotaryVariant, rotary
 
 if TYPE_CHECKING:
     from typing import Literal
 
     from torch import Tensor
 
-__all__ = ["QKNormRotaryForm", "qk_norm_rotary"]
+__all__ = ["QKNormRotaryVariant", "qk_norm_rotary"]
 
 
 @dataclass(frozen=True)
-class QKNormRotaryForm:
+class QKNormRotaryVariant:
     """Which norm, which rotation, and what lies between.
 
     Attributes:
-        name: The names of the two forms.
-        norm: The form of both norms.
-        rotary: The form of the rotation.
+        name: The names of the two variants.
+        norm: The variant of both norms.
+        rotary: The variant of the rotation.
         over: The norm is over the channels of one ``head``, or over ``all`` heads before they are split.
     """
 
     name: str
-    norm: RMSNormForm
-    rotary: RotaryForm
+    norm: RMSNormVariant
+    rotary: RotaryVariant
     over: Literal["head", "all"] = "head"
 
 
@@ -44,7 +44,7 @@ def qk_norm_rotary(
     sin: Tensor,
     *,
     head_dim: int,
-    form: QKNormRotaryForm,
+    variant: QKNormRotaryVariant,
 ) -> tuple[Tensor, Tensor]:
     """The definition.
 
@@ -58,21 +58,23 @@ def qk_norm_rotary(
         cos: ``[batch, tokens, head_dim]``.
         sin: As ``cos``.
         head_dim: Channels of a head.
-        form: Which norm and which rotation.
+        variant: Which norm and which rotation.
 
     Returns:
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``.
     """
-    q = _heads(q, q_weight, q_eps, head_dim, form)
-    k = _heads(k, k_weight, k_eps, head_dim, form)
-    q_out, k_out = rotary(q, k, cos, sin, 1, form=form.rotary)
+    q = _heads(q, q_weight, q_eps, head_dim, variant)
+    k = _heads(k, k_weight, k_eps, head_dim, variant)
+    q_out, k_out = rotary(q, k, cos, sin, 1, variant=variant.rotary)
     return q_out, k_out
 
 
-def _heads(x: Tensor, weight: Tensor | None, eps: float, head_dim: int, form: QKNormRotaryForm) -> Tensor:
-    if form.over == "all":
-        x = rms_norm(x, weight, eps, form=form.norm)
+def _heads(
+    x: Tensor, weight: Tensor | None, eps: float, head_dim: int, variant: QKNormRotaryVariant
+) -> Tensor:
+    if variant.over == "all":
+        x = rms_norm(x, weight, eps, variant=variant.norm)
     x = x.view(*x.shape[:-1], -1, head_dim)
-    if form.over == "head":
-        x = rms_norm(x, weight, eps, form=form.norm)
+    if variant.over == "head":
+        x = rms_norm(x, weight, eps, variant=variant.norm)
     return x.transpose(1, 2)

@@ -19,7 +19,7 @@ from twinkle.ops.launch import (
     tl_dtype,
 )
 from twinkle.ops.qk_norm_rotary import reference
-from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryForm
+from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
 from twinkle.ops.rms_norm import reference as norms
 from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rotary import reference as rotations
@@ -34,27 +34,27 @@ __all__ = ["qk_norm_rotary", "supports"]
 
 _kernels = lazy_module("twinkle.ops.qk_norm_rotary.triton")
 _norm_kernels = lazy_module("twinkle.ops.rms_norm.triton")
-_NORMS = {form.name: form for form in norms.FORMS}
-_ROTATIONS = {form.name: form for form in rotations.FORMS}
-_LLAMA = QKNormRotaryForm("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
+_NORMS = {variant.name: variant for variant in norms.VARIANTS}
+_ROTATIONS = {variant.name: variant for variant in rotations.VARIANTS}
+_LLAMA = QKNormRotaryVariant("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
 MOST = 16384
 """Elements of one token's heads that a program holds."""
 
 
 def supports(
-    form: QKNormRotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: QKNormRotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form, or None: half-split pairs of all channels."""
-    return None if _is_supported(form) else f"there is no kernel for {form.name}"
+    """Why there is no kernel for a variant, or None: half-split pairs of all channels."""
+    return None if _is_supported(variant) else f"there is no kernel for {variant.name}"
 
 
 @functools.cache
-def _is_supported(form: QKNormRotaryForm) -> bool:
-    rotation = form.rotary
+def _is_supported(variant: QKNormRotaryVariant) -> bool:
+    rotation = variant.rotary
     return (
-        form.norm.name in _NORMS
-        and triton_backend.supports(form.norm) is None
-        and form.norm.compute not in ("input", "fused")
+        variant.norm.name in _NORMS
+        and triton_backend.supports(variant.norm) is None
+        and variant.norm.compute not in ("input", "fused")
         and rotation.name in _ROTATIONS
         and rotation.pairs == "half"
         and rotation.part == "all"
@@ -77,7 +77,7 @@ def qk_norm_rotary(
     sin: Tensor,
     *,
     head_dim: int,
-    form: QKNormRotaryForm = _LLAMA,
+    variant: QKNormRotaryVariant = _LLAMA,
 ) -> tuple[Tensor, Tensor]:
     """``rotary(norm(q), norm(k))`` by head; see ``reference.qk_norm_rotary``.
 
@@ -94,23 +94,23 @@ def qk_norm_rotary(
         cos: ``[batch, tokens, head_dim]``. One that wants a gradient goes through the definition.
         sin: As ``cos``.
         head_dim: Channels of a head.
-        form: Which norm and which rotation.
+        variant: Which norm and which rotation.
 
     Returns:
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
         come before heads, as after the definition's transpose.
     """
-    path = dispatch_path(q, k, q_weight, k_weight, cos, sin) if _is_supported(form) else REFERENCE
-    if path is not REFERENCE and _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, form):
-        if form.norm.weight == "none":
+    path = dispatch_path(q, k, q_weight, k_weight, cos, sin) if _is_supported(variant) else REFERENCE
+    if path is not REFERENCE and _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, variant):
+        if variant.norm.weight == "none":
             q_weight = k_weight = None
-        names = (form.norm.name, form.rotary.name, form.over == "all")
+        names = (variant.norm.name, variant.rotary.name, variant.over == "all")
         function = _eager if path is EAGER else _op
         if path is EAGER and not torch.is_grad_enabled():
             function = _forward
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
-        q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form
+        q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
     )
 
 
@@ -122,11 +122,11 @@ def _accepts(
     cos: Tensor,
     sin: Tensor,
     head_dim: int,
-    form: QKNormRotaryForm,
+    variant: QKNormRotaryVariant,
 ) -> bool:
     if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
         return False
-    width = cos.shape[-1] * (2 if form.rotary.tables == "half" else 1)
+    width = cos.shape[-1] * (2 if variant.rotary.tables == "half" else 1)
     if q.dim() != 3 or k.dim() != 3 or cos.dim() != 3 or cos.shape != sin.shape or width != head_dim:
         return False
     if head_dim % 2 or q.dtype != k.dtype or cos.dtype != sin.dtype or q.shape[:2] != k.shape[:2]:
@@ -138,7 +138,7 @@ def _accepts(
     for x, w in ((q, q_weight), (k, k_weight)):
         if x.shape[-1] % head_dim:
             return False
-        wanted = x.shape[-1] if form.over == "all" else head_dim
+        wanted = x.shape[-1] if variant.over == "all" else head_dim
         if w is not None and (w.shape != (wanted,) or not w.is_contiguous() or w.dtype != x.dtype):
             return False
     return True
@@ -149,9 +149,9 @@ def _dtypes(
 ) -> tuple[torch.dtype, ...]:
     """Of the norm's result, of the products of the rotation, of the result."""
     between = triton_backend.result_dtype(q, weight, _NORMS[norm])
-    form = _ROTATIONS[rotation]
-    compute = torch.promote_types(between, cos.dtype) if form.compute == "input" else torch.float32
-    return between, compute, between if form.cast != "none" else compute
+    variant = _ROTATIONS[rotation]
+    compute = torch.promote_types(between, cos.dtype) if variant.compute == "input" else torch.float32
+    return between, compute, between if variant.cast != "none" else compute
 
 
 def _empty(x: Tensor, head_dim: int, dtype: torch.dtype, rotation: str) -> Tensor:
@@ -184,12 +184,12 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     between, compute, out = _dtypes(q, qw, cos, norm, rotation)
     q_out, k_out = _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
-    form = _NORMS[norm]
-    normal, scale, product, _ = _norm_kernels().roundings(form, q.dtype, None if qw is None else qw.dtype)
+    variant = _NORMS[norm]
+    normal, scale, product, _ = _norm_kernels().roundings(variant, q.dtype, None if qw is None else qw.dtype)
     constants = {
-        "ONE_PLUS": form.weight == "one_plus",
-        "COMPUTE": form.compute,
-        "DIVIDE": form.inverse == "divide",
+        "ONE_PLUS": variant.weight == "one_plus",
+        "COMPUTE": variant.compute,
+        "DIVIDE": variant.inverse == "divide",
         "X": tl_dtype(q.dtype),
         "N": tl_dtype(normal),
         "S": tl_dtype(scale),
@@ -279,10 +279,12 @@ def _again(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...
     *inputs, cos, sin = ctx.saved_tensors
     q_eps, k_eps = ctx.eps
     head_dim, norm, rotation, over_all = ctx.rest
-    form = QKNormRotaryForm("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
+    variant = QKNormRotaryVariant("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
 
     def definition(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None) -> tuple[Tensor, Tensor]:
-        return reference.qk_norm_rotary(q, k, qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, form=form)
+        return reference.qk_norm_rotary(
+            q, k, qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
+        )
 
     return (*through_definition(definition, tuple(inputs), (dq_out, dk_out)), *(None,) * 8)
 

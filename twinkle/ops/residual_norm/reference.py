@@ -5,27 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from twinkle.ops.layer_norm.reference import LayerNormForm, layer_norm
-from twinkle.ops.rms_norm.reference import RMSNormForm, rms_norm
+from twinkle.ops.layer_norm.reference import LayerNormVariant, layer_norm
+from twinkle.ops.rms_norm.reference import RMSNormVariant, rms_norm
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ResidualNormForm", "residual_norm"]
+__all__ = ["ResidualNormVariant", "residual_norm"]
 
 
 @dataclass(frozen=True)
-class ResidualNormForm:
+class ResidualNormVariant:
     """Which norm follows the sum.
 
     Attributes:
-        name: The op and the form of the norm.
-        norm: The form of the norm.
+        name: The op and the variant of the norm.
+        norm: The variant of the norm.
         scaled: The addend is multiplied by a number first.
     """
 
     name: str
-    norm: RMSNormForm | LayerNormForm
+    norm: RMSNormVariant | LayerNormVariant
     scaled: bool = False
 
 
@@ -35,7 +35,7 @@ def residual_norm(
     weight: Tensor | None,
     eps: float,
     *,
-    form: ResidualNormForm,
+    variant: ResidualNormVariant,
     bias: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -46,14 +46,14 @@ def residual_norm(
         residual: ``[..., hidden]``.
         weight: ``[hidden]`` or None, of the norm.
         eps: Of the norm.
-        form: Which norm.
+        variant: Which norm.
         bias: ``[hidden]`` or None, of a layer norm.
-        scale: Of a scaled form.
+        scale: Of a scaled variant.
 
     Returns:
         The sum and the normalised sum.
     """
-    h = residual + (x * scale if form.scaled else x)
-    if isinstance(form.norm, LayerNormForm):
-        return h, layer_norm(h, weight, bias, eps, form=form.norm, normalized_shape=(h.shape[-1],))
-    return h, rms_norm(h, weight, eps, form=form.norm, normalized_shape=(h.shape[-1],))
+    h = residual + (x * scale if variant.scaled else x)
+    if isinstance(variant.norm, LayerNormVariant):
+        return h, layer_norm(h, weight, bias, eps, variant=variant.norm, normalized_shape=(h.shape[-1],))
+    return h, rms_norm(h, weight, eps, variant=variant.norm, normalized_shape=(h.shape[-1],))

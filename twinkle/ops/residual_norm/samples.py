@@ -8,8 +8,8 @@ import torch
 
 from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
 from twinkle.ops.residual_norm import reference, triton_backend
-from twinkle.ops.residual_norm.reference import ResidualNormForm
-from twinkle.ops.rms_norm.reference import FORMS as NORMS
+from twinkle.ops.residual_norm.reference import ResidualNormVariant
+from twinkle.ops.rms_norm.reference import VARIANTS as NORMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["cases", "forms"]
+__all__ = ["cases", "variants"]
 
 _SCALE = 0.22
 
 
-def forms() -> tuple[ResidualNormForm, ...]:
+def variants() -> tuple[ResidualNormVariant, ...]:
     """Every norm that has a kernel behind a sum, and one behind a scaled sum."""
-    plain = [ResidualNormForm(f"rms_norm_{norm.name}", norm) for norm in NORMS]
-    scaled = [ResidualNormForm(f"rms_norm_{norm.name}_scaled", norm, True) for norm in NORMS[:2]]
-    return tuple(form for form in (*plain, *scaled) if triton_backend.supports(form) is None)
+    plain = [ResidualNormVariant(f"rms_norm_{norm.name}", norm) for norm in NORMS]
+    scaled = [ResidualNormVariant(f"rms_norm_{norm.name}_scaled", norm, True) for norm in NORMS[:2]]
+    return tuple(variant for variant in (*plain, *scaled) if triton_backend.supports(variant) is None)
 
 
-def _bound(function: Callable[..., Any], form: ResidualNormForm) -> Callable[..., Any]:
+def _bound(function: Callable[..., Any], variant: ResidualNormVariant) -> Callable[..., Any]:
     def call(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        h, y = function(x, residual, weight, 1e-6, form=form, scale=_SCALE)
+        h, y = function(x, residual, weight, 1e-6, variant=variant, scale=_SCALE)
         return h, y
 
     return call
 
 
 def cases(
-    form: ResidualNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: ResidualNormVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """A call of each shape, on random inputs."""
     generator = seeded(device)
@@ -47,10 +47,10 @@ def cases(
         weight = random((width,), dtype, generator).abs() + 0.5
         if shape == "strided":
             x, residual = strided(x), strided(residual)
-        bare = form.norm.weight == "none"  # type: ignore[union-attr]
+        bare = variant.norm.weight == "none"  # type: ignore[union-attr]
         yield Case(
             shape,
-            _bound(reference.residual_norm, form),
-            _bound(implementation("residual_norm", backend).residual_norm, form),
+            _bound(reference.residual_norm, variant),
+            _bound(implementation("residual_norm", backend).residual_norm, variant),
             (x, residual, None if bare else weight),
         )

@@ -18,9 +18,9 @@ from twinkle.ops.launch import (
     through_definition,
 )
 from twinkle.ops.residual_norm import reference
-from twinkle.ops.residual_norm.reference import ResidualNormForm
+from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm import triton_backend
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm, rms_norm
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, rms_norm
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 __all__ = ["path_for", "residual_norm", "run", "supports"]
 
 _kernels = lazy_module("twinkle.ops.residual_norm.triton")
-_FORMS = {form.name: form for form in FORMS}
-_LLAMA = ResidualNormForm("rms_norm_llama", _FORMS["llama"])
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_LLAMA = ResidualNormVariant("rms_norm_llama", _VARIANTS["llama"])
 
 
 def supports(
-    form: ResidualNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: ResidualNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form, or None: there is one behind every RMSNorm that has one."""
-    if isinstance(form.norm, RMSNormForm) and form.norm.name in _FORMS:
-        return triton_backend.supports(form.norm, device)
-    return f"there is no kernel for {form.name}"
+    """Why there is no kernel for a variant, or None: there is one behind every RMSNorm that has one."""
+    if isinstance(variant.norm, RMSNormVariant) and variant.norm.name in _VARIANTS:
+        return triton_backend.supports(variant.norm, device)
+    return f"there is no kernel for {variant.name}"
 
 
 def residual_norm(
@@ -50,7 +50,7 @@ def residual_norm(
     weight: Tensor | None,
     eps: float,
     *,
-    form: ResidualNormForm = _LLAMA,
+    variant: ResidualNormVariant = _LLAMA,
     bias: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
@@ -64,32 +64,34 @@ def residual_norm(
         residual: ``[..., hidden]``.
         weight: ``[hidden]`` or None, of the norm.
         eps: Of the norm.
-        form: Which norm.
+        variant: Which norm.
         bias: ``[hidden]`` or None, of a layer norm (the definition runs).
-        scale: Of a scaled form.
+        scale: Of a scaled variant.
 
     Returns:
         The sum and the normalised sum.
     """
-    path = path_for(x, residual, weight, form)
+    path = path_for(x, residual, weight, variant)
     if path is not REFERENCE:
-        return run(path, x, residual, weight, eps, form, scale)
-    return reference.residual_norm(x, residual, weight, eps, form=form, bias=bias, scale=scale)
+        return run(path, x, residual, weight, eps, variant, scale)
+    return reference.residual_norm(x, residual, weight, eps, variant=variant, bias=bias, scale=scale)
 
 
-def path_for(x: Tensor, residual: Tensor, weight: Tensor | None, form: ResidualNormForm) -> DispatchPath:
+def path_for(
+    x: Tensor, residual: Tensor, weight: Tensor | None, variant: ResidualNormVariant
+) -> DispatchPath:
     """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
     Args:
         x: As for :func:`residual_norm`, with all that follows.
         residual: ``[..., hidden]``.
         weight: ``[hidden]`` or None.
-        form: Which norm.
+        variant: Which norm.
     """
-    if x.dtype != residual.dtype or x.shape != residual.shape or supports(form) is not None:
+    if x.dtype != residual.dtype or x.shape != residual.shape or supports(variant) is not None:
         return REFERENCE
     path = dispatch_path(x, residual, weight)
-    if path is not REFERENCE and triton_backend.accepts(x, weight, form.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+    if path is not REFERENCE and triton_backend.accepts(x, weight, variant.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
         return path
     return REFERENCE
 
@@ -100,24 +102,24 @@ def run(
     residual: Tensor,
     weight: Tensor | None,
     eps: float,
-    form: ResidualNormForm,
+    variant: ResidualNormVariant,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
-    if form.norm.weight == "none":  # type: ignore[union-attr]
+    if variant.norm.weight == "none":  # type: ignore[union-attr]
         weight = None
-    factor = scale if form.scaled else None
+    factor = scale if variant.scaled else None
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(x, residual, weight, eps, form.norm.name, factor)
+        return _forward(x, residual, weight, eps, variant.norm.name, factor)
     if path is EAGER:
-        return _eager(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
-    return _op(x, residual, weight, eps, form.norm.name, factor)  # type: ignore[no-any-return]
+        return _eager(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
+    return _op(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
 
 
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    y, total = _kernels().forward(x, weight, eps, _FORMS[norm], residual, scale)
+    y, total = _kernels().forward(x, weight, eps, _VARIANTS[norm], residual, scale)
     assert total is not None
     return total, y
 
@@ -132,7 +134,7 @@ def _backward(
     scale: float | None,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    dx, dr, dw = _kernels().backward(dy, h, weight, eps, _FORMS[norm], dh, scale, weight_grad)
+    dx, dr, dw = _kernels().backward(dy, h, weight, eps, _VARIANTS[norm], dh, scale, weight_grad)
     return dx, None if dr is dx else dr, dw
 
 
@@ -157,7 +159,9 @@ def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | Non
     eps, norm, scale = ctx.rest
 
     def definition(h: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-        y = rms_norm(h, w, eps, form=_FORMS[norm], normalized_shape=h.shape[-1:], with_weight=w is not None)
+        y = rms_norm(
+            h, w, eps, variant=_VARIANTS[norm], normalized_shape=h.shape[-1:], with_weight=w is not None
+        )
         return h * 1, y
 
     dr, dw = through_definition(definition, ctx.saved_tensors, (dh, dy))
@@ -167,7 +171,7 @@ def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | Non
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    y = like(x, triton_backend.result_dtype(x, weight, _FORMS[norm]))[0]
+    y = like(x, triton_backend.result_dtype(x, weight, _VARIANTS[norm]))[0]
     return torch.empty_like(y, dtype=x.dtype), y
 
 

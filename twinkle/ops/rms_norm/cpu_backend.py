@@ -17,7 +17,7 @@ from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import like, rows_of, through_definition
 from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -30,21 +30,21 @@ __all__ = ["layer_class", "rms_norm", "supports"]
 _LEAST, _LEAST_INFERENCE = 1 << 17, 1 << 19
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
 Without gradients it is as fast at any size where several threads share the rows."""
-_NAMES = {form.name: form for form in FORMS}
+_NAMES = {variant.name: variant for variant in VARIANTS}
 
 
 def supports(
-    form: RMSNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: RMSNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why a form is not computed here, or None: its statistics and product are to be float32 throughout."""
-    if form.compute not in ("float32", "promoted"):
-        return f"not faster than the definition where it computes in {form.compute}"
-    if form.gate == "none" and form.groups != "always" and form.weight_place == "after":
+    """Why a variant is not computed here, or None: all of it is to be in float32."""
+    if variant.compute not in ("float32", "promoted"):
+        return f"not faster than the definition where it computes in {variant.compute}"
+    if variant.gate == "none" and variant.groups != "always" and variant.weight_place == "after":
         return None
-    return f"nothing for gates, groups, or a weight before the norm ({form.name})"
+    return f"nothing for gates, groups, or a weight before the norm ({variant.name})"
 
 
-_SUPPORTED = frozenset(name for name, form in _NAMES.items() if supports(form) is None)
+_SUPPORTED = frozenset(name for name, variant in _NAMES.items() if supports(variant) is None)
 
 
 def rms_norm(
@@ -52,47 +52,47 @@ def rms_norm(
     weight: Tensor | None,
     eps: float,
     *,
-    form: RMSNormForm,
+    variant: RMSNormVariant,
     gate: Tensor | None = None,
     activation: Callable[[Tensor], Tensor] = F.silu,
     group_size: int | None = None,
     with_weight: bool = True,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``form`` says; see ``reference.rms_norm``.
+    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says; see ``reference.rms_norm``.
 
     Args:
         x: ``[..., hidden]``.
-        weight: ``[hidden]``, or None for a form without.
+        weight: ``[hidden]``, or None for a variant without.
         eps: Added to the mean of squares.
-        form: Where it rounds.
-        gate: For a gated form (the definition runs).
+        variant: Where it rounds.
+        gate: For a gated variant (the definition runs).
         activation: Of the gate.
-        group_size: For a grouped form (the definition runs).
-        with_weight: The flag of a form whose weight is optional.
-        normalized_shape: Of a ``fused`` form (the definition runs).
+        group_size: For a grouped variant (the definition runs).
+        with_weight: The flag of a variant whose weight is optional.
+        normalized_shape: Of a ``fused`` variant (the definition runs).
 
     Returns:
         ``[..., hidden]``, equal to the definition's.
     """
     if (
         pays(x, _LEAST)
-        and form.name in _SUPPORTED
+        and variant.name in _SUPPORTED
         and group_size is None
         and runs_eagerly(x, weight)
         and (weight is None or weight.shape == x.shape[-1:])
     ):
-        if form.weight == "none" or not with_weight:
+        if variant.weight == "none" or not with_weight:
             weight = None
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-            return _RMSNorm.apply(x, weight, eps, form)
+            return _RMSNorm.apply(x, weight, eps, variant)
         if pays(x, _LEAST_INFERENCE) and machine.one_thread():
-            return _forward(x, weight, eps, form)[0]
+            return _forward(x, weight, eps, variant)[0]
     return reference.rms_norm(
         x,
         weight,
         eps,
-        form=form,
+        variant=variant,
         gate=gate,
         activation=activation,
         group_size=group_size,
@@ -101,19 +101,19 @@ def rms_norm(
     )
 
 
-def _forward(x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> tuple[Tensor, Tensor]:
+def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:
     """The result, and the factor (or divisor) of each row as ``[rows, 1]`` in float32."""
-    scale = None if weight is None else reference._scale(weight, form)
-    normal = x.dtype if form.cast == "before_weight" else torch.float32
-    if form.cast == "half_weight" and weight is not None and weight.dtype != torch.float32:
+    scale = None if weight is None else reference._scale(weight, variant)
+    normal = x.dtype if variant.cast == "before_weight" else torch.float32
+    if variant.cast == "half_weight" and weight is not None and weight.dtype != torch.float32:
         normal = weight.dtype
     out = normal if scale is None else torch.promote_types(normal, scale.dtype)
-    y, y_rows, order = like(x, x.dtype if form.cast == "after_weight" else out)
+    y, y_rows, order = like(x, x.dtype if variant.cast == "after_weight" else out)
     x_rows = rows_of(x, order)
     rows, width = x_rows.shape
     roots = torch.empty(rows, 1, dtype=torch.float32)
     buffer = torch.empty(chunk_rows(rows, width), width, dtype=torch.float32)
-    divide = form.inverse == "divide"
+    divide = variant.inverse == "divide"
     wide = torch.empty_like(buffer) if x.dtype != torch.float32 else None
     rounded = (
         torch.empty_like(buffer, dtype=normal) if scale is not None and normal != torch.float32 else None
@@ -138,19 +138,19 @@ def _forward(x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) ->
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, roots: Tensor, form: RMSNormForm, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, roots: Tensor, variant: RMSNormVariant, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     dx, dx_rows, order = like(x)
     x_rows, dy_rows = rows_of(x, order), rows_of(dy, order)
     rows, width = x_rows.shape
-    scale = None if weight is None else reference._scale(weight, form).float()
+    scale = None if weight is None else reference._scale(weight, variant).float()
     # A float32 sum over very many chunks would lose digits that the definition's own sum keeps.
     dw = torch.zeros(width, dtype=torch.float64) if weight is not None and weight_grad else None
     first, second, third = torch.empty(3, chunk_rows(rows, width), width, dtype=torch.float32)
     for start, stop in chunks(rows, width):
         n, g, free = first[: stop - start], second[: stop - start], third[: stop - start]
         root = roots[start:stop]
-        if form.inverse == "divide":
+        if variant.inverse == "divide":
             root = root.reciprocal()
         if x.dtype == torch.float32:
             torch.mul(x_rows[start:stop], root, out=n)
@@ -178,10 +178,10 @@ def _backward(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
-        y, roots = _forward(x, weight, eps, form)
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> Tensor:
+        y, roots = _forward(x, weight, eps, variant)
         ctx.save_for_backward(x, weight, roots)
-        ctx.eps, ctx.form = eps, form
+        ctx.eps, ctx.variant = eps, variant
         return y
 
     @staticmethod
@@ -189,29 +189,29 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, roots = ctx.saved_tensors
         if torch.is_grad_enabled():
             definition = functools.partial(
-                reference.rms_norm, eps=ctx.eps, form=ctx.form, with_weight=weight is not None
+                reference.rms_norm, eps=ctx.eps, variant=ctx.variant, with_weight=weight is not None
             )
             return (*through_definition(definition, (x, weight), (dy,)), None, None)
         with torch.autocast("cpu", enabled=False):
-            return (*_backward(dy, x, weight, roots, ctx.form, ctx.needs_input_grad[1]), None, None)
+            return (*_backward(dy, x, weight, roots, ctx.variant, ctx.needs_input_grad[1]), None, None)
 
 
 @once_for("x", "weight", "eps", "group_size", "with_weight")
-def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: Where it rounds.
+        variant: Where it rounds.
         facts: As for ``twinkle.ops.rms_norm.triton_backend.layer_class``.
 
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
     return forward_class(
-        f"RMSNorm_{form.name}",
+        f"RMSNorm_{variant.name}",
         rms_norm,
         {"weight": None, **facts},
         inputs=("x",),
-        constants={"form": form},
-        absent_ok=("weight",) if form.optional_weight else (),
+        constants={"variant": variant},
+        absent_ok=("weight",) if variant.optional_weight else (),
     )

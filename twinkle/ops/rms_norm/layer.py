@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twinkle.ops.backends import layer_for
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 from twinkle.ops.rms_norm.triton_backend import rms_norm
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GemmaRMSNorm", "RMSNorm"]
 
-_FORMS = {form.name: form for form in FORMS}
-_LLAMA, _GEMMA = _FORMS["llama"], _FORMS["gemma"]
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_LLAMA, _GEMMA = _VARIANTS["llama"], _VARIANTS["gemma"]
 
 
 class RMSNorm(nn.Module):
@@ -30,12 +30,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., hidden]`` to the same."""
-        return rms_norm(hidden_states, self.weight, self.variance_epsilon, form=_LLAMA)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon, variant=_LLAMA)
 
     @staticmethod
-    def for_form(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
-        """The layer for another form and other names, or None where there is no kernel for it."""
-        return layer_for("rms_norm", form, facts)
+    def for_variant(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module] | str | None:
+        """The layer for another variant and other names, or None where there is no kernel for it."""
+        return layer_for("rms_norm", variant, facts)
 
 
 class GemmaRMSNorm(nn.Module):
@@ -46,4 +46,4 @@ class GemmaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., hidden]`` to the same."""
-        return rms_norm(x, self.weight, self.eps, form=_GEMMA)
+        return rms_norm(x, self.weight, self.eps, variant=_GEMMA)

@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from twinkle.ops.rms_norm.reference import RMSNormForm
+    from twinkle.ops.rms_norm.reference import RMSNormVariant
 
 __all__ = ["check", "core", "may_be_missing", "may_be_none"]
 
@@ -18,15 +18,15 @@ def core(code: Any) -> bool:
     return found and not code.centred
 
 
-def may_be_none(form: RMSNormForm) -> tuple[str, ...]:
+def may_be_none(variant: RMSNormVariant) -> tuple[str, ...]:
     """The roles whose attribute may hold None."""
-    weight = ("weight",) if form.compute == "fused" else ()
-    return ("group_size", *weight, *(("eps",) if form.name == "fused" else ()))
+    weight = ("weight",) if variant.compute == "fused" else ()
+    return ("group_size", *weight, *(("eps",) if variant.name == "fused" else ()))
 
 
-def may_be_missing(form: RMSNormForm) -> tuple[str, ...]:
+def may_be_missing(variant: RMSNormVariant) -> tuple[str, ...]:
     """The roles whose attribute an instance may lack."""
-    return ("weight",) if form.optional_weight else ()
+    return ("weight",) if variant.optional_weight else ()
 
 
 def check(instance: Any) -> None:

@@ -5,7 +5,7 @@ and in which dtype the weight is applied, differ between families and change bit
 """
 
 # mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
-# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+# Which optional arguments are given follows from the variant: an assert would be a step of the computation.
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FORMS", "RMSNormForm", "rms_norm"]
+__all__ = ["VARIANTS", "RMSNormVariant", "rms_norm"]
 
 
 @dataclass(frozen=True)
-class RMSNormForm:
+class RMSNormVariant:
     """Where an RMSNorm rounds.
 
     Attributes:
@@ -68,7 +68,7 @@ def rms_norm(
     weight: Tensor | None,
     eps: float,
     *,
-    form: RMSNormForm,
+    variant: RMSNormVariant,
     gate: Tensor | None = None,
     activation: Callable[[Tensor], Tensor] = F.silu,
     group_size: int | None = None,
@@ -79,87 +79,87 @@ def rms_norm(
 
     Args:
         x: ``[..., hidden]``.
-        weight: ``[hidden]``, or None for a form without.
+        weight: ``[hidden]``, or None for a variant without.
         eps: Added to the mean of squares.
-        form: Where it rounds.
-        gate: ``[..., hidden]``, for a gated form.
+        variant: Where it rounds.
+        gate: ``[..., hidden]``, for a gated variant.
         activation: Of the gate.
-        group_size: For a grouped form.
-        with_weight: The flag of a form whose weight is optional.
-        normalized_shape: Of a ``fused`` form.
+        group_size: For a grouped variant.
+        with_weight: The flag of a variant whose weight is optional.
+        normalized_shape: Of a ``fused`` variant.
 
     Returns:
         ``[..., hidden]``.
     """
-    if form.compute == "fused":
-        if form.weight == "none":
+    if variant.compute == "fused":
+        if variant.weight == "none":
             return F.rms_norm(x, normalized_shape, None, eps)
         return F.rms_norm(x, normalized_shape, weight, eps)
     dtype = x.dtype
     h = x
-    if form.compute == "float32":
+    if variant.compute == "float32":
         h = h.float()
-    if form.weight_place == "input":
-        h = (h * _scale(weight, form)).to(dtype).float()
-    if form.gate == "before":
-        if form.gate_optional:
+    if variant.weight_place == "input":
+        h = (h * _scale(weight, variant)).to(dtype).float()
+    if variant.gate == "before":
+        if variant.gate_optional:
             if gate is not None:
                 h = h * activation(gate.float())
         else:
             h = h * activation(gate.float())
-    if form.groups == "none":
-        h = _normalise(h, weight, eps, form)
-    elif form.groups == "optional":
+    if variant.groups == "none":
+        h = _normalise(h, weight, eps, variant)
+    elif variant.groups == "optional":
         if group_size is not None:
             h = h.reshape(*h.shape[:-1], -1, group_size)
-        h = _normalise(h, weight, eps, form)
+        h = _normalise(h, weight, eps, variant)
         h = h.flatten(-2) if group_size is not None else h
     else:
         *prefix, last = h.shape
         h = h.view(*prefix, last // group_size, group_size)
-        h = _normalise(h, weight, eps, form)
+        h = _normalise(h, weight, eps, variant)
         h = h.view(*prefix, last // group_size * group_size)
-    if form.cast == "before_weight":
+    if variant.cast == "before_weight":
         h = h.to(dtype)
-    if form.cast == "half_weight" and weight.dtype in [torch.float16, torch.bfloat16]:
+    if variant.cast == "half_weight" and weight.dtype in [torch.float16, torch.bfloat16]:
         h = h.to(weight.dtype)
-    if form.weight != "none" and form.weight_place == "after":
-        if form.optional_weight:
+    if variant.weight != "none" and variant.weight_place == "after":
+        if variant.optional_weight:
             if with_weight:
-                h = h * _scale(weight, form)
+                h = h * _scale(weight, variant)
         else:
-            h = h * _scale(weight, form)
-    if form.gate == "after":
+            h = h * _scale(weight, variant)
+    if variant.gate == "after":
         h = h * activation(gate.float())
         return h.to(dtype)
-    if form.cast == "after_weight":
+    if variant.cast == "after_weight":
         h = h.to(dtype)
     return h
 
 
-def _scale(weight: Tensor | None, form: RMSNormForm) -> Tensor:
-    if form.weight == "one_plus":
-        if form.weight_cast == "float32":
+def _scale(weight: Tensor | None, variant: RMSNormVariant) -> Tensor:
+    if variant.weight == "one_plus":
+        if variant.weight_cast == "float32":
             return 1.0 + weight.float()
-        if form.weight_cast == "float32_sum":
+        if variant.weight_cast == "float32_sum":
             return (1.0 + weight).float()
         return 1.0 + weight
-    if form.weight_cast == "float32":
+    if variant.weight_cast == "float32":
         return weight.float()
     return weight
 
 
-def _normalise(h: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) -> Tensor:
-    if form.compute == "promoted" or form.compute == "statistics":
+def _normalise(h: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> Tensor:
+    if variant.compute == "promoted" or variant.compute == "statistics":
         mean_square = h.float().pow(2).mean(-1, keepdim=True)
     else:
         mean_square = h.pow(2).mean(-1, keepdim=True)
-    if form.weight_place == "first":
+    if variant.weight_place == "first":
         h = weight * h
-    if form.inverse == "divide":
+    if variant.inverse == "divide":
         return h / torch.sqrt(mean_square + eps)
     scale = torch.rsqrt(mean_square + eps)
-    if form.compute == "statistics":
+    if variant.compute == "statistics":
         return h * scale.to(h.dtype)
     return h * scale
 
@@ -167,46 +167,46 @@ def _normalise(h: Tensor, weight: Tensor | None, eps: float, form: RMSNormForm) 
 _F32: Final = "float32"
 _AFTER: Final = "after_weight"
 _BASE = (
-    RMSNormForm("llama"),
-    RMSNormForm("gemma", weight="one_plus", weight_cast=_F32, cast=_AFTER),
-    RMSNormForm("olmo2", cast=_AFTER),
-    RMSNormForm("t5", compute="promoted", cast="half_weight"),
-    RMSNormForm("helium", weight_cast=_F32, cast=_AFTER),
-    RMSNormForm("unweighted", weight="none", cast=_AFTER),
-    RMSNormForm("gemma4", weight_cast=_F32, cast=_AFTER, optional_weight=True),
-    RMSNormForm("one_plus_after_cast", weight="one_plus"),
-    RMSNormForm("one_plus_sum_cast", weight="one_plus", weight_cast="float32_sum", cast=_AFTER),
-    RMSNormForm("one_plus_plain", weight="one_plus", cast=_AFTER),
-    RMSNormForm(
+    RMSNormVariant("llama"),
+    RMSNormVariant("gemma", weight="one_plus", weight_cast=_F32, cast=_AFTER),
+    RMSNormVariant("olmo2", cast=_AFTER),
+    RMSNormVariant("t5", compute="promoted", cast="half_weight"),
+    RMSNormVariant("helium", weight_cast=_F32, cast=_AFTER),
+    RMSNormVariant("unweighted", weight="none", cast=_AFTER),
+    RMSNormVariant("gemma4", weight_cast=_F32, cast=_AFTER, optional_weight=True),
+    RMSNormVariant("one_plus_after_cast", weight="one_plus"),
+    RMSNormVariant("one_plus_sum_cast", weight="one_plus", weight_cast="float32_sum", cast=_AFTER),
+    RMSNormVariant("one_plus_plain", weight="one_plus", cast=_AFTER),
+    RMSNormVariant(
         "input_scaled", weight="one_plus", weight_cast="float32_sum", weight_place="input", cast=_AFTER
     ),
-    RMSNormForm("scaled_first", compute="input", weight_place="first", weight="plain", cast="none"),
-    RMSNormForm("statistics", compute="statistics", weight="none", cast="none"),
-    RMSNormForm("statistics_weighted", compute="statistics", cast="none"),
-    RMSNormForm("input", compute="input", cast="none"),
-    RMSNormForm("input_unweighted", compute="input", weight="none", cast="none"),
-    RMSNormForm("promoted", compute="promoted", cast="before_weight"),
-    RMSNormForm("float32_out", cast="none"),
-    RMSNormForm("fused", compute="fused"),
-    RMSNormForm("fused_unweighted", compute="fused", weight="none"),
-    RMSNormForm("gated_after", gate="after"),
-    RMSNormForm("gated_after_float32", weight_cast=_F32, cast=_AFTER, gate="after"),
-    RMSNormForm("gated_before", gate="before", gate_optional=True),
-    RMSNormForm("gated_before_required", gate="before"),
-    RMSNormForm("gated_before_grouped", gate="before", gate_optional=True, groups="always"),
-    RMSNormForm("gemma_grouped", weight="one_plus", weight_cast=_F32, cast=_AFTER, groups="optional"),
+    RMSNormVariant("scaled_first", compute="input", weight_place="first", weight="plain", cast="none"),
+    RMSNormVariant("statistics", compute="statistics", weight="none", cast="none"),
+    RMSNormVariant("statistics_weighted", compute="statistics", cast="none"),
+    RMSNormVariant("input", compute="input", cast="none"),
+    RMSNormVariant("input_unweighted", compute="input", weight="none", cast="none"),
+    RMSNormVariant("promoted", compute="promoted", cast="before_weight"),
+    RMSNormVariant("float32_out", cast="none"),
+    RMSNormVariant("fused", compute="fused"),
+    RMSNormVariant("fused_unweighted", compute="fused", weight="none"),
+    RMSNormVariant("gated_after", gate="after"),
+    RMSNormVariant("gated_after_float32", weight_cast=_F32, cast=_AFTER, gate="after"),
+    RMSNormVariant("gated_before", gate="before", gate_optional=True),
+    RMSNormVariant("gated_before_required", gate="before"),
+    RMSNormVariant("gated_before_grouped", gate="before", gate_optional=True, groups="always"),
+    RMSNormVariant("gemma_grouped", weight="one_plus", weight_cast=_F32, cast=_AFTER, groups="optional"),
 )
 _DIVIDED = tuple(
-    RMSNormForm(
-        f"{form.name}_divided",
-        compute=form.compute,
+    RMSNormVariant(
+        f"{variant.name}_divided",
+        compute=variant.compute,
         inverse="divide",
-        weight=form.weight,
-        weight_cast=form.weight_cast,
-        cast=form.cast,
+        weight=variant.weight,
+        weight_cast=variant.weight_cast,
+        cast=variant.cast,
     )
-    for form in _BASE
-    if form.name in ("llama", "gemma", "olmo2", "helium", "unweighted", "input", "input_unweighted")
+    for variant in _BASE
+    if variant.name in ("llama", "gemma", "olmo2", "helium", "unweighted", "input", "input_unweighted")
 )
-FORMS: tuple[RMSNormForm, ...] = _BASE + _DIVIDED
-"""Every form that is recognised."""
+VARIANTS: tuple[RMSNormVariant, ...] = _BASE + _DIVIDED
+"""Every variant that is recognised."""

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.rms_norm.reference import RMSNormForm
+    from twinkle.ops.rms_norm.reference import RMSNormVariant
 
-__all__ = ["cases", "forms", "inputs"]
+__all__ = ["cases", "inputs", "variants"]
 
 _UNKNOWN_WIDTH = 128
 
 
-def forms() -> tuple[RMSNormForm, ...]:
-    """Every form of the definition."""
-    return reference.FORMS
+def variants() -> tuple[RMSNormVariant, ...]:
+    """Every variant of the definition."""
+    return reference.VARIANTS
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
@@ -38,36 +38,38 @@ def inputs(instance: Instance) -> dict[str, Any] | None:
 class Norm(nn.Module):
     """A norm by its definition."""
 
-    def __init__(self, form: RMSNormForm, width: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, variant: RMSNormVariant, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.form = form
+        self.variant = variant
         self.normalized_shape = (width,)
-        if form.weight != "none":
+        if variant.weight != "none":
             self.weight = nn.Parameter(torch.rand(width, device=device).add_(0.5).to(dtype))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
         weight = getattr(self, "weight", None)
-        return reference.rms_norm(x, weight, 1e-6, form=self.form, normalized_shape=self.normalized_shape)
+        return reference.rms_norm(
+            x, weight, 1e-6, variant=self.variant, normalized_shape=self.normalized_shape
+        )
 
 
 def cases(
-    form: RMSNormForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: RMSNormVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """A call of each shape, and a weight in float32 beside inputs in half precision."""
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
-    if form.weight != "none":
+    if variant.weight != "none":
         facts["weight"] = "weight"
-    if form.compute == "fused":
+    if variant.compute == "fused":
         facts["normalized_shape"] = "normalized_shape"
-    kernel: Any = implementation("rms_norm", backend).layer_class(form, facts).forward
+    kernel: Any = implementation("rms_norm", backend).layer_class(variant, facts).forward
     generator = seeded(device)
     shapes = dict(SHAPES)
-    if dtype != torch.float32 and form.weight != "none" and form.compute != "fused":
+    if dtype != torch.float32 and variant.weight != "none" and variant.compute != "fused":
         shapes["float32 weight"] = SHAPES["plain"]
     for shape, (lead, width) in shapes.items():
         kept = torch.float32 if shape == "float32 weight" else dtype
-        module = Norm(form, width, kept, device)
+        module = Norm(variant, width, kept, device)
         x = random((*lead, width), dtype, generator, scale=3)
         args = (strided(x) if shape == "strided" else x,)
         yield Case(shape, Norm.forward, kernel, args, module, facts)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.rms_norm.reference import RMSNormForm
+    from twinkle.ops.rms_norm.reference import RMSNormVariant
 
 __all__ = ["backward", "forward", "mean_square", "normalised", "reduce_partial", "roundings", "scale_of"]
 
@@ -69,7 +69,7 @@ def scale_of(w, ONE_PLUS: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def normalised(h, mean, eps, COMPUTE: tl.constexpr, DIVIDE: tl.constexpr, X: tl.constexpr, N: tl.constexpr):
-    """The row before the weight, rounded as the form says, in float32."""
+    """The row before the weight, rounded as the variant says, in float32."""
     if DIVIDE:
         n = tl.div_rn(h, tl.broadcast_to(_divisor(mean, eps, COMPUTE, X), h.shape))
     else:
@@ -314,22 +314,22 @@ def reduce_partial(partial: Tensor, out: Tensor) -> None:
 
 @functools.lru_cache(maxsize=256)
 def roundings(
-    form: RMSNormForm, x: torch.dtype, w: torch.dtype | None
+    variant: RMSNormVariant, x: torch.dtype, w: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
     """The dtypes of the normalised row, of ``1 + w``, of their product and of the result."""
-    normal = x if form.compute in ("statistics", "input") else torch.float32
-    if form.cast == "before_weight" and form.compute != "fused":
+    normal = x if variant.compute in ("statistics", "input") else torch.float32
+    if variant.cast == "before_weight" and variant.compute != "fused":
         normal = x
-    if form.cast == "half_weight" and w in (torch.float16, torch.bfloat16):
+    if variant.cast == "half_weight" and w in (torch.float16, torch.bfloat16):
         normal = w
     scale = torch.float32
     product = normal
-    if w is not None and form.weight != "none" and form.compute != "fused":
-        applied = w if form.weight_cast == "none" else torch.float32
-        if form.weight_cast != "float32":
+    if w is not None and variant.weight != "none" and variant.compute != "fused":
+        applied = w if variant.weight_cast == "none" else torch.float32
+        if variant.weight_cast != "float32":
             scale = w
         product = torch.promote_types(normal, applied)
-    out = x if form.cast == "after_weight" or form.compute == "fused" else product
+    out = x if variant.cast == "after_weight" or variant.compute == "fused" else product
     return normal, scale, product, out
 
 
@@ -337,7 +337,7 @@ def forward(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
-    form: RMSNormForm,
+    variant: RMSNormVariant,
     residual: Tensor | None = None,
     scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -347,14 +347,16 @@ def forward(
         x: ``[..., width]``.
         weight: ``[width]`` or None.
         eps: Added to the mean of squares.
-        form: Where it rounds.
+        variant: Where it rounds.
         residual: ``[..., width]``; ``residual + x`` is normalised.
         scale: On ``x`` before the sum.
 
     Returns:
         The normalised rows, and the sum or None.
     """
-    normal, one_plus, product, out_dtype = roundings(form, x.dtype, None if weight is None else weight.dtype)
+    normal, one_plus, product, out_dtype = roundings(
+        variant, x.dtype, None if weight is None else weight.dtype
+    )
     y, order = fresh(x, out_dtype)
     width = x.shape[-1]
     total = None if residual is None else torch.empty_like(y, dtype=x.dtype)
@@ -379,9 +381,9 @@ def forward(
             ADD=residual is not None,
             SCALED=scale is not None,
             WEIGHT=weight is not None,
-            ONE_PLUS=form.weight == "one_plus",
-            COMPUTE=form.compute,
-            DIVIDE=form.inverse == "divide",
+            ONE_PLUS=variant.weight == "one_plus",
+            COMPUTE=variant.compute,
+            DIVIDE=variant.inverse == "divide",
             X=tl_dtype(x.dtype),
             N=tl_dtype(normal),
             S=tl_dtype(one_plus),
@@ -401,7 +403,7 @@ def backward(
     x: Tensor,
     weight: Tensor | None,
     eps: float,
-    form: RMSNormForm,
+    variant: RMSNormVariant,
     dh: Tensor | None = None,
     scale: float | None = None,
     weight_grad: bool = True,
@@ -413,7 +415,7 @@ def backward(
         x: ``[..., width]``, what was normalised: the sum, after an add.
         weight: ``[width]`` or None.
         eps: As in forward.
-        form: As in forward.
+        variant: As in forward.
         dh: ``[..., width]``, what reaches the sum directly.
         scale: On the addend.
         weight_grad: Whether the gradient of the weight is wanted.
@@ -439,8 +441,8 @@ def backward(
         "ADD": dh is not None,
         "SCALED": scale is not None,
         "WEIGHT": weight is not None,
-        "ONE_PLUS": form.weight == "one_plus",
-        "S": tl_dtype(roundings(form, x.dtype, None if weight is None else weight.dtype)[1]),
+        "ONE_PLUS": variant.weight == "one_plus",
+        "S": tl_dtype(roundings(variant, x.dtype, None if weight is None else weight.dtype)[1]),
     }
     factor = 1.0 if scale is None else float(scale)
     tensors = (dy_rows, dh_rows, x_rows, w, dx, dr)

@@ -1,7 +1,7 @@
 """RMSNorm by Triton: a function with the signature of its definition, and layers that call it.
 
     >>> from twinkle.ops.rms_norm.triton_backend import layer_class
-    >>> layer_class(form, {"x": "hidden_states", "weight": "weight", "eps": "variance_epsilon"})
+    >>> layer_class(variant, {"x": "hidden_states", "weight": "weight", "eps": "variance_epsilon"})
 
 A layer is an ``nn.Module`` with ``forward`` alone: it runs on the instance of the class it replaces.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module, like
 from twinkle.ops.rms_norm import reference
-from twinkle.ops.rms_norm.reference import FORMS, RMSNormForm
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,20 +28,20 @@ __all__ = ["accepts", "layer_class", "result_dtype", "rms_norm", "supports"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.rms_norm.triton")
-_FORMS = {form.name: form for form in FORMS}
-_LLAMA = _FORMS["llama"]
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_LLAMA = _VARIANTS["llama"]
 
 
 def supports(
-    form: RMSNormForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: RMSNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form, or None (for an ``optional`` group size: as long as it is None)."""
-    if form.gate == "none" and form.groups != "always" and form.weight_place == "after":
+    """Why there is no kernel for a variant, or None (an ``optional`` group size must be None)."""
+    if variant.gate == "none" and variant.groups != "always" and variant.weight_place == "after":
         return None
-    return f"no kernel for gates, groups, or a weight before the norm ({form.name})"
+    return f"no kernel for gates, groups, or a weight before the norm ({variant.name})"
 
 
-_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+_SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
 def rms_norm(
@@ -49,14 +49,14 @@ def rms_norm(
     weight: Tensor | None,
     eps: float | None,
     *,
-    form: RMSNormForm = _LLAMA,
+    variant: RMSNormVariant = _LLAMA,
     gate: Tensor | None = None,
     activation: Callable[[Tensor], Tensor] = F.silu,
     group_size: int | None = None,
     with_weight: bool = True,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``form`` says; see ``reference.rms_norm``.
+    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says; see ``reference.rms_norm``.
 
     In half precision the result is that of the definition except where the order of the sum of squares
     moves a value across a rounding boundary: at most one unit in the last place. Gradients are computed
@@ -64,32 +64,32 @@ def rms_norm(
 
     Args:
         x: ``[..., hidden]``, up to 65536 wide for the kernel.
-        weight: ``[hidden]``, or None for a form without.
+        weight: ``[hidden]``, or None for a variant without.
         eps: Added to the mean of squares.
-        form: Where it rounds.
-        gate: ``[..., hidden]``, for a gated form (the definition runs).
+        variant: Where it rounds.
+        gate: ``[..., hidden]``, for a gated variant (the definition runs).
         activation: Of the gate.
-        group_size: For a grouped form (the definition runs).
-        with_weight: The flag of a form whose weight is optional.
-        normalized_shape: Of a ``fused`` form; the kernel needs the last dimension alone.
+        group_size: For a grouped variant (the definition runs).
+        with_weight: The flag of a variant whose weight is optional.
+        normalized_shape: Of a ``fused`` variant; the kernel needs the last dimension alone.
 
     Returns:
         ``[..., hidden]``.
     """
     path = dispatch_path(x, weight) if eps is not None else REFERENCE
-    if path is not REFERENCE and accepts(x, weight, form, group_size, normalized_shape):
-        if form.weight == "none" or not with_weight:
+    if path is not REFERENCE and accepts(x, weight, variant, group_size, normalized_shape):
+        if variant.weight == "none" or not with_weight:
             weight = None
         if path is EAGER and not torch.is_grad_enabled():
-            return _forward(x, weight, eps, form.name)  # type: ignore[arg-type]
+            return _forward(x, weight, eps, variant.name)  # type: ignore[arg-type]
         if path is EAGER:
-            return _eager(x, weight, eps, form.name)
-        return _op(x, weight, eps, form.name)
+            return _eager(x, weight, eps, variant.name)
+        return _op(x, weight, eps, variant.name)
     return reference.rms_norm(
         x,
         weight,
         eps,  # type: ignore[arg-type]  # None where torch's function takes it
-        form=form,
+        variant=variant,
         gate=gate,
         activation=activation,
         group_size=group_size,
@@ -101,56 +101,63 @@ def rms_norm(
 def accepts(
     x: Tensor,
     weight: Tensor | None,
-    form: RMSNormForm,
+    variant: RMSNormVariant,
     group_size: int | None,
     normalized_shape: tuple[int, ...],
 ) -> bool:
     """Whether the kernel takes tensors of these shapes and dtypes."""
-    if form.name not in _SUPPORTED or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
+    if variant.name not in _SUPPORTED or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
         return False
     if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):
         return False
-    if form.compute == "fused":
+    if variant.compute == "fused":
         # Mixed dtypes: torch itself takes another way there, with other roundings.
         return len(normalized_shape) == 1 and (weight is None or weight.dtype == x.dtype)
-    # Autocast computes powers and roots in float32; the other forms have cast by themselves before.
-    return form.compute != "input" or not torch.is_autocast_enabled(x.device.type)
+    # Autocast computes powers and roots in float32; the other variants have cast by themselves before.
+    return variant.compute != "input" or not torch.is_autocast_enabled(x.device.type)
 
 
-def _forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    return _kernels().forward(x, weight, eps, _FORMS[form])[0]
+def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
+    return _kernels().forward(x, weight, eps, _VARIANTS[variant])[0]
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dx, _, dw = _kernels().backward(dy, x, weight, eps, _FORMS[form], weight_grad=weight_grad)
+    dx, _, dw = _kernels().backward(dy, x, weight, eps, _VARIANTS[variant], weight_grad=weight_grad)
     return dx, dw
 
 
-def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
-    return like(x, result_dtype(x, weight, _FORMS[form]))[0]
+def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
+    return like(x, result_dtype(x, weight, _VARIANTS[variant]))[0]
 
 
-def result_dtype(x: Tensor, weight: Tensor | None, form: RMSNormForm) -> torch.dtype:
+def result_dtype(x: Tensor, weight: Tensor | None, variant: RMSNormVariant) -> torch.dtype:
     """The dtype of the result, without triton."""
-    if weight is None or form.cast == "after_weight" or form.compute == "fused" or form.weight == "none":
-        low = form.cast in ("before_weight", "after_weight") or form.compute in (
+    if (
+        weight is None
+        or variant.cast == "after_weight"
+        or variant.compute == "fused"
+        or variant.weight == "none"
+    ):
+        low = variant.cast in ("before_weight", "after_weight") or variant.compute in (
             "statistics",
             "input",
             "fused",
         )
         return x.dtype if low else torch.float32
     normal = (
-        x.dtype if form.compute in ("statistics", "input") or form.cast == "before_weight" else torch.float32
+        x.dtype
+        if variant.compute in ("statistics", "input") or variant.cast == "before_weight"
+        else torch.float32
     )
-    if form.cast == "half_weight" and weight.dtype in (torch.float16, torch.bfloat16):
+    if variant.cast == "half_weight" and weight.dtype in (torch.float16, torch.bfloat16):
         normal = weight.dtype
-    return torch.promote_types(normal, weight.dtype if form.weight_cast == "none" else torch.float32)
+    return torch.promote_types(normal, weight.dtype if variant.weight_cast == "none" else torch.float32)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, form: str, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     wanted = weight is not None and weight_grad
     return like(x)[0], torch.empty_like(weight) if wanted else None
@@ -163,12 +170,12 @@ def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     return dx, dw if wanted else None, None, None
 
 
-def _reference(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tensor:
+def _reference(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
     return reference.rms_norm(
         x,
         weight,
         eps,
-        form=_FORMS[form],
+        variant=_VARIANTS[variant],
         normalized_shape=x.shape[-1:],
         with_weight=weight is not None,
     )
@@ -176,11 +183,11 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float, form: str) -> Tenso
 
 _eager, _op = define_op(
     "_RMSNorm",
-    "rms_norm(Tensor x, Tensor? weight, float eps, str form) -> Tensor",
+    "rms_norm(Tensor x, Tensor? weight, float eps, str variant) -> Tensor",
     _forward,
     _fake_forward,
     Derivative(
-        "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str form, "
+        "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str variant, "
         "bool weight_grad) -> (Tensor, Tensor)",
         _backward,
         _fake_backward,
@@ -192,11 +199,11 @@ _eager, _op = define_op(
 
 
 @once_for("x", "weight", "eps", "gate", "activation", "group_size", "with_weight", "normalized_shape")
-def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a form whose attributes and arguments have the names that ``facts`` gives.
+def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 
     Args:
-        form: Where it rounds.
+        variant: Where it rounds.
         facts: From the argument of the definition to the name of the attribute of the instance, or the
             name of the argument of ``forward`` for ``x`` (and ``gate``), or the number itself.
 
@@ -204,11 +211,11 @@ def layer_class(form: RMSNormForm, facts: Mapping[str, Any]) -> type[nn.Module]:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
     return forward_class(
-        f"RMSNorm_{form.name}",
+        f"RMSNorm_{variant.name}",
         rms_norm,
         {"weight": None, **facts},
         inputs=("x", "gate"),
         optional=("gate",),
-        constants={"form": form},
-        absent_ok=("weight",) if form.optional_weight else (),
+        constants={"variant": variant},
+        absent_ok=("weight",) if variant.optional_weight else (),
     )

@@ -12,7 +12,7 @@ import torch
 
 from twinkle.ops.plain import pays, runs_eagerly
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.reference import FORMS, RotaryForm
+from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
 from twinkle.ops.rotary.triton_backend import (
     _compute,
     _empty,
@@ -33,22 +33,22 @@ __all__ = ["function_for", "rotary", "supports"]
 _LEAST, _NEVER = 1 << 16, 1 << 62
 """Elements of the query below which the definition is as fast; in half precision and without gradients it
 always is where only a part of the channels is turned."""
-_FORMS = {form.name: form for form in FORMS}
-_HALF = _FORMS["half"]
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_HALF = _VARIANTS["half"]
 
 
 def supports(
-    form: RotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: RotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why a form is not computed here, or None."""
-    if form.tables == "repeated" and form.compute == "input":
+    """Why a variant is not computed here, or None."""
+    if variant.tables == "repeated" and variant.compute == "input":
         return "not faster than the definition in bfloat16"
-    if form.pairs in ("half", "interleaved") and form.part in ("all", "first", "last"):
+    if variant.pairs in ("half", "interleaved") and variant.part in ("all", "first", "last"):
         return None
-    return f"nothing for {form.pairs} pairs of {form.part} channels"
+    return f"nothing for {variant.pairs} pairs of {variant.part} channels"
 
 
-_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+_SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
 def rotary(
@@ -58,7 +58,7 @@ def rotary(
     sin: Tensor,
     unsqueeze_dim: int = 1,
     *,
-    form: RotaryForm = _HALF,
+    variant: RotaryVariant = _HALF,
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
@@ -67,31 +67,31 @@ def rotary(
     """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
 
     Returns:
-        A tensor for a form of one tensor, else a tuple.
+        A tensor for a variant of one tensor, else a tuple.
     """
     grad = torch.is_grad_enabled()
     if (
-        pays(q, _LEAST if grad or form.part == "all" or q.dtype == torch.float32 else _NEVER)
-        and form.name in _SUPPORTED
+        pays(q, _LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER)
+        and variant.name in _SUPPORTED
         and runs_eagerly(q, k, cos, sin, v)
         and not (grad and (cos.requires_grad or sin.requires_grad))
     ):
-        plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
         if plan is not None:
             turned: Callable[..., Any] = _Rotary.apply if grad else _forward
-            if form.tensors == 1:
-                return turned(q, None, *plan, form, q.dtype)[0]
-            results = turned(q, k, *plan, form, q.dtype)
-            if form.tensors == 2:
+            if variant.tensors == 1:
+                return turned(q, None, *plan, variant, q.dtype)[0]
+            results = turned(q, k, *plan, variant, q.dtype)
+            if variant.tensors == 2:
                 return results[0], results[1]
-            return (*results, turned(v, None, *plan, form, q.dtype)[0])
+            return (*results, turned(v, None, *plan, variant, q.dtype)[0])
     return reference.rotary(
         q,
         k,
         cos,
         sin,
         unsqueeze_dim,
-        form=form,
+        variant=variant,
         v=v,
         position_ids=position_ids,
         mrope_section=mrope_section,
@@ -107,25 +107,25 @@ def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
 
 
 def _turn(
-    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, form: RotaryForm, back: bool
+    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, variant: RotaryVariant, back: bool
 ) -> None:
     """Turn the channels of ``x`` that the tables are for into ``out``; copy the others."""
-    width = cos.shape[-1] * (2 if form.tables in ("half", "repeated") else 1)
+    width = cos.shape[-1] * (2 if variant.tables in ("half", "repeated") else 1)
     part = width != x.shape[-1]
     if part:
         rest = x.shape[-1] - width
-        if form.part == "last":
+        if variant.part == "last":
             out[..., :rest] = x[..., :rest]
             x, out = x[..., rest:], out[..., rest:]
         else:
             out[..., width:] = x[..., width:]
             x, out = x[..., :width], out[..., :width]
     cos, sin = cos.to(compute), sin.to(compute)
-    interleaved = form.pairs == "interleaved"
-    if form.tables == "full":
+    interleaved = variant.pairs == "interleaved"
+    if variant.tables == "full":
         sin1, sin2 = _halves(sin, interleaved)
     else:
-        if form.tables in ("first_half", "first_half_repeated"):
+        if variant.tables in ("first_half", "first_half_repeated"):
             cos, sin = cos[..., : width // 2], sin[..., : width // 2]
         cos = cos.repeat_interleave(2, dim=-1) if interleaved else torch.cat((cos, cos), dim=-1)
         sin1 = sin2 = sin
@@ -134,7 +134,7 @@ def _turn(
     straight_in = not part and out.dtype == compute and out.stride() == x.stride()
     y = torch.mul(x, cos, out=out) if straight_in else torch.mul(x, cos)
     (x1, x2), (y1, y2) = _halves(x, interleaved), _halves(y, interleaved)
-    sign = 1.0 if form.inverse else -1.0
+    sign = 1.0 if variant.inverse else -1.0
     if back:
         sin1, sin2, sign = sin2, sin1, -sign
     y1.addcmul_(x2, sin1, value=sign)
@@ -155,7 +155,7 @@ def _forward(
     cos: Tensor,
     sin: Tensor,
     tokens_first: bool,
-    form: RotaryForm,
+    variant: RotaryVariant,
     query: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     made = []
@@ -164,8 +164,8 @@ def _forward(
             made.append(q.new_empty(0))
             continue
         wide = _wide(cos, x.dim(), tokens_first), _wide(sin, x.dim(), tokens_first)
-        out = _empty(x, _out_dtype(x.dtype, cos.dtype, query, form), form)
-        _turn(x, out, *wide, _compute(x.dtype, cos.dtype, form), form, back=False)
+        out = _empty(x, _out_dtype(x.dtype, cos.dtype, query, variant), variant)
+        _turn(x, out, *wide, _compute(x.dtype, cos.dtype, variant), variant, back=False)
         made.append(out)
     return made[0], made[1]
 
@@ -179,15 +179,15 @@ class _Rotary(torch.autograd.Function):
         cos: Tensor,
         sin: Tensor,
         tokens_first: bool,
-        form: RotaryForm,
+        variant: RotaryVariant,
         query: torch.dtype,
     ) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.rest = (form.name, tokens_first, q.dtype)
+        ctx.rest = (variant.name, tokens_first, q.dtype)
         ctx.two = k is not None
         ctx.shapes = (q.shape, None if k is None else k.shape, query)
         ctx.set_materialize_grads(False)
-        return _forward(q, k, cos, sin, tokens_first, form, query)
+        return _forward(q, k, cos, sin, tokens_first, variant, query)
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -196,7 +196,7 @@ class _Rotary(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients_with_graph(ctx, cos, sin, dq, dk), None, None, None, None, None)
         name, tokens_first, dtype = ctx.rest
-        form = _FORMS[name]
+        variant = _VARIANTS[name]
         found: list[Tensor | None] = []
         for dy in (dq, dk):
             if dy is None:
@@ -204,7 +204,7 @@ class _Rotary(torch.autograd.Function):
                 continue
             dx = _empty(dy, dtype)
             wide = _wide(cos, dy.dim(), tokens_first), _wide(sin, dy.dim(), tokens_first)
-            _turn(dy, dx, *wide, _compute(dtype, cos.dtype, form), form, back=True)
+            _turn(dy, dx, *wide, _compute(dtype, cos.dtype, variant), variant, back=True)
             found.append(dx)
         return (found[0], found[1], None, None, None, None, None)
 

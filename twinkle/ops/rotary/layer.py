@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.rotary.reference import RotaryForm
+    from twinkle.ops.rotary.reference import RotaryVariant
 
 __all__ = ["ApplyRotaryPosEmb", "apply_rotary_pos_emb"]
 
@@ -28,7 +28,7 @@ def apply_rotary_pos_emb(
 
 
 class ApplyRotaryPosEmb(nn.Module):
-    """`apply_rotary_pos_emb` as a kernel for any function that rotates: see `for_form`."""
+    """`apply_rotary_pos_emb` as a kernel for any function that rotates: see `for_variant`."""
 
     can_torch_compile = True
     has_backward = True
@@ -40,8 +40,8 @@ class ApplyRotaryPosEmb(nn.Module):
         return apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
 
     @staticmethod
-    def for_form(
-        form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+    def for_variant(
+        variant: RotaryVariant, facts: Mapping[str, Any], original: Callable[..., Any]
     ) -> Callable[..., Any] | None:
-        """The function for another form, with the arguments of ``original``, or None where there is none."""
-        return backends.function_for("rotary", form, facts, original)
+        """The function for another variant with the arguments of ``original``; None where there is none."""
+        return backends.function_for("rotary", variant, facts, original)

@@ -6,7 +6,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from twinkle.ops.rotary.reference import RotaryForm
+    from twinkle.ops.rotary.reference import RotaryVariant
 
 __all__ = ["core", "spellings"]
 
@@ -25,8 +25,8 @@ def _pairs(part: Any) -> bool:
     return len(items) in (2, 4) and any(item.op in ("neg", "sub") for item in items)
 
 
-def spellings(form: RotaryForm) -> tuple[dict[str, Any], ...]:
+def spellings(variant: RotaryVariant) -> tuple[dict[str, Any], ...]:
     """Arguments of the definition that change how it is written, not its result."""
-    if form.tables in ("full", "half"):
+    if variant.tables in ("full", "half"):
         return ({"slice_last": False},)
     return ({"slice_last": False}, {"slice_last": True})

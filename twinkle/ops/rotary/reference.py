@@ -5,7 +5,7 @@ are turned, in what the tables hold and in the dtype of the arithmetic.
 """
 
 # mypy: disable-error-code="union-attr, operator, misc, attr-defined, index"
-# Which optional arguments are given follows from the form: an assert would be a step of the computation.
+# Which optional arguments are given follows from the variant: an assert would be a step of the computation.
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["FORMS", "RotaryForm", "rotary"]
+__all__ = ["VARIANTS", "RotaryVariant", "rotary"]
 
 
 @dataclass(frozen=True)
-class RotaryForm:
+class RotaryVariant:
     """Which channels a rotation pairs, and where it rounds.
 
     Attributes:
@@ -67,7 +67,7 @@ def rotary(
     sin: Tensor,
     unsqueeze_dim: int = 1,
     *,
-    form: RotaryForm,
+    variant: RotaryVariant,
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
@@ -77,32 +77,32 @@ def rotary(
 
     Args:
         q: ``[batch, heads, tokens, channels]``, or heads and tokens exchanged, as ``unsqueeze_dim`` says.
-        k: As ``q``; unused by a form of one tensor.
-        cos: ``[batch, tokens, channels]``; for the complex form the complex table.
-        sin: As ``cos``; unused by the complex form.
+        k: As ``q``; unused by a variant of one tensor.
+        cos: ``[batch, tokens, channels]``; for the complex variant the complex table.
+        sin: As ``cos``; unused by the complex variant.
         unsqueeze_dim: Where the tables get their head dimension.
-        form: Which channels are paired, and where it rounds.
-        v: The third tensor of a form of three.
-        position_ids: Of an indexed form.
-        mrope_section: Channels of time, height and width, of a form with sections.
+        variant: Which channels are paired, and where it rounds.
+        v: The third tensor of a variant of three.
+        position_ids: Of an indexed variant.
+        mrope_section: Channels of time, height and width, of a variant with sections.
         slice_last: The order of slicing and unsqueezing the tables, which changes no value.
 
     Returns:
-        A tensor for a form of one tensor, else a tuple.
+        A tensor for a variant of one tensor, else a tuple.
     """
-    if form.pairs == "complex":
-        return _complex(q, k, cos, form)
-    if form.pairs == "matrix":
+    if variant.pairs == "complex":
+        return _complex(q, k, cos, variant)
+    if variant.pairs == "matrix":
         return _matrix(q, k, cos, sin, unsqueeze_dim)
-    cos = _table(cos, unsqueeze_dim, position_ids, mrope_section, form, slice_last)
-    sin = _table(sin, unsqueeze_dim, position_ids, mrope_section, form, slice_last)
-    q_out = _turn(q, cos, sin, q, form)
-    if form.tensors == 1:
+    cos = _table(cos, unsqueeze_dim, position_ids, mrope_section, variant, slice_last)
+    sin = _table(sin, unsqueeze_dim, position_ids, mrope_section, variant, slice_last)
+    q_out = _turn(q, cos, sin, q, variant)
+    if variant.tensors == 1:
         return q_out
-    k_out = _turn(k, cos, sin, q, form)
-    if form.tensors == 2:
+    k_out = _turn(k, cos, sin, q, variant)
+    if variant.tensors == 2:
         return q_out, k_out
-    return q_out, k_out, _turn(v, cos, sin, q, form)
+    return q_out, k_out, _turn(v, cos, sin, q, variant)
 
 
 def _table(
@@ -110,82 +110,86 @@ def _table(
     unsqueeze_dim: int,
     position_ids: Tensor | None,
     mrope_section: list[int] | None,
-    form: RotaryForm,
+    variant: RotaryVariant,
     slice_last: bool,
 ) -> Tensor:
-    if form.indexed:
+    if variant.indexed:
         table = table[position_ids]
-    if form.sections:
+    if variant.sections:
         sections = mrope_section * 2
         table = torch.cat([m[i % 3] for i, m in enumerate(table.split(sections, dim=-1))], dim=-1)
     if not slice_last:
-        table = _widen(table, form)
-    if form.broadcast == "argument":
+        table = _widen(table, variant)
+    if variant.broadcast == "argument":
         table = table.unsqueeze(unsqueeze_dim)
-    elif form.broadcast == "-2":
+    elif variant.broadcast == "-2":
         table = table.unsqueeze(-2)
-    elif form.broadcast == "1":
+    elif variant.broadcast == "1":
         table = table.unsqueeze(1)
-    elif form.broadcast == "2":
+    elif variant.broadcast == "2":
         table = table.unsqueeze(2)
     if slice_last:
-        table = _widen(table, form)
-    if form.compute == "float32_tables":
+        table = _widen(table, variant)
+    if variant.compute == "float32_tables":
         table = table.float()
     return table
 
 
-def _widen(table: Tensor, form: RotaryForm) -> Tensor:
-    if form.tables == "first_half":
+def _widen(table: Tensor, variant: RotaryVariant) -> Tensor:
+    if variant.tables == "first_half":
         return table[..., : table.shape[-1] // 2]
-    if form.tables == "first_half_repeated":
+    if variant.tables == "first_half_repeated":
         return table[..., : table.shape[-1] // 2].repeat_interleave(2, dim=-1)
-    if form.tables == "repeated":
+    if variant.tables == "repeated":
         return table.repeat_interleave(2, dim=-1)
     return table
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, form: RotaryForm) -> Tensor:
-    if form.part == "first":
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVariant) -> Tensor:
+    if variant.part == "first":
         width = cos.shape[-1]
-        return torch.cat([_rounded(x[..., :width], x, cos, sin, query.dtype, form), x[..., width:]], dim=-1)
-    if form.part == "last":
+        return torch.cat(
+            [_rounded(x[..., :width], x, cos, sin, query.dtype, variant), x[..., width:]], dim=-1
+        )
+    if variant.part == "last":
         width = cos.shape[-1]
-        return torch.cat([x[..., :-width], _rounded(x[..., -width:], x, cos, sin, query.dtype, form)], dim=-1)
-    if form.part == "prefix":
+        return torch.cat(
+            [x[..., :-width], _rounded(x[..., -width:], x, cos, sin, query.dtype, variant)], dim=-1
+        )
+    if variant.part == "prefix":
         prefix, patches = x.split((query.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
-        return torch.cat((prefix, _rounded(patches, x, cos, sin, query.dtype, form)), dim=-2)
-    return _rounded(x, x, cos, sin, query.dtype, form)
+        return torch.cat((prefix, _rounded(patches, x, cos, sin, query.dtype, variant)), dim=-2)
+    return _rounded(x, x, cos, sin, query.dtype, variant)
 
 
 def _rounded(
-    x: Tensor, whole: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, form: RotaryForm
+    x: Tensor, whole: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, variant: RotaryVariant
 ) -> Tensor:
-    if form.compute != "input":
+    if variant.compute != "input":
         x = x.float()
-    if form.pairs == "interleaved_to_half":
+    if variant.pairs == "interleaved_to_half":
         x1, x2 = x[..., 0::2], x[..., 1::2]
         y = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
-    elif form.tables == "half" and form.pairs == "half":
+    elif variant.tables == "half" and variant.pairs == "half":
         x1, x2 = torch.chunk(x, 2, dim=-1)
         y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
-    elif form.tables == "half":
+    elif variant.tables == "half":
         x1, x2 = x[..., ::2], x[..., 1::2]
         y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
     else:
-        y = x * cos + _rotate(x, form) * sin
-    if form.cast == "own":
+        y = x * cos + _rotate(x, variant) * sin
+    if variant.cast == "own":
         return y.to(whole.dtype)
-    if form.cast == "query":
+    if variant.cast == "query":
         return y.to(query_dtype)
     return y
 
 
-def _rotate(x: Tensor, form: RotaryForm) -> Tensor:
-    if form.pairs == "half":
+def _rotate(x: Tensor, variant: RotaryVariant) -> Tensor:
+    if variant.pairs == "half":
         x1 = x[..., : x.shape[-1] // 2]
         x2 = x[..., x.shape[-1] // 2 :]
-        if form.inverse:
+        if variant.inverse:
             return torch.cat((x2, -x1), dim=-1)
         return torch.cat((-x2, x1), dim=-1)
     x1 = x[..., 0::2]
@@ -193,12 +197,12 @@ def _rotate(x: Tensor, form: RotaryForm) -> Tensor:
     return torch.stack((-x2, x1), dim=-1).flatten(-2)
 
 
-def _complex(q: Tensor, k: Tensor, table: Tensor, form: RotaryForm) -> tuple[Tensor, Tensor]:
+def _complex(q: Tensor, k: Tensor, table: Tensor, variant: RotaryVariant) -> tuple[Tensor, Tensor]:
     q_ = torch.view_as_complex(q.float().reshape(*q.shape[:-1], -1, 2))
     k_ = torch.view_as_complex(k.float().reshape(*k.shape[:-1], -1, 2))
-    if form.broadcast == "2":
+    if variant.broadcast == "2":
         table = table[:, :, None, :]
-    elif form.broadcast == "1":
+    elif variant.broadcast == "1":
         table = table.unsqueeze(1).to(q_.device)
     q_out = torch.view_as_real(q_ * table).flatten(3)
     k_out = torch.view_as_real(k_ * table).flatten(3)
@@ -216,40 +220,42 @@ def _matrix(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) 
 
 
 _Q: Final = "query"
-FORMS: tuple[RotaryForm, ...] = (
-    RotaryForm("half"),
-    RotaryForm("half_one", tensors=1),
-    RotaryForm("half_indexed", indexed=True),
-    RotaryForm("half_indexed_three", indexed=True, tensors=3),
-    RotaryForm("half_cast", cast="own"),
-    RotaryForm("half_cast_query", cast=_Q),
-    RotaryForm("half_float32", compute="float32", cast=_Q),
-    RotaryForm("half_float32_own", compute="float32", cast="own"),
-    RotaryForm("vision", compute="float32_tables", cast="own", broadcast="-2"),
-    RotaryForm("vision_query", compute="float32_tables", cast=_Q, broadcast="-2"),
-    RotaryForm("float32_tables", compute="float32_tables", cast="own"),
-    RotaryForm("float32_tables_query", compute="float32_tables", cast=_Q),
-    RotaryForm("half_plain", broadcast="none"),
-    RotaryForm("half_head_1", broadcast="1"),
-    RotaryForm("half_head_2", broadcast="2"),
-    RotaryForm("prefix", broadcast="none", part="prefix"),
-    RotaryForm("inverse", inverse=True),
-    RotaryForm("partial", part="first"),
-    RotaryForm("partial_one", part="first", tensors=1),
-    RotaryForm("partial_head_1", part="first", broadcast="1"),
-    RotaryForm("sections", sections=True),
-    RotaryForm("split_half", tables="half"),
-    RotaryForm("split_interleaved", pairs="interleaved", tables="half"),
-    RotaryForm("interleaved_to_half", pairs="interleaved_to_half", tables="first_half"),
-    RotaryForm("interleaved", pairs="interleaved"),
-    RotaryForm("interleaved_float32", pairs="interleaved", compute="float32", cast=_Q),
-    RotaryForm("interleaved_float32_own", pairs="interleaved", compute="float32", cast="own"),
-    RotaryForm(
+VARIANTS: tuple[RotaryVariant, ...] = (
+    RotaryVariant("half"),
+    RotaryVariant("half_one", tensors=1),
+    RotaryVariant("half_indexed", indexed=True),
+    RotaryVariant("half_indexed_three", indexed=True, tensors=3),
+    RotaryVariant("half_cast", cast="own"),
+    RotaryVariant("half_cast_query", cast=_Q),
+    RotaryVariant("half_float32", compute="float32", cast=_Q),
+    RotaryVariant("half_float32_own", compute="float32", cast="own"),
+    RotaryVariant("vision", compute="float32_tables", cast="own", broadcast="-2"),
+    RotaryVariant("vision_query", compute="float32_tables", cast=_Q, broadcast="-2"),
+    RotaryVariant("float32_tables", compute="float32_tables", cast="own"),
+    RotaryVariant("float32_tables_query", compute="float32_tables", cast=_Q),
+    RotaryVariant("half_plain", broadcast="none"),
+    RotaryVariant("half_head_1", broadcast="1"),
+    RotaryVariant("half_head_2", broadcast="2"),
+    RotaryVariant("prefix", broadcast="none", part="prefix"),
+    RotaryVariant("inverse", inverse=True),
+    RotaryVariant("partial", part="first"),
+    RotaryVariant("partial_one", part="first", tensors=1),
+    RotaryVariant("partial_head_1", part="first", broadcast="1"),
+    RotaryVariant("sections", sections=True),
+    RotaryVariant("split_half", tables="half"),
+    RotaryVariant("split_interleaved", pairs="interleaved", tables="half"),
+    RotaryVariant("interleaved_to_half", pairs="interleaved_to_half", tables="first_half"),
+    RotaryVariant("interleaved", pairs="interleaved"),
+    RotaryVariant("interleaved_float32", pairs="interleaved", compute="float32", cast=_Q),
+    RotaryVariant("interleaved_float32_own", pairs="interleaved", compute="float32", cast="own"),
+    RotaryVariant(
         "interleaved_float32_plain", pairs="interleaved", compute="float32", cast="own", broadcast="none"
     ),
-    RotaryForm("interleaved_partial", pairs="interleaved", part="first"),
-    RotaryForm("interleaved_repeated_one", pairs="interleaved", tables="repeated", broadcast="2", tensors=1),
-    RotaryForm(
+    RotaryVariant("interleaved_partial", pairs="interleaved", part="first"),
+    RotaryVariant(
+        "interleaved_repeated_one", pairs="interleaved", tables="repeated", broadcast="2", tensors=1
+    ),
+    RotaryVariant(
         "interleaved_repeated_last",
         pairs="interleaved",
         tables="repeated",
@@ -258,19 +264,19 @@ FORMS: tuple[RotaryForm, ...] = (
         part="last",
         tensors=1,
     ),
-    RotaryForm("interleaved_widened", pairs="interleaved", tables="first_half_repeated"),
-    RotaryForm(
+    RotaryVariant("interleaved_widened", pairs="interleaved", tables="first_half_repeated"),
+    RotaryVariant(
         "interleaved_widened_partial", pairs="interleaved", tables="first_half_repeated", part="first"
     ),
-    RotaryForm(
+    RotaryVariant(
         "interleaved_widened_float32",
         pairs="interleaved",
         tables="first_half_repeated",
         compute="float32",
         cast=_Q,
     ),
-    RotaryForm("complex_head_2", pairs="complex", broadcast="2"),
-    RotaryForm("complex_head_1", pairs="complex", broadcast="1"),
-    RotaryForm("matrix", pairs="matrix"),
+    RotaryVariant("complex_head_2", pairs="complex", broadcast="2"),
+    RotaryVariant("complex_head_1", pairs="complex", broadcast="1"),
+    RotaryVariant("matrix", pairs="matrix"),
 )
-"""Every form that is recognised."""
+"""Every variant that is recognised."""

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from twinkle.ops.rotary.reference import RotaryForm
+    from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["cases", "forms", "inputs"]
+__all__ = ["cases", "inputs", "variants"]
 
 # Batch, heads of the queries and of the keys, tokens, channels of a head.
 _SHAPES = {
@@ -28,45 +28,45 @@ _SHAPES = {
 }
 
 
-def forms() -> tuple[RotaryForm, ...]:
-    """Every form of the definition."""
-    return reference.FORMS
+def variants() -> tuple[RotaryVariant, ...]:
+    """Every variant of the definition."""
+    return reference.VARIANTS
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
     """Queries, keys and tables of a model with heads of 64 channels."""
     (batch, tokens), dtype = instance.lead, instance.dtype
-    return _values(instance.form, (batch, 4, 2, tokens, 64), dtype, dtype, instance.generator)
+    return _values(instance.variant, (batch, 4, 2, tokens, 64), dtype, dtype, instance.generator)
 
 
 def _values(
-    form: RotaryForm,
+    variant: RotaryVariant,
     shape: tuple[int, int, int, int, int],
     dtype: torch.dtype,
     table_dtype: torch.dtype,
     generator: torch.Generator,
 ) -> dict[str, Any]:
     batch, heads, kv_heads, tokens, width = shape
-    turned = width // 2 if form.part in ("first", "last") else width
-    columns = turned // 2 if form.tables in ("half", "repeated") else turned
+    turned = width // 2 if variant.part in ("first", "last") else width
+    columns = turned // 2 if variant.tables in ("half", "repeated") else turned
     table: tuple[int, ...] = (batch, tokens, columns)
 
     def projected(count: int) -> torch.Tensor:
         """As a projection gives it: tokens before heads in memory."""
-        if form.broadcast == "-2":
+        if variant.broadcast == "-2":
             return random((tokens, count, width), dtype, generator)
         made = random((batch, tokens, count, width), dtype, generator)
-        return made if form.broadcast == "2" else made.transpose(1, 2)
+        return made if variant.broadcast == "2" else made.transpose(1, 2)
 
-    if form.broadcast in ("-2", "none"):
+    if variant.broadcast in ("-2", "none"):
         table = (tokens, columns)
-    if form.indexed:
+    if variant.indexed:
         table = (tokens + 6, columns)
-    if form.sections:
+    if variant.sections:
         table = (3, batch, tokens, columns)
     angle = random((*table[:-1], table[-1] // 2 or 1), torch.float32, generator, scale=3)
     angle = torch.cat((angle, angle), -1)[..., : table[-1]]
-    if form.tables in ("half", "repeated"):
+    if variant.tables in ("half", "repeated"):
         angle = random(table, torch.float32, generator, scale=3)
     positions = torch.arange(batch * tokens, device=generator.device).view(batch, tokens)
     values: dict[str, Any] = {
@@ -79,42 +79,42 @@ def _values(
         "position_ids": positions % (tokens + 6),
         "mrope_section": [columns // 8, columns // 8, columns // 2 - 2 * (columns // 8)],
     }
-    return {role: value for role, value in values.items() if role in _roles(form)}
+    return {role: value for role, value in values.items() if role in _roles(variant)}
 
 
-def _roles(form: RotaryForm) -> tuple[str, ...]:
-    roles: tuple[str, ...] = (*("q", "k", "v")[: form.tensors], "cos", "sin")
-    roles += ("unsqueeze_dim",) if form.broadcast == "argument" else ()
-    roles += ("position_ids",) if form.indexed else ()
-    return roles + (("mrope_section",) if form.sections else ())
+def _roles(variant: RotaryVariant) -> tuple[str, ...]:
+    roles: tuple[str, ...] = (*("q", "k", "v")[: variant.tensors], "cos", "sin")
+    roles += ("unsqueeze_dim",) if variant.broadcast == "argument" else ()
+    roles += ("position_ids",) if variant.indexed else ()
+    return roles + (("mrope_section",) if variant.sections else ())
 
 
-def _definition(form: RotaryForm) -> Callable[..., Any]:
-    """With the arguments of the form in the order of its roles."""
-    roles = _roles(form)
-    scope: dict[str, Any] = {"rotary": reference.rotary, "form": form}
+def _definition(variant: RotaryVariant) -> Callable[..., Any]:
+    """With the arguments of the variant in the order of its roles."""
+    roles = _roles(variant)
+    scope: dict[str, Any] = {"rotary": reference.rotary, "variant": variant}
     handed = ", ".join([*(f"{role}={role}" for role in roles), *(() if "k" in roles else ("k=None",))])
-    exec(f"def definition({', '.join(roles)}):\n    return rotary({handed}, form=form)\n", scope)
+    exec(f"def definition({', '.join(roles)}):\n    return rotary({handed}, variant=variant)\n", scope)
     made: Callable[..., Any] = scope["definition"]
     return made
 
 
 def cases(
-    form: RotaryForm, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
+    variant: RotaryVariant, dtype: torch.dtype, device: torch.device, backend: str = "triton_backend"
 ) -> Iterator[Case]:
     """A call of each shape, and tables in float32 beside inputs in half precision."""
     generator = seeded(device)
-    original = _definition(form)
-    facts = {role: role for role in _roles(form)}
-    kernel = implementation("rotary", backend).function_for(form, facts, original)
+    original = _definition(variant)
+    facts = {role: role for role in _roles(variant)}
+    kernel = implementation("rotary", backend).function_for(variant, facts, original)
     shapes = dict(_SHAPES)
     if dtype != torch.float32:
         shapes["float32 tables"] = _SHAPES["plain"]
     for shape, sizes in shapes.items():
         table = torch.float32 if shape == "float32 tables" else dtype
-        values = _values(form, sizes, dtype, table, generator)
+        values = _values(variant, sizes, dtype, table, generator)
         if shape == "one table":
-            if values["cos"].dim() != 3 or form.indexed:
+            if values["cos"].dim() != 3 or variant.indexed:
                 continue
             values |= {name: values[name][:1] for name in ("cos", "sin")}
         if shape == "plain":  # heads before tokens in memory as well

@@ -18,7 +18,7 @@ from twinkle.ops.launch import (
     through_definition,
 )
 from twinkle.ops.rotary import reference
-from twinkle.ops.rotary.reference import FORMS, RotaryForm
+from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 __all__ = ["function_for", "maker_of", "rotary", "supports"]
 
 _kernels = lazy_module("twinkle.ops.rotary.triton")
-_FORMS = {form.name: form for form in FORMS}
-_HALF = _FORMS["half"]
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_HALF = _VARIANTS["half"]
 _ONE = ("half", "first_half", "first_half_repeated", "repeated")
 _PAIRS = {"half": 0, "interleaved": 1, "interleaved_to_half": 2}
 
 
 def supports(
-    form: RotaryForm, device: str | None = None, facts: Mapping[str, Any] | None = None
+    variant: RotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a form, or None."""
-    if form.pairs in _PAIRS and form.part in ("all", "first", "last"):
+    """Why there is no kernel for a variant, or None."""
+    if variant.pairs in _PAIRS and variant.part in ("all", "first", "last"):
         return None
-    return f"no kernel for {form.pairs} pairs of {form.part} channels"
+    return f"no kernel for {variant.pairs} pairs of {variant.part} channels"
 
 
-_SUPPORTED = frozenset(name for name, form in _FORMS.items() if supports(form) is None)
+_SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
 def rotary(
@@ -54,7 +54,7 @@ def rotary(
     sin: Tensor,
     unsqueeze_dim: int = 1,
     *,
-    form: RotaryForm = _HALF,
+    variant: RotaryVariant = _HALF,
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
@@ -64,38 +64,38 @@ def rotary(
 
     Args:
         q: ``[batch, heads, tokens, channels]``, or heads and tokens exchanged, as ``unsqueeze_dim`` says.
-        k: As ``q``; unused by a form of one tensor.
+        k: As ``q``; unused by a variant of one tensor.
         cos: ``[batch, tokens, channels]``. One that wants a gradient goes through the definition.
         sin: As ``cos``.
         unsqueeze_dim: Where the tables get their head dimension.
-        form: Which channels are paired, and where it rounds.
-        v: The third tensor of a form of three.
-        position_ids: Of an indexed form.
-        mrope_section: Channels of time, height and width, of a form with sections.
+        variant: Which channels are paired, and where it rounds.
+        v: The third tensor of a variant of three.
+        position_ids: Of an indexed variant.
+        mrope_section: Channels of time, height and width, of a variant with sections.
         slice_last: The order of slicing and unsqueezing the tables, which changes no value.
 
     Returns:
-        A tensor for a form of one tensor, else a tuple.
+        A tensor for a variant of one tensor, else a tuple.
     """
-    path = dispatch_path(q, k, cos, sin, v) if form.name in _SUPPORTED else REFERENCE
+    path = dispatch_path(q, k, cos, sin, v) if variant.name in _SUPPORTED else REFERENCE
     if path is not REFERENCE and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
-        plan = _plan(q, k, cos, sin, unsqueeze_dim, form, position_ids, mrope_section)
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
         if plan is not None:
             cos, sin, tokens_first = plan
             turned: Callable[..., Any] = _eager if path is EAGER else _op
-            if form.tensors == 1:
-                return turned(q, None, cos, sin, form.name, tokens_first, q.dtype)[0]
-            results = turned(q, k, cos, sin, form.name, tokens_first, q.dtype)
-            if form.tensors == 2:
+            if variant.tensors == 1:
+                return turned(q, None, cos, sin, variant.name, tokens_first, q.dtype)[0]
+            results = turned(q, k, cos, sin, variant.name, tokens_first, q.dtype)
+            if variant.tensors == 2:
                 return results[0], results[1]
-            return (*results, turned(v, None, cos, sin, form.name, tokens_first, q.dtype)[0])
+            return (*results, turned(v, None, cos, sin, variant.name, tokens_first, q.dtype)[0])
     return reference.rotary(
         q,
         k,
         cos,
         sin,
         unsqueeze_dim,
-        form=form,
+        variant=variant,
         v=v,
         position_ids=position_ids,
         mrope_section=mrope_section,
@@ -109,25 +109,27 @@ def _plan(
     cos: Tensor,
     sin: Tensor,
     unsqueeze_dim: int,
-    form: RotaryForm,
+    variant: RotaryVariant,
     position_ids: Tensor | None,
     mrope_section: list[int] | None,
 ) -> tuple[Tensor, Tensor, bool] | None:
     """The tables as ``[batch or 1, tokens, width]``, and whether tokens stand before heads; else None."""
     rank = q.dim()
-    if form.indexed or form.sections:
-        narrow = reference.RotaryForm("", broadcast="none", indexed=form.indexed, sections=form.sections)
+    if variant.indexed or variant.sections:
+        narrow = reference.RotaryVariant(
+            "", broadcast="none", indexed=variant.indexed, sections=variant.sections
+        )
         cos = reference._table(cos, 0, position_ids, mrope_section, narrow, False)
         sin = reference._table(sin, 0, position_ids, mrope_section, narrow, False)
     if cos.shape != sin.shape or rank not in (3, 4) or cos.dtype != sin.dtype:
         return None
-    if form.tensors > 1 and (k is None or k.dim() != rank or k.dtype != q.dtype):
+    if variant.tensors > 1 and (k is None or k.dim() != rank or k.dtype != q.dtype):
         return None
     width = cos.shape[-1]
-    turned = 2 * width if form.tables in ("half", "repeated") else width
-    if turned > q.shape[-1] or turned % 2 or (form.part == "all" and turned != q.shape[-1]):
+    turned = 2 * width if variant.tables in ("half", "repeated") else width
+    if turned > q.shape[-1] or turned % 2 or (variant.part == "all" and turned != q.shape[-1]):
         return None
-    if form.broadcast == "none":
+    if variant.broadcast == "none":
         heads = -3
         lead = cos.dim()
         if lead > 3 and cos.shape[heads] == 1:
@@ -135,7 +137,7 @@ def _plan(
         elif lead > 2:
             return None
     else:
-        place = unsqueeze_dim if form.broadcast == "argument" else int(form.broadcast)
+        place = unsqueeze_dim if variant.broadcast == "argument" else int(variant.broadcast)
         # The head dimension stands where the table is unsqueezed, counted from the end of q.
         heads = place - (cos.dim() + 1) if place >= 0 else place
     if heads not in (-2, -3) or cos.dim() not in (2, 3):
@@ -146,7 +148,7 @@ def _plan(
     batch = q.shape[0] if rank == 4 else 1
     if cos.shape[1] != q.shape[tokens] or cos.shape[0] not in (1, batch):
         return None
-    if k is not None and form.tensors > 1:
+    if k is not None and variant.tensors > 1:
         other = k.shape[0] if rank == 4 else 1
         if other != batch or k.shape[tokens] != q.shape[tokens] or k.shape[-1] != q.shape[-1]:
             return None
@@ -154,11 +156,17 @@ def _plan(
 
 
 def _eager(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, dtype: torch.dtype
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    variant: str,
+    tokens_first: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
-        return _forward(q, k, cos, sin, form, tokens_first, dtype)
-    return _differentiable(q, k, cos, sin, form, tokens_first, dtype)  # type: ignore[no-any-return]
+        return _forward(q, k, cos, sin, variant, tokens_first, dtype)
+    return _differentiable(q, k, cos, sin, variant, tokens_first, dtype)  # type: ignore[no-any-return]
 
 
 def _four(x: Tensor, tokens_first: bool) -> Tensor:
@@ -170,19 +178,19 @@ def _four(x: Tensor, tokens_first: bool) -> Tensor:
     return x.transpose(1, 2) if tokens_first else x
 
 
-def _compute(x: torch.dtype, table: torch.dtype, form: RotaryForm) -> torch.dtype:
-    return torch.promote_types(x, table) if form.compute == "input" else torch.float32
+def _compute(x: torch.dtype, table: torch.dtype, variant: RotaryVariant) -> torch.dtype:
+    return torch.promote_types(x, table) if variant.compute == "input" else torch.float32
 
 
-def _out_dtype(x: torch.dtype, table: torch.dtype, query: torch.dtype, form: RotaryForm) -> torch.dtype:
-    turned = {"own": x, "query": query, "none": _compute(x, table, form)}[form.cast]
-    return torch.promote_types(turned, x) if form.part != "all" else turned
+def _out_dtype(x: torch.dtype, table: torch.dtype, query: torch.dtype, variant: RotaryVariant) -> torch.dtype:
+    turned = {"own": x, "query": query, "none": _compute(x, table, variant)}[variant.cast]
+    return torch.promote_types(turned, x) if variant.part != "all" else turned
 
 
-def _empty(x: Tensor, dtype: torch.dtype, form: RotaryForm | None = None) -> Tensor:
-    # Elementwise results keep the strides of the input; forms that end in a concatenation do not.
-    joined = form is not None and (
-        form.part != "all" or form.tables == "half" or form.pairs == "interleaved_to_half"
+def _empty(x: Tensor, dtype: torch.dtype, variant: RotaryVariant | None = None) -> Tensor:
+    # Elementwise results keep the strides of the input; variants that end in a concatenation do not.
+    joined = variant is not None and (
+        variant.part != "all" or variant.tables == "half" or variant.pairs == "interleaved_to_half"
     )
     out = torch.empty_like(
         x, dtype=dtype, memory_format=torch.contiguous_format if joined else torch.preserve_format
@@ -198,13 +206,13 @@ def _launch(
     outs: tuple[Tensor, Tensor | None],
     cos: Tensor,
     sin: Tensor,
-    form: RotaryForm,
+    variant: RotaryVariant,
     tokens_first: bool,
     inputs: torch.dtype,
     back: bool,
 ) -> None:
-    compute = _compute(inputs, cos.dtype, form)
-    half = cos.shape[-1] if form.tables in ("half", "repeated") else cos.shape[-1] // 2
+    compute = _compute(inputs, cos.dtype, variant)
+    half = cos.shape[-1] if variant.tables in ("half", "repeated") else cos.shape[-1] // 2
     if cos.stride(-1) != 1 or sin.stride(-1) != 1:
         cos, sin = cos.contiguous(), sin.contiguous()
     first, second = (None if y is None else _four(y, tokens_first) for y in x)
@@ -219,21 +227,27 @@ def _launch(
         second_out,
         cos.expand(first.shape[0], -1, -1) if repeat else cos,
         sin.expand(first.shape[0], -1, -1) if repeat else sin,
-        pairs=_PAIRS[form.pairs],
-        one=form.tables in _ONE,
-        inverse=form.inverse,
+        pairs=_PAIRS[variant.pairs],
+        one=variant.tables in _ONE,
+        inverse=variant.inverse,
         half=half,
-        start=x[0].shape[-1] - 2 * half if form.part == "last" else 0,
+        start=x[0].shape[-1] - 2 * half if variant.part == "last" else 0,
         compute=compute,
-        sums=inputs if form.compute == "input" else torch.float32,
+        sums=inputs if variant.compute == "input" else torch.float32,
         back=back,
     )
 
 
 def _forward(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, query: torch.dtype
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    variant: str,
+    tokens_first: bool,
+    query: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    kind = _FORMS[form]
+    kind = _VARIANTS[variant]
     q_out = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
     k_out = None if k is None else _empty(k, _out_dtype(k.dtype, cos.dtype, query, kind), kind)
     _launch((q, k), (q_out, k_out), cos, sin, kind, tokens_first, q.dtype, False)
@@ -245,20 +259,20 @@ def _backward(
     dk: Tensor | None,
     cos: Tensor,
     sin: Tensor,
-    form: str,
+    variant: str,
     tokens_first: bool,
     inputs: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
     q_out = _empty(dq, inputs)
     k_out = None if dk is None else _empty(dk, inputs)
-    _launch((dq, dk), (q_out, k_out), cos, sin, _FORMS[form], tokens_first, inputs, True)
+    _launch((dq, dk), (q_out, k_out), cos, sin, _VARIANTS[variant], tokens_first, inputs, True)
     return q_out, k_out
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
-    q, k, cos, sin, form, tokens_first, query = inputs
+    q, k, cos, sin, variant, tokens_first, query = inputs
     ctx.save_for_backward(cos, sin)
-    ctx.rest = (form, tokens_first, q.dtype)
+    ctx.rest = (variant, tokens_first, q.dtype)
     ctx.two = k is not None
     ctx.shapes = (q.shape, None if k is None else k.shape, query)
     ctx.set_materialize_grads(False)
@@ -283,11 +297,11 @@ def gradients_with_graph(
     ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None
 ) -> list[Tensor | None]:
     """Gradients with a graph. The rotation is linear, so it matters nothing where they are taken."""
-    form, tokens_first, dtype = ctx.rest
+    variant, tokens_first, dtype = ctx.rest
     *shapes, query = ctx.shapes
-    cast = _FORMS[form].cast
+    cast = _VARIANTS[variant].cast
     plain = dataclasses.replace(
-        _FORMS[form],
+        _VARIANTS[variant],
         broadcast="argument",
         indexed=False,
         sections=False,
@@ -299,7 +313,7 @@ def gradients_with_graph(
 
     def definition(*x: Tensor | None) -> Any:
         made = [
-            reference.rotary(y, None, cos, sin, place, form=dataclasses.replace(plain, tensors=1))
+            reference.rotary(y, None, cos, sin, place, variant=dataclasses.replace(plain, tensors=1))
             for y in x
             if y is not None
         ]
@@ -314,9 +328,15 @@ def gradients_with_graph(
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, form: str, tokens_first: bool, query: torch.dtype
+    q: Tensor,
+    k: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    variant: str,
+    tokens_first: bool,
+    query: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    kind = _FORMS[form]
+    kind = _VARIANTS[variant]
     first = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
     return first, q.new_empty(0) if k is None else _empty(
         k, _out_dtype(k.dtype, cos.dtype, query, kind), kind
@@ -332,12 +352,12 @@ def _fake_backward(
 
 _differentiable, _op = define_op(
     "_Rotary",
-    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str form, bool tokens_first, ScalarType query)"
+    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str variant, bool tokens_first, ScalarType query)"
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(
-        "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str form, "
+        "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str variant, "
         "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
         _backward,
         _fake_backward,
@@ -351,15 +371,15 @@ _differentiable, _op = define_op(
 def maker_of(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     """What makes functions with the arguments of others that compute ``function``, a `rotary`.
 
-    The maker takes the form, the facts (from the argument of `rotary` to the name of the argument of the
+    The maker takes the variant, the facts (from the argument of `rotary` to the name of the argument of the
     original, or its value) and the original. It returns the same function for the same arguments.
     """
 
     @once_for("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
     def function_for(
-        form: RotaryForm, facts: Mapping[str, Any], original: Callable[..., Any]
+        variant: RotaryVariant, facts: Mapping[str, Any], original: Callable[..., Any]
     ) -> Callable[..., Any]:
-        return plain_function(original, function, {"k": None, **facts}, constants={"form": form})
+        return plain_function(original, function, {"k": None, **facts}, constants={"variant": variant})
 
     return function_for
 
