@@ -346,11 +346,12 @@ def test_planted_kernels_meet_programs_that_know_nothing(monkeypatch: pytest.Mon
         embedded, "backend_for", lambda op, variant, device: find_op(op).backend("triton_backend")
     )
     monkeypatch.setattr(runtime.options, "kernels", "auto")
-    model = nn.Sequential(Norm())
-    plain = Norm()
+    where = "cuda" if torch.cuda.is_available() else "cpu"  # where the embedded kernels are
+    model = nn.Sequential(Norm()).to(where)
+    plain = Norm().to(where)
     plain.load_state_dict(model[0].state_dict())
     kernelize_layers(model)
-    x = torch.randn(2, 20, 48)
+    x = torch.randn(2, 20, 48, device=where)
     with pytest.warns(UserWarning, match="does not compute the same"):
         found = model(x)
     assert torch.equal(found, plain(x))
