@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import platform
 import re
-from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from twinkle.ops import launch
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.inputs import tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
 __all__ = ["Source", "cache_key", "device_name", "kernel_version"]
 
@@ -150,9 +154,7 @@ def device_name(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
     if device.type == "cpu":
-        from twinkle.ops.launch import DEVICE_TYPES
-
-        how = ", triton's interpreter" if "cpu" in DEVICE_TYPES else ""
+        how = ", triton's interpreter" if "cpu" in launch.DEVICE_TYPES else ""
         return f"cpu {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{how})"
     return str(device.type)
 
@@ -161,9 +163,7 @@ def device_name(device: torch.device) -> str:
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from importlib.metadata import version
-
     try:
-        return version("triton")
+        return importlib.metadata.version("triton")
     except Exception:  # a build without metadata
         return "unknown"

@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import threading
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from twinkle.runtime import runtime
@@ -29,7 +28,7 @@ from twinkle.sources.permissions import refuse_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import CodeType
+    from types import CodeType, ModuleType
     from typing import Any
 
 __all__ = ["Imports", "directory_of", "forget", "generation", "importing", "name_of", "restore"]

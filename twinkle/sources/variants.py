@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["System", "choose", "is_variant", "wanted"]
 

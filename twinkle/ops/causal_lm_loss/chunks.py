@@ -19,13 +19,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops import machine
-from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
     from torch import Tensor
+
+    from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 __all__ = ["Wanted", "chunk_rows", "in_chunks", "uses_triton"]
 

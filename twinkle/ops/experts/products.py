@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops import launch
 from twinkle.ops.experts import plain
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ _FEW_ROWS, _FEW_OUTER_ROWS = 32, 1
 
 def steps(device: torch.device) -> ModuleType:
     """The module with what lies between the products: triton's kernels, or plain torch."""
-    from twinkle.ops import launch
-
     if device.type not in launch.DEVICE_TYPES:
         return plain
     from twinkle.ops.experts import triton
