@@ -162,6 +162,56 @@ def undocumented(path: str, text: str) -> list[str]:
     return [] if private or ast.get_docstring(ast.parse(text)) else [f"{path}: no docstring"]
 
 
+def private_names_in_tests(path: str, text: str) -> list[str]:
+    """Private names of our modules that a test imports, reads, or replaces through ``setattr``.
+
+    A name that an import binds to one of our modules stands for it in the whole file; modules whose
+    own name is private (``twinkle._start``) are no private names.
+    """
+    tree = ast.parse(text)
+    modules: set[str] = set()
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "twinkle":
+            for alias in node.names:
+                if _is_private(alias.name) and node.module != "twinkle":
+                    found.append(f"{path}:{node.lineno}: {alias.name}")
+                elif _is_module(f"{node.module}.{alias.name}"):
+                    modules.add(alias.asname or alias.name)
+        elif isinstance(node, ast.Import):
+            modules |= {alias.asname for alias in node.names if alias.asname and _is_module(alias.name)}
+    for node in ast.walk(tree):
+        name = ""
+        if isinstance(node, ast.Attribute) and _names_module(node.value, modules):
+            name = node.attr
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("setattr") and len(node.args) > 1:
+            first, second = node.args[:2]
+            if isinstance(second, ast.Constant) and _names_module(first, modules):
+                name = str(second.value)
+        elif isinstance(node, ast.Constant) and str(node.value).startswith("twinkle."):
+            module, _, last = str(node.value).rpartition(".")
+            name = last if _is_module(module) and not _is_module(str(node.value)) else ""
+        if _is_private(name):
+            found.append(f"{path}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and name.isidentifier() and not name.startswith("__")
+
+
+def _is_module(name: str) -> bool:
+    """Whether a dotted name is that of a module of the package."""
+    room, *rest = name.split(".")
+    place = PACKAGE.joinpath(*rest)
+    return room == "twinkle" and (place.is_dir() or place.with_suffix(".py").is_file())
+
+
+def _names_module(node: ast.expr, modules: set[str]) -> bool:
+    """Whether an expression is one of the names, or the dotted name of a module of ours."""
+    return ast.unparse(node) in modules or _is_module(ast.unparse(node))
+
+
 CHECKS = (
     long_functions,
     format_skips,
@@ -196,6 +246,14 @@ PLANTED = {
         ("config/planted.py", "def f(x):\n    return x[:6] == 'match:'\n"),
         ("config/planted.py", "def f(x):\n    return x.partition(':')[0] == 'match'\n"),
     ],
+    private_names_in_tests: [
+        ("fit/test_planted.py", "from twinkle.proof import cache_key\ncache_key._PACKAGE\n"),
+        ("fit/test_planted.py", "from twinkle.proof import cache_key as key\nsetattr(key, '_PACKAGE', 1)\n"),
+        ("fit/test_planted.py", "from twinkle.proof import cache_key\npatch.setattr(cache_key, '_A', 1)\n"),
+        ("fit/test_planted.py", "from twinkle.proof.cache_key import _PACKAGE\n"),
+        ("fit/test_planted.py", "import twinkle.proof.cache_key\ntwinkle.proof.cache_key._PACKAGE\n"),
+        ("fit/test_planted.py", "patch.setattr('twinkle.proof.cache_key._PACKAGE', 1)\n"),
+    ],
     undocumented: [("fit/planted.py", "x = 1\n"), ("fit/__init__.py", "")],
 }
 
@@ -219,7 +277,19 @@ def test_a_planted_offender_is_found(check: Callable[[str, str], list[str]], pat
 
 
 def test_every_check_has_a_planted_offender() -> None:
-    assert set(PLANTED) == set(CHECKS)
+    assert set(PLANTED) == {*CHECKS, private_names_in_tests}
+
+
+def test_tests_reach_into_no_private_names_of_modules() -> None:
+    tests = Path(__file__).parent
+    found = [
+        offence
+        for file in sorted(tests.rglob("*.py"))
+        for offence in private_names_in_tests(
+            file.relative_to(tests).as_posix(), file.read_text(encoding="utf-8")
+        )
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(
@@ -230,6 +300,8 @@ def test_every_check_has_a_planted_offender() -> None:
         (forgetting, "fit/planted.py", "class A:\n    def forget(self):\n        pass\n"),
         (own_type_checking, "ops/planted/recognition.py", "TYPE_CHECKING = False\n"),
         (op_targets_read, "fit/planted.py", "def f():\n    'match:rms_norm is read elsewhere.'\n"),
+        (private_names_in_tests, "doors/test_planted.py", "from twinkle import _start\n_start.main()\n"),
+        (private_names_in_tests, "doors/test_planted.py", "'twinkle._bootstrap' in sys.modules\n"),
         (undocumented, "apply/_planted.py", "x = 1\n"),
     ],
 )

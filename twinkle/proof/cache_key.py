@@ -23,9 +23,9 @@ from twinkle.proof.inputs import tensors_of
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Source", "cache_key", "device_name", "kernel_version"]
+__all__ = ["PACKAGE", "Source", "cache_key", "device_name", "kernel_version"]
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parent.parent
 _VALUES = (bool, int, float, str, type(None))
 _IMPORTED = re.compile(r"twinkle\.ops\.(\w+)")
 
@@ -112,7 +112,7 @@ def kernel_version(op: str) -> str | None:
     waiting, seen = [op], set()
     try:
         rooms = ("ops", "proof", *_RUN_BY.get(op, ()))
-        for path in (path for room in rooms for path in sorted((_PACKAGE / room).glob("*.py"))):
+        for path in (path for room in rooms for path in sorted((PACKAGE / room).glob("*.py"))):
             if path.stem not in _BESIDE:
                 digest.update(path.read_bytes())
         while waiting:
@@ -139,7 +139,7 @@ _RUN_BY = {"causal_lm_loss": ("deferred",)}
 
 def _files_of(op: str) -> list[Path]:
     """The modules in the folder of an op: in this package, or where else ops were added from."""
-    folders = (_PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
+    folders = (PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
     found = (sorted((folder / op).rglob("*.py")) for folder in folders)
     return next((files for files in found if files), [])
 
