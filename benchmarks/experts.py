@@ -235,20 +235,20 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if device == "cuda" else "one CPU core"
     print(f"{machine}, torch {torch.__version__}")
     found: dict[str, dict[str, Any]] = {}
-    chosen = products._few
+    chosen = products.is_few
     for name, shape in (CUDA if device == "cuda" else CPU).items():
         if options.only and name not in options.only.split(","):
             continue
         layer = Layer(shape, device)
         here = found[name] = {"products": alone(layer, device, options.rounds)}
         for way, call, ours in ways(layer, device):
-            products._few = chosen if ours is None else partial(_answer, ours)
+            products.is_few = chosen if ours is None else partial(_answer, ours)
             # The loop waits for the host at every expert, and its backward writes all experts for each.
             rounds = 2 if way == "loop" else options.rounds
             here[way] = measure(layer, call, device, rounds)
             if shape.experts <= 64 or shape.tokens <= 16:
                 here[way]["errors"] = errors(layer, call)
-            products._few = chosen
+            products.is_few = chosen
         print(name, *(f"{field}={value}" for field, value in shape._asdict().items()))
         for way, taken in here.items():
             peak = f"   peak {taken['peak_gb']:.2f} GB" if "peak_gb" in taken else ""

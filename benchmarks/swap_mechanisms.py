@@ -14,9 +14,8 @@ import pickle
 import statistics
 import time
 import weakref
-from collections.abc import Callable
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -26,6 +25,9 @@ from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.functions import dispatcher
 from twinkle.swap.layers import plan
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Layer(nn.Module):

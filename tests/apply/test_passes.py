@@ -119,7 +119,7 @@ def plant(patch: pytest.MonkeyPatch, where: str, at: int) -> None:
 
 PLANNING = [
     ("twinkle.match.structure.check_instance", 3),
-    ("twinkle.apply.layers._usable", 2),
+    ("twinkle.apply.layers.usable", 2),
     ("twinkle.swap.layers.plan", 2),
     ("twinkle.apply.functions.function_at", 1),
     ("twinkle.apply.functions.dispatcher", 1),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 import torch
 from torch import nn
 
@@ -12,6 +11,8 @@ from twinkle.apply.layers import kernelize_layers
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
+    import pytest
+
     from twinkle.registry import Registry
 
 

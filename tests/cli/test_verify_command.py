@@ -26,20 +26,20 @@ def few(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two variants of the loss, two shapes each; verdicts go to a directory of the test."""
     monkeypatch.setenv("TWINKLE_CACHE", str(tmp_path))
     monkeypatch.setattr(loss_samples, "variants", lambda: (loss_samples.LossVariant("plain"), _BIASED))
-    shapes = {name: loss_samples._SHAPES[name] for name in ("one row", "ragged")}
-    monkeypatch.setattr(loss_samples, "_SHAPES", shapes)
+    shapes = {name: loss_samples.SHAPES[name] for name in ("one row", "ragged")}
+    monkeypatch.setattr(loss_samples, "SHAPES", shapes)
 
 
 _BIASED = loss_samples.LossVariant("bias", bias=True)
 
 
 def wrong_with_a_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = loss_samples._kernel
+    right = loss_samples.kernel
 
     def kernel(variant: Any) -> Any:
         return (lambda *args: right(variant)(*args) * 1.01) if variant.bias else right(variant)
 
-    monkeypatch.setattr(loss_samples, "_kernel", kernel)
+    monkeypatch.setattr(loss_samples, "kernel", kernel)
 
 
 def test_a_line_for_each_variant_with_both_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +16,10 @@ from twinkle.config.environment import VARIABLES
 from twinkle.config.fields import FUNCTION_KEYS, LAYER_KEYS, SETTING_KEYS
 from twinkle.config.schema import validate
 from twinkle.errors import TwinkleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 relaxed = settings(
     max_examples=250,

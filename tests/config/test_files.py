@@ -3,13 +3,16 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from twinkle.config import files
 from twinkle.config.files import MAX_BYTES, parse, read
 from twinkle.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="modes and owners are POSIX")
 

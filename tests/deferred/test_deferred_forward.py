@@ -22,7 +22,7 @@ class Model(nn.Module):
     def forward(self, hidden, labels=None, fail=False):
         if fail:
             raise RuntimeError("asked to")
-        heads = [head for head, _ in module._calls.heads]
+        heads = [head for head, _ in module.deferring_heads()]
         return (module.defer(self.lm_head, hidden) if self.lm_head in heads else self.lm_head(hidden),)
 
 
@@ -61,20 +61,20 @@ def test_a_head_defers_inside_the_forward_alone(model):
     forward = deferring(model).layer_class().forward
     assert isinstance(forward(model, HIDDEN, LABELS)[0], DeferredLogits)
     assert not isinstance(forward(model, HIDDEN)[0], DeferredLogits)
-    assert module._calls.heads == []
+    assert module.deferring_heads() == []
 
 
 def test_a_forward_that_raises_leaves_no_head_deferring(model):
     forward = deferring(model).layer_class().forward
     with pytest.raises(RuntimeError, match="asked to"):
         forward(model, HIDDEN, LABELS, fail=True)
-    assert module._calls.heads == []
+    assert module.deferring_heads() == []
 
 
 def test_a_head_left_over_from_a_graph_is_dropped_at_the_next_call(model):
-    module._calls.heads.append((model.lm_head, None))
+    module.deferring_heads().append((model.lm_head, None))
     assert not deferring(model).begin(model, (HIDDEN,), {})
-    assert module._calls.heads == []
+    assert module.deferring_heads() == []
 
 
 def test_a_model_that_is_gone_is_not_verified():

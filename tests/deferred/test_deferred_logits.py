@@ -311,24 +311,25 @@ def test_loss_of_a_compiled_function(case):
 
 
 def test_copies_of_a_weight_are_shared_between_waiting_logits(case):
-    first, second = case.deferred(), case.deferred()
+    waiting = case.deferred(), case.deferred()
     expected = case.plain().detach()
     optimizer = torch.optim.SGD(case.linear.parameters(), lr=1.0)
     case.linear.weight.grad = torch.ones_like(case.linear.weight)
     optimizer.step()
-    assert first._head.weight is second._head.weight
-    assert torch.equal(first.detach(), expected)
+    one, other = (head for head in runtime.of(LiveHeads).heads if head.given is case.linear.weight)
+    assert one.weight is other.weight
+    assert torch.equal(waiting[0].detach(), expected)
 
 
 def test_weight_is_not_copied_once_the_logits_are_gone(case):
     logits = case.deferred()
-    head = logits._head
+    live = runtime.of(LiveHeads).heads
+    [head] = (head for head in live if head.given is case.linear.weight)
     logits.sum()
     del logits
-    live = runtime.of(LiveHeads).heads
     assert head in live
     del head
-    assert not [h for h in live if h._given is case.linear.weight]
+    assert not [h for h in live if h.given is case.linear.weight]
 
 
 def test_a_weight_is_kept_for_logits_that_wait_while_twinkle_begins_anew(case):

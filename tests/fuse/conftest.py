@@ -26,9 +26,9 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401
-        from twinkle.ops.rms_norm.triton import _reduce
+        from twinkle.ops.rms_norm.triton import mean_square
 
-        if type(_reduce).__name__ != "InterpretedFunction":
+        if type(mean_square).__name__ != "InterpretedFunction":
             pytest.skip("the kernels were imported for a GPU before")
         monkeypatch.setattr(launch, "DEVICE_TYPES", frozenset({"cpu"}))
     runtime.options.kernels = forward.OPS

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -12,6 +11,9 @@ from torch.nn import functional as F
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.source import NoSource
 from twinkle.match.symbolic.terms import Arena, Term, walk
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def run_of(function: Any, arena: Arena | None = None, **options: Any) -> tuple[Term, Run]:

@@ -230,7 +230,7 @@ def test_memory_is_bounded_by_the_chunk():
 
 @pytest.fixture
 def large_gpu(monkeypatch):
-    monkeypatch.setattr(chunks, "_gpu_memory", lambda: 140 << 30)
+    monkeypatch.setattr(chunks, "gpu_memory", lambda: 140 << 30)
 
 
 def rows_of_a_chunk(vocab, width, rows=1 << 20):
@@ -246,7 +246,7 @@ def test_chunks_on_a_gpu_are_large(large_gpu, vocab, width, expected):
 
 
 def test_chunks_on_a_gpu_are_bounded_by_its_memory(monkeypatch):
-    monkeypatch.setattr(chunks, "_gpu_memory", lambda: 16 << 30)
+    monkeypatch.setattr(chunks, "gpu_memory", lambda: 16 << 30)
     for vocab, width in ((10**6, 8192), (151936, 1024)):
         assert rows_of_a_chunk(vocab, width) * vocab * 2 <= (16 << 30) / 16
 

@@ -82,7 +82,7 @@ def test_kernel_equals_the_plain_path(row_losses, variant, vocab, scale):
     found, expected = logits.clone(), logits.clone()
     losses, right = torch.full((2, 3), torch.nan, device=device()).unbind(0)
     row_losses(found, bias, labels, losses, factor, variant, True)
-    chunks._plain_row_losses(expected, bias, labels, right, factor, variant, True)
+    chunks.plain_row_losses(expected, bias, labels, right, factor, variant, True)
     assert_near(losses, right, terms(vocab) + 30)
     assert_near(found, expected, terms(vocab) + 30)
 

@@ -24,12 +24,11 @@ BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
 
 @pytest.fixture(autouse=True)
 def small_chunks_at_any_size(monkeypatch):
-    for room in (norm_cpu, rotary_cpu):
-        for name in ("_LEAST", "_LEAST_INFERENCE"):
-            if hasattr(room, name):
-                monkeypatch.setattr(room, name, 1)
-    monkeypatch.setattr(plain, "_CHUNK", 500)
-    monkeypatch.setattr(plain, "_SHARED_CHUNK", 700)
+    monkeypatch.setattr(norm_cpu, "LEAST", 1)
+    monkeypatch.setattr(norm_cpu, "LEAST_INFERENCE", 1)
+    monkeypatch.setattr(rotary_cpu, "LEAST", 1)
+    monkeypatch.setattr(plain, "CHUNK", 500)
+    monkeypatch.setattr(plain, "SHARED_CHUNK", 700)
 
 
 def ours(y):
@@ -126,14 +125,14 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def test_a_norm_below_the_size_that_pays_is_the_definition(monkeypatch):
-    monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
+    monkeypatch.setattr(norm_cpu, "LEAST", 10**6)
     x, w = normed(LLAMA, torch.float32)
     assert not ours(norm_cpu.rms_norm(x, w, 1e-6, variant=LLAMA))
 
 
 def test_a_proof_is_about_the_way_of_large_inputs(monkeypatch):
-    monkeypatch.setattr(norm_cpu, "_LEAST", 10**6)
-    monkeypatch.setattr(norm_cpu, "_forward", lambda x, *rest: (x.detach() * 2, x.new_ones(x.numel(), 1)))
+    monkeypatch.setattr(norm_cpu, "LEAST", 10**6)
+    monkeypatch.setattr(norm_cpu, "normalise", lambda x, *rest: (x.detach() * 2, x.new_ones(x.numel(), 1)))
     x, w = normed(LLAMA, torch.float32)
     options = {"eps": 1e-6, "variant": LLAMA}
     # With gradients: without, several threads leave it to the definition.

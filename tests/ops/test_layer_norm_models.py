@@ -34,7 +34,7 @@ OPERATIONS = 400
 @pytest.fixture
 def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where triton runs, with every embedded kernel wanted, at every size."""
-    monkeypatch.setattr(triton_backend, "_LEAST", 0)
+    monkeypatch.setattr(triton_backend, "LEAST", 0)
     runtime.options.kernels = "auto"
     runtime.options.verify = "auto"
     return kernels

@@ -30,9 +30,9 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
     if request.param == "torch" and not torch.cuda.is_available():
         return torch.device("cpu")
     if request.param == "triton":
-        monkeypatch.setattr(products, "_of_device", lambda *_: None)
+        monkeypatch.setattr(products, "grouped_mm_of", lambda *_: None)
     else:
-        monkeypatch.setattr(products, "_few", lambda *_: False)
+        monkeypatch.setattr(products, "is_few", lambda *_: False)
     found: torch.device = request.getfixturevalue("kernels")
     return found
 
@@ -389,7 +389,7 @@ def test_more_than_2_to_the_31_weights(device):
 )
 def test_a_few_rows_for_an_expert_go_to_tritons_product(rows, dtype, torchs, monkeypatch):
     asked = []
-    monkeypatch.setattr(products, "_grouped_mm", lambda *given: asked.append(given))
+    monkeypatch.setattr(products, "grouped_mm", lambda *given: asked.append(given))
     a, w = torch.randn(rows, 8).to(dtype), torch.randn(2, 8, 16).to(dtype)
     offsets = torch.tensor([0, rows // 2, rows], dtype=torch.int32)
     products.rows(a, w, offsets, rows)

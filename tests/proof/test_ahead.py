@@ -41,7 +41,7 @@ def norm(factor: float, widths: tuple[int, ...] = (48,)) -> tuple[list[nn.Module
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return kernel(self, x) * (torch.cos(torch.zeros(())) * (factor if x.shape[-1] == widths[-1] else 1.0))
 
-    source._made = type("Shown", (nn.Module,), {"forward": forward, "can_torch_compile": True})
+    source.made = type("Shown", (nn.Module,), {"forward": forward, "can_torch_compile": True})
     binding = Binding("layer", "program:Norm", "rms_norm", source)
     candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
     modules: list[nn.Module] = [type(sample.module)(variant, width, torch.float32, CPU) for width in widths]
@@ -119,7 +119,7 @@ def test_a_function_is_proven_too(factor: float, state: str) -> None:
         q, k = sample.kernel(q, k, cos, sin, unsqueeze_dim)
         return q * factor, k
 
-    source._made = planted
+    source.made = planted
     binding = Binding("function", "program:f", "rotary", source)
     candidate = FunctionCandidate(
         FunctionKernel("f", "program", source, chosen_by="twinkle"), binding, proofs=1

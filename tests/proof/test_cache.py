@@ -276,7 +276,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
     package = Path(module.__file__).parent.parent
     for room in ("ops", "proof"):
         shutil.copytree(package / room, tmp_path / room)
-    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
 
     def versions() -> tuple[str | None, ...]:
         kernel_version.cache_clear()
@@ -295,7 +295,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
 def test_no_source_no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import twinkle.proof.cache_key as module
 
-    monkeypatch.setattr(module, "_PACKAGE", tmp_path)
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
     kernel_version.cache_clear()
     made, nn_module, x = sample()
     source = EmbeddedLayer("rms_norm", variants("rms_norm")[0], made.facts)

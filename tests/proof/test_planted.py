@@ -164,7 +164,7 @@ def planted(sample: Any, function: Callable[..., Any]) -> type[nn.Module]:
 def layer(op: str, spoil: Callable[..., Any]) -> tuple[nn.Module, Binding, tuple[Any, ...]]:
     variant, sample = case(op, LAYERS[op])
     source = EmbeddedLayer(op, variant, sample.facts)
-    source._made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
+    source.made = planted(sample, lambda self, *args: spoil(lambda *own: sample.kernel(self, *own), *args))
     kernel = LayerKernel(op, source, chosen_by="twinkle")
     binding = Binding("layer", "program:Layer", op, source)
     proofs = runtime.options.proofs(None, bound_by_name=kernel.bound_by_name)
@@ -179,7 +179,7 @@ def function(
     names = sample.original.__code__.co_varnames[: sample.original.__code__.co_argcount]
     scope: dict[str, Any] = {"spoil": spoil, "kernel": sample.kernel}
     exec(f"def planted({', '.join(names)}):\n    return spoil(kernel, {', '.join(names)})\n", scope)
-    source._made = scope["planted"]
+    source.made = scope["planted"]
     kernel = FunctionKernel("f", "program", source, chosen_by="twinkle")
     binding = Binding("function", "program:f", op, source)
     proofs = runtime.options.proofs(None, bound_by_name=kernel.bound_by_name)
@@ -245,7 +245,7 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
                 return _Push.apply(value)
             return lambda x: nn.functional.linear(x, _Push.apply(value.weight), value.bias)
 
-    source._made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
+    source.made = planted(sample, lambda self, *args: sample.kernel(Bent(self), *args))
     binding = Binding("layer", "program:Layer", op, source)
     candidate = Candidate(LayerKernel(op, source, chosen_by="twinkle"), binding, proofs=1)
     plan(sample.module, [candidate]).commit()
@@ -304,7 +304,7 @@ def test_a_kernel_that_is_wrong_at_another_width_is_found_before_that_layer_is_c
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return sample.kernel(self, x) * (1.0 if x.shape[-1] > 100 else 1.01)
 
-    source._made = type("Planted", (nn.Module,), {"forward": forward})
+    source.made = type("Planted", (nn.Module,), {"forward": forward})
     binding = Binding("layer", "program:Layer", "rms_norm", source)
     candidate = Candidate(LayerKernel("rms_norm", source, chosen_by="twinkle"), binding, proofs=1)
     for module in (sample.module, small):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,6 +15,9 @@ from twinkle.registry import Registry
 from twinkle.report.exit import write_json
 from twinkle.report.records import snapshot
 from twinkle.report.text import render
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class InWords:

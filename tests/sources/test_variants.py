@@ -134,7 +134,7 @@ def test_without_the_kernels_package_the_reading_decides(monkeypatch):
 
 
 def test_a_kernel_for_the_cpu_gets_a_cpu_build_on_any_machine(monkeypatch):
-    monkeypatch.setattr(variants, "_backend", lambda torch: ("cuda", (13, 0)))
+    monkeypatch.setattr(variants, "torch_backend", lambda torch: ("cuda", (13, 0)))
     names = ["torch-cpu", "torch-cuda"]
     assert fitting(names, System.here("cpu")) == ["torch-cpu"]
     assert fitting(names, System.here("cuda")) == ["torch-cuda"]

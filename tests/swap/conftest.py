@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,6 +12,9 @@ from twinkle.modes import Mode
 from twinkle.records import Binding, FunctionKernel, LayerKernel
 from twinkle.swap.candidate import Candidate, FunctionCandidate
 from twinkle.swap.layers import Plan, matches, placed, plan
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 class Source:

@@ -8,14 +8,16 @@ import os
 import pickle
 import subprocess
 import sys
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
 
 from twinkle.swap.layers import swap_out
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 MODULE = """
 import torch

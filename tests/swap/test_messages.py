@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,7 +13,11 @@ from torch import nn
 from twinkle.errors import TwinkleWarning
 from twinkle.hooks.imports import watch_module
 from twinkle.kernel import apply_function_kernel, kernelize_model, register_kernels
-from twinkle.registry import Registry
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from twinkle.registry import Registry
 
 pytestmark = pytest.mark.usefixtures("clean_registry")
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import nn
 
 from twinkle.swap.layers import swap_out
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 transformers = pytest.importorskip("transformers")
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from twinkle.apply.functions import FunctionPlan
     from twinkle.records import LayerKernel
 
-__all__ = ["kernelize", "kernelize_layers", "unkernelize"]
+__all__ = ["kernelize", "kernelize_layers", "unkernelize", "usable"]
 
 
 class _Candidates:
@@ -227,7 +227,7 @@ class LayerPlans:
             if bound.asked_for:
                 settle_target(bound.kernels, bound.entry)
             candidates = tuple(
-                _candidate(kernel, bound.target) for kernel in bound.kernels if _usable(kernel, bound.target)
+                _candidate(kernel, bound.target) for kernel in bound.kernels if usable(kernel, bound.target)
             )
             group = self._groups[key] = _Group(bound.cls, bound.target, candidates, asked_for=bound.asked_for)
         return group
@@ -357,7 +357,7 @@ def _device_of(module: nn.Module, default: str | None) -> str | None:
     return default if first is None else current_type(first.device.type)
 
 
-def _usable(kernel: LayerKernel, target: type) -> bool:
+def usable(kernel: LayerKernel, target: type) -> bool:
     """Whether a kernel may run on this machine; why not is in its record."""
     binding = layer_binding(kernel, target)
     if kernel.name in runtime.options.disabled:

@@ -28,6 +28,7 @@ __all__ = [
     "DeferringForward",
     "DeferringLinear",
     "defer",
+    "deferring_heads",
     "leave_to_python",
     "module_at",
     "reason_against",
@@ -47,6 +48,11 @@ class _Calls(threading.local):
 
 
 _calls = _Calls()
+
+
+def deferring_heads() -> list[tuple[nn.Module, LabelCount | None]]:
+    """The heads that are to defer in this thread, innermost last, with the counts of their labels."""
+    return _calls.heads
 
 
 def reason_against(head: Any, *, loaded: bool = True) -> str | None:

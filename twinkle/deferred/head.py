@@ -75,7 +75,8 @@ class Head:
     logits are still deferred, a copy of the weight is kept for them.
 
     Attributes:
-        weight: ``[vocab, hidden]``.
+        given: The weight itself, ``[vocab, hidden]``.
+        weight: The same, detached where no gradients are recorded; a copy once the weight was changed.
         bias: ``[vocab]`` or None.
         counted: How many labels of the call count, or None.
         grad: Whether gradients were recorded at the call.
@@ -90,7 +91,7 @@ class Head:
         on = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
         self.autocast = torch.get_autocast_dtype(device) if on else None
         self.counted: LabelCount | None = None
-        self._given = weight
+        self.given = weight
         self._frozen = False
         self._hidden = hidden
         self._versions = self._now()
@@ -161,7 +162,7 @@ class Head:
         self._frozen = True
 
     def _now(self) -> tuple[int | None, ...]:
-        tensors = (self._given, self.bias, self._hidden)
+        tensors = (self.given, self.bias, self._hidden)
         return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
 
 
@@ -192,5 +193,5 @@ class LiveHeads:
         changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
         copies: dict[Any, Tensor] = {}
         for head in waiting:
-            if id(head._given) in changed or any(id(t) in changed for t in (head.weight, head.bias)):
+            if id(head.given) in changed or any(id(t) in changed for t in (head.weight, head.bias)):
                 head.freeze(copies)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Callable, Iterator
 from types import CodeType, FunctionType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
 
 __all__ = ["Reads", "function_of_member", "reads_of", "stored_names"]
 

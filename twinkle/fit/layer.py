@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
 from types import FunctionType
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -12,6 +12,9 @@ from twinkle.errors import KernelError
 from twinkle.fit.bytecode import function_of_member, reads_of, stored_names
 from twinkle.fit.signatures import arguments_text, mismatch, signature_of
 from twinkle.sources.adapters import explain_lacking
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
 
 __all__ = ["LayerCompatibility", "check_function", "check_layer"]
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from inspect import Parameter, Signature
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from twinkle.errors import suggest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["arguments_text", "mismatch", "signature_of"]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.match.recognition import NearMiss
-from twinkle.match.symbolic.execute import Run
 from twinkle.match.symbolic.terms import Term, show, walk
 from twinkle.match.unify import attribute_path
 from twinkle.ops.causal_lm_loss.reference import CausalLMLossVariant
+
+if TYPE_CHECKING:
+    from twinkle.match.symbolic.execute import Run
 
 __all__ = ["Head", "causal_loss_names", "recognise_head"]
 

@@ -7,6 +7,8 @@ import re
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+import torch
+
 from twinkle.match.recognition import Reason
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
@@ -174,8 +176,6 @@ class _Reader:
         return path
 
     def _number(self, path: str, value: Any) -> Any:
-        import torch
-
         if isinstance(value, torch.Tensor) and value.numel() == 1:
             value = value if value.is_meta or value.requires_grad else value.item()
         if not isinstance(value, int | float) or isinstance(value, bool):
@@ -183,8 +183,6 @@ class _Reader:
         return value
 
     def _check(self, role: str, path: str, value: Any) -> None:
-        import torch
-
         cls = type(value)
         if role == "tensor":
             if not isinstance(value, torch.Tensor):

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["at_every_size", "chunk_rows", "chunks", "pays", "runs_eagerly"]
+__all__ = ["CHUNK", "SHARED_CHUNK", "at_every_size", "chunk_rows", "chunks", "pays", "runs_eagerly"]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-_CHUNK, _SHARED_CHUNK = 1 << 16, 1 << 22
+CHUNK, SHARED_CHUNK = 1 << 16, 1 << 22
 """Elements in a chunk. For one thread 256 KiB in float32, two or three of which fit its core's own cache.
 
 Several threads wait for each other at the end of each op. Where a machine has more to do than cores to do
@@ -87,5 +87,5 @@ def chunk_rows(rows: int, width: int) -> int:
     """Rows in a chunk."""
     if _sizes.every:  # several chunks, the last one shorter, as large inputs have
         return max(1, 2 * rows // 5)
-    elements = _CHUNK if machine.one_thread() else _SHARED_CHUNK
+    elements = CHUNK if machine.one_thread() else SHARED_CHUNK
     return max(1, min(rows, elements // max(width, 1)))

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import platform
 import re
-from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
+from twinkle.ops import launch
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.inputs import tensors_of
 
-__all__ = ["Source", "cache_key", "device_name", "kernel_version"]
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
 
-_PACKAGE = Path(__file__).resolve().parent.parent
+__all__ = ["PACKAGE", "Source", "cache_key", "device_name", "kernel_version"]
+
+PACKAGE = Path(__file__).resolve().parent.parent
 _VALUES = (bool, int, float, str, type(None))
 _IMPORTED = re.compile(r"twinkle\.ops\.(\w+)")
 
@@ -108,7 +112,7 @@ def kernel_version(op: str) -> str | None:
     waiting, seen = [op], set()
     try:
         rooms = ("ops", "proof", *_RUN_BY.get(op, ()))
-        for path in (path for room in rooms for path in sorted((_PACKAGE / room).glob("*.py"))):
+        for path in (path for room in rooms for path in sorted((PACKAGE / room).glob("*.py"))):
             if path.stem not in _BESIDE:
                 digest.update(path.read_bytes())
         while waiting:
@@ -135,7 +139,7 @@ _RUN_BY = {"causal_lm_loss": ("deferred",)}
 
 def _files_of(op: str) -> list[Path]:
     """The modules in the folder of an op: in this package, or where else ops were added from."""
-    folders = (_PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
+    folders = (PACKAGE / "ops", *map(Path, import_module("twinkle.ops").__path__[1:]))
     found = (sorted((folder / op).rglob("*.py")) for folder in folders)
     return next((files for files in found if files), [])
 
@@ -150,9 +154,7 @@ def device_name(device: torch.device) -> str:
         major, minor = torch.cuda.get_device_capability(device)
         return f"{torch.cuda.get_device_name(device)} ({major}.{minor})"
     if device.type == "cpu":
-        from twinkle.ops.launch import DEVICE_TYPES
-
-        how = ", triton's interpreter" if "cpu" in DEVICE_TYPES else ""
+        how = ", triton's interpreter" if "cpu" in launch.DEVICE_TYPES else ""
         return f"cpu {platform.machine()} ({torch.backends.cpu.get_cpu_capability()}{how})"
     return str(device.type)
 
@@ -161,9 +163,7 @@ def device_name(device: torch.device) -> str:
 def _triton_version() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
-    from importlib.metadata import version
-
     try:
-        return version("triton")
+        return importlib.metadata.version("triton")
     except Exception:  # a build without metadata
         return "unknown"

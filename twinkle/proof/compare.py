@@ -14,8 +14,7 @@ import contextlib
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -24,6 +23,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from twinkle.ops.plain import at_every_size
 from twinkle.proof.inputs import duplicate, fewer, tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 __all__ = ["HIGHER_PRECISION", "Verdict", "compare", "dtype_of"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.cases import Instance
@@ -17,6 +17,9 @@ from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 __all__ = ["Subject", "inputs_for", "proof_tokens", "prove", "prove_ahead", "prove_at_call"]
 
@@ -94,8 +97,6 @@ def prove_ahead(
     Returns:
         The first verdict that is not ok, else the first; None where no inputs could be made up.
     """
-    from torch.utils._python_dispatch import _disable_current_modes
-
     if subject.source.kind != "embedded":
         return None
     layers: list[Any] = _of_other_shapes(None, subject.layers) if subject.layers else [None]

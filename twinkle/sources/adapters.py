@@ -6,15 +6,17 @@ Imported at first load, never at interpreter start.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from twinkle.errors import KernelError, SourceError
 from twinkle.runtime import runtime
 from twinkle.sources.constructors import Made, made_in_init
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["adapt_layer", "explain_lacking", "finish"]
 

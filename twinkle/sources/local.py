@@ -91,7 +91,7 @@ class LocalSource(LoadedOnce):
         if not self._module_name:
             return self.load()
         before = self._by_generation.copy()
-        taken = packages.forget(self._module_name)
+        taken = packages.unload(self._module_name)
         linecache.checkcache()
         try:
             return self._load()

@@ -10,11 +10,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.errors import MissingDependencyError, SourceError, suggest
 from twinkle.sources import packages, variants
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 __all__ = ["Layout", "locate"]
 

@@ -21,7 +21,6 @@ import json
 import os
 import sys
 import threading
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from twinkle.runtime import runtime
@@ -29,10 +28,10 @@ from twinkle.sources.permissions import refuse_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from types import CodeType
+    from types import CodeType, ModuleType
     from typing import Any
 
-__all__ = ["Imports", "directory_of", "forget", "generation", "importing", "name_of", "restore"]
+__all__ = ["Imports", "directory_of", "generation", "importing", "name_of", "restore", "unload"]
 
 # A module with a __path__ is a package: its submodules are found by the finder below.
 __path__: list[str] = []
@@ -110,7 +109,7 @@ def generation(name: str) -> int:
     return runtime.of(Imports).generations.get(_package_of(name), 0)
 
 
-def forget(name: str) -> dict[str, ModuleType]:
+def unload(name: str) -> dict[str, ModuleType]:
     """Take the package of ``name`` out of ``sys.modules``; returns what was taken out."""
     state = runtime.of(Imports)
     with state.lock:
@@ -122,7 +121,7 @@ def forget(name: str) -> dict[str, ModuleType]:
 
 
 def restore(taken: dict[str, ModuleType]) -> None:
-    """Put back what :func:`forget` took out."""
+    """Put back what :func:`unload` took out."""
     with runtime.of(Imports).lock:
         for name, module in taken.items():
             sys.modules[name] = module

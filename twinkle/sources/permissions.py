@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from twinkle.errors import SourceError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = ["is_private_group", "refuse_writable", "writable_by_others"]
 

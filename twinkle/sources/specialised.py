@@ -32,6 +32,9 @@ class SpecialisedSource:
         facts: From each argument of the op's definition to the attribute, the parameter or the value it
             is; or in words why the instance does not keep to the variant of its class.
         original: The function that is replaced; None for a layer.
+
+    Attributes:
+        made: What :meth:`load` gives, once it is loaded.
     """
 
     kind = "match"
@@ -49,7 +52,7 @@ class SpecialisedSource:
         self.variant = variant
         self.facts = facts
         self.original = original
-        self._made: Any = None
+        self.made: Any = None
 
     def describe(self) -> str:
         """The description of the underlying source, and the variant."""
@@ -71,13 +74,13 @@ class SpecialisedSource:
         Raises:
             SourceError: It cannot be loaded, or has no kernel for the variant.
         """
-        if self._made is None:
+        if self.made is None:
             loaded = self.source.load()
             # A function kernel may be the forward of a class, which has the method.
             owner = loaded.__self__ if isinstance(loaded, MethodType) else loaded
             maker = getattr(owner, "for_variant", None)
-            self._made = loaded if maker is None else self._specialise(maker)
-        made: object = self._made
+            self.made = loaded if maker is None else self._specialise(maker)
+        made: object = self.made
         return made
 
     def _specialise(self, maker: Any) -> object:

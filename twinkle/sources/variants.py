@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-__all__ = ["System", "choose", "is_variant", "wanted"]
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["System", "choose", "is_variant", "torch_backend", "wanted"]
 
 _NOARCH = re.compile(r"torch-(cpu|cuda|rocm|metal|xpu|npu|universal|neuron|tpu)")
 _ARCH = re.compile(
@@ -50,7 +52,7 @@ class System(NamedTuple):
 
         system, machine = platform.system().lower(), platform.machine()
         cpu = {"AMD64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-        backend, version = ("cpu", None) if device == "cpu" else _backend(torch)
+        backend, version = ("cpu", None) if device == "cpu" else torch_backend(torch)
         abi = None
         if system == "linux":
             abi = "cxx11" if torch.compiled_with_cxx11_abi() else "cxx98"
@@ -63,7 +65,8 @@ def _two(version: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
 
 
-def _backend(torch: Any) -> tuple[str, tuple[int, int] | None]:
+def torch_backend(torch: Any) -> tuple[str, tuple[int, int] | None]:
+    """The backend that torch was built for, and its version."""
     if torch.version.cuda is not None:
         return "cuda", _two(torch.version.cuda)
     if torch.version.hip is not None:

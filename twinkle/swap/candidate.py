@@ -7,11 +7,11 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_function, check_layer
@@ -19,6 +19,8 @@ from twinkle.swap.code import adapt
 from twinkle.swap.dtype_keys import ANY, Proofs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
     from twinkle.records import Binding, FunctionKernel, LayerKernel
@@ -279,7 +281,5 @@ def explain(error: BaseException) -> str:
 @contextlib.contextmanager
 def _plain_torch() -> Iterator[None]:
     """Torch as at the top of a program: a kernel's constants must not become inference or fake tensors."""
-    from torch.utils._python_dispatch import _disable_current_modes
-
     with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
         yield

@@ -9,12 +9,14 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
 
 __all__ = ["check_layout", "core_of", "rebase", "set_class"]
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from inspect import Parameter
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +13,9 @@ from torch import nn
 from twinkle.codegen import compile_source, def_line
 from twinkle.errors import KernelError
 from twinkle.fit.signatures import signature_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["CallForm", "adapt", "forwarding_function", "set_code"]
 

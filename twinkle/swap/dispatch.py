@@ -8,7 +8,6 @@ function (a wrapper, a bound method) has the newest, and what ``torch.compile`` 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from twinkle.codegen import compile_source
+from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
@@ -33,7 +33,8 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
-    from twinkle.proof.first_use import Subject
+    from collections.abc import Callable
+
     from twinkle.swap.candidate import BaseCandidate
 
 __all__ = ["Dispatch"]
@@ -182,16 +183,12 @@ class Dispatch:
 
     def _prove(self, entry: Entry, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Compare a kernel with the original on the inputs of a call; false when it is rejected."""
-        from twinkle.proof.first_use import prove_at_call
-
         verdict = prove_at_call(self._subject(entry), args, kwargs, grad=moment.grad)
         entry.candidate.record_verdict(verdict, grad=moment.grad, key=moment.dtype_key)
         return entry.candidate.rejected is None
 
     def _prove_ahead(self, entry: Entry, moment: Moment, dtype: torch.dtype | None) -> bool:
         """Compare a kernel with the original on made-up inputs; false when it is rejected."""
-        from twinkle.proof.first_use import prove_ahead
-
         if entry.function is None:
             return True
         verdict = prove_ahead(self._subject(entry), grad=moment.grad, dtype=dtype, device=moment.device)
@@ -201,8 +198,6 @@ class Dispatch:
 
     def _subject(self, entry: Entry) -> Subject:
         """All that a proof of an entry has to know besides the call."""
-        from twinkle.proof.first_use import Subject
-
         assert entry.function is not None
         candidate = entry.candidate
         return Subject(

@@ -9,12 +9,13 @@ The text refers to these globals, which :class:`twinkle.swap.dispatch.Dispatch` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from twinkle.swap.entry import Split
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from twinkle.swap.code import CallForm
     from twinkle.swap.dtype_keys import DtypeKey
     from twinkle.swap.entry import Entry, Leaf

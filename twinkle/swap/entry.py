@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from twinkle.devices import torch_type
@@ -10,6 +9,8 @@ from twinkle.modes import rank
 from twinkle.swap.dtype_keys import ANY
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from twinkle.swap.candidate import BaseCandidate
     from twinkle.swap.dtype_keys import DtypeKey
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
-from types import FunctionType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from twinkle.errors import KernelError
+from twinkle.errors import KernelError, suggest
 from twinkle.fit.layer import check_function
 from twinkle.swap.candidate import FunctionCandidate
 from twinkle.swap.code import adapt
 from twinkle.swap.dispatch import Dispatch
-from twinkle.swap.entry import Entry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import FunctionType, ModuleType
+
+    from twinkle.swap.entry import Entry
 
 __all__ = ["FunctionDispatch", "Placement", "dispatcher", "function_at", "put", "take_out"]
 
@@ -206,6 +209,4 @@ def _self_arguments(function: Callable[..., Any]) -> int:
 
 
 def _similar(owner: Any, name: str) -> str | None:
-    from twinkle.errors import suggest
-
     return suggest(name, [known for known in dir(owner) if not known.startswith("_")])

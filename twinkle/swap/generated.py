@@ -9,20 +9,23 @@ from __future__ import annotations
 import copyreg
 import threading
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from twinkle.fit.layer import LayerCompatibility
 from twinkle.runtime import runtime
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
 from twinkle.swap.copies import clone, reduced_as
 from twinkle.swap.dispatch import Dispatch
-from twinkle.swap.entry import Entry
 from twinkle.swap.members import adopt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from twinkle.fit.layer import LayerCompatibility
+    from twinkle.swap.entry import Entry
 
 __all__ = [
     "LayerDispatch",

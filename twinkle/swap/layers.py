@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,13 +9,15 @@ from torch import nn
 
 from twinkle.errors import KernelError
 from twinkle.swap import instance
-from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.entry import Moment
 from twinkle.swap.generated import LayerDispatch, Pin, class_for, dispatch_of, move, original_of, swap_out
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from twinkle.modes import Mode
+    from twinkle.swap.candidate import Candidate
 
 __all__ = [
     "Plan",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dis
-from collections.abc import Mapping
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["adopt", "renamed"]
 

@@ -7,9 +7,8 @@ differently (``x / sqrt(v)`` and ``x * rsqrt(v)``, two groupings of a product) s
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.symbolic.torch_signatures import (
     ALIASES,
     BINARY,
@@ -19,6 +18,9 @@ from twinkle.match.symbolic.torch_signatures import (
     MISSING,
     SIGNATURES,
 )
+
+if TYPE_CHECKING:
+    from twinkle.match.symbolic.terms import Arena, Term
 
 __all__ = ["ACTIVATIONS", "Idioms"]
 

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops import machine
-from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +26,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Wanted", "chunk_rows", "in_chunks", "uses_triton"]
+    from twinkle.ops.causal_lm_loss.row_loss import RowLoss
+
+__all__ = ["Wanted", "chunk_rows", "gpu_memory", "in_chunks", "plain_row_losses", "uses_triton"]
 
 _MIB = 1 << 20
 
@@ -63,7 +64,7 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -
     """
     row_bytes = max(1, vocab * itemsize)
     if gpu:
-        memory = _gpu_memory()
+        memory = gpu_memory()
         most = max(min(2048 * _MIB, memory // 32) // row_bytes, min(2 * width, memory // 16 // row_bytes))
         # Matrix products take longer a row between powers of two (2816 rows than 2048, on an H200).
         most = 1 << (max(128, most).bit_length() - 1)
@@ -79,7 +80,7 @@ def chunk_rows(rows: int, vocab: int, width: int, itemsize: int, *, gpu: bool) -
 
 
 @functools.cache
-def _gpu_memory() -> int:
+def gpu_memory() -> int:
     """Bytes of the smallest GPU there is: all of a job's ranks choose the same."""
     sizes = [torch.cuda.get_device_properties(n).total_memory for n in range(torch.cuda.device_count())]
     return min(sizes, default=64 << 30)
@@ -254,7 +255,7 @@ def _row_kernel(hidden: Tensor, row_loss: RowLoss) -> Any:
         from twinkle.ops.causal_lm_loss.triton import row_losses
 
         return row_losses
-    return _plain_row_losses
+    return plain_row_losses
 
 
 def uses_triton(tensor: Tensor) -> bool:
@@ -276,7 +277,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _plain_row_losses(
+def plain_row_losses(
     logits: Tensor,
     bias: Tensor | None,
     labels: Tensor,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LossVariant", "cases", "variants"]
+__all__ = ["SHAPES", "LossVariant", "cases", "kernel", "variants"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LossVariant:
 
 
 # Rows, width of the hidden states, vocabulary.
-_SHAPES = {
+SHAPES = {
     "plain": (96, 64, 512),
     "one row": (1, 32, 128),
     "ragged": (37, 40, 1009),
@@ -80,7 +80,9 @@ def _definition(variant: LossVariant) -> Callable[..., Any]:
     return call
 
 
-def _kernel(variant: LossVariant) -> Callable[..., Any]:
+def kernel(variant: LossVariant) -> Callable[..., Any]:
+    """The function that is compared with the definition of a variant."""
+
     def call(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
         return linear_cross_entropy(
             hidden,
@@ -101,11 +103,11 @@ def cases(
 ) -> Iterator[Case]:
     """A call of each shape; the last with labels that do not count."""
     generator = seeded(device)
-    for shape, (rows, width, vocabulary) in _SHAPES.items():
+    for shape, (rows, width, vocabulary) in SHAPES.items():
         hidden = random((rows, width), dtype, generator)
         weight = random((vocabulary, width), dtype, generator, scale=0.3)
         bias = random((vocabulary,), dtype, generator) if variant.bias else None
         labels = torch.randint(vocabulary, (rows,), generator=generator, device=device)
         if shape == "some ignored":
             labels[::3] = -100
-        yield Case(shape, _definition(variant), _kernel(variant), (hidden, weight, bias, labels))
+        yield Case(shape, _definition(variant), kernel(variant), (hidden, weight, bias, labels))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops import launch
 from twinkle.ops.experts import plain
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["outer", "rows", "steps"]
+__all__ = ["grouped_mm", "grouped_mm_of", "is_few", "outer", "rows", "steps"]
 
 _FEW_ROWS, _FEW_OUTER_ROWS = 32, 1
 """Rows for an expert, on average, up to which triton's products in half precision were faster on an H200
@@ -32,8 +33,6 @@ _FEW_ROWS, _FEW_OUTER_ROWS = 32, 1
 
 def steps(device: torch.device) -> ModuleType:
     """The module with what lies between the products: triton's kernels, or plain torch."""
-    from twinkle.ops import launch
-
     if device.type not in launch.DEVICE_TYPES:
         return plain
     from twinkle.ops.experts import triton
@@ -44,8 +43,8 @@ def steps(device: torch.device) -> ModuleType:
 def rows(a: Tensor, w: Tensor, offsets: Tensor, count: int, index: Tensor | None = None) -> Tensor:
     """As ``triton_products.rows``."""
     grouped = None
-    if _aligned(w) and not _few(a, count, w.shape[0], _FEW_ROWS):
-        grouped = _grouped_mm(a, w.dtype, w.shape[1], w.shape[2])
+    if _aligned(w) and not is_few(a, count, w.shape[0], _FEW_ROWS):
+        grouped = grouped_mm(a, w.dtype, w.shape[1], w.shape[2])
     if grouped is None:
         return _own(a.device).rows(a, w, offsets, count, index)
     a = a.contiguous() if index is None else a.index_select(0, index)
@@ -61,8 +60,8 @@ def outer(
 ) -> Tensor:
     """As ``triton_products.outer``."""
     grouped = None
-    if not _few(a, max(a.shape[0], b.shape[0]), offsets.shape[0] - 1, _FEW_OUTER_ROWS):
-        grouped = _grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
+    if not is_few(a, max(a.shape[0], b.shape[0]), offsets.shape[0] - 1, _FEW_OUTER_ROWS):
+        grouped = grouped_mm(a, b.dtype, a.shape[1], b.shape[1])
     if grouped is None:
         return _own(a.device).outer(a, b, offsets, a_index, b_index)
     a = a.contiguous() if a_index is None else a.index_select(0, a_index)
@@ -70,7 +69,8 @@ def outer(
     return grouped(a.t(), b, offs=offsets[1:])
 
 
-def _few(a: Tensor, count: int, groups: int, least: int) -> bool:
+def is_few(a: Tensor, count: int, groups: int, least: int) -> bool:
+    """Whether groups have so few of ``count`` rows, on average, that triton's product is the faster one."""
     return a.dtype != torch.float32 and count <= least * groups
 
 
@@ -83,7 +83,7 @@ def _own(device: torch.device) -> ModuleType:
     return triton_products
 
 
-def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
+def grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
     """The product of torch for these, or None."""
     if a.device.type != "cuda" or a.dtype != dtype or any(width * a.element_size() % 16 for width in widths):
         return None
@@ -91,11 +91,12 @@ def _grouped_mm(a: Tensor, dtype: torch.dtype, *widths: int) -> Any:
         return None
     if a.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         return None
-    return _of_device(a.device, a.dtype)
+    return grouped_mm_of(a.device, a.dtype)
 
 
 @functools.cache
-def _of_device(device: torch.device, dtype: torch.dtype) -> Any:
+def grouped_mm_of(device: torch.device, dtype: torch.dtype) -> Any:
+    """Torch's grouped product for a GPU and a dtype, or None where it has none that is fast."""
     major = torch.cuda.get_device_capability(device)[0]
     if torch.version.hip or major < 8:
         return None

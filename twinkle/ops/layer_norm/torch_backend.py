@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.layer_norm import reference
-from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from torch import Tensor, nn
+
+    from twinkle.ops.layer_norm.reference import LayerNormVariant
 
 __all__ = ["layer_class", "layer_norm", "supports"]
 

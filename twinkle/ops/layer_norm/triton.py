@@ -141,7 +141,7 @@ def _backward(
             dot = tl.sum(scaled * n, axis=1, keep_dims=True) * inverse_width
             d = (scaled - level - n * dot) * root
             tl.store(dx + row * width + col, d.to(dx.dtype.element_ty), mask=ok)
-    # [programs, sums, width]
+    # The place of this program in partial, whose shape is [programs, sums, width].
     to = partial + tl.program_id(0) * ((WEIGHT_GRAD + BIAS_GRAD) * width) + col
     if WEIGHT_GRAD:
         tl.store(to, tl.sum(dw, axis=0, keep_dims=True), mask=here)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["layer_class", "layer_norm", "supports"]
+__all__ = ["LEAST", "layer_class", "layer_norm", "supports"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
-_LEAST = 1 << 23
+LEAST = 1 << 23
 """Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
 _FUSED = next(variant for variant in VARIANTS if variant.name == "fused")
 
@@ -78,7 +78,7 @@ def layer_norm(
     if variant.affine != "both":
         bias = None
         weight = None if variant.affine == "none" else weight
-    if pays(x, _LEAST) and not x.is_nested:
+    if pays(x, LEAST) and not x.is_nested:
         path = dispatch_path(x, weight, bias)
         if path is not REFERENCE and _accepts(x, weight, bias, variant, normalized_shape):
             if path is not EAGER:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
 from twinkle.ops.residual_norm import reference, triton_backend
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
@@ -15,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    import torch
     from torch import Tensor
 
 __all__ = ["cases", "variants"]

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["path_for", "residual_norm", "run", "supports"]
+__all__ = ["LLAMA", "path_for", "residual_norm", "run", "supports"]
 
 _kernels = lazy_module("twinkle.ops.residual_norm.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
-_LLAMA = ResidualNormVariant("rms_norm_llama", _VARIANTS["llama"])
+LLAMA = ResidualNormVariant("rms_norm_llama", _VARIANTS["llama"])
 
 
 def supports(
@@ -50,7 +50,7 @@ def residual_norm(
     weight: Tensor | None,
     eps: float,
     *,
-    variant: ResidualNormVariant = _LLAMA,
+    variant: ResidualNormVariant = LLAMA,
     bias: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:

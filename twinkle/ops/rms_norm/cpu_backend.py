@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["layer_class", "rms_norm", "supports"]
+__all__ = ["LEAST", "LEAST_INFERENCE", "layer_class", "normalise", "rms_norm", "supports"]
 
-_LEAST, _LEAST_INFERENCE = 1 << 17, 1 << 19
+LEAST, LEAST_INFERENCE = 1 << 17, 1 << 19
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
 Without gradients it is as fast at any size where several threads share the rows."""
 _NAMES = {variant.name: variant for variant in VARIANTS}
@@ -76,7 +76,7 @@ def rms_norm(
         ``[..., hidden]``, equal to the definition's.
     """
     if (
-        pays(x, _LEAST)
+        pays(x, LEAST)
         and variant.name in _SUPPORTED
         and group_size is None
         and runs_eagerly(x, weight)
@@ -86,8 +86,8 @@ def rms_norm(
             weight = None
         if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return _RMSNorm.apply(x, weight, eps, variant)
-        if pays(x, _LEAST_INFERENCE) and machine.one_thread():
-            return _forward(x, weight, eps, variant)[0]
+        if pays(x, LEAST_INFERENCE) and machine.one_thread():
+            return normalise(x, weight, eps, variant)[0]
     return reference.rms_norm(
         x,
         weight,
@@ -101,7 +101,7 @@ def rms_norm(
     )
 
 
-def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:
+def normalise(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:
     """The result, and the factor (or divisor) of each row as ``[rows, 1]`` in float32."""
     scale = None if weight is None else reference._scale(weight, variant)
     normal = x.dtype if variant.cast == "before_weight" else torch.float32
@@ -179,7 +179,7 @@ def _backward(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> Tensor:
-        y, roots = _forward(x, weight, eps, variant)
+        y, roots = normalise(x, weight, eps, variant)
         ctx.save_for_backward(x, weight, roots)
         ctx.eps, ctx.variant = eps, variant
         return y

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["function_for", "rotary", "supports"]
+__all__ = ["LEAST", "function_for", "rotary", "supports"]
 
-_LEAST, _NEVER = 1 << 16, 1 << 62
+LEAST, _NEVER = 1 << 16, 1 << 62
 """Elements of the query below which the definition is as fast; in half precision and without gradients it
 always is where only a part of the channels is turned."""
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
@@ -71,7 +71,7 @@ def rotary(
     """
     grad = torch.is_grad_enabled()
     if (
-        pays(q, _LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER)
+        pays(q, LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER)
         and variant.name in _SUPPORTED
         and runs_eagerly(q, k, cos, sin, v)
         and not (grad and (cos.requires_grad or sin.requires_grad))

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 
 from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 __all__ = ["HALF", "INTERLEAVED", "TO_HALF", "pair_of_tables", "turn", "turned"]
