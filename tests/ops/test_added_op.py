@@ -206,7 +206,9 @@ def test_what_must_hold_of_an_instance_is_asked_by_its_own_hook(program: Any) ->
 
 def test_it_is_proven_and_swapped_where_the_embedded_kernels_are_on(program: Any) -> None:
     runtime.options.kernels = "auto"
-    model, x = program.Squash(), torch.randn(2, 8, requires_grad=True)
+    # On a GPU the embedded kernels are for the GPU.
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    model, x = program.Squash().to(where), torch.randn(2, 8, device=where, requires_grad=True)
     expected = model(x)
     kernelize_layers(model)
     assert torch.allclose(model(x), expected)
