@@ -134,7 +134,7 @@ def defer_logits(model: nn.Module) -> None:
         for binding in installed.bindings:
             _merge(binding)
     else:
-        runtime.session.remark(f"the logits of {class_path(cls)} are computed as ever: {installed}")
+        runtime.session.remark(f"the logits of {class_path(cls)} are not deferred: {installed}")
 
 
 def _merge(binding: Binding) -> None:

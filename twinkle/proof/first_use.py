@@ -41,6 +41,7 @@ class Subject(NamedTuple):
         layer_class: The class, without Twinkle, of the layers that it stands in; None for a function.
         layers: Those layers.
         recall: A kept verdict will do.
+        chosen_by_twinkle: The kernel is an embedded one, and not the choice of a user.
     """
 
     source: Any
@@ -49,6 +50,7 @@ class Subject(NamedTuple):
     layer_class: type | None = None
     layers: Sequence[nn.Module] = ()
     recall: bool = False
+    chosen_by_twinkle: bool = False
 
 
 def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any], *, grad: bool) -> Verdict:
@@ -66,7 +68,7 @@ def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, An
     Returns:
         The first verdict that is not ok, else that of the call.
     """
-    embedded = subject.source.kind == "embedded"
+    embedded = subject.chosen_by_twinkle
     module = args[0] if subject.layer_class is not None else None
     inputs = args if module is None else args[1:]
     # A frozen layer gets no gradient today, and one of the same class behind it may.
@@ -97,7 +99,7 @@ def prove_ahead(
     Returns:
         The first verdict that is not ok, else the first; None where no inputs could be made up.
     """
-    if subject.source.kind != "embedded":
+    if not subject.chosen_by_twinkle:
         return None
     layers: list[Any] = _of_other_shapes(None, subject.layers) if subject.layers else [None]
     with torch.inference_mode(False), _disable_current_modes():

@@ -207,6 +207,7 @@ class Dispatch:
             layer_class=self.target,
             layers=self.modules(),
             recall=candidate.recall,
+            chosen_by_twinkle=candidate.kernel.chosen_by == "twinkle",
         )
 
     def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
