@@ -247,6 +247,7 @@ def test_what_defers_is_part_of_the_version_of_the_loss(
     package = Path(cache_key.__file__).parent.parent
     for room in ("ops", "proof", "deferred"):
         shutil.copytree(package / room, tmp_path / room)
+    shutil.copy(package / "codegen.py", tmp_path)
     monkeypatch.setattr(cache_key, "PACKAGE", tmp_path)
 
     def versions() -> tuple[str | None, ...]:

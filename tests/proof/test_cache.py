@@ -276,6 +276,7 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
     package = Path(module.__file__).parent.parent
     for room in ("ops", "proof"):
         shutil.copytree(package / room, tmp_path / room)
+    shutil.copy(package / "codegen.py", tmp_path)
     monkeypatch.setattr(module, "PACKAGE", tmp_path)
 
     def versions() -> tuple[str | None, ...]:
@@ -289,6 +290,12 @@ def test_the_version_of_a_kernel_is_that_of_its_files(
     assert before[0] != after[0]
     assert before[1] != after[1], "it is made of the norm's kernels"
     assert before[2] == after[2]
+    with (tmp_path / "codegen.py").open("a") as file:
+        file.write("# changed\n")
+    dressed = versions()
+    assert all(one != other for one, other in zip(after, dressed, strict=True)), (
+        "every kernel is dressed by it"
+    )
     kernel_version.cache_clear()
 
 
