@@ -14,6 +14,7 @@ from twinkle.apply.layers import kernelize_layers
 from twinkle.apply.matching import match
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.runtime import runtime
+from twinkle.swap.layers import candidates_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,7 +101,7 @@ def in_place(model: nn.Module) -> list[str]:
 def plant(patch: pytest.MonkeyPatch, where: str, at: int) -> None:
     """Let a function of Twinkle fail at its call number ``at``."""
     owner, _, name = where.rpartition(".")
-    if owner.rpartition(".")[2].istitle():
+    if owner.rpartition(".")[2][:1].isupper():
         module, _, cls = owner.rpartition(".")
         holder: Any = getattr(__import__(module, fromlist=["_"]), cls)
     else:
@@ -178,14 +179,75 @@ def test_nothing_is_put_in_place_before_all_is_planned(
         kernelize(model)
 
 
-def test_a_failure_of_the_loss_takes_the_layers_back(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+LOSS_PLANNING = [
+    ("twinkle.deferred.install.plan_deferral", 1),
+    ("twinkle.deferred.install.plan", 1),
+    ("twinkle.deferred.install.plan", 2),
+    ("twinkle.swap.layers.Plan.resolve", 2),
+    ("twinkle.swap.generated.LayerDispatch.prepare", 2),
+    ("twinkle.deferred.install.leave_to_python", 1),
+]
+"""Of the deferred logits, which the hook alone plans: for the model and its head, with kernels loaded."""
+
+
+@pytest.mark.parametrize(("where", "at"), LOSS_PLANNING)
+def test_a_failure_in_planning_the_loss_leaves_every_layer_untouched(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, where: str, at: int
 ) -> None:
     before = state_of(model)
-    plant(monkeypatch, "twinkle.apply.embedded.defer_logits", 1)
-    with pytest.raises(Planted):
-        kernelize_layers(model)
+    with monkeypatch.context() as patch:
+        plant(patch, where, at)
+        for first in ("twinkle.swap.layers.Plan.commit", "twinkle.apply.functions.put"):
+            plant(patch, first, 1)  # would fail first, if something was put in place by then
+        with pytest.raises(Planted, match=where):
+            kernelize_layers(model)
     assert same(before, state_of(model))
+    assert in_place(model) == []
+    kernelize_layers(model)
+    assert {"", "lm_head"} <= set(in_place(model))
+
+
+@pytest.mark.parametrize("at", [1, 2], ids=["model", "head"])
+def test_a_failure_in_putting_the_loss_in_place_takes_the_layers_back(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    before = state_of(model)
+    with monkeypatch.context() as patch:
+        # The swaps that are made before: an MLP and a norm for all of them.
+        plant(patch, "twinkle.swap.layers.move", 2 + at)
+        with pytest.raises(Planted):
+            kernelize_layers(model)
+    assert same(before, state_of(model))
+    kernelize_layers(model)
+    counts = {b.target.rpartition(":")[2]: b.instances for b in runtime.registry.bindings}
+    assert (counts["LlamaForCausalLM"], counts["Linear"]) == (1, 1)
+
+
+class NamedLinear(nn.Module):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input, self.weight, self.bias)
+
+
+def test_a_head_with_a_kernel_of_the_users_keeps_it(model: nn.Module) -> None:
+    register_kernels(
+        {"layers": {"Linear": {"target": "torch.nn.modules.linear:Linear", "layer_impl": NamedLinear}}}
+    )
+    kernelize_layers(model)
+    assert [c.kernel.name for c in candidates_of(model.lm_head)] == ["Linear"]  # type: ignore[arg-type]
+    assert candidates_of(model) == ()
+    assert any("logits" in text and "a kernel already" in text for text in runtime.session.remarks)
+
+
+def test_models_of_a_class_share_the_records_of_their_loss(model: nn.Module) -> None:
+    other = type(model)(model.config)  # type: ignore[call-arg, operator]
+    kernelize_layers(model)
+    kernelize_layers(other)
+    unkernelize_model(other)
+    of_loss = [b for b in runtime.registry.bindings if b.kernel == "causal_lm_loss"]
+    assert [(b.target.rpartition(":")[2], b.instances) for b in of_loss] == [
+        ("LlamaForCausalLM", 1),
+        ("Linear", 1),
+    ]
 
 
 def test_a_model_that_is_kernelized_keeps_what_it_has(

@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from torch import nn
 
     from twinkle.apply.recognised_functions import RecognisedFunction
+    from twinkle.deferred.install import DeferralPlan
     from twinkle.match.recognition import Recognition
     from twinkle.ops.backends import Backend
-    from twinkle.records import Binding, FunctionKernel, LayerKernel, Source
+    from twinkle.records import FunctionKernel, LayerKernel, Source
 
-__all__ = ["defer_logits", "function_kernels", "layer_rule", "offer"]
+__all__ = ["function_kernels", "layer_rule", "offer", "plan_deferral"]
 
 _ORIGIN = "embedded"
 
@@ -117,34 +118,30 @@ def _as_recognised(
     return Bound(module, cls, cls, made, asked_for=False) if made else None
 
 
-def defer_logits(model: nn.Module) -> None:
-    """Let the head of a causal language model give deferred logits, where its loss is recognised."""
+def plan_deferral(model: nn.Module, taken: Callable[[nn.Module], bool]) -> DeferralPlan | None:
+    """Plan deferred logits for a causal language model whose loss is recognised.
+
+    Args:
+        model: Is only read.
+        taken: Whether a module was planned to have another kernel, which it keeps.
+    """
     from twinkle.swap.layers import original_class
 
     cls = original_class(model)
     if not wanted("causal_lm_loss"):
-        return
+        return None
     found = recognise(cls)
     if found.op != "causal_lm_loss":
-        return
-    from twinkle.deferred.install import Installed, install
+        return None
+    from twinkle.deferred.install import plan_deferral as plan
 
-    installed = install(model, found)
-    if isinstance(installed, Installed):
-        for binding in installed.bindings:
-            _merge(binding)
-    else:
-        runtime.session.remark(f"the logits of {class_path(cls)} are not deferred: {installed}")
-
-
-def _merge(binding: Binding) -> None:
-    """Count a record in with that of another model of the same class, where there is one."""
-    for known in runtime.registry.bindings:
-        same = (known.target, known.kernel) == (binding.target, binding.kernel)
-        if same and known.source == binding.source:
-            known.count(binding.instances)
-            return
-    runtime.registry.record(binding)
+    made = plan(model, found, known=runtime.registry.bindings)
+    if not isinstance(made, str) and any(taken(swap.module) for swap in made.swaps):
+        made = "it or its head has a kernel already"
+    if isinstance(made, str):
+        runtime.session.remark(f"the logits of {class_path(cls)} are not deferred: {made}")
+        return None
+    return made
 
 
 def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKernel]:

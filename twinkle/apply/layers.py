@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from twinkle.apply.bound import Bound
     from twinkle.apply.functions import FunctionPlan
+    from twinkle.deferred.install import DeferralPlan
     from twinkle.records import LayerKernel
 
 __all__ = ["kernelize", "kernelize_layers", "unkernelize", "usable"]
@@ -114,6 +115,8 @@ def kernelize_layers(model: nn.Module) -> Change:
 
         embedded.offer()
     layers = plan(match(model, embedded_on), wanted, model)
+    if embedded_on is not None:
+        layers.deferral = embedded.plan_deferral(model, layers.include)
     function_plans = [
         made
         for module, asked_for in _recognised_functions(model, embedded_on).items()
@@ -125,15 +128,7 @@ def kernelize_layers(model: nn.Module) -> Change:
             where="activation",
         )
     ]
-    change = _commit(layers, function_plans)
-    if embedded_on is not None:
-        try:
-            # Planned and committed by itself: it has to see what is in place of the head by now.
-            embedded.defer_logits(model)
-        except BaseException:
-            change.undo()
-            raise
-    return change
+    return _commit(layers, function_plans)
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -213,10 +208,12 @@ class LayerPlans:
 
     Attributes:
         swaps: In the order in which they are made.
+        deferral: Deferred logits, which are neither a layer nor a function; they come after the layers.
     """
 
     def __init__(self) -> None:
         self.swaps: list[swap.Plan] = []
+        self.deferral: DeferralPlan | None = None
         self._groups: dict[tuple[type, tuple[LayerKernel, ...]], _Group] = {}
 
     def group_of(self, bound: Bound) -> _Group:
@@ -232,12 +229,21 @@ class LayerPlans:
             group = self._groups[key] = _Group(bound.cls, bound.target, candidates, asked_for=bound.asked_for)
         return group
 
+    def include(self, module: nn.Module) -> bool:
+        """Whether a module is to have a kernel by one of the swaps."""
+        return any(one is module for made in self.swaps for one in made.modules)
+
     def commit(self, change: Change) -> None:
         """Make every swap, then bring the records up to date."""
         for made in self.swaps:
             if made.changes:
                 change.did(made.undo)  # first: a swap that fails half-way is taken back as well
                 made.commit()
+        if self.deferral is not None:
+            change.did(self.deferral.undo)
+            self.deferral.commit()
+            for binding in self.deferral.installed.bindings:
+                runtime.registry.record(binding)
         for group in self._groups.values():
             group.tell()
 

@@ -17,13 +17,15 @@ from twinkle.deferred.forward import (
 )
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
-from twinkle.swap.layers import original_class, placed, plan, swap_out
+from twinkle.swap.layers import original_class, plan, swap_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable
     from typing import Any
 
-__all__ = ["Installed", "install", "reason_against", "uninstall"]
+    from twinkle.swap.layers import Plan
+
+__all__ = ["DeferralPlan", "Installed", "install", "plan_deferral", "reason_against", "uninstall"]
 
 
 class Installed:
@@ -41,6 +43,29 @@ class Installed:
         self.bindings = bindings
 
 
+class DeferralPlan:
+    """Deferred logits for a model, with their kernels loaded; nothing of the model has been touched yet.
+
+    Attributes:
+        installed: What there is after :meth:`commit`.
+        swaps: Those of the model and of its head.
+    """
+
+    def __init__(self, installed: Installed, swaps: list[Plan]) -> None:
+        self.installed = installed
+        self.swaps = swaps
+
+    def commit(self) -> None:
+        """Make the two swaps."""
+        for made in self.swaps:
+            made.commit()
+
+    def undo(self) -> None:
+        """Bring model and head back to what they were when the plan was made."""
+        for made in reversed(self.swaps):
+            made.undo()
+
+
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     """Let the head of a causal language model defer its logits where labels are given.
 
@@ -49,12 +74,32 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
 
     Args:
         model: A model whose ``forward`` takes labels.
-        recognition: What ``twinkle.match`` says of its class (op ``causal_lm_loss``): the path of the head
-            and the names of the labels are taken from its facts. Without one the head is what
-            ``get_output_embeddings()`` gives.
+        recognition: What ``twinkle.match`` says of its class; see :func:`plan_deferral`.
 
     Returns:
         What was done, or why the model is left alone.
+    """
+    made = plan_deferral(model, recognition)
+    if isinstance(made, str):
+        return made
+    made.commit()
+    return made.installed
+
+
+def plan_deferral(
+    model: nn.Module, recognition: Any = None, known: Iterable[Binding] = ()
+) -> DeferralPlan | str:
+    """Work out :func:`install` without touching the model.
+
+    Args:
+        model: A model whose ``forward`` takes labels.
+        recognition: What ``twinkle.match`` says of its class (op ``causal_lm_loss``): the path of the head
+            and the names of the labels are taken from its facts. Without one the head is what
+            ``get_output_embeddings()`` gives.
+        known: Records of bindings; one of another model of the same class counts this model in.
+
+    Returns:
+        The plan, or why the model is left alone.
     """
     facts = dict(getattr(recognition, "facts", None) or {})
     path = facts.get("head") or _path_of_output(model)
@@ -74,28 +119,20 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
         softcapped=_is_softcapped(model, recognition),
         owner=weakref.ref(model),
     )
-    ours = _candidate("model", forward.layer_class(), target), _candidate("head", DeferringLinear, nn.Linear)
-    why = _put_in([(model, ours[0]), (head, ours[1])])
-    return Installed(model, path, (ours[0].binding, ours[1].binding)) if why is None else why
-
-
-def _put_in(pairs: Sequence[tuple[nn.Module, Candidate]]) -> str | None:
-    """Put each candidate into its module, or none of them and say why."""
-    plans = []
-    for module, candidate in pairs:
+    swaps, bindings = [], []
+    for module, part, kernel, replaced in (
+        (model, "model", forward.layer_class(), target),
+        (head, "head", DeferringLinear, nn.Linear),
+    ):
+        candidate = _candidate(part, kernel, replaced, known)
         made = plan(module, [candidate])
-        if isinstance(made, str):
-            return made
-        plans.append(made)
-    for made in plans:
-        why = made.resolve()
-        if why is not None:
-            return why
-    for made in plans:
-        made.commit()
-    for module, _ in pairs:
-        _take_calls(module)
-    return None
+        why = made if isinstance(made, str) else made.resolve()
+        if isinstance(made, str) or why is not None:
+            return str(why)
+        _take_calls(made)
+        swaps.append(made)
+        bindings.append(candidate.binding)
+    return DeferralPlan(Installed(model, path, (bindings[0], bindings[1])), swaps)
 
 
 def uninstall(installed: Installed) -> None:
@@ -106,17 +143,16 @@ def uninstall(installed: Installed) -> None:
         swap_out(head)
 
 
-def _take_calls(module: nn.Module) -> None:
-    """Load the kernel of a module now, also on ``meta``: a model may be compiled before its first call."""
-    dispatch = placed(module)
-    assert dispatch is not None
+def _take_calls(made: Plan) -> None:
+    """Load the kernel of a swap now, also on ``meta``: a model may be compiled before its first call."""
+    dispatch = made.dispatch
     for entry in dispatch.entries:
         if entry.state == "new":
-            dispatch.prepare(entry, ())
+            dispatch.prepare(entry, (made.module,))
         if entry.function is not None:
             entry.state = "live"
     dispatch.rebuild()
-    if not isinstance(module, nn.Linear):
+    if not isinstance(made.module, nn.Linear):
         leave_to_python(dispatch.function)
 
 
@@ -170,8 +206,11 @@ class _Source:
         return self._kernel
 
 
-def _candidate(part: str, kernel: type[nn.Module], target: type) -> Candidate:
+def _candidate(part: str, kernel: type[nn.Module], target: type, known: Iterable[Binding]) -> Candidate:
     source = _Source(part, kernel)
     record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
-    return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))
+    binding = Binding("layer", where, "causal_lm_loss", source, origin="embedded")
+    what = (binding.target, binding.kernel, binding.source)
+    same = (one for one in known if (one.target, one.kernel, one.source) == what)
+    return Candidate(record, next(same, binding))

@@ -50,6 +50,11 @@ class Plan:
         self._simple = "forward" not in module.__dict__
         self.changes = self._before is not dispatch
 
+    @property
+    def dispatch(self) -> LayerDispatch:
+        """What stands behind the class that the modules are to have."""
+        return self._dispatch
+
     def also(self, module: nn.Module) -> bool:
         """Take another module into the plan if it can be swapped in the same way; models have many alike."""
         if (
