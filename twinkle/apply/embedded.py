@@ -131,8 +131,7 @@ def defer_logits(model: nn.Module) -> None:
 
     installed = install(model, found)
     if isinstance(installed, Installed):
-        for binding in installed.bindings:
-            _merge(binding)
+        _merge(installed.binding)
     else:
         runtime.session.remark(f"the logits of {class_path(cls)} are not deferred: {installed}")
 

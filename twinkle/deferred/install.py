@@ -1,4 +1,4 @@
-"""Puts deferred logits into a causal language model: kernels for its forward and for its head."""
+"""Puts deferred logits into a causal language model: a kernel for its forward, which lets the head defer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from twinkle.deferred.forward import (
     DeferringForward,
-    DeferringLinear,
     leave_to_python,
     module_at,
     reason_against,
@@ -20,8 +17,10 @@ from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, placed, plan, swap_out
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
     from typing import Any
+
+    from torch import nn
 
 __all__ = ["Installed", "install", "reason_against", "uninstall"]
 
@@ -32,20 +31,20 @@ class Installed:
     Attributes:
         model: The model.
         head: The path of its head.
-        bindings: The records of the two swaps, that of the model first.
+        binding: The record of the swap.
     """
 
-    def __init__(self, model: nn.Module, head: str, bindings: tuple[Binding, Binding]) -> None:
+    def __init__(self, model: nn.Module, head: str, binding: Binding) -> None:
         self.model = model
         self.head = head
-        self.bindings = bindings
+        self.binding = binding
 
 
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     """Let the head of a causal language model defer its logits where labels are given.
 
-    The class of model and head is changed as for any kernel (``twinkle.swap``): names, parameters, hooks,
-    copies and pickles stay what they are.
+    The forward of the model is swapped as for any kernel (``twinkle.swap``), and lets the head defer while
+    it runs; between two calls the head is what it was.
 
     Args:
         model: A model whose ``forward`` takes labels.
@@ -74,36 +73,27 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
         softcapped=_is_softcapped(model, recognition),
         owner=weakref.ref(model),
     )
-    ours = _candidate("model", forward.layer_class(), target), _candidate("head", DeferringLinear, nn.Linear)
-    why = _put_in([(model, ours[0]), (head, ours[1])])
-    return Installed(model, path, (ours[0].binding, ours[1].binding)) if why is None else why
+    candidate = _candidate(forward.layer_class(), target)
+    why = _put_in(model, candidate)
+    return Installed(model, path, candidate.binding) if why is None else why
 
 
-def _put_in(pairs: Sequence[tuple[nn.Module, Candidate]]) -> str | None:
-    """Put each candidate into its module, or none of them and say why."""
-    plans = []
-    for module, candidate in pairs:
-        made = plan(module, [candidate])
-        if isinstance(made, str):
-            return made
-        plans.append(made)
-    for made in plans:
-        why = made.resolve()
-        if why is not None:
-            return why
-    for made in plans:
-        made.commit()
-    for module, _ in pairs:
-        _take_calls(module)
+def _put_in(model: nn.Module, candidate: Candidate) -> str | None:
+    """Put the forward into the model, or say why not."""
+    made = plan(model, [candidate])
+    if isinstance(made, str):
+        return made
+    why = made.resolve()
+    if why is not None:
+        return why
+    made.commit()
+    _take_calls(model)
     return None
 
 
 def uninstall(installed: Installed) -> None:
     """Undo :func:`install`."""
     swap_out(installed.model)
-    head = module_at(installed.model, installed.head)
-    if head is not None:
-        swap_out(head)
 
 
 def _take_calls(module: nn.Module) -> None:
@@ -116,8 +106,7 @@ def _take_calls(module: nn.Module) -> None:
         if entry.function is not None:
             entry.state = "live"
     dispatch.rebuild()
-    if not isinstance(module, nn.Linear):
-        leave_to_python(dispatch.function)
+    leave_to_python(dispatch.function)
 
 
 def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int | None]:
@@ -150,28 +139,26 @@ def _path_of_output(model: nn.Module) -> str:
 
 
 class _Source:
-    """Where the two kernels come from: they are made for one model.
+    """Where the kernel comes from: it is made for one model.
 
     Args:
-        part: The ``model`` or its ``head``.
         kernel: The layer class.
     """
 
     kind = "embedded"
 
-    def __init__(self, part: str, kernel: type[nn.Module]) -> None:
-        self._part = part
+    def __init__(self, kernel: type[nn.Module]) -> None:
         self._kernel = kernel
 
     def describe(self) -> str:
-        return f"embedded causal_lm_loss ({self._part})"
+        return "embedded causal_lm_loss"
 
     def load(self) -> type[nn.Module]:
         return self._kernel
 
 
-def _candidate(part: str, kernel: type[nn.Module], target: type) -> Candidate:
-    source = _Source(part, kernel)
+def _candidate(kernel: type[nn.Module], target: type) -> Candidate:
+    source = _Source(kernel)
     record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     return Candidate(record, Binding("layer", where, "causal_lm_loss", source, origin="embedded"))
