@@ -71,12 +71,6 @@ def test_a_forward_that_raises_leaves_no_head_deferring(model):
     assert module.deferring_heads() == []
 
 
-def test_a_head_left_over_from_a_graph_is_dropped_at_the_next_call(model):
-    module.deferring_heads().append((model.lm_head, None))
-    assert not deferring(model).begin(model, (HIDDEN,), {})
-    assert module.deferring_heads() == []
-
-
 def test_a_model_that_is_gone_is_not_verified():
     model = Model()
     ours = deferring(model)

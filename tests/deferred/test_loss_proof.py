@@ -232,13 +232,10 @@ def test_an_outcome_with_gradients_holds_without_them_and_not_the_other_way_roun
         assert verifications.known(kind, softcapped=True) is None
 
 
-def test_the_report_names_the_op_of_the_two_kernels(clean_registry: Registry) -> None:
+def test_the_report_names_the_op_of_the_kernel(clean_registry: Registry) -> None:
     kernelize_layers(llama())
     sources = {binding.target.partition(":")[2]: binding.source for binding in clean_registry.bindings}
-    assert sources == {
-        "LlamaForCausalLM": "embedded causal_lm_loss (model)",
-        "Linear": "embedded causal_lm_loss (head)",
-    }
+    assert sources == {"LlamaForCausalLM": "embedded causal_lm_loss"}
 
 
 def test_what_defers_is_part_of_the_version_of_the_loss(

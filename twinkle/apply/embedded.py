@@ -136,7 +136,7 @@ def plan_deferral(model: nn.Module, taken: Callable[[nn.Module], bool]) -> Defer
     from twinkle.deferred.install import plan_deferral as plan
 
     made = plan(model, found, known=runtime.registry.bindings)
-    if not isinstance(made, str) and any(taken(swap.module) for swap in made.swaps):
+    if not isinstance(made, str) and any(map(taken, (model, made.head))):
         made = "it or its head has a kernel already"
     if isinstance(made, str):
         runtime.session.remark(f"the logits of {class_path(cls)} are not deferred: {made}")

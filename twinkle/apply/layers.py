@@ -242,8 +242,7 @@ class LayerPlans:
         if self.deferral is not None:
             change.did(self.deferral.undo)
             self.deferral.commit()
-            for binding in self.deferral.installed.bindings:
-                runtime.registry.record(binding)
+            runtime.registry.record(self.deferral.installed.binding)
         for group in self._groups.values():
             group.tell()
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.head import Head, LabelCount
 from twinkle.deferred.logits import DeferredLogits
+from twinkle.deferred.switch import ModelInGraph, switch_off, switch_on
 from twinkle.deferred.traced import TracedLogits
 from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DeferringForward",
-    "DeferringLinear",
     "defer",
     "deferring_heads",
     "leave_to_python",
@@ -68,7 +68,7 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     if not isinstance(head, nn.Module):
         return "the model has no output head"
     name = f"{type(head).__module__}.{type(head).__qualname__}"
-    if not isinstance(head, nn.Linear) or not _is_linear(type(head)):
+    if not isinstance(head, nn.Linear) or type(head).forward not in (nn.Linear.forward, _head_forward):
         return f"its head is a {name} with a forward of its own (an adapter on the head, a quantised head)"
     if "forward" in vars(head):
         return "the forward of its head is wrapped (accelerate's offloading does that)"
@@ -83,12 +83,6 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     if (loaded and weight.device.type == "meta") or weight.dtype not in _FLOATS:
         return f"the weight of its head is {weight.dtype} on {weight.device}"
     return None
-
-
-def _is_linear(cls: Any) -> bool:
-    dispatch = getattr(cls, "__twinkle__", None)
-    target = cls if dispatch is None else dispatch.target
-    return bool(target.forward is nn.Linear.forward)
 
 
 def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Tensor:
@@ -111,23 +105,14 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
     return DeferredLogits(made, hidden)
 
 
-class DeferringLinear(nn.Module):
-    """A layer kernel for a head: ``nn.Linear``, deferred inside a forward that was given labels."""
-
-    can_torch_compile = True
-    has_backward = True
-
-    weight: Tensor
-    bias: Tensor | None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """``input @ weight.T + bias``, ``[..., vocab]``; deferred where the model's forward asked for it."""
-        for head, counted in reversed(_calls.heads):
-            if head is self:
-                if torch.compiler.is_compiling():
-                    return TracedLogits(input, self.weight, self.bias)
-                return defer(self, input, counted=counted)
-        return F.linear(input, self.weight, self.bias)
+def _head_forward(self: Any, input: Tensor) -> Tensor:
+    """``input @ weight.T + bias``, ``[..., vocab]``; deferred in the threads whose forward asked for it."""
+    for head, counted in reversed(_calls.heads):
+        if head is self:
+            if torch.compiler.is_compiling():
+                return TracedLogits(input, self.weight, self.bias)
+            return defer(self, input, counted=counted)
+    return F.linear(input, self.weight, self.bias)
 
 
 class DeferringForward:
@@ -187,22 +172,18 @@ class DeferringForward:
         """Let the head defer from here to :func:`_end`; False where the logits are to be computed."""
         head, labels = self.head_and_labels(model, args, kwargs)
         if head is None or _are_few(head, labels) or not self.verified(model, head, labels):
-            # One may be left over from a call that failed in a graph.
-            _calls.heads.clear()
             return False
         ahead = self.recognised and isinstance(labels, torch.Tensor) and labels.is_cuda
         _calls.heads.append((head, LabelCount(labels) if ahead else None))
+        switch_on(head, _head_forward)
         return True
 
     def inside_graph(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's call while a larger graph is traced; its logits are operations of that graph."""
         head, _ = self.head_and_labels(model, args, kwargs) if self.recognised else (None, None)
-        if head is None or not self.verified_ahead():
-            return _with_logits(self.original(model, *args, **kwargs), TracedLogits.materialize)
-        _calls.heads.append((head, None))
-        # Not in a `try`: dynamo cannot go on after a graph break within one.
-        output = self.original(model, *args, **kwargs)
-        _calls.heads.pop()
+        if head is None or "." in self.path or not self.verified_ahead():
+            return self.original(model, *args, **kwargs)
+        output = self.original(ModelInGraph(model, self.path), *args, **kwargs)
         return _with_logits(output, TracedLogits.materialize)
 
     def head_and_labels(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -240,7 +221,8 @@ def _are_few(head: Any, labels: Any) -> bool:
 
 
 def _end() -> None:
-    _calls.heads.pop()
+    head, _ = _calls.heads.pop()
+    switch_off(head)
 
 
 def _finish(output: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Puts deferred logits into a causal language model: kernels for its forward and for its head."""
+"""Puts deferred logits into a causal language model: a kernel for its forward, which lets the head defer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING
 
-from torch import nn
-
 from twinkle.deferred.forward import (
     DeferringForward,
-    DeferringLinear,
     leave_to_python,
     module_at,
     reason_against,
@@ -23,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from typing import Any
 
+    from torch import nn
+
     from twinkle.swap.layers import Plan
 
 __all__ = ["DeferralPlan", "Installed", "install", "plan_deferral", "reason_against", "uninstall"]
@@ -34,43 +33,43 @@ class Installed:
     Attributes:
         model: The model.
         head: The path of its head.
-        bindings: The records of the two swaps, that of the model first.
+        binding: The record of the swap.
     """
 
-    def __init__(self, model: nn.Module, head: str, bindings: tuple[Binding, Binding]) -> None:
+    def __init__(self, model: nn.Module, head: str, binding: Binding) -> None:
         self.model = model
         self.head = head
-        self.bindings = bindings
+        self.binding = binding
 
 
 class DeferralPlan:
-    """Deferred logits for a model, with their kernels loaded; nothing of the model has been touched yet.
+    """Deferred logits for a model, with the kernel loaded; nothing of the model has been touched yet.
 
     Attributes:
         installed: What there is after :meth:`commit`.
-        swaps: Those of the model and of its head.
+        head: The module that is to defer.
+        swap: That of the model.
     """
 
-    def __init__(self, installed: Installed, swaps: list[Plan]) -> None:
+    def __init__(self, installed: Installed, head: nn.Module, swap: Plan) -> None:
         self.installed = installed
-        self.swaps = swaps
+        self.head = head
+        self.swap = swap
 
     def commit(self) -> None:
-        """Make the two swaps."""
-        for made in self.swaps:
-            made.commit()
+        """Make the swap."""
+        self.swap.commit()
 
     def undo(self) -> None:
-        """Bring model and head back to what they were when the plan was made."""
-        for made in reversed(self.swaps):
-            made.undo()
+        """Bring the model back to what it was when the plan was made."""
+        self.swap.undo()
 
 
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     """Let the head of a causal language model defer its logits where labels are given.
 
-    The class of model and head is changed as for any kernel (``twinkle.swap``): names, parameters, hooks,
-    copies and pickles stay what they are.
+    The forward of the model is swapped as for any kernel (``twinkle.swap``), and lets the head defer while
+    it runs; between two calls the head is what it was.
 
     Args:
         model: A model whose ``forward`` takes labels.
@@ -119,28 +118,18 @@ def plan_deferral(
         softcapped=_is_softcapped(model, recognition),
         owner=weakref.ref(model),
     )
-    swaps, bindings = [], []
-    for module, part, kernel, replaced in (
-        (model, "model", forward.layer_class(), target),
-        (head, "head", DeferringLinear, nn.Linear),
-    ):
-        candidate = _candidate(part, kernel, replaced, known)
-        made = plan(module, [candidate])
-        why = made if isinstance(made, str) else made.resolve()
-        if isinstance(made, str) or why is not None:
-            return str(why)
-        _take_calls(made)
-        swaps.append(made)
-        bindings.append(candidate.binding)
-    return DeferralPlan(Installed(model, path, (bindings[0], bindings[1])), swaps)
+    candidate = _candidate(forward.layer_class(), target, known)
+    made = plan(model, [candidate])
+    why = made if isinstance(made, str) else made.resolve()
+    if isinstance(made, str) or why is not None:
+        return str(why)
+    _take_calls(made)
+    return DeferralPlan(Installed(model, path, candidate.binding), head, made)
 
 
 def uninstall(installed: Installed) -> None:
     """Undo :func:`install`."""
     swap_out(installed.model)
-    head = module_at(installed.model, installed.head)
-    if head is not None:
-        swap_out(head)
 
 
 def _take_calls(made: Plan) -> None:
@@ -152,8 +141,7 @@ def _take_calls(made: Plan) -> None:
         if entry.function is not None:
             entry.state = "live"
     dispatch.rebuild()
-    if not isinstance(made.module, nn.Linear):
-        leave_to_python(dispatch.function)
+    leave_to_python(dispatch.function)
 
 
 def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int | None]:
@@ -186,28 +174,26 @@ def _path_of_output(model: nn.Module) -> str:
 
 
 class _Source:
-    """Where the two kernels come from: they are made for one model.
+    """Where the kernel comes from: it is made for one model.
 
     Args:
-        part: The ``model`` or its ``head``.
         kernel: The layer class.
     """
 
     kind = "embedded"
 
-    def __init__(self, part: str, kernel: type[nn.Module]) -> None:
-        self._part = part
+    def __init__(self, kernel: type[nn.Module]) -> None:
         self._kernel = kernel
 
     def describe(self) -> str:
-        return f"embedded causal_lm_loss ({self._part})"
+        return "embedded causal_lm_loss"
 
     def load(self) -> type[nn.Module]:
         return self._kernel
 
 
-def _candidate(part: str, kernel: type[nn.Module], target: type, known: Iterable[Binding]) -> Candidate:
-    source = _Source(part, kernel)
+def _candidate(kernel: type[nn.Module], target: type, known: Iterable[Binding]) -> Candidate:
+    source = _Source(kernel)
     record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     binding = Binding("layer", where, "causal_lm_loss", source, origin="embedded")
