@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from kernel_fixtures import every_size, half, kernels  # noqa: F401
+from package_fixtures import clean_hooks, write  # noqa: F401
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -50,7 +50,7 @@ ROOF = ("_bootstrap", "kernel", "runner", "_start", "cli", "__init__", "__main__
 
 ORDER = (*GROUND, *ROOMS, *ROOF)
 
-NOTHING_BUT = {"ops": {"errors", "codegen"}}
+NOTHING_BUT = {"ops": {"errors", "codegen", "runtime"}}
 """Rooms that may import less than what stands before them."""
 
 

@@ -22,6 +22,7 @@ class Options:
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
+        sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Options:
         self.verify = "auto"
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
+        self.sizes = "auto"
 
     @property
     def raises(self) -> bool:

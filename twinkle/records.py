@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         object each time and imports it once.
         """
 
-        kind: str  # "code" | "local" | "installed" | "hub" | "match" | "embedded"
+        kind: str  # "code" | "local" | "installed" | "hub" | "embedded"
 
         def describe(self) -> str:
             """One line for the report: what it is and where it comes from."""

@@ -35,6 +35,7 @@ def mistake(**variables: str) -> ConfigError:
         ("LOG", "debug", "log", "debug"),
         ("REPORT", "r.json", "report", os.path.join("/work", "r.json")),
         ("REPORT", "/tmp/r.json", "report", "/tmp/r.json"),
+        ("SIZES", "all", "sizes", "all"),
         ("STRICT", "on", "strict", True),
         ("TRUST_REMOTE_CODE", "yes", "trust_remote_code", True),
         ("TRUST_REMOTE_CODE", "0", "trust_remote_code", False),

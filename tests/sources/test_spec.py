@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twinkle import config
@@ -176,6 +176,7 @@ KEYS = st.sampled_from(
 )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(spec=st.dictionaries(KEYS, VALUES, max_size=5), kind=st.sampled_from(["layer", "function"]))
 def test_anything_is_a_source_or_a_config_error(spec, kind):
     with contextlib.suppress(ConfigError):

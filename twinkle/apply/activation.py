@@ -68,6 +68,7 @@ def start(settings: Settings, *, door: str) -> None:
     runtime.options.verify = settings.verify
     runtime.options.disabled = settings.disable
     runtime.options.kernels = settings.kernels
+    runtime.options.sizes = settings.sizes
     runtime.session.door = door
     runtime.session.configs = tuple(settings.paths)
     for warning in settings.warnings:

@@ -37,6 +37,7 @@ _SETTINGS = (
     "strict",
     "verify",
     "kernels",
+    "sizes",
     "trust_remote_code",
     "plugins",
     "disable",

@@ -44,6 +44,7 @@ class Settings:
         strict: Raise instead.
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
         kernels: The embedded kernels: ``auto``, ``off`` or a tuple of ops.
+        sizes: The sizes that embedded kernels run at: ``auto`` or ``all``.
         trust_remote_code: ``True``, ``False`` or a tuple of repositories.
         plugins: The entry points of other packages to take kernels from.
         off: The off switch is set; nothing else was read.
@@ -62,6 +63,7 @@ class Settings:
     strict: bool
     verify: str
     kernels: str | tuple[str, ...]
+    sizes: str
     trust_remote_code: bool | tuple[str, ...]
     plugins: tuple[str, ...]
     log: str
@@ -83,6 +85,7 @@ class Settings:
         self.strict = False
         self.verify = "auto"
         self.kernels = kernels
+        self.sizes = "auto"
         self.trust_remote_code = False
         self.plugins = ()
         self.log = "warning"

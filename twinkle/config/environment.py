@@ -37,6 +37,7 @@ _SETTINGS = {
     "TWINKLE_LOG": ("log", "word"),
     "TWINKLE_MODE": ("mode", "word"),
     "TWINKLE_REPORT": ("report", "word"),
+    "TWINKLE_SIZES": ("sizes", "word"),
     "TWINKLE_STRICT": ("strict", "boolean"),
     "TWINKLE_TRUST_REMOTE_CODE": ("trust_remote_code", "boolean or list"),
     "TWINKLE_VERIFY": ("verify", "word"),

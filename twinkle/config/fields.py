@@ -27,6 +27,7 @@ __all__ = [
     "LAYER_KEYS",
     "LOG_LEVELS",
     "SETTING_KEYS",
+    "SIZES",
     "VERIFY",
     "WrongError",
     "is_dotted",
@@ -36,6 +37,8 @@ __all__ = [
 
 VERIFY = ("auto", "off", "first-use", "always")
 _VENDORS = {"gpu": "cuda", "nvidia": "cuda", "hip": "rocm", "amd": "rocm", "metal": "mps", "ascend": "npu"}
+SIZES = ("auto", "all")
+"""The sizes that embedded kernels run at: those at which they pay, or every one (for tests)."""
 LOG_LEVELS = ("off", "warning", "info", "debug")
 
 
@@ -453,6 +456,7 @@ SETTING_KEYS: dict[str, Check] = {
     "mode": _mode,
     "plugins": _plugins,
     "report": _report,
+    "sizes": _choice(*SIZES),
     "strict": _boolean,
     "trust_remote_code": _trust,
     "use_fallback": _boolean,

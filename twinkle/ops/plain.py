@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops import machine
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,9 +54,17 @@ def at_every_size() -> Iterator[None]:
 
 
 def pays(tensor: Tensor, least: int) -> bool:
-    """Whether a tensor has ``least`` elements, or is to be taken for one that has."""
+    """Whether a tensor has ``least`` elements, or is to be taken for one that has.
+
+    The setting ``sizes = "all"`` takes every tensor of the process for one, :func:`at_every_size` those of
+    its thread.
+    """
     count = tensor.numel()
-    return count >= least or (_sizes.every and count > 0)
+    return count >= least or (count > 0 and _every_size())
+
+
+def _every_size() -> bool:
+    return _sizes.every or runtime.options.sizes == "all"
 
 
 def runs_eagerly(*tensors: Tensor | None) -> bool:
@@ -85,7 +94,8 @@ def chunks(rows: int, width: int) -> Iterator[tuple[int, int]]:
 
 def chunk_rows(rows: int, width: int) -> int:
     """Rows in a chunk."""
-    if _sizes.every:  # several chunks, the last one shorter, as large inputs have
-        return max(1, 2 * rows // 5)
     elements = CHUNK if machine.one_thread() else SHARED_CHUNK
-    return max(1, min(rows, elements // max(width, 1)))
+    step = max(1, min(rows, elements // max(width, 1)))
+    if step >= rows and _every_size():  # several chunks, the last one shorter, as large inputs have
+        return max(1, 2 * rows // 5)
+    return step

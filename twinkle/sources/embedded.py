@@ -54,7 +54,6 @@ class _BackendSource:
 class _Embedded(SpecialisedSource):
     """The kernel of an op for a variant and an instance; see the two classes below for the arguments."""
 
-    kind = "embedded"
     facts: dict[str, Any]
     _maker: str
 
@@ -69,6 +68,7 @@ class _Embedded(SpecialisedSource):
     ) -> None:
         found = find_op(op).backend(backend)
         super().__init__(source or _BackendSource(found, self._maker), op, variant, dict(facts), original)
+        self.kind = "embedded"
         self.backend = backend
         self._label = found.label
 

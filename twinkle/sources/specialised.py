@@ -34,10 +34,9 @@ class SpecialisedSource:
         original: The function that is replaced; None for a layer.
 
     Attributes:
+        kind: That of the underlying source.
         made: What :meth:`load` gives, once it is loaded.
     """
-
-    kind = "match"
 
     def __init__(
         self,
@@ -48,6 +47,7 @@ class SpecialisedSource:
         original: Callable[..., Any] | None = None,
     ) -> None:
         self.source = source
+        self.kind = source.kind
         self.op = op
         self.variant = variant
         self.facts = facts

@@ -12,6 +12,8 @@ import pytest
 from twinkle.hooks.imports import watch_module
 from twinkle.swap import aliases
 
+pytestmark = pytest.mark.usefixtures("clean_hooks")
+
 
 @pytest.fixture
 def original(write):
