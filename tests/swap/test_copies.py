@@ -262,3 +262,56 @@ def test_a_parametrized_module_is_swapped_below_its_parametrization(kit: Any) ->
     kit.swap_in(linear, [kit.candidate(Kernel)])
     parametrize.remove_parametrizations(linear, "weight")
     assert torch.equal(linear(kit.x), expected)
+
+
+class Forwarding(nn.Module):
+    """Hands on the attributes that it does not know, as PEFT's and the compiler's wrappers do."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+class Proxy:
+    """The same without being a module."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.__dict__["inner"] = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__setstate__":
+            raise AttributeError(name)
+        return getattr(self.__dict__["inner"], name)
+
+
+@pytest.mark.parametrize("wrap", [Forwarding, Proxy])
+@pytest.mark.parametrize("copying", [copy.deepcopy, copy.copy])
+def test_a_copy_of_a_wrapper_is_a_wrapper(kit: Any, wrap: Any, copying: Any) -> None:
+    gate = kit.Gate()
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
+    twin = copying(wrap(gate))
+    assert type(twin) is wrap
+    assert (twin.inner is gate) == (copying is copy.copy)
+    assert kit.is_swapped(twin.inner)
+    assert kit.factor(twin.inner) == 2
+
+
+def test_a_copy_of_a_compiled_module_is_a_compiled_module(kit: Any) -> None:
+    gate = kit.Gate()
+    kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
+    compiled = torch.compile(gate, backend="eager")
+    assert type(copy.deepcopy(compiled)) is type(compiled)
+
+
+def test_a_class_without_a_copy_of_its_own_has_none(kit: Any, gates: Any) -> None:
+    gate, own = kit.Gate(), gates.Copied()
+    for module in (gate, own):
+        kit.swap_in(module, [kit.candidate(kit.GateKernel)])
+    assert [hasattr(gate, name) for name in ("__deepcopy__", "__copy__")] == [False, False]
+    assert [hasattr(own, name) for name in ("__deepcopy__", "__copy__")] == [True, False]

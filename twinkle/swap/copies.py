@@ -2,54 +2,35 @@
 
 from __future__ import annotations
 
-import copy
 import copyreg
 import functools
-from typing import Any
+from typing import TYPE_CHECKING
 
-__all__ = ["clone", "reduced_as"]
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+__all__ = ["Maker", "reduced_as"]
 
 
-def clone(module: Any, reduce: Any, memo: dict[int, Any] | None) -> Any:
-    """Copy a module as ``copy.copy`` does, or with a memo as ``copy.deepcopy``.
+class Maker:
+    """What makes a module again from its parts: in this process a swapped one, in a pickle ``make`` itself.
 
     Args:
-        module: The module.
-        reduce: Its ``__reduce_ex__``, as its original class has it.
-        memo: Of a deep copy; None for a shallow one.
+        make: Makes one of the original class.
+        dress: Called here with what ``make`` gives.
     """
 
-    def through(value: Any) -> Any:
-        return value if memo is None else copy.deepcopy(value, memo)
+    def __init__(self, make: Callable[..., Any], dress: Callable[[Any], Any]) -> None:
+        self.make = make
+        self.dress = dress
 
-    if "parametrizations" in module._modules:
-        # torch refuses to reduce parametrized modules, and copies them like this itself.
-        value: Any = (copyreg.__newobj__, (type(module),), dict(module.__dict__))  # type: ignore[attr-defined]
-    else:
-        value = reduce(4)
-    if isinstance(value, str):
-        return module
-    parts: list[Any] = [*value, None, None, None, None]
-    make, arguments, state, items, pairs, setter = parts[:6]
-    twin = make(*through(arguments))
-    if memo is not None:
-        memo[id(module)] = twin
-    if state is not None:
-        state = through(state)
-        if setter is not None:
-            setter(twin, state)
-        elif hasattr(twin, "__setstate__"):
-            twin.__setstate__(state)
-        else:
-            state, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
-            twin.__dict__.update(state or {})
-            for name, slot in (slots or {}).items():
-                setattr(twin, name, slot)
-    for item in items or ():
-        twin.append(through(item))
-    for key, item in pairs or ():
-        twin[through(key)] = through(item)
-    return twin
+    def __call__(self, *args: Any) -> Any:
+        """The module, with its kernels."""
+        return self.dress(self.make(*args))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (self.make,)
 
 
 def reduced_as(value: Any, cls: type, plain: Any) -> Any:

@@ -7,6 +7,7 @@ reference cycle. ``docs/decisions/0001-swap-mechanism.md`` has the figures behin
 from __future__ import annotations
 
 import copyreg
+import functools
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from twinkle.runtime import runtime
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
-from twinkle.swap.copies import clone, reduced_as
+from twinkle.swap.copies import Maker, reduced_as
 from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.members import adopt
 
@@ -69,22 +70,18 @@ class Swapped:
         """Do nothing: a base that registers its subclasses must not hear of generated ones."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle as an instance of the original class, so that the file loads without Twinkle."""
-        plain = original_of(type(self))
+        """Copy as a swapped module, pickle as one of the original class: the file loads without Twinkle.
+
+        There is no ``__deepcopy__`` or ``__copy__`` here: ``copy`` asks instances for these, and finds them
+        through every wrapper that hands on attributes it does not know (PEFT's, ``OptimizedModule``).
+        """
+        cls, plain = type(self), original_of(type(self))
         reducer: Any = copyreg.dispatch_table.get(plain)
-        if reducer is not None:
-            return reducer(self)
-        return reduced_as(super().__reduce_ex__(protocol), type(self), plain)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        inherited = getattr(super(), "__deepcopy__", None)
-        twin = inherited(memo) if inherited is not None else clone(self, super().__reduce_ex__, memo)
-        return _as_swapped(twin, type(self))
-
-    def __copy__(self) -> Any:
-        inherited = getattr(super(), "__copy__", None)
-        twin = inherited() if inherited is not None else clone(self, super().__reduce_ex__, None)
-        return _as_swapped(twin, type(self))
+        value = reducer(self) if reducer is not None else super().__reduce_ex__(protocol)
+        if isinstance(value, str):
+            return value
+        make, *rest = reduced_as(value, cls, plain)
+        return (Maker(make, lambda twin: _as_swapped(twin, cls)), *rest)
 
 
 class Pinned(Swapped):
@@ -268,6 +265,9 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
             "__twinkle__": dispatch,
             "forward": dispatch.function,
         }
+        for name in ("__deepcopy__", "__copy__"):
+            if hasattr(core, name):
+                space[name] = _copying(getattr(core, name))
         if "__firstlineno__" in vars(core):
             space["__firstlineno__"] = vars(core)["__firstlineno__"]
         meta: Any = type(core)
@@ -283,6 +283,16 @@ def original_of(cls: type) -> type:
     core, wrappers = core_of(cls)
     dispatch = vars(core).get("__twinkle__")
     return rebase(wrappers, dispatch.target) if dispatch is not None else cls
+
+
+def _copying(copying: Any) -> Any:
+    """A class's own way of copying, whose copies keep the kernels."""
+
+    @functools.wraps(copying)
+    def method(self: Any, *args: Any) -> Any:
+        return _as_swapped(copying(self, *args), type(self))
+
+    return method
 
 
 def _as_swapped(twin: Any, cls: type) -> Any:
