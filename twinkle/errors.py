@@ -145,6 +145,7 @@ def warn(text: str) -> None:
 
 def _is_machinery(frame: FrameType) -> bool:
     package = str(frame.f_globals.get("__name__")).partition(".")[0]
-    # A generated forward has the globals of its target, and a file name of ours.
-    generated = frame.f_code.co_filename.startswith("<twinkle ")
+    # Generated functions have the globals of the original, and a file name or a free variable of ours.
+    code = frame.f_code
+    generated = code.co_filename.startswith("<twinkle ") or "_tw" in code.co_freevars
     return generated or package in ("contextlib", "importlib", "torch", "twinkle", "wrapt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import traceback
 import warnings
 from typing import Any
 
@@ -261,9 +262,7 @@ def test_threads_that_meet_a_bad_kernel_all_get_the_originals_result(kit: Any) -
     assert results == [1.0] * 8
 
 
-def test_a_traceback_shows_the_generated_line(kit: Any) -> None:
-    import traceback
-
+def test_a_traceback_stays_in_the_files_of_the_program(kit: Any) -> None:
     class Grumpy(kit.Gate):  # type: ignore[misc, name-defined]
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise ValueError("always")
@@ -272,4 +271,6 @@ def test_a_traceback_shows_the_generated_line(kit: Any) -> None:
     kit.swap_in(gate, [kit.candidate(kit.GateKernel, device="cuda")])
     with pytest.raises(ValueError, match="always") as caught:
         gate(kit.x)
-    assert "return _tw_original(self, x)" in "".join(traceback.format_exception(caught.value))
+    frames = [(frame.filename, frame.name) for frame in traceback.extract_tb(caught.value.__traceback__)]
+    assert [name for file, name in frames if file == __file__][1:] == ["forward", "forward"]
+    assert not any(file.startswith("<") for file, _ in frames)

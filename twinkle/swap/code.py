@@ -13,6 +13,7 @@ from torch import nn
 from twinkle.codegen import compile_source, def_line
 from twinkle.errors import KernelError
 from twinkle.fit.signatures import signature_of
+from twinkle.swap.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -143,12 +144,10 @@ def forwarding_function(original: Callable[..., Any], callee: Callable[..., Any]
     It binds ``self`` where it is looked up on an instance, which a module or another callable does not.
     """
     form = CallForm(original, 0)
-    # No `__name__` in the globals: see twinkle.swap.dispatch.
-    scope: dict[str, Any] = {"_tw_callee": callee}
-    text = f"{form.head('forward')}\n    return _tw_callee({form.arguments})\n"
-    compile_source(text, getattr(original, "__qualname__", "function"), scope)
-    function = scope.pop("forward")
-    assert isinstance(function, FunctionType)
+    scope = Scope(original, ["_tw_callee"])
+    scope["_tw_callee"] = callee
+    title = getattr(original, "__qualname__", "function")
+    function = scope.function(f"{form.head('forward')}\n    return _tw_callee({form.arguments})\n", title)
     form.dress(function, original)
     return function
 

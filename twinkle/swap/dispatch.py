@@ -8,7 +8,6 @@ function (a wrapper, a bound method) has the newest, and what ``torch.compile`` 
 from __future__ import annotations
 
 import threading
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +20,7 @@ from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
+from twinkle.swap.scope import Scope
 from twinkle.swap.tensors import (
     call_there,
     constant,
@@ -34,10 +34,11 @@ from twinkle.swap.tensors import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FunctionType
 
     from twinkle.swap.candidate import BaseCandidate
 
-__all__ = ["Dispatch"]
+__all__ = ["Dispatch", "in_trace"]
 
 
 class Dispatch:
@@ -80,21 +81,23 @@ class Dispatch:
             if fits_this_build(candidate.device)
         ]
         self._call = CallForm(original, skip)
-        # No `__name__` in these globals: dynamo would look the constants up in the module of that
-        # name instead of here.
-        self.names: dict[str, Any] = {
-            "_tw_original": original,
-            "_tw_pending": self.first_call,
-            "_tw_where": device_number,
-            "_tw_compiling": torch.compiler.is_compiling,
-            "_tw_grad": torch.is_grad_enabled,
-            "_tw_load": _constant(self._load_for_trace),
-            "_tw_autocast": autocasting,
-            "_tw_dtype_key": dtype_key_of,
-            "_tw_current": current_gpu,
-            "_tw_there": call_there,
-            "_tw_astray": on_another_gpu,
-        }
+        self.names = Scope(original, self._hot_names(), self)
+        self._set(
+            original=original,
+            pending=self.first_call,
+            where=device_number,
+            compiling=torch.compiler.is_compiling,
+            grad=torch.is_grad_enabled,
+            load=_constant(self._load_for_trace),
+            autocast=autocasting,
+            dtype_key=dtype_key_of,
+            current=current_gpu,
+            there=call_there,
+            astray=on_another_gpu,
+            # The globals are the original's, where these may be something else.
+            getattr=getattr,
+            Exception=Exception,
+        )
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
@@ -107,6 +110,24 @@ class Dispatch:
         for candidate in candidates:
             candidate.used_by(self)
         self.rebuild()
+
+    def _hot_names(self) -> list[str]:
+        """The names that the function is likely to read at every call."""
+        names = ["original", *(f"k{entry.index}" for entry in self.entries)]
+        candidates = [entry.candidate for entry in self.entries]
+        if any(candidate.mode is not None for candidate in candidates):
+            names.append("grad")
+        if any(candidate.mode is not None and candidate.mode.compile for candidate in candidates):
+            names.append("compiling")
+        if any(candidate.proofs.number for candidate in candidates):
+            names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
+        if self._minds_the_gpu():
+            names.append("current")
+        return [f"_tw_{name}" for name in dict.fromkeys(names)]
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            self.names[f"_tw_{name}"] = value
 
     # What subclasses answer.
 
@@ -270,17 +291,17 @@ class Dispatch:
         with self.lock:
             for entry in self.entries:
                 if entry.function is not None:
-                    self.names[f"_tw_k{entry.index}"] = entry.function
+                    self._set(**{f"k{entry.index}": entry.function})
             tree = self._tree()
             code = self._code
             code.devices, code.several_gpus = self._devices(), self._minds_the_gpu()
             text = code.text(tree)
-            self.names.update(code.constants)
+            self._set(**code.constants)
             for variable in (f"_tw_traced_{name}" for name in code.traced):
                 if variable not in self.names:
                     self._add_traced(variable)
             if text != self._text:
-                set_code(self.function, text, self._title())
+                self.function.__code__ = self.names.code(text, self._title())
                 self._text = text
         alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
         self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
@@ -294,9 +315,7 @@ class Dispatch:
         return getattr(self.original, "__qualname__", "function")
 
     def _new_function(self) -> FunctionType:
-        compile_source(self._call.head("forward") + "\n    pass\n", self._title(), self.names)
-        function = self.names.pop("forward")
-        assert isinstance(function, FunctionType)
+        function = self.names.function(self._code.text(None), self._title())
         self._call.dress(function, self.original)
         return function
 
@@ -322,6 +341,7 @@ class Dispatch:
 
     def _add_traced(self, variable: str) -> None:
         """Make a function for calls under a compiler; what it runs is set by :meth:`_load_for_trace`."""
+        # No `__name__` in these globals: dynamo would look the kernel up in the module of that name.
         scope: dict[str, Any] = {
             "_tw_original": self.original,
             "_tw_kernel": self.original,
@@ -334,11 +354,29 @@ class Dispatch:
         self.names[variable] = function
 
 
+class _Traces(threading.local):
+    """How deep this thread is in functions that a compiler runs while it traces."""
+
+    depth = 0
+
+
+_traces = _Traces()
+
+
+def in_trace() -> bool:
+    """Whether a compiler traces: the guards that it makes afterwards look for functions where they were."""
+    return _traces.depth > 0
+
+
 def _constant(function: Callable[..., int]) -> Callable[..., int]:
     """A function the compiler runs while it traces, and takes the result for a constant."""
 
     def run(*args: Any) -> int:
-        return function(*args)
+        _traces.depth += 1
+        try:
+            return function(*args)
+        finally:
+            _traces.depth -= 1
 
     return constant(run)
 

@@ -1,6 +1,7 @@
 """The source text of a dispatch function, from its decision tree.
 
-The text refers to these globals, which :class:`twinkle.swap.dispatch.Dispatch` gives the function:
+The text refers to these names, which :class:`twinkle.swap.dispatch.Dispatch` gives the function (none is a
+global or a builtin: the globals are the original's, see :mod:`twinkle.swap.scope`):
 ``_tw_original``, ``_tw_k0`` … (the kernels by the index of their entry), ``_tw_pending`` (the first call),
 ``_tw_traced_…`` and ``_tw_load`` (calls under a compiler), the functions that look at the moment
 (``_tw_where``, ``_tw_grad``, ``_tw_compiling``, ``_tw_autocast``, ``_tw_dtype_key``, ``_tw_current``,
@@ -38,7 +39,7 @@ class DispatchCode:
     Attributes:
         devices: The device types that there are kernels for; a call is on device 1, 2 … of them, or 0.
         several_gpus: A tensor may lie on another GPU than the current one, where a kernel would be launched.
-        constants: The globals that the text needs besides functions: dtypes, and sets of dtype keys.
+        constants: What the text needs besides functions, without ``_tw_``: dtypes, and sets of dtype keys.
         traced: The moments, in letters, for which the text calls a function ``_tw_traced_…``.
     """
 
@@ -89,11 +90,11 @@ class DispatchCode:
             number_of = " else ".join(f"{n} if {argument}.{_QUICK[d]}" for n, d in enumerate(devices, 1))
             yield f"        _tw_device = {number_of} else 0"
         if gpus:
-            number = devices.index("cuda") + 1 if "cuda" in devices else 0
-            on_gpu = f"_tw_device == {number}" if by_device and number else f"{argument}.is_cuda"
+            known = by_device and "cuda" in devices
+            on_gpu = self._condition("device", "cuda") if known else f"{argument}.is_cuda"
             yield f"        _tw_away = {on_gpu} and {argument}.get_device() != _tw_current()"
         # No tensor (AttributeError), or one that torch.fx traces and that has no answer.
-        yield "    except Exception:"
+        yield "    except _tw_Exception:"
         yield from (f"        {line}" for line in slow)
 
     def _lines(self, tree: Split | Leaf | None, pad: str, known: dict[str, Any]) -> Iterator[str]:
@@ -137,9 +138,9 @@ class DispatchCode:
         # One name for each set: a call in another thread may still run the text before.
         if keys not in self._key_sets:
             self._key_sets.append(keys)
-        name = f"_tw_keys{self._key_sets.index(keys)}"
+        name = f"keys{self._key_sets.index(keys)}"
         self.constants[name] = keys
-        yield f"{pad}if _tw_dtype_key({self.form.probe}) in {name}:"
+        yield f"{pad}if _tw_dtype_key({self.form.probe}) in _tw_{name}:"
         yield from self._kernel_lines(entry, pad + "    ", known)
         yield f"{pad}return _tw_pending({self.form.packed})"
 
@@ -151,14 +152,16 @@ class DispatchCode:
         dtypes = sorted((dtype for dtype, autocast in keys if dtype and autocast is None), key=str)
         tests = []
         for dtype in dtypes:
-            name = f"_tw_{str(dtype).removeprefix('torch.')}"
+            name = str(dtype).removeprefix("torch.")
             self.constants[name] = dtype
-            tests.append(f"getattr({self.form.probe}, 'dtype', None) is {name}")
+            tests.append(f"_tw_getattr({self.form.probe}, 'dtype', None) is _tw_{name}")
         return f"({' or '.join(tests)}) and not _tw_autocast()" if tests else "False"
 
     def _condition(self, name: str, value: Any) -> str:
         if name == "device":
-            return f"_tw_device == {self.devices.index(value) + 1}" if value else "True"
+            if value is None or len(self.devices) == 1:
+                return "_tw_device" if value else "True"
+            return f"_tw_device == {self.devices.index(value) + 1}"
         return {"grad": "_tw_grad()", "training": self.training, "compiling": "_tw_compiling()"}[name]
 
     def _traced_lines(self, pad: str, known: dict[str, Any]) -> Iterator[str]:
@@ -169,6 +172,6 @@ class DispatchCode:
         # The kernel is loaded between the two lines: the trace meets it in the second.
         values = [repr(name), repr(known.get("device")), self.training, "_tw_grad()"]
         if self.form.probe is not None and self.with_dtype:
-            values.append(f"getattr({self.form.probe}, 'dtype', None)")
+            values.append(f"_tw_getattr({self.form.probe}, 'dtype', None)")
         yield f"{pad}_tw_load({', '.join(values)})"
         yield f"{pad}return _tw_traced_{name}({self.form.arguments})"

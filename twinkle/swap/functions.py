@@ -174,8 +174,6 @@ class FunctionDispatch(Dispatch):
         super().__init__(
             original, candidates, training=training, compiling=compiling, skip=_self_arguments(original)
         )
-        # The dispatch lives as long as its function.
-        self.names["_tw_dispatch"] = self
 
     def prepare(self, entry: Entry, args: tuple[Any, ...]) -> bool:
         """Load a kernel and check its signature."""

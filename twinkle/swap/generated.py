@@ -19,7 +19,7 @@ from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
 from twinkle.swap.copies import Maker, reduced_as
-from twinkle.swap.dispatch import Dispatch
+from twinkle.swap.dispatch import Dispatch, in_trace
 from twinkle.swap.members import adopt
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ class LayerDispatch(Dispatch):
         function: Any = self.function
         if only is not None and only.same_signature:
             function = only.function
-        elif all(entry.candidate.rejected is not None for entry in self.entries):
+        elif not in_trace() and all(entry.candidate.rejected is not None for entry in self.entries):
             function = self.original
         if function not in self.functions:
             self.functions.append(function)

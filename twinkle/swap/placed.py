@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.runtime import runtime
 from twinkle.swap import aliases
 from twinkle.swap.functions import Placement, take_out
+from twinkle.swap.scope import dispatch_behind
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import FunctionCandidate
@@ -30,9 +30,7 @@ class Placed:
         if self.placement.displaced:
             return False
         return self.placement.implementation is implementation or (
-            isinstance(self.placement.implementation, FunctionType)
-            and "_tw_dispatch" in self.placement.implementation.__globals__
-            and self.chosen == chosen
+            dispatch_behind(self.placement.implementation) is not None and self.chosen == chosen
         )
 
 

@@ -63,6 +63,9 @@ def _parse(function: FunctionType, code: CodeType) -> ast.FunctionDef:
     what = f"{function.__module__}.{function.__qualname__}"
     if not lines:
         raise NoSource(f"no source for {what} ({code.co_filename})")
+    if "_tw" in code.co_freevars:
+        # What twinkle.swap.scope generates bears the file and line of its original, and runs kernels.
+        raise NoSource(f"{what} runs kernels")
     start = code.co_firstlineno - 1
     for text in _blocks(lines, start, code):
         try:

@@ -1,0 +1,136 @@
+"""What a generated function can name besides its arguments, and the code it gets.
+
+It stands where another function stood, and is read as that one was: annotations and callees are looked up
+in its ``__globals__`` and closure, its source by the file and line in its code. So it has the globals and
+the cells of the original, whose file, line and name its code bears, and Twinkle's own names are cells more.
+"""
+
+from __future__ import annotations
+
+import ast
+from types import CellType, CodeType, FunctionType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["Scope", "dispatch_behind"]
+
+_REST = "_tw"
+
+
+class Scope:
+    """The names of a generated function: a fixed set of cells, so that its code can be replaced in place.
+
+    Source text calls them ``_tw_name``. Those that a call reads each time are given as ``hot`` and have a
+    cell each (1 ns a call for every cell, read or not); the others are attributes of one object.
+
+    Args:
+        original: What the function is to be taken for.
+        hot: Names with a cell of their own.
+        dispatch: What is behind the function, for :func:`dispatch_behind`.
+    """
+
+    def __init__(self, original: Callable[..., Any], hot: Iterable[str], dispatch: object = None) -> None:
+        self.original = original if isinstance(original, FunctionType) else None
+        self._rest = _Rest(original, dispatch)
+        self._hot = {name: CellType(None) for name in hot}
+        self._cells = {_REST: CellType(self._rest), **self._hot}
+        if self.original is not None:
+            names, cells = self.original.__code__.co_freevars, self.original.__closure__ or ()
+            self._cells |= zip(names, cells, strict=True)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._hot or hasattr(self._rest, name)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._hot[name].cell_contents if name in self._hot else getattr(self._rest, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if name not in self._hot:
+            setattr(self._rest, name, value)
+        elif self._hot[name].cell_contents is not value:
+            self._hot[name].cell_contents = value
+
+    def function(self, text: str, title: str) -> FunctionType:
+        """Make a function of source text that defines one named ``forward``."""
+        code = self.code(text, title)
+        names = {} if self.original is None else self.original.__globals__
+        return FunctionType(code, names, "forward", None, tuple(self._cells[n] for n in code.co_freevars))
+
+    def code(self, text: str, title: str) -> CodeType:
+        """The code of source text that defines a function named ``forward``.
+
+        All cells are its free variables, whichever it reads. What it names is set already.
+        """
+        tree = ast.parse(text)
+        function: Any = tree.body[0]
+        # Never reached: it makes the names free variables, whichever of them the text reads.
+        function.body.append(ast.parse(f"({', '.join(self._cells)},)").body[0])
+        outer: Any = ast.parse(f"def scope({', '.join(self._cells)}): pass").body[0]
+        outer.body = [_Names(self, self._line).visit(function)]
+        tree.body = [ast.fix_missing_locations(outer)]
+        like = self.original.__code__ if self.original is not None else None
+        code = compile(tree, like.co_filename if like else f"<twinkle {title}>", "exec", dont_inherit=True)
+        for _ in range(2):
+            code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        if like is None:
+            return code
+        named = {n: getattr(like, n) for n in ("co_name", "co_qualname") if hasattr(like, n)}
+        # What looks up the globals that a function reads goes by these names, whatever its instructions are.
+        names = dict.fromkeys((*code.co_names, *like.co_names))
+        return code.replace(co_names=tuple(names), **named)
+
+    @property
+    def _line(self) -> int | None:
+        return None if self.original is None else self.original.__code__.co_firstlineno
+
+
+class _Rest:
+    """The names that have no cell of their own, as attributes.
+
+    A function that is pickled by value takes its cells along (cloudpickle, dill). In the place of this object
+    goes one of the standard library, with which the same code runs the original.
+    """
+
+    def __init__(self, original: Callable[..., Any], dispatch: object) -> None:
+        self._original = original
+        self._dispatch = dispatch
+
+    def __reduce__(self) -> Any:
+        original = self._original
+        names: dict[str, Any] = dict.fromkeys(vars(self), lambda *values: 0)
+        names |= {name: original for name in names if name.startswith(("_original", "_tw_traced_"))}
+        names |= {name: () for name in names if name.startswith("_tw_keys")}
+        names["_tw_pending"] = lambda args, kwargs: original(*args, **kwargs)
+        names["_tw_there"] = lambda function, args, kwargs: function(*args, **kwargs)
+        return SimpleNamespace, (), names | {"_tw_Exception": Exception, "_tw_getattr": getattr}
+
+
+class _Names(ast.NodeTransformer):
+    """Turns the names without a cell into attributes, and puts all nodes on one line."""
+
+    def __init__(self, scope: Scope, line: int | None) -> None:
+        self.scope = scope
+        self.line = line
+
+    def visit(self, node: ast.AST) -> Any:
+        if self.line is not None and "lineno" in node._attributes:
+            here: Any = node
+            here.lineno = here.end_lineno = self.line
+            here.col_offset = here.end_col_offset = 0
+        return super().visit(node)
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        if node.id in self.scope._hot or not hasattr(self.scope._rest, node.id):
+            return node
+        rest = ast.copy_location(ast.Name(_REST, ast.Load()), node)
+        return ast.copy_location(ast.Attribute(rest, node.id, node.ctx), node)
+
+
+def dispatch_behind(function: object) -> Any:
+    """What is behind a function that Twinkle generated; None for any other."""
+    if isinstance(function, FunctionType) and _REST in function.__code__.co_freevars:
+        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+        return cells[_REST].cell_contents._dispatch
+    return None
