@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +20,8 @@ from twinkle.swap.functions import dispatcher, function_at, put
 from twinkle.swap.placed import Placed, Placements
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
+    from types import ModuleType
 
     from twinkle.records import FunctionKernel
 
@@ -70,22 +73,34 @@ def _registered(module: str) -> tuple[FunctionKernel, ...]:
 
 
 def apply(
-    target_module: str, *, device: object, mode: object, strict: bool, where: str, must_apply: bool = True
+    target_module: str,
+    *,
+    device: object,
+    mode: object,
+    strict: bool,
+    where: str,
+    must_apply: bool = True,
+    module: ModuleType | None = None,
+    names: Collection[str] | None = None,
 ) -> Change:
     """Put the kernels registered for the functions of ``target_module`` in place.
 
     Args:
-        target_module: The module; it is imported if need be.
+        target_module: The module, as registrations call it; it is imported if need be.
         device: Decide for it, once; without it and ``mode``, a dispatcher decides at each call.
         mode: Decide for it, once.
-        strict: Raise on the first failure.
+        strict: Raise on the first failure; without it, one that fails never keeps the others out.
         where: Who asks.
         must_apply: With ``strict``, raise also when there is nothing to put in place.
+        module: The module where it is at hand; it need not be in ``sys.modules`` under that name.
+        names: Only these functions of it.
 
     Raises:
         ApplyError: As ``strict`` says; everything is as it was.
     """
-    plans = plan(target_module, device=device, mode=mode, strict=strict, where=where)
+    plans = plan(
+        target_module, device=device, mode=mode, strict=strict, where=where, module=module, names=names
+    )
     if strict and must_apply and not any(one.implementation for one in plans):
         kernels = _registered(target_module)
         reasons = [f"{kernel.target}: {function_binding(kernel).reason}" for kernel in kernels]
@@ -103,7 +118,16 @@ def apply(
     return change
 
 
-def plan(target_module: str, *, device: object, mode: object, strict: bool, where: str) -> list[FunctionPlan]:
+def plan(
+    target_module: str,
+    *,
+    device: object,
+    mode: object,
+    strict: bool,
+    where: str,
+    module: ModuleType | None = None,
+    names: Collection[str] | None = None,
+) -> list[FunctionPlan]:
     """Choose and load the kernels for the functions of a module; what stands there stays.
 
     Args:
@@ -112,6 +136,8 @@ def plan(target_module: str, *, device: object, mode: object, strict: bool, wher
         mode: A mode, or None to decide at each call.
         strict: Raise on the first failure.
         where: Who asks.
+        module: The module where it is at hand.
+        names: Only these functions of it.
 
     Raises:
         ApplyError: ``strict``, and the module cannot be imported, or a kernel cannot be used.
@@ -121,10 +147,12 @@ def plan(target_module: str, *, device: object, mode: object, strict: bool, wher
     kernels = _registered(target_module)
     plans: list[FunctionPlan] = []
     try:
-        module = _import(target_module, kernels)
+        holder = module if module is not None else _import(target_module, kernels)
         for name in dict.fromkeys(kernel.name for kernel in kernels):
+            if names is not None and name not in names:
+                continue
             same = [kernel for kernel in kernels if kernel.name == name]
-            plans.append(FunctionPlan(module, name, same, wanted_mode, wanted_device))
+            plans.append(FunctionPlan(holder, name, same, wanted_mode, wanted_device))
             plans[-1].choose(strict=strict)
     except TwinkleError as error:
         if strict:
@@ -196,6 +224,7 @@ class FunctionPlan:
         self.device = device
         self.implementation: Callable[..., Any] | None = None
         self.chosen: list[FunctionCandidate] = []
+        self._strict = False
 
     def choose(self, *, strict: bool) -> None:
         """Load what may run in the mode and on the device asked for, and keep the best of it.
@@ -203,17 +232,14 @@ class FunctionPlan:
         Raises:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
+        self._strict = strict
         placed = runtime.of(Placements).by_target.get(self.target)
         if placed is not None and placed.placement.displaced:
             placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
         try:
             original = placed.placement.original if placed else function_at(self.module, self.name)
-        except TwinkleError as error:
-            for kernel in self.kernels:
-                function_binding(kernel).set("failed", explain(error))
-            if strict:
-                raise
-            warn(f"{self.target} is not replaced: {explain(error)} ({self.kernels[0].origin})")
+        except Exception as error:  # a lazy module or a property runs the program's code
+            self._fail(error)
             return
         absent = absent_reason(self.device)
         usable: list[FunctionCandidate] = []
@@ -242,9 +268,25 @@ class FunctionPlan:
                 return
             placements.restore(self.target, "another mode or device was applied")
         if self.implementation is not None:
-            self._put(self.implementation, former)
+            try:
+                self._put(self.implementation, former)
+            except Exception as error:  # a frozen class, an immutable type, a read-only module
+                self._fail(error)
+                return
             change.did(partial(placements.restore, self.target, "taken back"))
             change.applied.append(self.target.replace(":", ".", 1))
+
+    def _fail(self, error: Exception) -> None:
+        """Leave what stands there, and say so; with ``strict``, that is an error."""
+        reason = explain(error)
+        for kernel in self.kernels:
+            function_binding(kernel).set("failed", reason)
+        origin = self.kernels[0].origin
+        if self._strict and isinstance(error, TwinkleError):
+            raise error
+        if self._strict:
+            raise ApplyError(f"{self.target} is not replaced", where=origin, found=reason) from error
+        warn(f"{self.target} is not replaced: {reason} ({origin})")
 
     def _put(self, implementation: Callable[..., Any], former: Any) -> None:
         """Put the implementation under every name of the function.
@@ -254,7 +296,7 @@ class FunctionPlan:
             former: The original before the module was reloaded, whose names are to have it as well.
         """
         placement = put(self.module, self.name, implementation, check=False)
-        target = self.target.partition(":")[0]
+        target = _home(placement.original)
         rebound = []
         if "." not in self.name:
             rebound = aliases.rebind(placement.original, placement.implementation, target=target)
@@ -324,6 +366,15 @@ class FunctionPlan:
         self.chosen = [candidate for candidate in usable if candidate.rejected is None]
         if self.chosen:
             self.implementation = dispatcher(original, self.chosen)
+
+
+def _home(original: Any) -> str | None:
+    """The module a function is from, whatever it calls itself: nobody took it before that one began."""
+    with contextlib.suppress(Exception):
+        original = inspect.unwrap(original)
+    names = getattr(original, "__globals__", None)
+    name = names.get("__name__") if isinstance(names, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def _is_for_any(candidate: FunctionCandidate) -> bool:
