@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.head import Head, LabelCount
-from twinkle.deferred.logits import DeferredLogits
+from twinkle.deferred.nodes import DeferredHead
+from twinkle.deferred.steps import apply_pointwise
 from twinkle.deferred.switch import ModelInGraph, switch_off, switch_on
 from twinkle.deferred.traced import TracedLogits
 from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
+from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 from twinkle.ops.plain import pays
 from twinkle.swap.tensors import constant
 
@@ -41,10 +43,11 @@ chunk may have four times as many. In half precision what is computed with them 
 
 
 class _Calls(threading.local):
-    """The heads that are to defer, of the forwards that this thread is in."""
+    """The heads that are to defer, of the forwards that this thread is in, and the calls they deferred."""
 
     def __init__(self) -> None:
         self.heads: list[tuple[nn.Module, LabelCount | None]] = []
+        self.made: list[Head] = []
 
 
 _calls = _Calls()
@@ -96,13 +99,22 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
     Returns:
         Deferred logits; plain logits where device or dtype of the two differ.
     """
-    autocast = torch.is_autocast_enabled(hidden.device.type)
-    same = hidden.device == head.weight.device and (hidden.dtype == head.weight.dtype or autocast)
-    if not same or hidden.dim() < 2 or type(hidden) is not torch.Tensor:
-        return F.linear(hidden, head.weight, head.bias)
-    made = Head(head.weight, head.bias, hidden)
-    made.counted = counted
-    return DeferredLogits(made, hidden)
+    return _deferred(hidden, head.weight, head.bias, counted)
+
+
+def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: LabelCount | None) -> Tensor:
+    if hidden.device != weight.device or hidden.dim() < 2 or type(hidden) is not torch.Tensor:
+        return F.linear(hidden, weight, bias)
+    # As autocast does: a copy of the weight, through which its gradient goes.
+    rows, used, added = as_autocast(hidden, weight, bias)
+    if rows.dtype != used.dtype or (added is not None and added.dtype != used.dtype):
+        return F.linear(hidden, weight, bias)
+    given = weight if used is weight else None
+    head = Head(rows, used, added, given=given, counted=counted, fresh=bool(_calls.heads))
+    if head.fresh:
+        _calls.made.append(head)
+    logits: Tensor = DeferredHead.apply(rows, used, added, head)
+    return logits
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
@@ -170,7 +182,7 @@ class DeferringForward:
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Let the head defer from here to :func:`_end`; False where the logits are to be computed."""
-        head, labels = self.head_and_labels(model, args, kwargs)
+        head, labels = (None, None) if _is_transformed() else self.head_and_labels(model, args, kwargs)
         if head is None or _are_few(head, labels) or not self.verified(model, head, labels):
             return False
         ahead = self.recognised and isinstance(labels, torch.Tensor) and labels.is_cuda
@@ -211,6 +223,19 @@ class DeferringForward:
             return self.verified(model, head, None)
 
 
+def _is_transformed() -> bool:
+    """Whether something follows the call that could not follow logits which are not computed.
+
+    A transform of ``torch.func``, forward-mode differentiation, a tracer, or a mode that sees all operations.
+    """
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
 def _are_few(head: Any, labels: Any) -> bool:
     """Whether logits are so few that deferring them is slower: the steps of a deferred loss cost 1.4 ms."""
     if not (head.weight.is_cpu and isinstance(labels, torch.Tensor)) or uses_triton(head.weight):
@@ -223,14 +248,18 @@ def _are_few(head: Any, labels: Any) -> bool:
 def _end() -> None:
     head, _ = _calls.heads.pop()
     switch_off(head)
+    for made in _calls.made:
+        made.fresh = False
+    _calls.made.clear()
 
 
 def _finish(output: Any) -> Any:
-    return _with_logits(output, _deferred)
+    return _with_logits(output, _of_a_graph)
 
 
-def _deferred(logits: TracedLogits) -> Tensor:
-    return DeferredLogits(Head(logits.weight, logits.bias, logits.hidden), logits.hidden, logits.pointwise)
+def _of_a_graph(traced: TracedLogits) -> Tensor:
+    logits = _deferred(traced.hidden, traced.weight, traced.bias, None)
+    return apply_pointwise(logits, traced.pointwise)
 
 
 def _with_logits(output: Any, made_of: Callable[[TracedLogits], Tensor]) -> Any:

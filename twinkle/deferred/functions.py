@@ -1,329 +1,152 @@
-"""The torch functions that deferred logits answer without being computed.
-
-A handler gets the arguments of the function it stands for, and gives ``NotImplemented`` where the
-logits have to be computed after all.
-"""
+"""What deferred logits answer above autograd: the loss, and what reaches for memory past the dispatcher."""
 
 from __future__ import annotations
 
-import warnings
+import sys
+import types
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
-from twinkle.deferred.head import apply_pointwise
 from twinkle.deferred.logits import DeferredLogits
+from twinkle.deferred.nodes import FusedLoss, LossOptions
 from twinkle.deferred.verification import softcap_verified
-from twinkle.errors import TwinkleWarning
-from twinkle.ops.causal_lm_loss.chunks import chunk_rows
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["HANDLERS", "METADATA", "changes_in_place", "cross_entropy", "of_whole_rows"]
+__all__ = ["answer", "cross_entropy", "of_whole_rows", "with_memory"]
 
 _T = torch.Tensor
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_plain = torch._C.DisableTorchFunctionSubclass
+_relay = torch.overrides.handle_torch_function.__code__
 
-
-def _getter(name: str) -> Any:
-    return getattr(_T, name).__get__
-
-
-# What torch answers rightly for a tensor without memory.
-METADATA = frozenset(
+# They take the memory of a tensor, or its Python object, without the dispatcher.
+_OF_MEMORY = frozenset(
     [
-        *(_getter(n) for n in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_cpu", "is_meta")),
-        *(_getter(n) for n in ("is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu")),
-        *(_getter(n) for n in ("itemsize", "nbytes")),
-        *(_T.size, _T.dim, _T.ndimension, _T.numel, _T.nelement, _T.element_size, _T.get_device, _T.__len__),
-        *(_T.is_floating_point, _T.is_complex, _T.is_signed, torch.is_floating_point, torch.is_complex),
-        *(_T.is_contiguous, _T.stride, torch.numel, _T.__hash__),
+        *(_T.numpy, _T.__array__, _T.tolist, _T.data_ptr, _T.storage, _T.untyped_storage, _T._typed_storage),
+        *(_T.__dlpack__, _T.__deepcopy__, _T.__reduce_ex__, _T.__repr__, _T.__format__),
+        *(_T.share_memory_, _T.is_shared, _T.is_set_to, _T.__cuda_array_interface__.__get__),
     ]
 )
 
-_ARITHMETIC = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__"}
-_ASSIGNMENTS = _ARITHMETIC | {"__iand__", "__ior__", "__ixor__", "__setitem__", "__delitem__"}
+
+def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a function of torch gives for deferred logits, as ``__torch_function__``.
+
+    Args:
+        func: What torch says it was.
+        args: Its arguments.
+        kwargs: And the named ones.
+    """
+    caller = _caller()
+    if caller is not None:
+        code, names = caller.f_code, caller.f_globals
+        if names is vars(F) and code.co_name == "cross_entropy":
+            loss = _cross_entropy(*args, **kwargs)
+            if loss is not NotImplemented:
+                return loss
+        # A function of torch hands over its own global name. Where somebody has wrapped it, that is the
+        # wrapper, which has run already: what runs now is the code that asks.
+        if names.get(code.co_name) is func and getattr(func, "__code__", None) is not code:
+            func = types.FunctionType(code, names, code.co_name)
+    if func in _OF_MEMORY:
+        args = tuple(with_memory(value) for value in args)
+    with _plain():
+        return func(*args, **kwargs)
 
 
-def changes_in_place(func: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether a function writes to its first argument (or to ``out``)."""
-    name = getattr(func, "__name__", "")
-    if kwargs.get("out") is not None or kwargs.get("inplace") is True:
-        return True
-    return name in _ASSIGNMENTS or (name.endswith("_") and not name.endswith("__"))
+def _caller() -> FrameType | None:
+    """The frame of the function of torch that asks, where one in Python does."""
+    frame = sys._getframe(2).f_back
+    return frame.f_back if frame is not None and frame.f_code is _relay else None
 
 
-HANDLERS: dict[Any, Callable[..., Any]] = {}
+class _Computed(torch.autograd.Function):
+    """The values of deferred logits as a plain tensor, in the same memory."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: DeferredLogits) -> Tensor:
+        return torch.ops.aten.alias(logits.shared())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
-def _handles(*functions: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def register(handler: Callable[..., Any]) -> Callable[..., Any]:
-        for function in functions:
-            HANDLERS[function] = handler
-        return handler
+def with_memory(value: Any) -> Any:
+    """A plain tensor in the place of deferred logits, with their memory and their way back to their head."""
+    if not isinstance(value, DeferredLogits):
+        return value
+    if value.requires_grad and value.is_leaf:
+        return value.shared().detach().requires_grad_()
+    if not value.requires_grad:
+        return value.shared().detach()
+    with torch.enable_grad():
+        return _Computed.apply(value)
 
-    return register
+
+# -- the loss -------------------------------------------------------------------------------------
 
 
-# -- casts ----------------------------------------------------------------------------------------
-
-
-def _cast(logits: DeferredLogits, dtype: torch.dtype, *, copy: bool = False) -> Any:
-    if dtype not in _FLOATS:
+def _cross_entropy(
+    input: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Any:
+    if not isinstance(input, DeferredLogits) or not input.is_deferred or input.gradient is not None:
         return NotImplemented
-    if dtype == logits.dtype:
-        return logits.derive(logits._hidden, logits._pointwise) if copy else logits
-    return logits.derive(logits._hidden, (*logits._pointwise, ("to", dtype)))
-
-
-@_handles(_T.float)
-def _float(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _cast(logits, torch.float32)
-
-
-@_handles(_T.half)
-def _half(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _cast(logits, torch.float16)
-
-
-@_handles(_T.bfloat16)
-def _bfloat16(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _cast(logits, torch.bfloat16)
-
-
-@_handles(_T.double)
-def _double(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else _cast(logits, torch.float64)
-
-
-@_handles(_T.to)
-def _to(logits: Any, *args: Any, **kwargs: Any) -> Any:
-    kwargs.pop("non_blocking", None)
-    copy = kwargs.pop("copy", False)
-    wanted = [*args, *(kwargs.pop(n, None) for n in ("device", "dtype", "other"))]
-    if kwargs:
+    if any(given is not None for given in (weight, size_average, reduce)) or input.dim() != 2:
         return NotImplemented
-    device, dtype = logits.device, logits.dtype
-    for value in wanted:
-        if isinstance(value, torch.Tensor):
-            device, dtype = value.device, value.dtype
-        elif isinstance(value, torch.dtype):
-            dtype = value
-        elif value is None or isinstance(value, bool):
-            continue
-        elif isinstance(value, str | torch.device | int):
-            device = torch.device(value)
-        else:
-            return NotImplemented
-    if device.type != logits.device.type or device.index not in (None, logits.device.index):
+    if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
+        input = input.float()
+    head, options = input.node.head, LossOptions(ignore_index, reduction, label_smoothing)
+    factors = _factors(input.node.pointwise, target, input, options, (head.weight, head.bias))
+    if factors is None:
         return NotImplemented
-    if device.index is None and device.type == "cuda" and torch.cuda.current_device() != logits.device.index:
-        return NotImplemented
-    return _cast(logits, dtype, copy=copy or args[2:] == (True,))
-
-
-# -- shapes ---------------------------------------------------------------------------------------
-
-
-@_handles(_T.contiguous)
-def _contiguous(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else logits
-
-
-@_handles(_T.view, _T.reshape, torch.reshape)
-def _view(logits: Any, *shape: Any, **kwargs: Any) -> Any:
-    if kwargs or not shape or any(isinstance(size, torch.dtype) for size in shape):
-        return NotImplemented
-    if len(shape) == 1 and not isinstance(shape[0], int):
-        shape = tuple(shape[0])
-    sizes = [int(size) for size in shape]
-    if not sizes:
-        return NotImplemented
-    vocab, known = logits.shape[-1], 1
-    for size in sizes:
-        known *= size if size != -1 else 1
-    if sizes.count(-1) == 1 and known > 0 and logits.numel() % known == 0:
-        sizes[sizes.index(-1)] = logits.numel() // known
-        known = logits.numel()
-    # Wrong shapes are left to torch to complain about.
-    if sizes[-1] != vocab or known != logits.numel() or min(sizes) < 0:
-        return NotImplemented
-    rows = sizes[:-1]
-    hidden = logits._hidden.reshape(*rows, logits._hidden.shape[-1])
-    return logits.derive(hidden, logits._pointwise, lambda real: real.reshape(*rows, vocab))
-
-
-@_handles(_T.__getitem__)
-def _rows(logits: Any, index: Any) -> Any:
-    if not of_whole_rows(logits.dim(), index):
-        return NotImplemented
-    hidden = logits._hidden[index]
-    plain = not any(isinstance(part, torch.Tensor) for part in _parts(index))
-    return logits.derive(hidden, logits._pointwise, (lambda real: real[index]) if plain else None)
-
-
-def of_whole_rows(dim: int, index: Any) -> bool:
-    """Whether an index into a tensor of ``dim`` dimensions leaves the last of them as it is."""
-    parts = _parts(index)
-    taken = 0
-    for part in parts:
-        if isinstance(part, (DeferredLogits, bool)):
-            return False
-        if isinstance(part, torch.Tensor):
-            taken += part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
-        elif isinstance(part, int | slice):
-            taken += 1
-        elif part is not None and part is not Ellipsis:
-            return False
-    dots = sum(part is Ellipsis for part in parts)
-    reaches_end = (dots == 1 and parts[-1] is not Ellipsis) or (not dots and taken >= dim)
-    return dots <= 1 and taken <= dim and (not reaches_end or _is_whole(parts[-1]))
-
-
-def _parts(index: Any) -> list[Any]:
-    return list(index) if isinstance(index, tuple) else [index]
-
-
-def _is_whole(part: Any) -> bool:
-    return isinstance(part, slice) and (part.start, part.stop, part.step) == (None, None, None)
-
-
-@_handles(_T.detach, torch.detach)
-def _detach(logits: Any) -> Any:
-    if not logits.records_grad:
-        return logits.derive(logits._hidden, logits._pointwise, lambda real: real.detach())
-    hidden = logits._hidden.detach()
-    with torch.no_grad():
-        made = DeferredLogits(logits._head.detached(), hidden, logits._pointwise)
-    return logits.adopt(made, lambda real: real.detach())
-
-
-# -- numbers --------------------------------------------------------------------------------------
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-@_handles(_T.mul, _T.__mul__, _T.__rmul__, torch.mul, torch.multiply, _T.multiply)
-def _mul(logits: Any, other: Any, **kwargs: Any) -> Any:
-    number = _number(other)
-    if number is None or kwargs:
-        return NotImplemented
-    return logits.derive(logits._hidden, (*logits._pointwise, ("mul", number)))
-
-
-@_handles(_T.div, _T.__truediv__, torch.div, torch.true_divide, torch.divide, _T.divide, _T.true_divide)
-def _div(logits: Any, other: Any, **kwargs: Any) -> Any:
-    number = _number(other)
-    if not number or kwargs:
-        return NotImplemented
-    return logits.derive(logits._hidden, (*logits._pointwise, ("div", number)))
-
-
-@_handles(_T.tanh, torch.tanh)
-def _tanh(logits: Any, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else logits.derive(logits._hidden, (*logits._pointwise, ("tanh", None)))
-
-
-def _in_place(name: str) -> Callable[..., Any]:
-    def change(logits: Any, other: Any = None, **kwargs: Any) -> Any:
-        number = None if name == "tanh" else _number(other)
-        if kwargs or (name != "tanh" and not number) or len(logits.relatives()) > 1:
-            return NotImplemented
-        logits._pointwise = (*logits._pointwise, (name, number))
-        return logits
-
-    return change
-
-
-HANDLERS.update(dict.fromkeys((_T.mul_, _T.__imul__), _in_place("mul")))
-HANDLERS.update(dict.fromkeys((_T.div_, _T.__itruediv__), _in_place("div")))
-HANDLERS[_T.tanh_] = _in_place("tanh")
-
-
-# -- gradients ------------------------------------------------------------------------------------
-
-
-@_handles(_getter("requires_grad"))
-def _requires_grad(logits: Any) -> bool:
-    return bool(logits.records_grad)
-
-
-@_handles(_getter("is_leaf"))
-def _is_leaf(logits: Any) -> bool:
-    return not logits.records_grad
-
-
-@_handles(_getter("grad"), _getter("grad_fn"))
-def _grad(logits: Any) -> None:
-    # DDP asks every output for its node, to put another one in front of it; there is none to answer for.
-    return None
-
-
-class _Hook:
-    """A hook that waits for the logits to be computed."""
-
-    def __init__(self, hook: Any) -> None:
-        self._hook = hook
-        self._handle: Any = None
-        self._gone = False
-
-    def attach(self, real: Tensor) -> None:
-        if not self._gone and real.requires_grad:
-            self._handle = real.register_hook(self._hook)
-
-    def remove(self) -> None:
-        self._gone = True
-        if self._handle is not None:
-            self._handle.remove()
-
-
-@_handles(_T.register_hook)
-def _register_hook(logits: Any, hook: Any) -> Any:
-    if not logits.records_grad:
-        return NotImplemented
-    module = getattr(hook, "__module__", None) or ""
-    if not module.startswith("torch."):
-        _warn("a hook on deferred logits runs for what is computed from them, not for the fused loss")
-    waiting = _Hook(hook)
-    logits._hooks.append(waiting)
-    return waiting
-
-
-@_handles(_T.retain_grad)
-def _retain_grad(logits: Any) -> Any:
-    _warn("logits keep no gradient of a loss that was computed without them")
-    return NotImplemented
-
-
-def _warn(text: str) -> None:
-    warnings.warn(f"{text}; TWINKLE_DISABLE=causal_lm_loss computes them", TwinkleWarning, stacklevel=5)
-
-
-# -- the loss, and what metrics ask for -----------------------------------------------------------
-
-
-@_handles(F.cross_entropy)
-def _cross_entropy(input: Any, target: Any, *args: Any, **kwargs: Any) -> Any:
-    counted = input._head.counted
-    if isinstance(target, DeferredLogits):
-        return NotImplemented
-
-    def most_rows(ignore_index: int) -> int | None:
-        return None if counted is None else counted.bound(target, ignore_index)
-
-    wide = torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64
-    dtype = torch.float32 if wide else input.dtype
+    target = target.long()
+    _check_labels(target, input.shape[-1], ignore_index)
+    most_rows = None if head.counted is None else head.counted.bound(target, ignore_index)
     with torch.autocast(input.device.type, enabled=False):
-        operands = input._head.operands(input._hidden)
-        return cross_entropy(operands, input._pointwise, dtype, most_rows, target, *args, **kwargs)
+        return FusedLoss.apply(input, target, options, factors, most_rows, torch.is_grad_enabled())
+
+
+def _check_labels(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise what torch raises for a label out of range; on a GPU its assertion fails there as well."""
+    right = ((target >= 0) & (target < vocab)) | (target == ignore_index)
+    if target.is_cuda:
+        torch._assert_async(right.all())
+    elif not right.all():
+        raise IndexError(f"Target {int(target[~right][0])} is out of bounds.")
+
+
+def _factors(
+    pointwise: Any, target: Any, logits: Any, options: LossOptions, head: tuple[Tensor, Tensor | None]
+) -> tuple[float, float, bool] | None:
+    """The factors that :func:`fold` finds, where the loss can be computed without logits; else None."""
+    if type(target) is not torch.Tensor or target.dim() != 1 or target.shape[0] != logits.shape[0]:
+        return None
+    if target.dtype not in (torch.int64, torch.uint8) or target.device != logits.device:
+        return None
+    folded = fold(pointwise)
+    if folded is None or options.reduction not in ("mean", "sum", "none"):
+        return None
+    if not 0 <= options.label_smoothing <= 1:
+        return None
+    if folded[2] and not softcap_verified(*head, target.shape[0]):
+        return None
+    return folded
 
 
 def cross_entropy(
@@ -396,24 +219,32 @@ def fold(pointwise: Any) -> tuple[float, float, bool] | None:
                 return None
             tanh = True
         elif name in ("mul", "div"):
+            if name == "div" and value == 0:
+                return None
             factor = value if name == "mul" else 1.0 / value
             pre, post = (pre, post * factor) if tanh else (pre * factor, post)
+        elif name != "to":
+            return None
     return pre, post, tanh
 
 
-@_handles(_T.argmax, torch.argmax)
-def _argmax(logits: Any, dim: Any = None, keepdim: bool = False, **kwargs: Any) -> Any:
-    if kwargs or dim is None or dim not in (-1, logits.dim() - 1) or logits.dim() < 2:
-        return NotImplemented
-    rows = logits._hidden.detach().reshape(-1, logits._hidden.shape[-1])
-    number, width = rows.shape
-    size = chunk_rows(number, logits.shape[-1], width, logits.element_size(), gpu=rows.is_cuda)
-    best = torch.empty(rows.shape[0], dtype=torch.int64, device=rows.device)
-    with torch.no_grad():
-        for start in range(0, rows.shape[0], size):
-            part = apply_pointwise(
-                logits._head.logits(rows[start : start + size]).detach(), logits._pointwise
-            )
-            best[start : start + size] = part.argmax(-1)
-    best = best.view(logits.shape[:-1])
-    return best.unsqueeze(-1) if keepdim else best
+def of_whole_rows(dim: int, index: Any) -> bool:
+    """Whether an index into a tensor of ``dim`` dimensions leaves the last of them as it is."""
+    parts = list(index) if isinstance(index, tuple) else [index]
+    taken = 0
+    for part in parts:
+        if isinstance(part, (DeferredLogits, bool)):
+            return False
+        if isinstance(part, torch.Tensor):
+            taken += part.dim() if part.dtype in (torch.bool, torch.uint8) else 1
+        elif isinstance(part, int | slice):
+            taken += 1
+        elif part is not None and part is not Ellipsis:
+            return False
+    dots = sum(part is Ellipsis for part in parts)
+    reaches_end = (dots == 1 and parts[-1] is not Ellipsis) or (not dots and taken >= dim)
+    return dots <= 1 and taken <= dim and (not reaches_end or _is_whole(parts[-1]))
+
+
+def _is_whole(part: Any) -> bool:
+    return isinstance(part, slice) and (part.start, part.stop, part.step) == (None, None, None)

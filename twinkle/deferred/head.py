@@ -12,26 +12,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount", "LiveHeads", "PointwiseOp", "apply_pointwise"]
+__all__ = ["Head", "LabelCount", "LiveHeads"]
 
-PointwiseOp = tuple[str, "float | torch.dtype | None"]
-"""One thing done to the logits since the head: ("mul", 0.5), ("div", 30.0), ("tanh", None), ("to", dtype)."""
-
-
-def apply_pointwise(logits: Tensor, ops: tuple[PointwiseOp, ...]) -> Tensor:
-    """The logits after pointwise operations, which round as in the program."""
-    for name, value in ops:
-        if name == "to":
-            logits = logits.to(value)
-        elif name == "tanh":
-            logits = torch.tanh(logits)
-        else:
-            logits = logits * value if name == "mul" else logits / value
-    return logits
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class LabelCount:
@@ -69,108 +57,124 @@ class LabelCount:
 
 
 class Head:
-    """Weight and bias of one call of a head.
+    """Hidden states, weight and bias of one call of a head, as they were then.
 
-    Logits belong to the weight they were computed with. Where an optimizer is about to change it while
-    logits are still deferred, a copy of the weight is kept for them.
+    Logits belong to the weight they were computed with. A copy of it is kept where it may be about to
+    change while somebody can still ask for logits: at the start of the head's backward, and before the
+    step of an optimizer. What was changed unseen is noticed by a sample of one element of each row.
+
+    Args:
+        hidden: ``[..., hidden]``.
+        weight: ``[vocab, hidden]``, of the same dtype.
+        bias: ``[vocab]`` or None.
+        given: The weight that optimizers know; None where ``weight`` is a copy that nobody else has.
+        counted: How many labels of the call count, or None.
+        fresh: Whether the forward that made it is still running, in which no weight changes.
 
     Attributes:
-        given: The weight itself, ``[vocab, hidden]``.
-        weight: The same, detached where no gradients are recorded; a copy once the weight was changed.
-        bias: ``[vocab]`` or None.
-        counted: How many labels of the call count, or None.
-        grad: Whether gradients were recorded at the call.
-        autocast: The dtype that autocast gave the call, or None.
+        wants: Which of the three require a gradient.
+        readers: Whatever can still ask for logits, by ``id``.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, hidden: Tensor) -> None:
-        self.grad = torch.is_grad_enabled()
-        self.weight = weight if self.grad else weight.detach()
-        self.bias = bias if self.grad or bias is None else bias.detach()
-        device = hidden.device.type
-        on = torch.is_autocast_enabled(device) and hidden.dtype != torch.float64
-        self.autocast = torch.get_autocast_dtype(device) if on else None
-        self.counted: LabelCount | None = None
-        self.given = weight
-        self._frozen = False
-        self._hidden = hidden
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *,
+        given: Tensor | None,
+        counted: LabelCount | None = None,
+        fresh: bool = False,
+    ) -> None:
+        # Aliases: `param.data = other` leaves them what they are.
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+        self.bias = None if bias is None else bias.detach()
+        self.wants = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
+        self.counted = counted
+        self.fresh = fresh
+        self.readers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+        self._given = (given, bias) if given is not None else ()
+        self._frozen = given is None
         self._versions = self._now()
+        self._samples = [_sample(tensor) for tensor in self._tensors()]
         runtime.of(LiveHeads).heads.add(self)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the logits as they come out of the head."""
-        return self.weight.dtype if self.autocast is None else self.autocast
-
-    def detached(self) -> Head:
-        """The same head for logits without gradients."""
-        twin = object.__new__(Head)
-        twin.__dict__.update(self.__dict__)
-        twin.grad, twin.weight = False, self.weight.detach()
-        twin.bias = None if self.bias is None else self.bias.detach()
-        runtime.of(LiveHeads).heads.add(twin)
-        return twin
-
-    def check(self) -> None:
-        """Raise if the logits can no longer be computed.
+    def operands(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows of hidden states, ``[..., hidden]``, with the weight and bias of the call.
 
         Raises:
-            RuntimeError: Weight or hidden states were changed in place, or freed.
+            RuntimeError: They were changed or freed since.
         """
-        if self._frozen:
+        if not self.fresh:
+            self._check()
+        return rows, self.weight, self.bias
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The logits of rows of hidden states, without gradients; raises as :meth:`operands` does."""
+        # In inference mode as well they are to serve a backward that comes after it.
+        inference = torch.is_inference_mode_enabled() and self.weight.is_inference()
+        device = rows.device.type
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, enabled=False):
+            return F.linear(*self.operands(rows))
+
+    def freeze(self, but: Any = None) -> None:
+        """Keep copies of weight and bias as they are, where others than ``but`` may still ask for logits."""
+        waiting = any(r is not but and r.is_deferred for r in list(self.readers.values()))
+        if self._frozen or not waiting or self._now() != self._versions:
             return
-        if self._now() != self._versions:
-            raise RuntimeError(
-                "deferred logits are read after the head's weight or its input was changed in place; read "
-                "them before, or keep outputs.logits.clone(); with TWINKLE_DISABLE=causal_lm_loss they are "
-                "computed at once"
-            )
-        if self.weight.untyped_storage().size() == 0 and self.weight.numel():
-            raise RuntimeError(
-                "deferred logits are read after the sharded weight of the head was freed; read them inside "
-                "the step, or set TWINKLE_DISABLE=causal_lm_loss"
-            )
-
-    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Hidden states, weight and bias in the dtype of the call."""
-        self.check()
-        if self.autocast is None:
-            return hidden, self.weight, self.bias
-        bias = None if self.bias is None else self.bias.to(self.autocast)
-        return hidden.to(self.autocast), self.weight.to(self.autocast), bias
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The logits, with gradients where the call recorded them, whatever holds now."""
-        inference = torch.is_inference_mode_enabled() and not self.weight.is_inference()
-        with (
-            torch.inference_mode(False if inference else torch.is_inference_mode_enabled()),
-            torch.set_grad_enabled(self.grad),
-            torch.autocast(hidden.device.type, enabled=False),
-        ):
-            return F.linear(*self.operands(hidden))
-
-    def freeze(self, copies: dict[Any, Tensor]) -> None:
-        """Keep copies of weight and bias as they are now.
-
-        Args:
-            copies: Those made so far, which other heads share.
-        """
-        if self._frozen or self._now() != self._versions:
-            return
-        self.weight = _copy(self.weight, copies)
-        self.bias = None if self.bias is None else _copy(self.bias, copies)
+        twin = next((other for other in runtime.of(LiveHeads).heads if self._as_kept_by(other)), None)
+        source = self if twin is None else twin
+        with torch.inference_mode(False), torch.no_grad():
+            kept = [t if twin else t.clone() for t in (source.weight, source.bias) if t is not None]
+        self.weight, self.bias = kept[0], kept[1] if len(kept) > 1 else None
         self._frozen = True
 
-    def _now(self) -> tuple[int | None, ...]:
-        tensors = (self.given, self.bias, self._hidden)
-        return tuple(None if t is None or t.is_inference() else t._version for t in tensors)
+    def belongs_to(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether weight or bias are among parameters."""
+        known = {id(parameter) for parameter in parameters}
+        return any(id(given) in known for given in self._given)
+
+    def _as_kept_by(self, other: Head) -> bool:
+        """Whether another head has copies of the same numbers."""
+        if other is self or not other._frozen or list(map(id, other._given)) != list(map(id, self._given)):
+            return False
+        return all(map(_same, self._samples[1:], other._samples[1:]))
+
+    def _check(self) -> None:
+        if not self._frozen and any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors()):
+            raise RuntimeError(_gone("the head's weight was freed (a sharded one)"))
+        if not self._frozen and self._now() != self._versions:
+            raise RuntimeError(_gone("the head's weight or its input was changed in place"))
+        if not all(_same(a, _sample(b)) for a, b in zip(self._samples, self._tensors(), strict=True)):
+            raise RuntimeError(
+                _gone("the head's weight or its input was changed in place (by way of `.data`)")
+            )
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+    def _now(self) -> list[int | None]:
+        return [None if t.is_inference() else t._version for t in self._tensors()]
 
 
-def _copy(tensor: Tensor, copies: dict[Any, Tensor]) -> Tensor:
-    key = (tensor.data_ptr(), tensor.shape)
-    if key not in copies:
-        copies[key] = tensor.detach().clone()
-    return copies[key]
+def _gone(reason: str) -> str:
+    return (
+        f"deferred logits are read after {reason}; read them before, or keep outputs.logits.clone() + 0; "
+        "with TWINKLE_DISABLE=causal_lm_loss they are computed at once"
+    )
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """One element of each row, of varying columns."""
+    if tensor.dim() < 2 or not tensor.is_contiguous():
+        return tensor.detach().clone() if tensor.dim() < 2 else tensor.detach().select(-1, 0).clone()
+    return tensor.detach().view(-1)[:: max(1, tensor.shape[-1] - 1)].clone()
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two samples are the same bits: NaN is NaN."""
+    kind = _INTEGERS[one.element_size()]
+    return bool(torch.equal(one.view(kind), other.view(kind)))
 
 
 class LiveHeads:
@@ -190,8 +194,7 @@ class LiveHeads:
         waiting = list(self.heads)
         if not waiting:
             return
-        changed = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        copies: dict[Any, Tensor] = {}
+        changed = [p for group in optimizer.param_groups for p in group["params"]]
         for head in waiting:
-            if id(head.given) in changed or any(id(t) in changed for t in (head.weight, head.bias)):
-                head.freeze(copies)
+            if head.belongs_to(changed):
+                head.freeze()

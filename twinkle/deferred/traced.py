@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.deferred.functions import cross_entropy, of_whole_rows
-from twinkle.deferred.head import apply_pointwise
+from twinkle.deferred.steps import apply_pointwise
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.deferred.head import PointwiseOp
+    from twinkle.deferred.steps import PointwiseOp
 
 __all__ = ["TracedLogits"]
 

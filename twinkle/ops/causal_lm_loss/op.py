@@ -15,11 +15,12 @@ from twinkle.ops.causal_lm_loss.chunks import Wanted, in_chunks, uses_triton
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["loss_of_all_rows", "loss_of_each_row"]
+__all__ = ["gradients_of_each_row", "loss_of_all_rows", "loss_of_each_row", "scaled_gradients"]
 
 _ROW_LOSS = "float pre, float post, bool tanh, int ignore_index, float label_smoothing"
 _WANTED = "bool want_hidden, bool want_weight, bool want_bias"
@@ -137,11 +138,22 @@ def _scale_gradients(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]
     rest, *gradients = ctx.saved_tensors
     # The gradients are constants here: a second derivative would silently miss what they depend on.
     refuse = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    with torch.no_grad():
-        factor = grad * rest
-        pairs = zip(ctx.wanted, gradients, strict=True)
-        scaled = [_scaled(gradient, factor) if wanted else None for wanted, gradient in pairs]
+    scaled = scaled_gradients(ctx.wanted, gradients, grad * rest)
     return (*(_once(scaled) if refuse else scaled), *(None,) * 11)
+
+
+@torch.no_grad()
+def scaled_gradients(
+    wanted: Sequence[bool], gradients: Sequence[Tensor], factor: Tensor
+) -> list[Tensor | None]:
+    """Gradients that were computed along with a loss, times a factor; in a backward.
+
+    Args:
+        wanted: Which of them there are.
+        gradients: Changed in place, unless the graph is kept for another backward.
+        factor: ``[]``.
+    """
+    return [_scaled(g, factor) if want else None for want, g in zip(wanted, gradients, strict=True)]
 
 
 def _once(gradients: list[Tensor | None]) -> list[Tensor | None]:
@@ -218,7 +230,7 @@ def _(
     schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, "
     f"{_ROW_LOSS}, {_WANTED}) -> (Tensor, Tensor, Tensor)",
 )
-def _gradients_of_each_row(
+def gradients_of_each_row(
     grad: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -226,6 +238,7 @@ def _gradients_of_each_row(
     labels: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias of ``sum(grad * losses)``; as :func:`loss_of_all_rows`."""
     with torch.no_grad(), _no_autocast(hidden):
         gradients = in_chunks(
             hidden.contiguous(),
@@ -240,7 +253,7 @@ def _gradients_of_each_row(
     return first, second, third
 
 
-@_gradients_of_each_row.register_fake
+@gradients_of_each_row.register_fake
 def _(
     grad: Tensor,
     hidden: Tensor,
@@ -260,7 +273,7 @@ def _keep_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_of_rows(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     hidden, weight, bias, labels = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:3]
-    gradients = _gradients_of_each_row(grad, hidden, weight, bias, labels, *ctx.row_loss, *wanted)
+    gradients = gradients_of_each_row(grad, hidden, weight, bias, labels, *ctx.row_loss, *wanted)
     given = [gradient if want else None for want, gradient in zip(wanted, gradients, strict=True)]
     return (*given, *(None,) * 6)
 
