@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from twinkle.codegen import compile_source
+from twinkle.match.reads import CHANGED
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
@@ -33,7 +34,7 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twinkle.swap.candidate import BaseCandidate
 
@@ -54,11 +55,15 @@ class Dispatch:
         skip: Leading arguments that never tell the device (``self``).
 
     Attributes:
-        training_text: The expression that says in the generated code whether a call is one in training.
+        training_text: The expression that says in the generated code whether a call is one in training, with
+            ``{}`` for the first argument.
+        standing: The expressions of what would run without Twinkle, and of the test that it is the original;
+            no text for a test that is not needed.
         target: The class of the layers whose ``forward`` the original is; None for a function.
     """
 
     training_text = "False"
+    standing = ("_tw_original", "")
     target: type[nn.Module] | None = None
 
     def __init__(
@@ -89,6 +94,7 @@ class Dispatch:
             "_tw_compiling": torch.compiler.is_compiling,
             "_tw_grad": torch.is_grad_enabled,
             "_tw_load": _constant(self._load_for_trace),
+            "_tw_changed": _constant(self._changed),
             "_tw_autocast": autocasting,
             "_tw_dtype_key": dtype_key_of,
             "_tw_current": current_gpu,
@@ -99,7 +105,8 @@ class Dispatch:
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
             self._call,
-            training=self.training_text if training is None else repr(training),
+            training=self.training_text.format(self._call.first) if training is None else repr(training),
+            standing=self.standing,
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
         )
@@ -162,7 +169,7 @@ class Dispatch:
             # Shapes are being worked out: no reason to load anything.
             return self.original(*args, **kwargs)
         entry = self.load(moment, args)
-        if entry is None or entry.function is None:
+        if entry is None or entry.function is None or self._guard_fails(entry, args[:1]):
             self.rebuild()
             return self.original(*args, **kwargs)
         if entry.is_pending(moment) and not self._prove(entry, moment, args, kwargs):
@@ -257,6 +264,24 @@ class Dispatch:
             self._traced_texts[name] = text
         return 0
 
+    def _guard_fails(self, entry: Entry, layers: Sequence[Any]) -> bool:
+        """Whether a call finds something else than the kernel was made for; the report says so."""
+        if entry.guard is None:
+            return False
+        found = [entry.guard.changed(layer, self.target) for layer in (layers if self.target else (None,))]
+        if self.target is not None and self.standing[1] and self.target.forward is not self.original:
+            found.append("its forward")
+        what = next(filter(None, found), None)
+        if what is not None:
+            entry.candidate.binding.note(f"{what} {CHANGED}")
+        return what is not None
+
+    def _changed(self, index: int) -> int:
+        for entry in self.entries:
+            if entry.index == index and not entry.guard_failed:
+                entry.guard_failed = self._guard_fails(entry, self.modules())
+        return 0
+
     def _blame(self, index: int) -> int:
         for entry in self.entries:
             if entry.index == index:
@@ -283,7 +308,8 @@ class Dispatch:
                 set_code(self.function, text, self._title())
                 self._text = text
         alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
-        self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
+        only = tree.entry if alone and isinstance(tree, Leaf) else None
+        self.rebuilt(only if only is not None and only.guard is None else None)
 
     @property
     def text(self) -> str:

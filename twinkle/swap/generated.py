@@ -130,7 +130,9 @@ class LayerDispatch(Dispatch):
         instances: The modules that have the class now, by id.
     """
 
-    training_text = "self.training"
+    training_text = "{}.training"
+    # The program may give the class below another forward later, which is to run then.
+    standing = ("_tw_target.forward", "_tw_target.forward is _tw_original")
     target: type[nn.Module]
 
     def __init__(self, target: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin | None) -> None:
@@ -143,6 +145,7 @@ class LayerDispatch(Dispatch):
         self.instances: dict[int, weakref.ref[nn.Module]] = {}
         training, compiling = pin if pin is not None else (None, False)
         super().__init__(target.forward, candidates, training=training, compiling=compiling, skip=1)
+        self.names["_tw_target"] = target
 
     def born(self, cls: type) -> None:
         """Take hold of the generated class, and put the kernels into it that are loaded already."""
