@@ -67,7 +67,7 @@ def specialise(
     """
     said = facts if isinstance(facts, str) else tuple(sorted((name, repr(it)) for name, it in facts.items()))
     # By identity: the kernels stay alive in the key.
-    key = (kernels, device, said, sizes)
+    key = (kernels, device, said, sizes, getattr(facts, "guard", None))
     known = runtime.of(_Specialised).of.setdefault(cls, {})
     made = known.get(key)
     if made is None:

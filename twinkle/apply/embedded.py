@@ -13,6 +13,7 @@ from twinkle.apply import documents
 from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.recognised_functions import specialise_function
 from twinkle.fuse import forward as fused
+from twinkle.match.instance import Facts
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.backends import backend_for
 from twinkle.ops.catalog import document
@@ -151,7 +152,8 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
         found: The function.
         where: The device the kernels are for.
     """
-    op, variant, facts = found.recognition.op, found.recognition.variant, found.recognition.facts
+    op, variant = found.recognition.op, found.recognition.variant
+    facts = Facts(found.recognition.facts, found.recognition.reads)
     backend = backend_for(op, variant, where) if op is not None and wanted(op) else None
     if backend is None:
         return []

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle import op_names
 from twinkle.apply.bindings import function_binding
+from twinkle.match.instance import Facts
 from twinkle.match.structure import recognise
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.runtime import runtime
@@ -85,7 +86,8 @@ def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) ->
     named = [kernel for kernel in runtime.registry.functions_of(found.module) if kernel.name == found.name]
     if any(not kernel.recognised for kernel in named):
         return False
-    op, variant, facts = found.recognition.op, found.recognition.variant, found.recognition.facts
+    op, variant = found.recognition.op, found.recognition.variant
+    facts = Facts(found.recognition.facts, found.recognition.reads)
     made = []
     for kernel in kernels:
         runtime.registry.unbind(kernel, kernel.target.text)

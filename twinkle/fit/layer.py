@@ -15,6 +15,7 @@ from twinkle.sources.adapters import explain_lacking
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
+    from inspect import Signature
 
 __all__ = ["LayerCompatibility", "check_function", "check_layer"]
 
@@ -258,6 +259,7 @@ def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Mod
     ours, theirs = signature_of(forward), signature_of(original)
     if ours is None or theirs is None:
         return False
+    theirs = _with_first(theirs, ours)
     problem = mismatch(ours, theirs)
     if problem is not None:
         reason, hint = problem
@@ -275,6 +277,17 @@ def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Mod
         a.default is b.default or _same_constant(a.default, b.default)
         for a, b in zip(ours.parameters.values(), theirs.parameters.values(), strict=True)
     )
+
+
+def _with_first(signature: Signature, other: Signature) -> Signature:
+    """A method's signature whose first argument is called as another's: no call gives it by name."""
+    first, name = next(iter(signature.parameters.values()), None), next(iter(other.parameters), None)
+    if first is None or name is None or first.kind is not first.POSITIONAL_OR_KEYWORD:
+        return signature
+    rest = [*signature.parameters.values()][1:]
+    if any(parameter.name == name for parameter in rest):
+        return signature
+    return signature.replace(parameters=[first.replace(name=name), *rest])
 
 
 def _collect(

@@ -22,6 +22,7 @@ from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
 from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.match.instance import read_path
+from twinkle.match.reads import Guard
 from twinkle.ops import launch
 from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
@@ -82,12 +83,13 @@ class _Forwards:
 
 
 def draft_of(cls: type) -> Draft | str:
-    """The draft of a class's forward, or in words why it cannot be rewritten; made once a class."""
+    """The draft of a class's forward, or in words why it cannot be rewritten; made once a forward."""
     drafts = runtime.of(_Forwards).drafts
     found = drafts.get(cls)
-    if found is None:
+    method = getattr(cls, "forward", None)
+    if found is None or getattr(found, "method", method) is not method:
         try:
-            found = Draft(getattr(cls, "forward", None))
+            found = Draft(method)
         except CannotRewrite as error:
             found = str(error)
         drafts[cls] = found
@@ -124,7 +126,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     if not sites:
         return None
     known = runtime.of(_Forwards).kernels.setdefault(cls, {})
-    key = (where, tuple((site.number, site.variant.name) for site in sites))
+    key = (where, draft, tuple((site.number, site.variant.name) for site in sites))
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
         # Each place proves itself: the forward around it may not run twice.
@@ -149,6 +151,7 @@ class FusedForward:
 
     Attributes:
         guarded: True: a kernel that raises is caught at its place; the rest is the program's own code.
+        guard: Nothing: the rest of the code reads what it reads, and each place asks for itself.
     """
 
     kind = "embedded"
@@ -157,6 +160,7 @@ class FusedForward:
     def __init__(self, draft: Draft, sites: Sequence[Site]) -> None:
         self.draft = draft
         self.sites = tuple(sites)
+        self.guard = Guard(())
         self._made: type[nn.Module] | None = None
 
     def describe(self) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 from torch.nn.modules import module as _torch
 
+from twinkle.match.reads import Guard, of_forward
 from twinkle.match.structure import recognise
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 from twinkle.ops.rms_norm.triton_backend import supports
@@ -34,6 +35,7 @@ class Norm(NamedTuple):
         eps: The name of an attribute, or the number itself.
         shape: The name of the attribute with the normalised shape, or None.
         switch: The name of a flag that must be True for the layer to use its weight, or None.
+        guard: Whether the class, and a layer of it, still compute it.
     """
 
     variant: RMSNormVariant
@@ -41,6 +43,7 @@ class Norm(NamedTuple):
     eps: str | float
     shape: str | None
     switch: str | None = None
+    guard: Guard = Guard(())
 
 
 def norm_of(cls: type) -> Norm | str:
@@ -73,7 +76,8 @@ def norm_of(cls: type) -> Norm | str:
         return f"the numbers of {name} are not its own attributes"
     if switch is not None and not isinstance(switch, str):
         return f"{name} has no attribute that says whether it has a weight"
-    return Norm(variant, weight, eps if isinstance(eps, str) else float(eps), shape, switch)
+    guard = Guard((of_forward(plain), *(read.inside("{self}", plain) for read in found.reads)))
+    return Norm(variant, weight, eps if isinstance(eps, str) else float(eps), shape, switch, guard)
 
 
 def norm_variant(cls: type) -> RMSNormVariant | LayerNormVariant | None:

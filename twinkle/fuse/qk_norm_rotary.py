@@ -9,6 +9,8 @@ import torch
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, norm_variant, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
+from twinkle.match.reads import CHANGED, Guard, Read
+from twinkle.match.structure import recognise
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.qk_norm_rotary import triton_backend as op
 from twinkle.ops.qk_norm_rotary.heads import joined, path_for, run, split
@@ -44,11 +46,13 @@ class Pair(NamedTuple):
     Attributes:
         q, k: The norms of queries and keys.
         variant: The variant of the op.
+        guard: Whether both norms, given as layer and class, and the rotation still are what they were.
     """
 
     q: Norm
     k: Norm
     variant: QKNormRotaryVariant
+    guard: Guard = Guard(())
 
 
 def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pair | str:
@@ -68,7 +72,11 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
     assert not isinstance(q, str)
     assert not isinstance(k, str)
     assert not isinstance(rotation, str)
-    return _pair(q, k, rotation.name, between)
+    pair = _pair(q, k, rotation.name, between)
+    if isinstance(pair, str):
+        return pair
+    of_k = (Read(r.text.replace("{self}", "{cls}"), r.objects, r.what) for r in k.guard.reads)
+    return pair._replace(guard=Guard((*q.guard.reads, *of_k, *recognise(plain_rotation(function)).reads)))
 
 
 def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
@@ -155,8 +163,11 @@ class PairStep(FusedStep):
         pair = self._pairs.get(key)
         if pair is None:
             pair = self._pairs[key] = pair_of(*key, self.between)
-        if type(pair) is str:
+        if isinstance(pair, str):
             self.note(owner, pair)
+            return False
+        if not pair.guard.holds(q_layer, k_layer):
+            self.note(owner, f"a norm or the rotation {CHANGED}")
             return False
         if not hooked(q_layer) and not hooked(k_layer):
             return True

@@ -8,6 +8,7 @@ import torch
 
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, run
@@ -88,6 +89,8 @@ class SumStep(FusedStep):
             done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
                 return done
+        elif not variants.norm.guard.holds(layer):
+            self.note(owner, f"the norm {CHANGED}")
         elif not hooked(layer):
             numbers = numbers_of(variants.norm, layer)
             if numbers is not None:

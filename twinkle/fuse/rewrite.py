@@ -42,6 +42,7 @@ class Draft:
             :func:`twinkle.match.symbolic.source.unwrap` knows.
 
     Attributes:
+        method: The method as it was given.
         function: The function below the decorators.
         owner: What the method calls ``self``.
         places: The places where steps could be replaced.
@@ -52,6 +53,7 @@ class Draft:
     """
 
     def __init__(self, method: Any) -> None:
+        self.method = method
         self._chain = _decorators(method)
         self.function: FunctionType = self._chain[-1]
         code = self.function.__code__

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from twinkle.match import reads
+from twinkle.match.reads import Guard, Read
 from twinkle.match.recognition import Reason
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
@@ -18,21 +20,62 @@ from twinkle.match.unify import attribute_path
 from twinkle.ops.catalog import find_op
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping
 
     from twinkle.match.recognition import Recognition
     from twinkle.ops.catalog import Op
 
-__all__ = ["Instance", "activation_name", "read_instance", "read_path"]
+__all__ = ["Facts", "Instance", "activation_name", "read_instance", "read_path"]
 
 
 class _Refused(Exception):
     pass
 
 
+class Facts(dict[str, Any]):
+    """What is known of a layer or a function, and what that rests on.
+
+    Args:
+        known: From each argument of the op's definition to what it is.
+        reads: What it rests on besides its arguments.
+
+    Attributes:
+        paths: The numbers among them, by the attributes that they were read from: a kernel that reads them
+            itself follows their changes.
+    """
+
+    def __init__(self, known: Mapping[str, Any], reads: Iterable[Read] = ()) -> None:
+        super().__init__(known)
+        self.paths: dict[str, str] = {}
+        self._fixed = list(reads)
+        self._handed: list[Read] = []
+        self._kept: list[Read] = []
+
+    def rest_on(self, *reads: Read, handed: Iterable[Read] | None = None) -> None:
+        """Note what a fact rests on.
+
+        Args:
+            reads: What has to be as it is now.
+            handed: What has to be instead where the kernel takes it at each call: a number, or a layer that
+                it calls.
+        """
+        self._kept += reads
+        self._handed += reads if handed is None else handed
+
+    @property
+    def guard(self) -> Guard:
+        """For a kernel that was made for these facts."""
+        return Guard((*self._fixed, *self._kept))
+
+    @property
+    def handed_guard(self) -> Guard:
+        """For a kernel that takes numbers, tensors and layers at each call."""
+        return Guard((*self._fixed, *self._handed))
+
+
 def read_instance(
     recognition: Recognition, module: Any, recognise: Callable[[Any], Recognition]
-) -> dict[str, Any] | Reason:
+) -> Facts | Reason:
     """Read from ``module`` what its class left open.
 
     Args:
@@ -41,7 +84,7 @@ def read_instance(
         recognise: Recognises the classes of the layers in it.
 
     Returns:
-        The facts: names of attributes for tensors and layers, values for numbers and flags, a
+        The :class:`Facts`: names of attributes for tensors and layers, values for numbers and flags, a
         canonical name for an activation (``silu``, ``gelu``, ``gelu_tanh``, ``relu``, ``relu2``,
         ``sigmoid``, ``tanh``, ``quick_gelu``, else ``unknown:<its class>``). Or the reason why this
         instance is not to be replaced.
@@ -78,7 +121,7 @@ class Instance:
 
     def __init__(self, recognition: Recognition, module: Any) -> None:
         self.variant = recognition.variant
-        self.facts = dict(recognition.facts)
+        self.facts = Facts(recognition.facts, recognition.reads)
         self.module = module
 
     def refuse(self, reason: str) -> NoReturn:
@@ -91,6 +134,16 @@ class Instance:
             return read_path(self.module, path)
         except (AttributeError, LookupError, TypeError) as error:
             raise _Refused(f"{path} cannot be read: {error}") from None
+
+    def rest_on(self, path: str, default: Any = None) -> Any:
+        """The value at a path, or the default; the kernel is only for layers that have the same there."""
+        try:
+            value = read_path(self.module, path)
+        except (AttributeError, LookupError, TypeError):
+            self.facts.rest_on(reads.absent(self.module, path.partition(".")[0]))
+            return default
+        self.facts.rest_on(reads.same(reads.place_of(self.module, path), value, (), path))
+        return value
 
     def number(self, path: str) -> Any:
         """The value at a path, or the number that the path is."""
@@ -158,29 +211,51 @@ class _Reader:
 
     def read(self, argument: str, path: str) -> Any:
         """What an argument of the definition is on this instance: a path, a number or a name."""
-        if argument in self.may_be_missing and not hasattr(self.instance.module, path):
+        module, rest_on = self.instance.module, self.instance.facts.rest_on
+        if argument in self.may_be_missing and not hasattr(module, path):
+            rest_on(reads.absent(module, path))
             return None
-        value = self.instance.get(path)
+        value, place = self.instance.get(path), reads.place_of(module, path)
         role = self.op.roles[argument]
         if role == "activation":
-            return activation_name(value)
+            name, found = _activation(value, place, path)
+            rest_on(*found)
+            return name
         if role == "shape":
+            rest_on(reads.same(place, value, (), path))
             return tuple(value)
         if role == "flag":
+            rest_on(Read(f"bool({place}) is {bool(value)}", (), path))
             return bool(value)
         if value is None and argument in self.may_be_none:
+            rest_on(reads.same(place, None, (), path))
             return None
         if role == "number":
-            return self._number(path, value)
+            return self._number(argument, path, value, place)
         self._check(role, path, value)
+        if role == "tensor":
+            rest_on(Read(f"{place} is not None", (), path))
+        elif isinstance(value, torch.nn.Module):
+            rest_on(*reads.bare(place, value, path)[1], reads.of_forward(type(value)), handed=())
         return path
 
-    def _number(self, path: str, value: Any) -> Any:
+    def _number(self, argument: str, path: str, value: Any, place: str) -> Any:
+        number = value
         if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value if value.is_meta or value.requires_grad else value.item()
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise _Refused(f"{path} is {type(value).__name__}, not a number")
-        return value
+            number = value if value.is_meta or value.requires_grad else value.item()
+        if not isinstance(number, int | float) or isinstance(number, bool):
+            raise _Refused(f"{path} is {type(number).__name__}, not a number")
+        if number is not value:
+            self.instance.facts.rest_on(
+                Read(f"{place} is {{0}} and {place}._version == {value._version}", (value,), path)
+            )
+            return number
+        handed = None
+        if re.fullmatch(r"[\w.]+", path):
+            self.instance.facts.paths[argument] = path
+            handed = (Read(f"type({place}) is {{0}}", (type(value),), path),)
+        self.instance.facts.rest_on(reads.same(place, value, (), path), handed=handed)
+        return number
 
     def _check(self, role: str, path: str, value: Any) -> None:
         cls = type(value)
@@ -207,8 +282,19 @@ class _Reader:
 
 def activation_name(value: Any) -> str:
     """The canonical name of an elementwise function: a name in transformers' table, a function or a layer."""
+    return _activation(value, "{self}", "")[0]
+
+
+def _activation(value: Any, place: str, what: str) -> tuple[str, tuple[Read, ...]]:
+    """The canonical name of an elementwise function, and what that rests on.
+
+    Args:
+        value: As for :func:`activation_name`.
+        place: The expression that reads it.
+        what: Its name, in words.
+    """
     if isinstance(value, str):
-        value = _by_name(value)
+        return activation_name(_by_name(value)), (reads.same(place, value, (), what),)
     arena = Arena()
     unknown = f"unknown:{getattr(value, '__qualname__', type(value).__qualname__)}"
     x = arena.term("input", "x")
@@ -223,8 +309,15 @@ def activation_name(value: Any) -> str:
             run = Run(arena)
             term = run.apply(value, [x])
     except (source.NoSource, Unsupported):
-        return unknown
-    return (_name(term, x) if not run.effects else None) or unknown
+        return unknown, ()
+    found = [read for read in run.reads if read is not None]
+    if isinstance(value, torch.nn.Module):
+        here, rests_on = reads.bare(place, value, what)
+        rests_on += (reads.of_forward(type(value)),)
+        rests_on += tuple(read.inside(here, type(value), what) for read in found)
+    else:
+        rests_on = (reads.same(place, value, (), what), *found)
+    return (_name(term, x) if not run.effects else None) or unknown, rests_on
 
 
 def _by_name(name: str) -> Any:

@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match.reads import Guard
+
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from twinkle.match.reads import Read
 
 __all__ = ["NearMiss", "Reason", "Recognition"]
 
@@ -52,6 +56,7 @@ class Recognition:
             is, or the number it is. ``requires`` in it lists the parameters that must be given or absent.
         instance_facts: The facts that only an instance can tell; :func:`check_instance` reads them.
         guards: Attributes that the code only reads to raise an error.
+        reads: What of the program's objects the recognition rests on.
         reason: Why nothing was recognised, where there is more to say than that it is something else.
     """
 
@@ -61,6 +66,7 @@ class Recognition:
     facts: dict[str, Any] = field(default_factory=dict)
     instance_facts: tuple[str, ...] = ()
     guards: tuple[str, ...] = ()
+    reads: tuple[Read, ...] = field(default=(), repr=False, compare=False)
     reason: str | None = None
     # Comparing with every variant takes longer than recognising one, and only a reader asks for it.
     _nearest: Callable[[], tuple[NearMiss, ...]] | None = field(default=None, repr=False, compare=False)
@@ -69,6 +75,11 @@ class Recognition:
     def near(self) -> tuple[NearMiss, ...]:
         """The nearest variants, each with the first difference."""
         return () if self._nearest is None else self._nearest()
+
+    @cached_property
+    def guard(self) -> Guard:
+        """Whether the code of the class or function still is what was recognised."""
+        return Guard(read for read in self.reads if not read.of_layer)
 
     def __bool__(self) -> bool:
         return self.op is not None

@@ -15,7 +15,7 @@ import inspect
 from dataclasses import replace
 from functools import partial
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from twinkle.match.attributes import attribute_classes
@@ -30,17 +30,20 @@ from twinkle.match.templates import holes, templates
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 from twinkle.runtime import runtime
 
+if TYPE_CHECKING:
+    from twinkle.ops.catalog import Op
+
 __all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
 
 
 class _Recognitions:
-    """The recognitions of classes and functions so far.
+    """The recognitions of classes and functions so far, and the code that they are of.
 
     By the object, not by its code: two modules may hold the same code over different helpers.
     """
 
     def __init__(self) -> None:
-        self.by_object: WeakKeyDictionary[Any, Recognition] = WeakKeyDictionary()
+        self.by_object: WeakKeyDictionary[Any, tuple[Any, Recognition]] = WeakKeyDictionary()
 
 
 def recognise(obj: Any) -> Recognition:
@@ -50,7 +53,7 @@ def recognise(obj: Any) -> Recognition:
         obj: A class, a function, or a layer that `kernels` made of a function.
 
     Returns:
-        The recognition; false when nothing was recognised. The same object for the same code.
+        The recognition; false when nothing was recognised. The same object as long as the code is the same.
     """
     function, owner, reason = _code(obj)
     target = _target(obj if owner is not None or function is None else function)
@@ -58,9 +61,10 @@ def recognise(obj: Any) -> Recognition:
         return Recognition(target, reason=reason)
     key = function if owner is None else owner
     known = runtime.of(_Recognitions).by_object
-    found = known.get(key)
-    if found is None:
-        found = known[key] = _recognise(target, function, owner, reason)
+    code, found = known.get(key, (None, None))
+    if found is None or code != (function, reason) or not found.guard.holds(cls=owner):
+        found = _recognise(target, function, owner, reason)
+        known[key] = (function, reason), found
     return found
 
 
@@ -164,11 +168,12 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     for op in ops_with_core(term):
         for template in templates(op):
             bound = unify(template.term, term, holes(op)) if template.key == key else None
-            if bound is not None and _plausible(bound, run.cls):
+            if bound is not None and _plausible(bound, run.cls) and _tellable(op, bound):
                 facts, instance_facts = _facts(bound)
                 if requires:
                     facts["requires"] = requires
-                return Recognition(target, op.name, template.variant, facts, instance_facts, guards)
+                read = tuple(filter(None, run.reads))
+                return Recognition(target, op.name, template.variant, facts, instance_facts, guards, read)
     return None
 
 
@@ -183,6 +188,19 @@ def _plausible(bound: Bindings, owner: type | None) -> bool:
     return True
 
 
+def _tellable(op: Op, bound: Bindings) -> bool:
+    """Whether a shape is an attribute or numbers: one that is computed cannot be handed to a kernel."""
+    shapes = (bound[role] for role, kind in op.roles.items() if kind == "shape" and role in bound)
+    return all(_numbers(term) is not None or attribute_path(term) is not None for term in shapes)
+
+
+def _numbers(term: Term) -> tuple[Any, ...] | None:
+    """The numbers of a tuple of constants; None for any other term."""
+    if term.op not in ("tuple", "list") or any(item.op != "const" for item in term.args):
+        return None
+    return tuple(item.args[0] for item in term.args)
+
+
 def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
     facts: dict[str, Any] = {}
     ask: list[str] = []
@@ -193,6 +211,8 @@ def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
             ask.append(role)
         elif term.op in ("input", "const"):
             facts[role] = term.args[0]
+        elif (numbers := _numbers(term)) is not None:
+            facts[role] = numbers
         elif term.op == "py":
             value = term.args[0].value
             facts[role] = value if isinstance(value, tuple) else getattr(value, "__name__", repr(value))

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import SourceError
+from twinkle.match.instance import Facts
 from twinkle.ops.catalog import find_op
 from twinkle.sources.specialised import SpecialisedSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from twinkle.match.reads import Guard
     from twinkle.ops.backends import Backend
     from twinkle.records import Source
 
@@ -67,10 +69,19 @@ class _Embedded(SpecialisedSource):
         source: Source | None,
     ) -> None:
         found = find_op(op).backend(backend)
-        super().__init__(source or _BackendSource(found, self._maker), op, variant, dict(facts), original)
+        super().__init__(source or _BackendSource(found, self._maker), op, variant, {}, original)
+        self.facts = facts if isinstance(facts, Facts) else dict(facts)
         self.kind = "embedded"
         self.backend = backend
         self._label = found.label
+
+    @property
+    def guard(self) -> Guard | None:
+        """What the facts rest on; numbers and layers are handed to the kernel at each call."""
+        return self.facts.handed_guard if isinstance(self.facts, Facts) else None
+
+    def _known(self) -> Mapping[str, Any]:
+        return {**self.facts, **self.facts.paths} if isinstance(self.facts, Facts) else self.facts
 
     def describe(self) -> str:
         """The op, its variant and what computes it."""

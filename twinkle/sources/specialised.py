@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
+    from twinkle.match.reads import Guard
     from twinkle.records import Source
 
 __all__ = ["SpecialisedSource"]
@@ -59,6 +60,12 @@ class SpecialisedSource:
         return f"{self.source.describe()} for {self.op} ({self.variant.name})"
 
     @property
+    def guard(self) -> Guard | None:
+        """What the facts rest on, which is asked at each call; None where nothing is known of that."""
+        guard: Guard | None = getattr(self.facts, "guard", None)
+        return guard
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """The notes of the underlying source on its loading."""
         return tuple(getattr(self.source, "notes", ()))
@@ -83,6 +90,11 @@ class SpecialisedSource:
         made: object = self.made
         return made
 
+    def _known(self) -> Mapping[str, Any]:
+        """The facts as the maker of the kernel gets them."""
+        assert not isinstance(self.facts, str)
+        return self.facts
+
     def _specialise(self, maker: Any) -> object:
         if isinstance(self.facts, str):
             raise SourceError(
@@ -91,7 +103,7 @@ class SpecialisedSource:
                 found=self.facts,
             )
         function = () if self.original is None else (self.original,)
-        made = maker(self.variant, self.facts, *function)
+        made = maker(self.variant, self._known(), *function)
         if made is None or isinstance(made, str):
             raise SourceError(
                 f"there is no kernel for the variant {self.variant.name!r} of {self.op}",

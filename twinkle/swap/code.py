@@ -33,6 +33,7 @@ class CallForm:
         arguments: What a call hands on, every argument under its own name: ``x, *args, eps=eps``.
         packed: The same as a tuple and a dict: ``(x, *args, ), {'eps': eps}``.
         probe: The parameter that is expected to hold the first tensor; None where none has a name.
+        first: The expression of the first argument.
     """
 
     def __init__(self, function: Callable[..., Any], skip: int) -> None:
@@ -57,6 +58,8 @@ class CallForm:
         self._names = [
             p.name for p in self.parameters if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
         ]
+        star = self.parameters and self.parameters[0].kind is Parameter.VAR_POSITIONAL
+        self.first = f"{self.parameters[0].name}{'[0]' if star else ''}" if self.parameters else "None"
         self.probe: str | None = next(iter(self._names[skip:]), None)
         self._settled = False
 

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from twinkle.codegen import compile_source
+from twinkle.match.reads import CHANGED
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
@@ -33,7 +34,7 @@ from twinkle.swap.tensors import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from types import FunctionType
 
     from twinkle.swap.candidate import BaseCandidate
@@ -55,11 +56,15 @@ class Dispatch:
         skip: Leading arguments that never tell the device (``self``).
 
     Attributes:
-        training_text: The expression that says in the generated code whether a call is one in training.
+        training_text: The expression that says in the generated code whether a call is one in training, with
+            ``{}`` for the first argument.
+        standing: The expressions of what would run without Twinkle, and of the test that it is the original;
+            no text for a test that is not needed.
         target: The class of the layers whose ``forward`` the original is; None for a function.
     """
 
     training_text = "False"
+    standing = ("_tw_original", "")
     target: type[nn.Module] | None = None
 
     def __init__(
@@ -81,14 +86,21 @@ class Dispatch:
             if fits_this_build(candidate.device)
         ]
         self._call = CallForm(original, skip)
+        # What guards read, by its name in the text.
+        self._read: dict[str, Any] = {}
+        for entry in self.entries:
+            if entry.guard is not None:
+                entry.guard.text(self._read, layer=self._call.first, cls="_tw_target")
         self.names = Scope(original, self._hot_names(), self)
         self._set(
             original=original,
+            target=self.target,
             pending=self.first_call,
             where=device_number,
             compiling=torch.compiler.is_compiling,
             grad=torch.is_grad_enabled,
             load=_constant(self._load_for_trace),
+            changed=_constant(self._changed),
             autocast=autocasting,
             dtype_key=dtype_key_of,
             current=current_gpu,
@@ -98,11 +110,15 @@ class Dispatch:
             getattr=getattr,
             Exception=Exception,
         )
+        for name, value in self._read.items():
+            self.names[name] = value
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
             self._call,
-            training=self.training_text if training is None else repr(training),
+            training=self.training_text.format(self._call.first) if training is None else repr(training),
+            standing=self.standing,
+            read=self._read,
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
         )
@@ -123,7 +139,9 @@ class Dispatch:
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
         if self._minds_the_gpu():
             names.append("current")
-        return [f"_tw_{name}" for name in dict.fromkeys(names)]
+        hot = [f"_tw_{name}" for name in dict.fromkeys(names)]
+        # A function that is pickled by value takes its cells along: they hold nothing of the program then.
+        return [*hot, "_tw_target", *self._read] if self._read and self.target is not None else hot
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -183,7 +201,7 @@ class Dispatch:
             # Shapes are being worked out: no reason to load anything.
             return self.original(*args, **kwargs)
         entry = self.load(moment, args)
-        if entry is None or entry.function is None:
+        if entry is None or entry.function is None or self._guard_fails(entry, args[:1]):
             self.rebuild()
             return self.original(*args, **kwargs)
         if entry.is_pending(moment) and not self._prove(entry, moment, args, kwargs):
@@ -278,6 +296,24 @@ class Dispatch:
             self._traced_texts[name] = text
         return 0
 
+    def _guard_fails(self, entry: Entry, layers: Sequence[Any]) -> bool:
+        """Whether a call finds something else than the kernel was made for; the report says so."""
+        if entry.guard is None:
+            return False
+        found = [entry.guard.changed(layer, self.target) for layer in (layers if self.target else (None,))]
+        if self.target is not None and self.standing[1] and self.target.forward is not self.original:
+            found.append("its forward")
+        what = next(filter(None, found), None)
+        if what is not None:
+            entry.candidate.binding.note(f"{what} {CHANGED}")
+        return what is not None
+
+    def _changed(self, index: int) -> int:
+        for entry in self.entries:
+            if entry.index == index and not entry.guard_failed:
+                entry.guard_failed = self._guard_fails(entry, self.modules())
+        return 0
+
     def _blame(self, index: int) -> int:
         for entry in self.entries:
             if entry.index == index:
@@ -304,7 +340,8 @@ class Dispatch:
                 self.function.__code__ = self.names.code(text, self._title())
                 self._text = text
         alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
-        self.rebuilt(tree.entry if alone and isinstance(tree, Leaf) else None)
+        only = tree.entry if alone and isinstance(tree, Leaf) else None
+        self.rebuilt(only if only is not None and only.guard is None else None)
 
     @property
     def text(self) -> str:

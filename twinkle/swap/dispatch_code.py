@@ -17,6 +17,7 @@ from twinkle.swap.entry import Split
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from twinkle.match.reads import Guard
     from twinkle.swap.code import CallForm
     from twinkle.swap.dtype_keys import DtypeKey
     from twinkle.swap.entry import Entry, Leaf
@@ -33,6 +34,8 @@ class DispatchCode:
     Args:
         form: How the function takes its arguments and hands them on.
         training: The expression that says whether a call is one in training.
+        standing: The expression of what would run without Twinkle, and of the test that it is the original.
+        read: What the guards read, by name.
         always_compiling: Every call counts as one under a compiler.
         with_dtype: Kernels are proven by dtype, so that a trace has to say which it is for.
 
@@ -43,8 +46,19 @@ class DispatchCode:
         traced: The moments, in letters, for which the text calls a function ``_tw_traced_…``.
     """
 
-    def __init__(self, form: CallForm, *, training: str, always_compiling: bool, with_dtype: bool) -> None:
+    def __init__(
+        self,
+        form: CallForm,
+        *,
+        training: str,
+        standing: tuple[str, str],
+        read: dict[str, Any],
+        always_compiling: bool,
+        with_dtype: bool,
+    ) -> None:
         self.form = form
+        self.standing, self.standing_test = standing
+        self.read = read
         self.training = training
         self.always_compiling = always_compiling
         self.with_dtype = with_dtype
@@ -107,6 +121,9 @@ class DispatchCode:
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
             yield f"{pad}return _tw_original({self.form.arguments})"
+        elif tree.entry.guard is not None and "guard" not in known:
+            yield from self._guard_lines(tree.entry, tree.entry.guard, pad)
+            yield from self._lines(tree, pad, {**known, "guard": True})
         elif tree.live or (tree.dtype_keys and self.form.probe is None):
             yield from self._kernel_lines(tree.entry, pad, known)
         elif tree.dtype_keys and (self.always_compiling or known.get("compiling") is not True):
@@ -119,6 +136,20 @@ class DispatchCode:
             yield f"{pad}if _tw_compiling():"
             yield from self._traced_lines(pad + "    ", known)
             yield f"{pad}return _tw_pending({self.form.packed})"
+
+    def _guard_lines(self, entry: Entry, guard: Guard, pad: str) -> Iterator[str]:
+        """The lines that run what stands now where the kernel was made for something else."""
+        parts = [self.standing_test, guard.text(self.read, layer=self.form.first, cls="_tw_target")]
+        test = " and ".join(part for part in parts if part)
+        if not test:
+            return
+        yield f"{pad}try:"
+        yield f"{pad}    _tw_same = {test}"
+        yield f"{pad}except _tw_Exception:"  # what was read is not there any more
+        yield f"{pad}    _tw_same = False"
+        yield f"{pad}if not _tw_same:"
+        yield f"{pad}    _tw_changed({entry.index})"
+        yield f"{pad}    return {self.standing}({self.form.arguments})"
 
     def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
         if known.get("device", "cuda") in (None, "cuda") and self.several_gpus:

@@ -11,6 +11,7 @@ from twinkle.swap.dtype_keys import ANY
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from twinkle.match.reads import Guard
     from twinkle.swap.candidate import BaseCandidate
     from twinkle.swap.dtype_keys import DtypeKey
 
@@ -46,6 +47,8 @@ class Entry:
     Attributes:
         state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
         function: What to call, once loaded.
+        guard: What the kernel rests on, which each call asks first; None for nothing.
+        guard_failed: Some call found it otherwise.
     """
 
     __slots__ = (
@@ -53,6 +56,8 @@ class Entry:
         "candidate",
         "device",
         "function",
+        "guard",
+        "guard_failed",
         "has_backward",
         "index",
         "mode",
@@ -70,6 +75,8 @@ class Entry:
         self.can_torch_compile: bool | None = None
         self.has_backward: bool | None = None
         self.same_signature = False
+        self.guard: Guard | None = getattr(candidate.kernel.source, "guard", None)
+        self.guard_failed = False
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
         """How well the candidate suits the moment: smaller first, ``None`` never."""

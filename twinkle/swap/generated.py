@@ -127,7 +127,9 @@ class LayerDispatch(Dispatch):
         instances: The modules that have the class now, by id.
     """
 
-    training_text = "self.training"
+    training_text = "{}.training"
+    # The program may give the class below another forward later, which is to run then.
+    standing = ("_tw_target.forward", "_tw_target.forward is _tw_original")
     target: type[nn.Module]
 
     def __init__(self, target: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin | None) -> None:

@@ -8,6 +8,7 @@ import inspect
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.names import Names, Unsupported
 
@@ -28,9 +29,11 @@ class Calls(Names):
             value = base.args[0].value
             if isinstance(value, ModuleType | type) or _is_form(value):
                 try:
-                    return self.run.embed(getattr(value, name))
+                    found = getattr(value, name)
                 except AttributeError:
                     return self.run.unknown(f"no attribute {name}")
+                self.run.reads[reads.of_attribute(value, name, found)] = None
+                return self.run.embed(found)
         if base.op == "self":
             found = self._instance_value(name)
             return found if found is not None else self.term("attr", base, name)
@@ -51,10 +54,13 @@ class Calls(Names):
         if (
             isinstance(value, bool | int | float | str | functools.partial)
             or source.function_of_callable(value) is not None
+            # torch's own functions are builtins, not functions with a source.
+            or type(value).__name__ == "builtin_function_or_method"
         ):
+            if getattr(self.run.instance, name, None) is value:  # a method is bound anew each time
+                self.run.reads[reads.same(f"{{self}}.{name}", value, (), name)] = None
             return self.run.embed(value)
-        # torch's own functions are builtins, not functions with a source.
-        return self.run.embed(value) if type(value).__name__ == "builtin_function_or_method" else None
+        return None
 
     def _eval_Call(self, node: ast.Call) -> Term:
         args = list(self.idioms.tuple([self.eval(arg) for arg in node.args]).args)
@@ -82,6 +88,9 @@ class Calls(Names):
     def own_method(self, base: Term, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
         """``self.name(...)``: inlined where it is a plain method."""
         static = inspect.getattr_static(self.run.cls, name, None) if self.run.cls is not None else None
+        if isinstance(static, staticmethod | FunctionType):
+            method = reads.of_method(name, getattr(static, "__func__", static))
+            self.run.reads.update(dict.fromkeys(method))
         if isinstance(static, staticmethod):
             return self.call(self.run.embed(static.__func__), args, kwargs)
         if isinstance(static, classmethod):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.idioms import Idioms
 from twinkle.match.symbolic.names import Unsupported
@@ -22,6 +23,8 @@ from twinkle.match.symbolic.terms import Arena, Ref, Term
 
 if TYPE_CHECKING:
     from types import FunctionType
+
+    from twinkle.match.reads import Read
 
 __all__ = ["Run", "Unsupported", "execute"]
 
@@ -39,6 +42,7 @@ class Run:
         effects: What the function does besides returning a value, in words.
         calls: The calls of attributes that stay calls: the attribute's name and the term.
         guards: The conditions under which it raises.
+        reads: What of the program's objects it followed, each once (``None`` where nothing is to be noted).
         cls: The class whose methods ``self.name()`` is looked up in.
     """
 
@@ -58,6 +62,7 @@ class Run:
         self.effects: list[str] = []
         self.calls: list[tuple[str, Term]] = []
         self.guards: list[Term] = []
+        self.reads: dict[Read | None, None] = {}
         self.none = self.idioms.none
         self.cls: type | None = None
         self.depth = 0
@@ -71,6 +76,7 @@ class Run:
             Unsupported: Its parameters cannot be bound.
         """
         node = source.parse(function)
+        self.reads[reads.of_code(function)] = None
         frame = Frame(self, function)
         frame.bind(node, args, kwargs)
         result = frame.block(node.body)

@@ -6,12 +6,14 @@ import ast
 import builtins
 from typing import TYPE_CHECKING
 
+from twinkle.match import reads
 from twinkle.match.symbolic.terms import Ref, Term
 
 if TYPE_CHECKING:
     from types import FunctionType
     from typing import Any, Protocol
 
+    from twinkle.match.reads import Read
     from twinkle.match.symbolic.idioms import Idioms
     from twinkle.match.symbolic.terms import Arena
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         calls: list[tuple[str, Term]]
         effects: list[str]
         guards: list[Term]
+        reads: dict[Read | None, None]
         none: Term
         cls: type | None
         depth: int
@@ -149,7 +152,9 @@ class Names:
             except ValueError:
                 return self.run.unknown(f"{name} (empty cell)")
         if name in self.function.__globals__:
-            return self.run.embed(self.function.__globals__[name], name)
+            value = self.function.__globals__[name]
+            self.run.reads[reads.of_global(self.function, name, value)] = None
+            return self.run.embed(value, name)
         if hasattr(builtins, name):
             return self.term("py", Ref(getattr(builtins, name)))
         return self.run.unknown(f"{name} is not defined")

@@ -16,10 +16,10 @@ def core(code: Any) -> bool:
 
 def check(instance: Any) -> None:
     """Parameters of three dimensions, all on one device; and what transformers would run for them."""
-    facts, module = instance.facts, instance.module
+    facts = instance.facts
     if getattr(instance.get(facts["gate_up"]), "ndim", 0) != 3:
         instance.refuse(f"{facts['gate_up']} has not three dimensions")
-    if getattr(module, "_is_expert_parallel", False):
+    if instance.rest_on("_is_expert_parallel", False):
         instance.refuse("its experts are spread over several devices")
     # transformers may run another implementation of the same sum than the one in the source.
-    facts["implementation"] = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    facts["implementation"] = instance.rest_on("config._experts_implementation")

@@ -1,0 +1,230 @@
+"""What the recognition of a layer rests on, and whether a guard sees each change of it."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+    register_module_full_backward_hook,
+)
+from torch.nn.utils import prune
+
+from twinkle.match.instance import Facts
+from twinkle.match.structure import check_instance, recognise
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from twinkle.match.reads import Guard
+
+WIDE = True
+
+
+def root(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class Norm(nn.Module):
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.eps = eps
+
+    def normed(self, x: torch.Tensor) -> torch.Tensor:
+        return x * root(x, self.eps)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float() if WIDE else x
+        return self.weight * self.normed(wide).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(4, 4) for _ in range(3))
+        self.act = nn.SiLU()
+
+    def forward(this, x: torch.Tensor) -> torch.Tensor:
+        return this.down(this.act(this.gate(x)) * this.up(x))
+
+
+def facts_of(layer: nn.Module) -> Facts:
+    facts = check_instance(recognise(type(layer)), layer)
+    assert isinstance(facts, Facts), facts
+    return facts
+
+
+@contextmanager
+def put(owner: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def hooked(register: Callable[..., Any], *hook: Callable[..., Any]) -> Iterator[None]:
+    handle = register(*(hook or (lambda *given: None,)))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def here() -> Any:
+    import sys
+
+    return sys.modules[__name__]
+
+
+def other(*given: Any, **named: Any) -> Any:
+    raise AssertionError("never called")
+
+
+NORM: dict[str, Callable[[Norm], Any]] = {
+    "the code of its forward": lambda norm: put(Norm.forward, "__code__", other.__code__),
+    "a method": lambda norm: put(Norm, "normed", other),
+    "a method of the instance": lambda norm: hiding(norm, "normed"),
+    "a helper": lambda norm: put(here(), "root", other),
+    "the code of a helper": lambda norm: put(root, "__code__", other.__code__),
+    "a flag of its module": lambda norm: put(here(), "WIDE", False),
+    "torch's function": lambda norm: put(torch, "rsqrt", other),
+    "an eps that is no number": lambda norm: put(norm, "eps", torch.tensor(1e-6)),
+    "no weight": lambda norm: hiding_parameter(norm),
+}
+MLPS: dict[str, Callable[[MLP], Any]] = {
+    "another activation": lambda mlp: put(mlp, "act", nn.ReLU()),
+    "a forward hook": lambda mlp: hooked(mlp.act.register_forward_hook),
+    "a forward pre-hook": lambda mlp: hooked(mlp.act.register_forward_pre_hook),
+    "a backward hook": lambda mlp: hooked(mlp.act.register_full_backward_hook),
+    "a backward pre-hook": lambda mlp: hooked(mlp.act.register_full_backward_pre_hook),
+    "a forward of the activation's own": lambda mlp: hiding(mlp.act, "forward"),
+    "the forward of the activation's class": lambda mlp: put(nn.SiLU, "forward", other),
+    "a setting of the activation": lambda mlp: put(mlp.act, "inplace", True),
+    "the function that the activation calls": lambda mlp: put(F, "silu", other),
+    "a forward hook on all": lambda mlp: hooked(register_module_forward_hook),
+    "a pre-hook on all": lambda mlp: hooked(register_module_forward_pre_hook),
+    "a backward hook on all": lambda mlp: hooked(register_module_full_backward_hook),
+}
+
+
+@contextmanager
+def hiding(layer: nn.Module, name: str) -> Iterator[None]:
+    layer.__dict__[name] = other
+    try:
+        yield
+    finally:
+        del layer.__dict__[name]
+
+
+@contextmanager
+def hiding_parameter(norm: Norm) -> Iterator[None]:
+    weight, norm.weight = norm.weight, None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        norm.weight = weight
+
+
+def check(guard: Guard, layer: nn.Module, change: Any) -> None:
+    cls = type(layer)
+    assert guard.changed(layer, cls) is None
+    assert guard.holds(layer, cls)
+    with change:
+        assert not guard.holds(layer, cls)
+        assert guard.changed(layer, cls)
+    assert guard.holds(layer, cls)
+
+
+@pytest.mark.parametrize("what", NORM)
+def test_a_norm_rests_on(what: str) -> None:
+    norm = Norm()
+    check(facts_of(norm).handed_guard, norm, NORM[what](norm))
+
+
+@pytest.mark.parametrize("what", MLPS)
+def test_a_gated_mlp_rests_on(what: str) -> None:
+    mlp = MLP()
+    check(facts_of(mlp).handed_guard, mlp, MLPS[what](mlp))
+
+
+def test_a_kernel_that_is_handed_numbers_and_layers_follows_them() -> None:
+    norm, mlp = Norm(), MLP()
+    of_norm, of_mlp = facts_of(norm), facts_of(mlp)
+    norm.eps = 0.5
+    mlp.down = nn.Sequential(mlp.down)  # type: ignore[assignment]
+    assert of_norm.paths == {"eps": "eps"}
+    assert of_norm.handed_guard.holds(norm, Norm)
+    assert of_mlp.handed_guard.holds(mlp, MLP)
+    assert of_norm.guard.changed(norm, Norm) == "eps"
+    assert of_mlp.guard.changed(mlp, MLP) == "down"
+
+
+def test_a_weight_that_a_hook_computes_is_still_the_weight() -> None:
+    norm = Norm()
+    guard = facts_of(norm).handed_guard
+    prune.l1_unstructured(norm, "weight", 0.5)
+    assert guard.holds(norm, Norm)
+    assert facts_of(norm).handed_guard.holds(norm, Norm)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_torchs_layer_norm_rests_on_its_shape_and_on_having_a_weight(affine: bool) -> None:
+    norm = nn.LayerNorm(4, elementwise_affine=affine)
+    guard = facts_of(norm).handed_guard
+    check(guard, norm, put(norm, "normalized_shape", (2, 2)))
+    check(guard, norm, put(norm, "weight", None if affine else nn.Parameter(torch.ones(4))))
+    check(guard, norm, put(F, "layer_norm", other))
+    norm.eps = 0.5
+    assert guard.holds(norm, nn.LayerNorm)
+
+
+def test_layers_that_rest_on_the_same_have_equal_guards() -> None:
+    a, b = MLP(), MLP()
+    assert facts_of(a).handed_guard == facts_of(b).handed_guard
+    b.act = nn.Mish()  # type: ignore[assignment]
+    assert facts_of(a).handed_guard != facts_of(b).handed_guard
+
+
+def test_a_class_is_recognised_anew_when_its_code_changed() -> None:
+    class Changing(Norm):
+        pass
+
+    assert recognise(Changing).op == "rms_norm"
+    with put(Changing, "forward", other):
+        assert recognise(Changing).op is None
+    assert recognise(Changing) is recognise(Changing)
+
+
+SHAPE = 4
+
+
+class Fused(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (SHAPE,), self.weight, 1e-6)
+
+
+class Computed(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+
+
+class OfAttributes(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (self.width,), self.weight, 1e-6)
+
+
+def test_a_shape_of_numbers_is_a_fact_and_one_that_is_computed_is_not() -> None:
+    assert recognise(Fused).facts["normalized_shape"] == (4,)
+    check(facts_of(Fused()).handed_guard, Fused(), put(here(), "SHAPE", 2))
+    assert not recognise(Computed)
+    assert not recognise(OfAttributes)

@@ -1,0 +1,290 @@
+"""What the recognition of code rests on, and one expression that says that all of it is still so.
+
+The symbolic execution notes each global, attribute and function that it read while it followed the code of a
+class or a function (:class:`Read`), and the check of an instance notes what it read of that. A :class:`Guard`
+joins them into one expression, which the function in the place of the target evaluates at each call: where it
+is false the program has changed something since, and its own code runs. Nobody lists by hand what a kernel
+depends on.
+
+Reading an attribute of a module from Python's ``__getattr__`` takes a quarter of a microsecond, hence the
+look-ups in ``_modules`` and ``_parameters``.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from functools import cached_property
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _torch
+
+from twinkle.codegen import compile_source
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+__all__ = [
+    "CHANGED",
+    "Guard",
+    "Read",
+    "absent",
+    "bare",
+    "of_attribute",
+    "of_code",
+    "of_forward",
+    "of_global",
+    "of_method",
+    "place_of",
+    "same",
+]
+
+CHANGED = "changed since it was recognised: the original runs"
+"""What the report says of it."""
+_EVERYWHERE = (
+    _torch._global_forward_hooks,
+    _torch._global_forward_pre_hooks,
+    _torch._global_backward_hooks,
+    _torch._global_backward_pre_hooks,
+)
+"""The very dicts that torch's functions for hooks on all modules write to."""
+_OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Read:
+    """A test of one thing that recognised code reads.
+
+    Attributes:
+        text: An expression. In it ``{self}`` is the layer, ``{cls}`` its class without Twinkle, and ``{0}``,
+            ``{1}`` … are ``objects``.
+        objects: Python objects, compared by identity.
+        what: The thing in words.
+    """
+
+    __slots__ = ("objects", "text", "what")
+
+    def __init__(self, text: str, objects: Sequence[Any], what: str) -> None:
+        self.text = text
+        self.objects = tuple(objects)
+        self.what = what
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Read)
+            and other.text == self.text
+            and len(other.objects) == len(self.objects)
+            and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.text, *map(id, self.objects)))
+
+    def __repr__(self) -> str:
+        return f"<Read {self.what}>"
+
+    @property
+    def of_layer(self) -> bool:
+        """Whether it is of the layer itself, not of its class or something beside it."""
+        return "{self}" in self.text
+
+    def inside(self, place: str, cls: type, what: str = "") -> Read:
+        """The same read of a layer that stands at a place, in another one or beside it.
+
+        Args:
+            place: The expression of that layer.
+            cls: Its class.
+            what: Its name, in words.
+        """
+        text = self.text.replace("{cls}", f"{{{len(self.objects)}}}").replace("{self}", place)
+        return Read(text, (*self.objects, cls), f"{what}.{self.what}".lstrip("."))
+
+
+class Guard:
+    """All reads of a recognition as one expression.
+
+    Args:
+        reads: The reads, in the order in which they are tested; equal ones count once.
+    """
+
+    def __init__(self, reads: Iterable[Read]) -> None:
+        self.reads = tuple(dict.fromkeys(reads))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Guard) and other.reads == self.reads
+
+    def __hash__(self) -> int:
+        return hash(self.reads)
+
+    def text(self, names: dict[str, Any], *, layer: str = "None", cls: str = "None") -> str:
+        """The expression that is true as long as all would be read as before; empty where nothing is read.
+
+        Args:
+            names: Is given a name for each object in the expression.
+            layer: What the layer is called.
+            cls: What its class is called.
+        """
+        parts = []
+        for read in self.reads:
+            called = [_named(value, names) for value in read.objects]
+            parts.append(read.text.format(*called, self=layer, cls=cls))
+        return " and ".join(parts)
+
+    @cached_property
+    def holds(self) -> Callable[..., bool]:
+        """Says whether all would be read as before, of a layer and its class; of nothing for a function."""
+        names: dict[str, Any] = {"_tw_compiling": torch.compiler.is_compiling}
+        test = self.text(names, layer="layer", cls="cls") or True
+        text = "def holds(layer=None, cls=None):\n    try:\n        return bool({})\n    except Exception:\n"
+        compile_source(text.format(test) + "        return False\n", "guard", names)
+        holds: Callable[..., bool] = names["holds"]
+        return holds
+
+    def changed(self, layer: Any = None, cls: Any = None) -> str | None:
+        """In words the first thing that would be read otherwise; None where all is as before."""
+        for at, read in enumerate(self.reads):
+            if not Guard(self.reads[: at + 1]).holds(layer, cls):  # one may name what the next goes on with
+                return read.what
+        return None
+
+
+def _named(value: Any, names: dict[str, Any]) -> str:
+    for name, known in names.items():
+        if known is value and name.startswith("_tw_read"):
+            return name
+    name = f"_tw_read{sum(known.startswith('_tw_read') for known in names)}"
+    names[name] = value
+    return name
+
+
+def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
+    """The read of a value: the very object, or an equal number, text or tuple.
+
+    Args:
+        place: The expression that reads it.
+        value: What was read.
+        objects: Those in ``place``.
+        what: Its name, in words.
+    """
+    if value is None or isinstance(value, bool):
+        return Read(f"{place} is {value!r}", objects, what)
+    if isinstance(value, list | tuple):
+        value = type(value)(value) if type(value) in (list, tuple) else value
+    by_value = isinstance(value, int | float | str | list | tuple)
+    return Read(f"{place} {'==' if by_value else 'is'} {{{len(objects)}}}", (*objects, value), what)
+
+
+def of_global(function: FunctionType, name: str, value: Any) -> Read:
+    """The read of a global name in a function."""
+    scope = function.__globals__
+    module = sys.modules.get(scope.get("__name__", ""))
+    what = f"{scope.get('__name__', '')}.{name}"
+    if isinstance(module, ModuleType) and vars(module) is scope:
+        return same(f"{{0}}.{name}", value, (module,), what)
+    return same(f"{{0}}[{name!r}]", value, (scope,), what)
+
+
+def of_attribute(owner: Any, name: str, value: Any) -> Read | None:
+    """The read of an attribute of a module or a class; None for what cannot be told apart from itself.
+
+    A dtype of torch is not worth a test either, nor is a module in another one.
+    """
+    if (
+        isinstance(value, torch.dtype | ModuleType)
+        or not name.isidentifier()
+        or getattr(owner, name, None) is not value
+    ):
+        return None
+    return same(f"{{0}}.{name}", value, (owner,), f"{getattr(owner, '__name__', owner)}.{name}")
+
+
+def of_code(function: FunctionType) -> Read:
+    """The read of a function's code, which tools that reload modules replace in place."""
+    # The question is asked of old compilers alone, which guard code by themselves and cannot read it.
+    return Read(
+        "({0}.__code__ is {1} or _tw_compiling())", (function, function.__code__), function.__qualname__
+    )
+
+
+def of_forward(cls: type) -> Read:
+    """The read of the forward that a class has, with or without what Twinkle put around it."""
+    forward: Any = cls.forward  # type: ignore[attr-defined]
+    around = getattr(forward, "__twinkle__", None)
+    if around is not None and around.function is forward:
+        forward = around.original
+    ours = "(_tw_forward := {0}.forward).__twinkle__.function is _tw_forward"
+    text = f"({{0}}.forward is {{1}} or {ours} and _tw_forward.__twinkle__.original is {{1}})"
+    return Read(text, (cls, forward), f"{cls.__qualname__}.forward")
+
+
+def of_method(name: str, function: Any) -> tuple[Read, Read]:
+    """The reads of a method: the class has it, and the layer nothing of its own under that name."""
+    return same(f"{{cls}}.{name}", function, (), name), Read(f"{name!r} not in {{self}}.__dict__", (), name)
+
+
+def place_of(layer: Any, path: str, place: str = "{self}") -> str:
+    """The expression that reads a path of attributes the quick way.
+
+    Args:
+        layer: What the path starts from.
+        path: Such as ``config.get_text_config().scales[0]``.
+        place: The expression of ``layer``.
+
+    Raises:
+        AttributeError: There is no such attribute.
+    """
+    value = layer
+    for step in path.replace("()", ".()").replace("[", ".[").split("."):
+        if step == "()":
+            value, place = value(), f"{place}()"
+        elif step.startswith("["):
+            value, place = value[int(step[1:-1])], f"{place}{step}"
+        else:
+            place = _attribute_place(value, step, place)
+            value = getattr(value, step)
+    return place
+
+
+def _attribute_place(owner: Any, name: str, place: str) -> str:
+    if isinstance(owner, nn.Module) and name not in owner.__dict__:
+        if name in owner._modules:
+            return f"{place}._modules[{name!r}]"
+        if name in owner._parameters:
+            # A hook may keep it as a mere attribute from now on (pruning, weight norm, FSDP's views).
+            return f"{place}._parameters.get({name!r}, {place})"
+    return f"{place}.{name}"
+
+
+def absent(layer: Any, name: str) -> Read:
+    """The read that a layer has no such attribute."""
+    homes = (
+        ("__dict__", "_parameters", "_modules", "_buffers") if isinstance(layer, nn.Module) else ("__dict__",)
+    )
+    return Read(" and ".join(f"{name!r} not in {{self}}.{home}" for home in homes), (), name)
+
+
+def bare(place: str, layer: nn.Module, what: str) -> tuple[str, tuple[Read, ...]]:
+    """The reads of a layer whose call a kernel leaves out: the forward of its class runs, and nothing else.
+
+    Args:
+        place: The expression of the layer.
+        layer: The layer.
+        what: Its name, in words.
+
+    Returns:
+        A shorter expression of the layer, for what is read of it after these, and the reads.
+    """
+    cls: Any = type(layer)
+    here = "_tw_at_" + re.sub(r"\W+", "_", what)
+    first, *others = _OWN
+    own = " or ".join(
+        (f"({here}_state := {here}.__dict__)[{first!r}]", *(f"{here}_state[{name!r}]" for name in others))
+    )
+    everywhere = " or ".join(f"{{{at}}}" for at in range(len(_EVERYWHERE)))
+    return here, (
+        Read(f"type({here} := {place}) is {{0}}", (cls,), what),
+        Read(f"not ({own} or 'forward' in {here}_state)", (), f"the hooks of {what}"),
+        Read(f"not ({everywhere})", _EVERYWHERE, "the hooks on all modules"),
+    )
