@@ -26,7 +26,7 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401
-        from twinkle.ops.rms_norm.triton import mean_square
+        from twinkle.ops.rms_norm.triton_kernels import mean_square
 
         if type(mean_square).__name__ != "InterpretedFunction":
             pytest.skip("the kernels were imported for a GPU before")

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.experts import products, reference
 from twinkle.ops.experts.gating import Gating
 from twinkle.ops.gated_mlp.activation import ACTIVATIONS
-from twinkle.ops.launch import Derivative, define_op, through_definition
 
 if TYPE_CHECKING:
     from typing import Any

@@ -7,18 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 
-from twinkle.ops.launch import (
-    EAGER,
-    REFERENCE,
-    Derivative,
-    apply_of,
-    define_op,
-    dispatch_path,
-    fresh,
-    lazy_module,
-    rows_of,
-    through_definition,
-)
+from twinkle.ops.derivative import Derivative, apply_of, define_op, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.layout import fresh, rows_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -175,39 +166,23 @@ def definition(
     return act(gate if scale is None else gate * scale) * up
 
 
-def _forward(
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    clamp: str,
-    limit: float | None,
-    scale: float | None,
-    exact: bool,
-) -> Tensor:
+# In these ``how`` is the activation, the clamp, its limit, the scale and whether it is exact.
+
+
+def _forward(gate: Tensor, up: Tensor, *how: Any) -> Tensor:
     out, order = fresh(gate)
     tensors = (gate, up, out)
     if not (gate.is_contiguous() and up.is_contiguous()):
         tensors = (rows_of(gate, order), rows_of(up, order), rows_of(out, order))
-    _kernels().forward(*tensors, activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
+    _kernels().forward(*tensors, *how)
     return out
 
 
-def _backward(
-    dout: Tensor,
-    gate: Tensor,
-    up: Tensor,
-    activation: str,
-    clamp: str,
-    limit: float | None,
-    scale: float | None,
-    exact: bool,
-) -> tuple[Tensor, Tensor]:
+def _backward(dout: Tensor, gate: Tensor, up: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
     dgate, order = fresh(gate)
     dup = torch.empty_like(dgate)
     dout, gate, up, gate_rows, up_rows = (rows_of(x, order) for x in (dout, gate, up, dgate, dup))
-    _kernels().backward(
-        dout, gate, up, gate_rows, up_rows, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
-    )
+    _kernels().backward(dout, gate, up, gate_rows, up_rows, *how)
     return dgate, dup
 
 
@@ -216,38 +191,19 @@ def _halves(gate_up: Tensor, gate_half: int) -> tuple[Tensor, Tensor]:
     return halves[gate_half], halves[1 - gate_half]
 
 
-def _fused_forward(
-    gate_up: Tensor,
-    activation: str,
-    gate_half: int,
-    clamp: str,
-    limit: float | None,
-    scale: float | None,
-    exact: bool,
-) -> Tensor:
+def _fused_forward(gate_up: Tensor, activation: str, gate_half: int, *how: Any) -> Tensor:
     width = gate_up.shape[-1] // 2
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     gate, up = _halves(rows_of(gate_up), gate_half)
-    _kernels().forward(gate, up, rows_of(out), activation, clamp=clamp, limit=limit, scale=scale, exact=exact)
+    _kernels().forward(gate, up, rows_of(out), activation, *how)
     return out
 
 
-def _fused_backward(
-    dout: Tensor,
-    gate_up: Tensor,
-    activation: str,
-    gate_half: int,
-    clamp: str,
-    limit: float | None,
-    scale: float | None,
-    exact: bool,
-) -> Tensor:
+def _fused_backward(dout: Tensor, gate_up: Tensor, activation: str, gate_half: int, *how: Any) -> Tensor:
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     gate, up = _halves(rows_of(gate_up), gate_half)
     dgate, dup = _halves(rows_of(gradient), gate_half)
-    _kernels().backward(
-        rows_of(dout), gate, up, dgate, dup, activation, clamp=clamp, limit=limit, scale=scale, exact=exact
-    )
+    _kernels().backward(rows_of(dout), gate, up, dgate, dup, activation, *how)
     return gradient
 
 
@@ -269,24 +225,12 @@ class _GatedLinear(torch.autograd.Function):
             )
             dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
             return (*through, dbias, None, None, None, None, None)
-        activation, clamp, limit, scale, exact = ctx.rest
         dy_rows = dy.reshape(-1, dy.shape[-1])
         product = torch.empty((dy_rows.shape[0], gate.shape[-1]), dtype=gate.dtype, device=gate.device)
         dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        _kernels().backward(
-            dy_rows @ weight,
-            rows_of(gate),
-            rows_of(up),
-            rows_of(dgate),
-            rows_of(dup),
-            activation,
-            clamp=clamp,
-            limit=limit,
-            scale=scale,
-            exact=exact,
-            out=product,
-        )
+        rows = (rows_of(x) for x in (gate, up, dgate, dup))
+        _kernels().backward(dy_rows @ weight, *rows, *ctx.rest, out=product)
         dweight = dy_rows.t() @ product if ctx.needs_input_grad[2] else None
         dbias = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
         return (dgate, dup, dweight, dbias, None, None, None, None, None)

@@ -188,7 +188,6 @@ def forward(
     up: Tensor,
     out: Tensor,
     activation: str,
-    *,
     clamp: str = "none",
     limit: float | None = None,
     scale: float | None = None,
@@ -238,11 +237,11 @@ def backward(
     dgate: Tensor,
     dup: Tensor,
     activation: str,
-    *,
     clamp: str = "none",
     limit: float | None = None,
     scale: float | None = None,
     exact: bool = False,
+    *,
     out: Tensor | None = None,
 ) -> None:
     """Launch the backward.

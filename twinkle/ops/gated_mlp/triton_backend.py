@@ -62,21 +62,8 @@ def gated_mlp(
 
     In half precision the product equals the definition's but where ``exp`` or ``erf`` lands on the other
     side of a rounding boundary: one unit in the last place. Gradients are rounded once, at the end.
-
-    Args:
-        x: ``[..., hidden]``.
-        gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused variant.
-        up: See ``gate``.
-        down: ``[..., intermediate] -> [..., hidden]``. For a bare ``nn.Linear`` backward
-            computes its input again instead of keeping it.
-        activation: One of ``triton.ACTIVATIONS``.
-        variant: What lies between them.
-        gate_up: ``[..., hidden] -> [..., 2 · intermediate]`` of a fused variant.
-        dropout: Of a variant with dropout.
-        norm: Of a variant with a norm.
-        limit: Of a clamped variant.
-        gate_scale: Of a scaled variant.
-        output_scale: Of a scaled variant.
+    ``activation`` is one of ``triton.ACTIVATIONS``. Where ``down`` is a bare ``nn.Linear``, backward computes
+    its input again instead of keeping it.
 
     Returns:
         ``[..., hidden]``.

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from twinkle.ops.launch import Launcher, base_of, cdiv, multiprocessors, on_device, power_of_2, shared_memory
+from twinkle.ops.launch import Launcher, cdiv, multiprocessors, on_device, power_of_2, shared_memory
+from twinkle.ops.layout import base_of
 from twinkle.ops.rms_norm.triton import reduce_partial
 
 if TYPE_CHECKING:

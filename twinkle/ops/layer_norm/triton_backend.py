@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from twinkle.ops.build import forward_class, once_for
-from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module
+from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.plain import pays

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, apply_of, dispatch_path, through_definition
-from twinkle.ops.qk_norm_rotary import reference, triton_backend
-from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
+from twinkle.ops.derivative import apply_of
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path
+from twinkle.ops.qk_norm_rotary import triton_backend
 
 if TYPE_CHECKING:
     from typing import Any
 
     from torch import Tensor
+
+    from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
 
 __all__ = ["joined", "path_for", "run", "split"]
 
@@ -139,51 +141,20 @@ class _Heads(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        q, k, qw, kw, q_eps, k_eps, cos, sin, *rest = inputs
-        ctx.save_for_backward(q, k, qw, kw, cos, sin)
-        ctx.eps, ctx.rest = (q_eps, k_eps), rest
-        return triton_backend._forward(joined(q), joined(k), *inputs[2:])
+        triton_backend._keep(ctx, inputs, None)
+        q, k, *rest = inputs
+        return triton_backend._forward(joined(q), joined(k), *rest)
 
     @staticmethod
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, qw, kw, cos, sin = ctx.saved_tensors
-        head_dim, norm, rotation, over_all = ctx.rest
-        q_eps, k_eps = ctx.eps
         if torch.is_grad_enabled():
-            variant = QKNormRotaryVariant(
-                "",
-                triton_backend._NORMS[norm],
-                triton_backend._ROTATIONS[rotation],
-                "all" if over_all else "head",
-            )
-            through = through_definition(
-                lambda q, k, qw, kw: reference.qk_norm_rotary(
-                    joined(q), joined(k), qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
-                ),
-                (q, k, qw, kw),
-                (dq_out, dk_out),
-            )
-            return (*through, *(None,) * 8)
-        wanted = qw is not None and (ctx.needs_input_grad[2] or ctx.needs_input_grad[3])
-        dq, dk, dqw, dkw = triton_backend._backward(
-            dq_out,
-            dk_out,
-            joined(q),
-            joined(k),
-            qw,
-            kw,
-            q_eps,
-            k_eps,
-            cos,
-            sin,
-            head_dim,
-            norm,
-            rotation,
-            over_all,
-            wanted,
-        )
-        dq, dk = split(dq, head_dim), split(dk, head_dim)
-        return (dq, dk, dqw if wanted else None, dkw if wanted else None, *(None,) * 8)
+            return triton_backend._again(ctx, dq_out, dk_out, laid_out=joined)
+        return triton_backend._gradients(ctx, _backward, dq_out, dk_out)
+
+
+def _backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    dq, dk, dqw, dkw = triton_backend._backward(dq_out, dk_out, joined(q), joined(k), *rest)
+    return split(dq, q.shape[3]), split(dk, q.shape[3]), dqw, dkw
 
 
 _eager = apply_of(_Heads)

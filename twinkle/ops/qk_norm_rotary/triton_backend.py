@@ -7,25 +7,18 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import (
-    EAGER,
-    REFERENCE,
-    Derivative,
-    define_op,
-    dispatch_path,
-    lazy_module,
-    rows_of,
-    through_definition,
-    tl_dtype,
-)
+from twinkle.ops.derivative import Derivative, define_op, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.layout import rows_of
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
 from twinkle.ops.rms_norm import reference as norms
 from twinkle.ops.rms_norm import triton_backend
+from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rotary import reference as rotations
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor
@@ -33,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = ["qk_norm_rotary", "supports"]
 
 _kernels = lazy_module("twinkle.ops.qk_norm_rotary.triton")
-_norm_kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _NORMS = {variant.name: variant for variant in norms.VARIANTS}
 _ROTATIONS = {variant.name: variant for variant in rotations.VARIANTS}
 _LLAMA = QKNormRotaryVariant("llama_half_head", _NORMS["llama"], _ROTATIONS["half"])
@@ -79,22 +71,11 @@ def qk_norm_rotary(
     head_dim: int,
     variant: QKNormRotaryVariant = _LLAMA,
 ) -> tuple[Tensor, Tensor]:
-    """``rotary(norm(q), norm(k))`` by head; see ``reference.qk_norm_rotary``.
+    """``rotary(norm(q), norm(k))`` by head; see ``reference.qk_norm_rotary`` for the arguments.
 
     Equal to the definition but where the order of the sum of squares moves the normalised value across a
-    rounding boundary: one unit in the last place of that value.
-
-    Args:
-        q: ``[batch, tokens, heads · head_dim]``, as the projection returns it.
-        k: ``[batch, tokens, kv_heads · head_dim]``.
-        q_weight: ``[head_dim]``, or ``[heads · head_dim]`` where the norm is over all heads.
-        k_weight: As ``q_weight``.
-        q_eps: Of the norm of the queries.
-        k_eps: Of the norm of the keys.
-        cos: ``[batch, tokens, head_dim]``. One that wants a gradient goes through the definition.
-        sin: As ``cos``.
-        head_dim: Channels of a head.
-        variant: Which norm and which rotation.
+    rounding boundary: one unit in the last place of that value. Tables that want a gradient go through the
+    definition.
 
     Returns:
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
@@ -148,7 +129,7 @@ def _dtypes(
     q: Tensor, weight: Tensor | None, cos: Tensor, norm: str, rotation: str
 ) -> tuple[torch.dtype, ...]:
     """Of the norm's result, of the products of the rotation, of the result."""
-    between = triton_backend.result_dtype(q, weight, _NORMS[norm])
+    between = result_dtype(q, weight, _NORMS[norm])
     variant = _ROTATIONS[rotation]
     compute = torch.promote_types(between, cos.dtype) if variant.compute == "input" else torch.float32
     return between, compute, between if variant.cast != "none" else compute
@@ -184,17 +165,6 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     between, compute, out = _dtypes(q, qw, cos, norm, rotation)
     q_out, k_out = _empty(q, head_dim, out, rotation), _empty(k, head_dim, out, rotation)
-    variant = _NORMS[norm]
-    normal, scale, product, _ = _norm_kernels().roundings(variant, q.dtype, None if qw is None else qw.dtype)
-    constants = {
-        "ONE_PLUS": variant.weight == "one_plus",
-        "COMPUTE": variant.compute,
-        "DIVIDE": variant.inverse == "divide",
-        "X": tl_dtype(q.dtype),
-        "N": tl_dtype(normal),
-        "S": tl_dtype(scale),
-        "P": tl_dtype(product),
-    }
     _kernels().forward(
         rows_of(q),
         rows_of(k),
@@ -206,7 +176,7 @@ def _forward(
         q_out,
         k_out,
         over_all=over_all,
-        norm=constants,
+        norm=_NORMS[norm],
         between=between,
         compute=compute,
         one=_ROTATIONS[rotation].tables == "half",
@@ -246,8 +216,7 @@ def _backward(
         rows_of(dq),
         rows_of(dk),
         over_all=over_all,
-        one_plus=_NORMS[norm].weight == "one_plus",
-        scale=_norm_kernels().roundings(_NORMS[norm], q.dtype, None if qw is None else qw.dtype)[1],
+        norm=_NORMS[norm],
         one=_ROTATIONS[rotation].tables == "half",
         weight_grad=weight_grad,
     )
@@ -275,13 +244,16 @@ def _gradients(ctx: Any, function: Any, dq_out: Tensor, dk_out: Tensor) -> tuple
     return (dq, dk, dqw, dkw, *(None,) * 8)
 
 
-def _again(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
+def _again(
+    ctx: Any, dq_out: Tensor, dk_out: Tensor, laid_out: Callable[[Tensor], Tensor] = lambda x: x
+) -> tuple[Tensor | None, ...]:
     *inputs, cos, sin = ctx.saved_tensors
     q_eps, k_eps = ctx.eps
     head_dim, norm, rotation, over_all = ctx.rest
     variant = QKNormRotaryVariant("", _NORMS[norm], _ROTATIONS[rotation], "all" if over_all else "head")
 
     def definition(q: Tensor, k: Tensor, qw: Tensor | None, kw: Tensor | None) -> tuple[Tensor, Tensor]:
+        q, k = laid_out(q), laid_out(k)
         return reference.qk_norm_rotary(
             q, k, qw, kw, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
         )

@@ -6,20 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.launch import (
-    EAGER,
-    REFERENCE,
-    Derivative,
-    DispatchPath,
-    define_op,
-    dispatch_path,
-    lazy_module,
-    like,
-    through_definition,
-)
+from twinkle.ops.derivative import Derivative, define_op, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
+from twinkle.ops.layout import like
 from twinkle.ops.residual_norm import reference
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm import triton_backend
+from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, rms_norm
 
 if TYPE_CHECKING:
@@ -54,19 +47,10 @@ def residual_norm(
     bias: Tensor | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """``h = residual + x`` and ``norm(h)``; see ``reference.residual_norm``.
+    """``h = residual + x`` and ``norm(h)``; see ``reference.residual_norm`` for the arguments.
 
     The sum equals the definition's bit for bit, the norm as ``rms_norm`` says; the gradient of the sum is
-    rounded once, where autograd rounds the norm's part before it adds.
-
-    Args:
-        x: ``[..., hidden]``, what a sublayer returned.
-        residual: ``[..., hidden]``.
-        weight: ``[hidden]`` or None, of the norm.
-        eps: Of the norm.
-        variant: Which norm.
-        bias: ``[hidden]`` or None, of a layer norm (the definition runs).
-        scale: Of a scaled variant.
+    rounded once, where autograd rounds the norm's part before it adds. For a layer norm the definition runs.
 
     Returns:
         The sum and the normalised sum.
@@ -171,7 +155,7 @@ def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None) -> tuple[Tensor | Non
 def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, norm: str, scale: float | None
 ) -> tuple[Tensor, Tensor]:
-    y = like(x, triton_backend.result_dtype(x, weight, _VARIANTS[norm]))[0]
+    y = like(x, result_dtype(x, weight, _VARIANTS[norm]))[0]
     return torch.empty_like(y, dtype=x.dtype), y
 
 

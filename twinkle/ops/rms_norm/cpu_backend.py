@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
-from twinkle.ops.launch import like, rows_of, through_definition
+from twinkle.ops.derivative import through_definition
+from twinkle.ops.layout import like, rows_of
 from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
+from twinkle.ops.rms_norm.dtypes import roundings
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 
 if TYPE_CHECKING:
@@ -59,18 +61,10 @@ def rms_norm(
     with_weight: bool = True,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says; see ``reference.rms_norm``.
+    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
-    Args:
-        x: ``[..., hidden]``.
-        weight: ``[hidden]``, or None for a variant without.
-        eps: Added to the mean of squares.
-        variant: Where it rounds.
-        gate: For a gated variant (the definition runs).
-        activation: Of the gate.
-        group_size: For a grouped variant (the definition runs).
-        with_weight: The flag of a variant whose weight is optional.
-        normalized_shape: Of a ``fused`` variant (the definition runs).
+    The arguments are those of ``reference.rms_norm``. With a gate, groups or a normalized shape the
+    definition runs.
 
     Returns:
         ``[..., hidden]``, equal to the definition's.
@@ -104,11 +98,8 @@ def rms_norm(
 def normalise(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:
     """The result, and the factor (or divisor) of each row as ``[rows, 1]`` in float32."""
     scale = None if weight is None else reference._scale(weight, variant)
-    normal = x.dtype if variant.cast == "before_weight" else torch.float32
-    if variant.cast == "half_weight" and weight is not None and weight.dtype != torch.float32:
-        normal = weight.dtype
-    out = normal if scale is None else torch.promote_types(normal, scale.dtype)
-    y, y_rows, order = like(x, x.dtype if variant.cast == "after_weight" else out)
+    normal, _, _, out = roundings(variant, x.dtype, None if weight is None else weight.dtype)
+    y, y_rows, order = like(x, out)
     x_rows = rows_of(x, order)
     rows, width = x_rows.shape
     roots = torch.empty(rows, 1, dtype=torch.float32)

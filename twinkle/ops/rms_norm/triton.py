@@ -1,10 +1,4 @@
-"""RMSNorm on the GPU, alone or after a residual add; every rounding of the definition, one pass each way.
-
-Bytes a row of ``n`` elements: forward reads and writes it once (``2n``; after an add ``4n``), backward
-``3n`` (``4n``). The inverse root is computed again in backward, which has the row in registers anyway.
-The gradient of the weight is one partial sum a program and one reduction, in an order that depends on
-the shape and the device alone.
-"""
+"""Launches of the kernels for RMSNorm, alone or after a residual add."""
 
 from __future__ import annotations
 
@@ -12,19 +6,16 @@ import functools
 from typing import TYPE_CHECKING
 
 import torch
-import triton
-import triton.language as tl
 
-from twinkle.ops.launch import (
-    Launcher,
-    base_of,
-    cdiv,
-    fresh,
-    multiprocessors,
-    on_device,
-    power_of_2,
-    shared_memory,
-    tl_dtype,
+from twinkle.ops.launch import Launcher, cdiv, multiprocessors, on_device, power_of_2, shared_memory, tl_dtype
+from twinkle.ops.layout import base_of, fresh
+from twinkle.ops.rms_norm.dtypes import roundings
+from twinkle.ops.rms_norm.triton_kernels import (
+    backward_kernel,
+    backward_wide_kernel,
+    forward_kernel,
+    reduce_kernel,
+    weight_wide_kernel,
 )
 
 if TYPE_CHECKING:
@@ -34,276 +25,16 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rms_norm.reference import RMSNormVariant
 
-__all__ = ["backward", "forward", "mean_square", "normalised", "reduce_partial", "roundings", "scale_of"]
+__all__ = ["backward", "constants_of", "forward", "reduce_partial"]
 
 _ONE_PASS = 16384  # Widest row that is held in registers; wider ones are read twice, the second time from L2.
 
-
-@triton.jit
-def _root(mean, eps, COMPUTE: tl.constexpr, X: tl.constexpr):
-    if COMPUTE == "input":
-        mean = mean.to(X).to(tl.float32)
-        return tl.rsqrt((mean + eps).to(X).to(tl.float32)).to(X).to(tl.float32)
-    root = tl.rsqrt(mean + eps)
-    if COMPUTE == "statistics":
-        root = root.to(X).to(tl.float32)
-    return root
-
-
-@triton.jit
-def _divisor(mean, eps, COMPUTE: tl.constexpr, X: tl.constexpr):
-    if COMPUTE == "input":
-        mean = mean.to(X).to(tl.float32)
-        return tl.sqrt_rn((mean + eps).to(X).to(tl.float32)).to(X).to(tl.float32)
-    return tl.sqrt_rn(mean + eps)
-
-
-@triton.jit
-def scale_of(w, ONE_PLUS: tl.constexpr, S: tl.constexpr):
-    """The factor on the normalised row, in float32."""
-    w = w.to(tl.float32)
-    if ONE_PLUS:
-        w = (1.0 + w).to(S).to(tl.float32)
-    return w
-
-
-@triton.jit
-def normalised(h, mean, eps, COMPUTE: tl.constexpr, DIVIDE: tl.constexpr, X: tl.constexpr, N: tl.constexpr):
-    """The row before the weight, rounded as the variant says, in float32."""
-    if DIVIDE:
-        n = tl.div_rn(h, tl.broadcast_to(_divisor(mean, eps, COMPUTE, X), h.shape))
-    else:
-        n = h * _root(mean, eps, COMPUTE, X)
-    return n.to(N).to(tl.float32)
-
-
-@triton.jit
-def mean_square(h, width, COMPUTE: tl.constexpr, X: tl.constexpr):
-    """Mean of squares of float32 rows that are 0 outside; the last axis is kept."""
-    square = h * h
-    if COMPUTE == "input":
-        square = square.to(X).to(tl.float32)
-    return tl.sum(square, axis=1, keep_dims=True) / width
-
-
-@triton.jit
-def _load(x, r, at, ok, x_row, scale, SCALED: tl.constexpr, X: tl.constexpr, r_row, ADD: tl.constexpr):
-    h = tl.load(x + x_row + at, mask=ok, other=0.0).to(tl.float32)
-    if SCALED:
-        h = (h * scale).to(X).to(tl.float32)
-    if ADD:
-        h = (tl.load(r + r_row + at, mask=ok, other=0.0).to(tl.float32) + h).to(X).to(tl.float32)
-    return h
-
-
-@triton.jit
-def _forward(
-    x,
-    r,
-    w,
-    total,
-    y,
-    rows,
-    width,
-    x_stride,
-    r_stride,
-    eps,
-    scale,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    ONE_PASS: tl.constexpr,
-    ADD: tl.constexpr,
-    SCALED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    DIVIDE: tl.constexpr,
-    X: tl.constexpr,
-    N: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
-    EVEN: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = row < rows
-    col = tl.arange(0, BLOCK)[None, :]
-    if ONE_PASS:
-        ok = inside if EVEN else inside & (col < width)
-        h = _load(x, r, col, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
-        if ADD:
-            tl.store(total + row * width + col, h.to(total.dtype.element_ty), mask=ok)
-        n = normalised(h, mean_square(h, width, COMPUTE, X), eps, COMPUTE, DIVIDE, X, N)
-        if WEIGHT:
-            s = scale_of(tl.load(w + col, mask=col < width, other=0.0), ONE_PLUS, S)
-            n = (n * s).to(P)
-        tl.store(y + row * width + col, n.to(y.dtype.element_ty), mask=ok)
-    else:
-        mean = tl.zeros([ROWS, 1], tl.float32)
-        for start in range(0, width, BLOCK):
-            at = start + col
-            ok = inside & (at < width)
-            h = _load(x, r, at, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
-            if ADD:
-                tl.store(total + row * width + at, h.to(total.dtype.element_ty), mask=ok)
-            mean += mean_square(h, width, COMPUTE, X)
-        for start in range(0, width, BLOCK):
-            at = start + col
-            ok = inside & (at < width)
-            h = _load(x, r, at, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
-            n = normalised(h, mean, eps, COMPUTE, DIVIDE, X, N)
-            if WEIGHT:
-                s = scale_of(tl.load(w + at, mask=at < width, other=0.0), ONE_PLUS, S)
-                n = (n * s).to(P)
-            tl.store(y + row * width + at, n.to(y.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _backward(
-    dy,
-    dh,
-    x,
-    w,
-    dx,
-    dr,
-    partial,
-    rows,
-    width,
-    dy_stride,
-    dh_stride,
-    x_stride,
-    eps,
-    scale,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    ADD: tl.constexpr,
-    SCALED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    WEIGHT_GRAD: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    S: tl.constexpr,
-    EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    col = tl.arange(0, BLOCK)[None, :]
-    here = col < width
-    if WEIGHT:
-        s = scale_of(tl.load(w + col, mask=here, other=0.0), ONE_PLUS, S)
-    if WEIGHT_GRAD:
-        dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    inverse_width = 1.0 / width
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        ok = row < rows if EVEN else (row < rows) & here
-        h = tl.load(x + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
-        if ADD:
-            more = tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
-        scaled = g * s if WEIGHT else g
-        # Neither sum waits for the other: the chain from load to store is what a program spends its time on.
-        square = tl.sum(h * h, axis=1, keep_dims=True) * inverse_width
-        dot = tl.sum(scaled * h, axis=1, keep_dims=True) * inverse_width
-        root = tl.rsqrt(square + eps)
-        root = tl.where(row < rows, root, 0.0)  # no row: 0 / 0 with eps = 0 would reach the weight
-        n = h * root
-        if WEIGHT_GRAD:
-            dw += g * n
-        d = (scaled - n * (dot * root)) * root
-        if ADD:
-            d += more
-        if SCALED:
-            tl.store(dr + row * width + col, d.to(dr.dtype.element_ty), mask=ok)
-            d = d.to(dr.dtype.element_ty).to(tl.float32) * scale
-        tl.store(dx + row * width + col, d.to(dx.dtype.element_ty), mask=ok)
-    if WEIGHT_GRAD:
-        tl.store(partial + tl.program_id(0) * width + col, tl.sum(dw, axis=0, keep_dims=True), mask=here)
-
-
-@triton.jit
-def _backward_wide(
-    dy,
-    dh,
-    x,
-    w,
-    dx,
-    dr,
-    roots,
-    rows,
-    width,
-    dy_stride,
-    dh_stride,
-    x_stride,
-    eps,
-    scale,
-    BLOCK: tl.constexpr,
-    ADD: tl.constexpr,
-    SCALED: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    ONE_PLUS: tl.constexpr,
-    S: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    squares = tl.zeros([BLOCK], tl.float32)
-    products = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, width, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        ok = col < width
-        h = tl.load(x + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
-        if WEIGHT:
-            g *= scale_of(tl.load(w + col, mask=ok, other=0.0), ONE_PLUS, S)
-        squares += h * h
-        products += g * h
-    root = tl.rsqrt(tl.sum(squares) / width + eps)
-    dot = tl.sum(products) * root / width
-    tl.store(roots + row, root)
-    for start in range(0, width, BLOCK):
-        col = start + tl.arange(0, BLOCK)
-        ok = col < width
-        h = tl.load(x + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
-        if WEIGHT:
-            g *= scale_of(tl.load(w + col, mask=ok, other=0.0), ONE_PLUS, S)
-        d = (g - h * root * dot) * root
-        if ADD:
-            d += tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
-        if SCALED:
-            tl.store(dr + row * width + col, d.to(dr.dtype.element_ty), mask=ok)
-            d = d.to(dr.dtype.element_ty).to(tl.float32) * scale
-        tl.store(dx + row * width + col, d.to(dx.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _weight_wide(
-    dy, x, roots, partial, rows, width, dy_stride, x_stride, BLOCK: tl.constexpr, STAGES: tl.constexpr
-):
-    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = col < width
-    dw = tl.zeros([BLOCK], tl.float32)
-    for first in tl.range(tl.program_id(0), rows, tl.num_programs(0), num_stages=STAGES):
-        row = tl.zeros([1], tl.int64) + first
-        h = tl.load(x + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
-        g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
-        dw += g * (h * tl.load(roots + row))
-    tl.store(partial + tl.program_id(0) * width + col, dw, mask=ok)
-
-
-@triton.jit
-def _reduce(partial, out, count, width, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    total = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in range(0, count, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
-        total += tl.load(partial + row * width + col, mask=(row < count) & (col < width), other=0.0)
-    total = tl.sum(total, axis=0, keep_dims=True)
-    tl.store(out + col, total.to(out.dtype.element_ty), mask=col < width)
-
-
 _launch_forward, _launch_backward, _launch_wide = (
-    Launcher(_forward),
-    Launcher(_backward),
-    Launcher(_backward_wide),
+    Launcher(forward_kernel),
+    Launcher(backward_kernel),
+    Launcher(backward_wide_kernel),
 )
-_launch_weight, _launch_reduce = Launcher(_weight_wide), Launcher(_reduce)
+_launch_weight, _launch_reduce = Launcher(weight_wide_kernel), Launcher(reduce_kernel)
 
 
 def reduce_partial(partial: Tensor, out: Tensor) -> None:
@@ -313,24 +44,18 @@ def reduce_partial(partial: Tensor, out: Tensor) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def roundings(
-    variant: RMSNormVariant, x: torch.dtype, w: torch.dtype | None
-) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
-    """The dtypes of the normalised row, of ``1 + w``, of their product and of the result."""
-    normal = x if variant.compute in ("statistics", "input") else torch.float32
-    if variant.cast == "before_weight" and variant.compute != "fused":
-        normal = x
-    if variant.cast == "half_weight" and w in (torch.float16, torch.bfloat16):
-        normal = w
-    scale = torch.float32
-    product = normal
-    if w is not None and variant.weight != "none" and variant.compute != "fused":
-        applied = w if variant.weight_cast == "none" else torch.float32
-        if variant.weight_cast != "float32":
-            scale = w
-        product = torch.promote_types(normal, applied)
-    out = x if variant.cast == "after_weight" or variant.compute == "fused" else product
-    return normal, scale, product, out
+def constants_of(variant: RMSNormVariant, x: torch.dtype, w: torch.dtype | None) -> dict[str, Any]:
+    """The constants of the kernels that say where a variant rounds, for these dtypes of row and weight."""
+    normal, scale, product, _ = roundings(variant, x, w)
+    return {
+        "ONE_PLUS": variant.weight == "one_plus",
+        "COMPUTE": variant.compute,
+        "DIVIDE": variant.inverse == "divide",
+        "X": tl_dtype(x),
+        "N": tl_dtype(normal),
+        "S": tl_dtype(scale),
+        "P": tl_dtype(product),
+    }
 
 
 def forward(
@@ -354,10 +79,8 @@ def forward(
     Returns:
         The normalised rows, and the sum or None.
     """
-    normal, one_plus, product, out_dtype = roundings(
-        variant, x.dtype, None if weight is None else weight.dtype
-    )
-    y, order = fresh(x, out_dtype)
+    w_dtype = None if weight is None else weight.dtype
+    y, order = fresh(x, roundings(variant, x.dtype, w_dtype)[3])
     width = x.shape[-1]
     total = None if residual is None else torch.empty_like(y, dtype=x.dtype)
     if y.numel() == 0:
@@ -381,13 +104,7 @@ def forward(
             ADD=residual is not None,
             SCALED=scale is not None,
             WEIGHT=weight is not None,
-            ONE_PLUS=variant.weight == "one_plus",
-            COMPUTE=variant.compute,
-            DIVIDE=variant.inverse == "divide",
-            X=tl_dtype(x.dtype),
-            N=tl_dtype(normal),
-            S=tl_dtype(one_plus),
-            P=tl_dtype(product),
+            **constants_of(variant, x.dtype, w_dtype),
             EVEN=block == width,
             num_warps=_warps(block * height),
         )
@@ -442,7 +159,7 @@ def backward(
         "SCALED": scale is not None,
         "WEIGHT": weight is not None,
         "ONE_PLUS": variant.weight == "one_plus",
-        "S": tl_dtype(roundings(variant, x.dtype, None if weight is None else weight.dtype)[1]),
+        "S": constants_of(variant, x.dtype, None if weight is None else weight.dtype)["S"],
     }
     factor = 1.0 if scale is None else float(scale)
     tensors = (dy_rows, dh_rows, x_rows, w, dx, dr)

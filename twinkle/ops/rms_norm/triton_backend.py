@@ -14,8 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class, once_for
-from twinkle.ops.launch import EAGER, REFERENCE, Derivative, define_op, dispatch_path, lazy_module, like
+from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.layout import like
 from twinkle.ops.rms_norm import reference
+from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 
 if TYPE_CHECKING:
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["accepts", "layer_class", "result_dtype", "rms_norm", "supports"]
+__all__ = ["accepts", "layer_class", "rms_norm", "supports"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.rms_norm.triton")
@@ -56,22 +59,15 @@ def rms_norm(
     with_weight: bool = True,
     normalized_shape: tuple[int, ...] = (),
 ) -> Tensor:
-    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says; see ``reference.rms_norm``.
+    """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
-    In half precision the result is that of the definition except where the order of the sum of squares
-    moves a value across a rounding boundary: at most one unit in the last place. Gradients are computed
-    in float32 and rounded once, so they are nearer to the exact ones than autograd's.
+    The arguments are those of ``reference.rms_norm``. In half precision the result is that of the definition
+    except where the order of the sum of squares moves a value across a rounding boundary: at most one unit in
+    the last place. Gradients are computed in float32 and rounded once, so they are nearer to the exact ones
+    than autograd's.
 
-    Args:
-        x: ``[..., hidden]``, up to 65536 wide for the kernel.
-        weight: ``[hidden]``, or None for a variant without.
-        eps: Added to the mean of squares.
-        variant: Where it rounds.
-        gate: ``[..., hidden]``, for a gated variant (the definition runs).
-        activation: Of the gate.
-        group_size: For a grouped variant (the definition runs).
-        with_weight: The flag of a variant whose weight is optional.
-        normalized_shape: Of a ``fused`` variant; the kernel needs the last dimension alone.
+    The kernel takes rows up to 65536 wide, and the last dimension alone as normalized shape. With a gate or
+    groups the definition runs.
 
     Returns:
         ``[..., hidden]``.
@@ -130,30 +126,6 @@ def _backward(
 
 def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
     return like(x, result_dtype(x, weight, _VARIANTS[variant]))[0]
-
-
-def result_dtype(x: Tensor, weight: Tensor | None, variant: RMSNormVariant) -> torch.dtype:
-    """The dtype of the result, without triton."""
-    if (
-        weight is None
-        or variant.cast == "after_weight"
-        or variant.compute == "fused"
-        or variant.weight == "none"
-    ):
-        low = variant.cast in ("before_weight", "after_weight") or variant.compute in (
-            "statistics",
-            "input",
-            "fused",
-        )
-        return x.dtype if low else torch.float32
-    normal = (
-        x.dtype
-        if variant.compute in ("statistics", "input") or variant.cast == "before_weight"
-        else torch.float32
-    )
-    if variant.cast == "half_weight" and weight.dtype in (torch.float16, torch.bfloat16):
-        normal = weight.dtype
-    return torch.promote_types(normal, weight.dtype if variant.weight_cast == "none" else torch.float32)
 
 
 def _fake_backward(

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.build import once_for, plain_function
-from twinkle.ops.launch import (
-    EAGER,
-    REFERENCE,
-    Derivative,
-    define_op,
-    dispatch_path,
-    lazy_module,
-    through_definition,
-)
+from twinkle.ops.derivative import Derivative, define_op, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
 
@@ -60,19 +53,9 @@ def rotary(
     mrope_section: list[int] | None = None,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """``x · cos + rotate(x) · sin``; see ``reference.rotary``. Equal to it bit for bit, gradients too.
+    """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
 
-    Args:
-        q: ``[batch, heads, tokens, channels]``, or heads and tokens exchanged, as ``unsqueeze_dim`` says.
-        k: As ``q``; unused by a variant of one tensor.
-        cos: ``[batch, tokens, channels]``. One that wants a gradient goes through the definition.
-        sin: As ``cos``.
-        unsqueeze_dim: Where the tables get their head dimension.
-        variant: Which channels are paired, and where it rounds.
-        v: The third tensor of a variant of three.
-        position_ids: Of an indexed variant.
-        mrope_section: Channels of time, height and width, of a variant with sections.
-        slice_last: The order of slicing and unsqueezing the tables, which changes no value.
+    Equal to it bit for bit, gradients too. Tables that want a gradient go through the definition.
 
     Returns:
         A tensor for a variant of one tensor, else a tuple.
@@ -247,11 +230,10 @@ def _forward(
     tokens_first: bool,
     query: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    kind = _VARIANTS[variant]
-    q_out = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
-    k_out = None if k is None else _empty(k, _out_dtype(k.dtype, cos.dtype, query, kind), kind)
-    _launch((q, k), (q_out, k_out), cos, sin, kind, tokens_first, q.dtype, False)
-    return q_out, k_out if k_out is not None else q.new_empty(0)
+    q_out, k_out = _fake_forward(q, k, cos, sin, variant, tokens_first, query)
+    outs = (q_out, None if k is None else k_out)
+    _launch((q, k), outs, cos, sin, _VARIANTS[variant], tokens_first, q.dtype, False)
+    return q_out, k_out
 
 
 def _backward(
@@ -263,10 +245,9 @@ def _backward(
     tokens_first: bool,
     inputs: torch.dtype,
 ) -> tuple[Tensor, Tensor | None]:
-    q_out = _empty(dq, inputs)
-    k_out = None if dk is None else _empty(dk, inputs)
-    _launch((dq, dk), (q_out, k_out), cos, sin, _VARIANTS[variant], tokens_first, inputs, True)
-    return q_out, k_out
+    outs = _fake_backward(dq, dk, cos, sin, inputs)
+    _launch((dq, dk), outs, cos, sin, _VARIANTS[variant], tokens_first, inputs, True)
+    return outs
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
@@ -336,11 +317,13 @@ def _fake_forward(
     tokens_first: bool,
     query: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    """Room for the results: an empty tensor where there is no ``k``."""
     kind = _VARIANTS[variant]
-    first = _empty(q, _out_dtype(q.dtype, cos.dtype, query, kind), kind)
-    return first, q.new_empty(0) if k is None else _empty(
-        k, _out_dtype(k.dtype, cos.dtype, query, kind), kind
-    )
+
+    def room(x: Tensor) -> Tensor:
+        return _empty(x, _out_dtype(x.dtype, cos.dtype, query, kind), kind)
+
+    return room(q), q.new_empty(0) if k is None else room(k)
 
 
 def _fake_backward(
