@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from twinkle.deferred.forward import (
-    DeferringForward,
-    DeferringLinear,
-    leave_to_python,
-    module_at,
-    reason_against,
-)
+from twinkle.deferred.forward import DeferringForward, DeferringLinear, module_at, reason_against
+from twinkle.deferred.frames import leave_to_python
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, placed, plan, swap_out
