@@ -1,4 +1,4 @@
-"""Every function and method of torch that takes a tensor does the same with deferred logits as with plain ones.
+"""Every function and method of torch does the same with deferred logits as with plain ones.
 
 Each is called with many lists of arguments. Whatever plain logits accept, deferred ones accept, with the same
 values, the same gradients and the same change in place.
@@ -21,13 +21,43 @@ SHAPE = (2, 3, VOCAB)
 
 # What says something about the object itself, or cannot be compared by its values.
 ABOUT_THE_OBJECT = {
-    *("__repr__", "__format__", "__hash__", "__reduce_ex__", "__reduce__", "__dir__", "__deepcopy__", "__array__"),
+    *(
+        "__repr__",
+        "__format__",
+        "__hash__",
+        "__reduce_ex__",
+        "__reduce__",
+        "__dir__",
+        "__deepcopy__",
+        "__array__",
+    ),
     *("data_ptr", "storage", "untyped_storage", "_typed_storage", "storage_type", "__dlpack__", "numpy"),
     *("register_hook", "register_post_accumulate_grad_hook", "retain_grad", "backward", "_backward_hooks"),
     *("module_load", "set_", "_make_subclass", "as_subclass", "apply_", "map_", "map2_", "reinforce"),
-    *("resize_", "resize_as_", "resize_as_sparse_", "_make_wrapper_subclass", "_make_dtensor", "share_memory_"),
-    *("_is_view", "is_shared", "_addmm_activation", "pin_memory", "cuda", "ipu", "xpu", "mtia", "hpu", "to_mkldnn"),
-    # They leave what is in memory.
+    *(
+        "resize_",
+        "resize_as_",
+        "resize_as_sparse_",
+        "_make_wrapper_subclass",
+        "_make_dtensor",
+        "share_memory_",
+    ),
+    *(
+        "_is_view",
+        "is_shared",
+        "_addmm_activation",
+        "pin_memory",
+        "cuda",
+        "ipu",
+        "xpu",
+        "mtia",
+        "hpu",
+        "to_mkldnn",
+    ),
+    # Of single bits: a product of fewer rows may round another way.
+    *("hash_tensor", "pca_lowrank", "svd_lowrank"),
+    # They leave what is in memory, or look at it from outside of torch.
+    *("fbgemm_pack_gemm_matrix_fp16", "fbgemm_pack_quantized_matrix", "fbgemm_linear_quantize_weight"),
     *("empty_like", "new_empty", "new_empty_strided", "empty_permuted", "new", "_grad", "grad"),
 }
 
@@ -128,9 +158,7 @@ ARGUMENTS = [
 VIEWS = {
     "logits": lambda z: z,
     "rows": lambda z: z[:, 1:],
-    "one row": lambda z: z[0, 1],
-    "flat": lambda z: z.view(-1, VOCAB),
-    "cast and capped": lambda z: torch.tanh(z.double() / 2) * 2,
+    "capped": lambda z: torch.tanh(z.double().view(-1, VOCAB) / 2) * 2,
 }
 
 
@@ -139,11 +167,11 @@ def functions():
     found = {}
     for functions in get_overridable_functions().values():
         for function in functions:
-            name = resolve_name(function) or getattr(function, "__name__", "")
-            if name and name.rsplit(".", 1)[-1] not in ABOUT_THE_OBJECT:
+            # Properties arrive as `torch.Tensor.shape.__get__`.
+            name = (resolve_name(function) or "").removesuffix(".__get__")
+            if name and name.rsplit(".", 1)[-1] not in ABOUT_THE_OBJECT and "__set__" not in name:
                 found.setdefault(name, function)
-    # Properties arrive as `torch.Tensor.shape.__get__`.
-    return {name: f for name, f in found.items() if ".grad" not in name and "__set__" not in name}
+    return found
 
 
 def same(one, two):
@@ -152,8 +180,10 @@ def same(one, two):
     if one.dtype != two.dtype or one.shape != two.shape or one.requires_grad != two.requires_grad:
         return False
     one, two = (t.detach().to_dense() if t.layout is not torch.strided else t.detach() for t in (one, two))
+    if one.is_complex():
+        one, two = (torch.view_as_real(t.to(torch.complex128).resolve_conj()) for t in (one, two))
     if one.is_quantized or not one.is_floating_point():
-        return torch.equal(one, two) or one.is_complex() and torch.allclose(one, two, equal_nan=True)
+        return torch.equal(one, two)
     return torch.allclose(one.double(), two.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -182,7 +212,8 @@ def differences(step):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, function in functions().items():
-            for arguments in ARGUMENTS:
+            is_property = not callable(getattr(torch.Tensor, name.rsplit(".", 1)[-1], function))
+            for arguments in [()] if is_property else ARGUMENTS:
                 found = difference(step, function, arguments)
                 if found is not False:
                     called.add(name)
@@ -191,8 +222,9 @@ def differences(step):
     return called, wrong
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    ("view", "grad"), [("logits", True), ("rows", False), ("capped", True)], ids=lambda value: str(value)
+)
 def test_every_operation_does_the_same(view, grad):
     called, wrong = differences(Step(VIEWS[view], grad=grad))
     assert not wrong, "\n".join(wrong)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from twinkle.deferred.frames import leave_to_python
 from twinkle.deferred.head import Head, LabelCount
 from twinkle.deferred.nodes import DeferredHead
 from twinkle.deferred.steps import apply_pointwise
@@ -31,7 +32,6 @@ __all__ = [
     "DeferringForward",
     "defer",
     "deferring_heads",
-    "leave_to_python",
     "module_at",
     "reason_against",
 ]
@@ -103,7 +103,7 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
 
 
 def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: LabelCount | None) -> Tensor:
-    if hidden.device != weight.device or hidden.dim() < 2 or type(hidden) is not torch.Tensor:
+    if type(hidden) is not torch.Tensor or hidden.device != weight.device or hidden.dim() < 2:
         return F.linear(hidden, weight, bias)
     # As autocast does: a copy of the weight, through which its gradient goes.
     rows, used, added = as_autocast(hidden, weight, bias)
@@ -271,26 +271,6 @@ def _with_logits(output: Any, made_of: Callable[[TracedLogits], Tensor]) -> Any:
             if isinstance(output[name], TracedLogits):
                 output[name] = made_of(output[name])
     return output
-
-
-def leave_to_python(outer: Any, within: tuple[Any, ...] = ()) -> None:
-    """Mark ``outer`` so that dynamo starts no graph at it, and ``within`` so that it never traces them.
-
-    Other frames that ``outer`` calls are still compiled, and a graph that started before ``outer`` traces
-    it: ``torch.compiler.disable`` cannot say that.
-
-    Args:
-        outer: A function.
-        within: Functions that it calls.
-    """
-    frames = torch._C._dynamo.eval_frame
-    try:
-        skip, default = frames._FrameAction.SKIP, frames._FrameAction.DEFAULT
-        frames.set_code_exec_strategy(outer.__code__, frames._FrameExecStrategy(skip, default))
-        for function in within:
-            frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
-    except AttributeError:
-        pass  # torch 2.6: the graph starts at the outer frame, and logits are computed in it
 
 
 def _given(labels: dict[str, int | None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

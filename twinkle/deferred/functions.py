@@ -33,6 +33,8 @@ _OF_MEMORY = frozenset(
         *(_T.numpy, _T.__array__, _T.tolist, _T.data_ptr, _T.storage, _T.untyped_storage, _T._typed_storage),
         *(_T.__dlpack__, _T.__deepcopy__, _T.__reduce_ex__, _T.__repr__, _T.__format__),
         *(_T.share_memory_, _T.is_shared, _T.is_set_to, _T.__cuda_array_interface__.__get__),
+        *(getattr(_T, name) for name in ("const_data_ptr", "mutable_data_ptr") if hasattr(_T, name)),
+        *(getattr(torch, name) for name in dir(torch) if name.startswith("fbgemm_")),
     ]
 )
 

@@ -103,19 +103,18 @@ class Head:
         """Rows of hidden states, ``[..., hidden]``, with the weight and bias of the call.
 
         Raises:
-            RuntimeError: They were changed or freed since.
+            RuntimeError: As :meth:`check`.
         """
-        if not self.fresh:
-            self._check()
+        self.check()
         return rows, self.weight, self.bias
 
     def logits(self, rows: Tensor) -> Tensor:
-        """The logits of rows of hidden states, without gradients; raises as :meth:`operands` does."""
+        """The logits of rows of hidden states, without gradients; for weights that are checked."""
         # In inference mode as well they are to serve a backward that comes after it.
         inference = torch.is_inference_mode_enabled() and self.weight.is_inference()
         device = rows.device.type
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, enabled=False):
-            return F.linear(*self.operands(rows))
+            return F.linear(rows, self.weight, self.bias)
 
     def freeze(self, but: Any = None) -> None:
         """Keep copies of weight and bias as they are, where others than ``but`` may still ask for logits."""
@@ -140,7 +139,14 @@ class Head:
             return False
         return all(map(_same, self._samples[1:], other._samples[1:]))
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise where the numbers of the call are no longer at hand.
+
+        Raises:
+            RuntimeError: Weight or hidden states were changed or freed.
+        """
+        if self.fresh:
+            return
         if not self._frozen and any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors()):
             raise RuntimeError(_gone("the head's weight was freed (a sharded one)"))
         if not self._frozen and self._now() != self._versions:

@@ -6,12 +6,8 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING
 
-from twinkle.deferred.forward import (
-    DeferringForward,
-    leave_to_python,
-    module_at,
-    reason_against,
-)
+from twinkle.deferred.forward import DeferringForward, module_at, reason_against
+from twinkle.deferred.frames import leave_to_python
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, plan, swap_out

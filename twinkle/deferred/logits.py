@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.deferred.frames import leave_to_python
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
@@ -153,3 +155,9 @@ class DeferredLogits(torch.Tensor):
         from twinkle.deferred.operations import answer
 
         return answer(func, args, kwargs or {})
+
+
+# A compiled function that gets deferred logits is broken where it uses them: what they do is no part of it.
+leave_to_python(
+    within=(DeferredLogits.__torch_function__.__func__, DeferredLogits.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
+)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from twinkle.deferred.frames import leave_to_python
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.steps import Node
 from twinkle.ops.causal_lm_loss.op import (
@@ -268,3 +269,6 @@ def gradient_of_logits(logits: Tensor, target: Tensor, grad: Tensor, options: Lo
     classes = torch.where(counts, target, target.new_zeros(())).unsqueeze(1)
     shares = shares.scatter_add(1, classes, shares.new_full(classes.shape, smooth - 1))
     return (shares * each.unsqueeze(1)).to(logits.dtype)
+
+
+leave_to_python(within=(DeferredHead.forward, DeferredHead.backward, FusedLoss.forward, FusedLoss.backward))

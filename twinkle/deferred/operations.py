@@ -231,6 +231,7 @@ def _chunks(logits: DeferredLogits, function: Callable[[Tensor, int, int], Tenso
     number, width = rows.shape
     if number == 0:
         return None
+    logits.node.head.check()
     size = chunk_rows(number, logits.shape[-1], width, logits.element_size(), gpu=rows.is_cuda)
     parts = [
         function(logits.node.compute(rows[start : start + size]), start, start + size)

@@ -250,7 +250,13 @@ class Node:
         return self._rows
 
     def compute(self, rows: Tensor | None = None) -> Tensor:
-        """Their values, or those of some rows of hidden states; without gradients."""
+        """Their values, without gradients.
+
+        Args:
+            rows: Those of some of the rows, of a head that is checked; else of all.
+        """
+        if rows is None:
+            self.head.check()
         logits = self.head.logits(self.rows if rows is None else rows)
         # In the modes that hold for the logits themselves.
         with (
