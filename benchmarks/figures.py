@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -111,6 +112,32 @@ def call_cost(rounds: int) -> dict[str, float]:
     }
 
 
+def guard_cost(rounds: int) -> dict[str, float]:
+    """What it costs a call to ask whether all that a kernel was recognised by is still so."""
+    from transformers import Qwen3Config
+    from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+    from twinkle.match.reads import Guard
+    from twinkle.match.structure import check_instance, recognise
+
+    config = Qwen3Config(hidden_size=8, intermediate_size=8)
+    asked = {}
+    for name, layer in (("norm", qwen3.Qwen3RMSNorm(8)), ("gated MLP", qwen3.Qwen3MLP(config))):
+        facts = check_instance(recognise(type(layer)), layer)
+        asked[name] = (facts.handed_guard.holds, layer, type(layer))
+    asked["rotation"] = (Guard(recognise(qwen3.apply_rotary_pos_emb).reads).holds, None, None)
+    nothing = Guard(()).holds
+    figures = {}
+    for name, (holds, layer, cls) in asked.items():
+        if not holds(layer, cls):
+            raise SystemExit(f"the guard of a {name} fails")
+        times = interleaved(
+            rounds, 20000, nothing=partial(nothing, layer, cls), guard=partial(holds, layer, cls)
+        )
+        figures[f"a call, the guards of a {name} (us)"] = (times["guard"] - times["nothing"]) * 1e6
+    return figures
+
+
 def kernelize_cost(rounds: int, modules: int = 10_000) -> dict[str, float]:
     """``kernelize_model`` and ``kernels.kernelize`` on the same model of many modules, each replaced."""
     import kernels
@@ -183,6 +210,9 @@ LIMITS = {
     "import and build, active / plain": 1.03,
     "a call, kernel for any device and mode (us)": 0.2,
     "a call, kernel for one device and mode (us)": 0.2,
+    "a call, the guards of a norm (us)": 0.2,
+    "a call, the guards of a gated MLP (us)": 0.2,
+    "a call, the guards of a rotation (us)": 0.2,
     "kernelize_model / kernels.kernelize": 1.0,
 }
 
@@ -194,7 +224,7 @@ def main() -> None:
     parser.add_argument("--no-startup", action="store_true", help="leave out benchmarks/startup.py")
     args = parser.parse_args()
     figures: dict[str, float] = {}
-    for part in (call_cost, kernelize_cost, build_ratio):
+    for part in (call_cost, guard_cost, kernelize_cost, build_ratio):
         print(f"measuring {part.__name__} ...", file=sys.stderr)
         figures.update(part(args.rounds))
     for name, value in figures.items():

@@ -197,6 +197,15 @@ def test_every_variant_equals_its_definition(kernels, variant, hooked):
         assert_near(a, b, 2 * OPERATIONS + 16 + 24 + 48)
 
 
+def test_the_last_projection_is_called_where_its_class_has_another_forward(kernels, monkeypatch):
+    mlp, called = MLP(reference.VARIANTS[0]).to(kernels), []
+    plain = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: called.append(self) or plain(self, x))
+    x = torch.randn(2, 3, 16, device=kernels, requires_grad=True)
+    gated_mlp(x, activation="silu", variant=reference.VARIANTS[0], **mlp.parts(reference.VARIANTS[0]))
+    assert len(called) == 3
+
+
 def test_a_layer_for_the_names_of_any_class(kernels):
     facts = {"x": "h", "gate": "gate_proj", "up": "up_proj", "down": "down_proj", "activation": "gelu_tanh"}
     made = layer_class(reference.VARIANTS[0], facts)

@@ -101,15 +101,20 @@ def gated_mlp(
 
 
 def _is_bare(layer: Any) -> bool:
-    """A linear layer that nobody hooks into: its call is `F.linear` and nothing else."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or "forward" in layer.__dict__
-        or torch.nn.modules.module._global_forward_hooks
-        or torch.nn.modules.module._global_forward_pre_hooks
+    """A linear layer that nobody hooks into: its call is torch's `F.linear` and nothing else."""
+    if type(layer) is not nn.Linear or nn.Linear.forward.__globals__ is not vars(torch.nn.modules.linear):
+        return False
+    own, everywhere = layer.__dict__, torch.nn.modules.module
+    return not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+        or everywhere._global_backward_hooks
+        or everywhere._global_backward_pre_hooks
     )
 
 
