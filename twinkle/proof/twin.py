@@ -204,7 +204,7 @@ class Twin:
 
     def _layer(self, layer: nn.Module, kind: Any, *, whole: bool = False) -> Any:
         if issubclass(kind, torch.jit.ScriptModule):
-            return self._remember(layer, copy.deepcopy(layer))
+            return self._remember(layer, copy.deepcopy(layer).to(self._held.dtype))
         if kind.__module__.startswith("torch.distributed.") and not whole:
             raise NotNow(f"a {kind.__name__} within the layer cannot be copied")
         made = object.__new__(kind)
