@@ -57,7 +57,7 @@ def proofs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, bool, boo
     made: list[tuple[torch.dtype, bool, bool]] = []
 
     def prove(weight: torch.Tensor, *given: Any, **named: Any) -> Any:
-        made.append((weight.dtype, named["backward"], named["softcapped"]))
+        made.append((named["dtype"], named["backward"], named["softcapped"]))
         return prove_loss(weight, *given, **named)
 
     monkeypatch.setattr(loss, "prove_loss", prove)

@@ -19,6 +19,7 @@ from twinkle.ops.causal_lm_loss.linear_cross_entropy import linear_cross_entropy
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare
+from twinkle.proof.room import NotNow, clean_room
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -41,8 +42,10 @@ def prove_loss(
     *,
     tokens: int,
     backward: bool,
+    dtype: torch.dtype | None = None,
     softcapped: bool = False,
     recall: bool = False,
+    traced: bool = False,
 ) -> Verdict:
     """Compare ``linear_cross_entropy`` with ``F.linear`` and ``F.cross_entropy``.
 
@@ -51,36 +54,70 @@ def prove_loss(
         bias: ``[vocab]`` or None.
         tokens: Of the call at hand: the comparison takes a small share of them, and no more than 64.
         backward: Compare the gradients of hidden states, weight and bias as well.
+        dtype: That weight and bias are cast to, where it is not their own.
         softcapped: Compare with a scale and a soft cap on the logits, and nothing else.
         recall: Take a verdict from an earlier process.
+        traced: A compiler's trace asks: see :func:`twinkle.proof.room.reason_against`.
+
+    Returns:
+        The verdict; a pending one where no comparison can be made now.
     """
-    on_cpu = weight.device.type == "cpu"
-    rows = max(4, min(_MOST_ROWS, tokens // (32 if on_cpu else 128)))
-    generator = torch.Generator(weight.device).manual_seed(0)
-    draw = {"generator": generator, "device": weight.device}
-    hidden = torch.randn(rows, weight.shape[1], **draw).to(weight.dtype)
-    labels = torch.randint(weight.shape[0], (rows,), **draw)
-    labels[-1] = -100
+    try:
+        with clean_room((weight,), traced=traced):
+            given = _made_up(weight, bias, tokens, dtype)
+    except NotNow as reason:
+        return Verdict.not_yet(reason)
     subject = EmbeddedLayer("causal_lm_loss", SimpleNamespace(name="first use"), {})
-    key = cache_key(subject, (hidden, weight, bias, labels, softcapped), {}, module=None, backward=backward)
+    key = cache_key(subject, (*given, softcapped), {}, module=None, backward=backward)
     if recall and key is not None:
         known = proofs().recall(key)
         if known is not None:
             return known
-    weight, bias = weight.detach(), None if bias is None else bias.detach()
-    with torch.autocast(weight.device.type, enabled=False):
-        columns = max(2, (_PART_ON_CPU if on_cpu else _PART) // weight.shape[1])
-        if not on_cpu and _BLOCK * weight.shape[1] <= _LARGEST_PART:
-            columns = max(columns, _BLOCK)
-        verdict = _part(hidden, weight, bias, labels, columns, backward, softcapped)
-        if verdict.ok and not softcapped and not on_cpu and columns < weight.shape[0]:
-            verdict = _worst(verdict, _whole(hidden, weight, bias, labels, backward))
+    verdict = _compared(*given, backward, softcapped, traced)
     if key is not None:
         proofs().keep(key, verdict)
     return verdict
 
 
-def _whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, backward: bool) -> Verdict:
+def _made_up(
+    weight: Tensor, bias: Tensor | None, tokens: int, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Hidden states, the weight and bias of the head, without autograd, and labels."""
+    dtype = dtype or weight.dtype
+    rows = max(4, min(_MOST_ROWS, tokens // (32 if weight.device.type == "cpu" else 128)))
+    generator = torch.Generator(weight.device).manual_seed(0)
+    hidden = torch.randn(
+        rows, weight.shape[1], generator=generator, device=weight.device, dtype=torch.float32
+    ).to(dtype)
+    labels = torch.randint(weight.shape[0], (rows,), generator=generator, device=weight.device)
+    labels[-1] = -100
+    return hidden, weight.detach().to(dtype), None if bias is None else bias.detach().to(dtype), labels
+
+
+def _compared(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    backward: bool,
+    softcapped: bool,
+    traced: bool,
+) -> Verdict:
+    """The verdict on a part of the vocabulary, and on a GPU on all of it."""
+    on_cpu = weight.device.type == "cpu"
+    columns = max(2, (_PART_ON_CPU if on_cpu else _PART) // weight.shape[1])
+    if not on_cpu and _BLOCK * weight.shape[1] <= _LARGEST_PART:
+        columns = max(columns, _BLOCK)
+    with torch.autocast(weight.device.type, enabled=False):
+        verdict = _part(hidden, weight, bias, labels, columns, backward, softcapped, traced)
+        if verdict.ok and not softcapped and not on_cpu and columns < weight.shape[0]:
+            verdict = _worst(verdict, _whole(hidden, weight, bias, labels, backward, traced))
+    return verdict
+
+
+def _whole(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, backward: bool, traced: bool
+) -> Verdict:
     """The verdict on the whole vocabulary, with gradients of the hidden states alone."""
 
     def original(hidden: Tensor) -> Tensor:
@@ -92,7 +129,7 @@ def _whole(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     def kernel(hidden: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, bias=bias)
 
-    return compare(original, kernel, (hidden,), {}, backward=backward)
+    return compare(original, kernel, (hidden,), {}, backward=backward, traced=traced)
 
 
 def _part(
@@ -103,6 +140,7 @@ def _part(
     columns: int,
     backward: bool,
     softcapped: bool,
+    traced: bool,
 ) -> Verdict:
     """The verdict on a part of the vocabulary, with gradients of hidden states, weight and bias."""
     columns = min(weight.shape[0], columns)
@@ -120,7 +158,7 @@ def _part(
         return linear_cross_entropy(hidden, weight, near, bias=bias, scale=scale, softcap=softcap)
 
     few = (hidden, weight[:columns], None if bias is None else bias[:columns])
-    return compare(original, kernel, few, {}, backward=backward)
+    return compare(original, kernel, few, {}, backward=backward, traced=traced)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

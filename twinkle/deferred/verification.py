@@ -15,6 +15,7 @@ import torch
 
 from twinkle.deferred import proof
 from twinkle.runtime import runtime
+from twinkle.swap.dtype_keys import ANY
 from twinkle.swap.layers import candidates_of
 from twinkle.swap.tensors import constant
 
@@ -87,7 +88,9 @@ class Verifications:
         *,
         softcapped: bool,
     ) -> bool:
-        """Whether the loss is right for a type of head; compared at the first question.
+        """Whether the loss is known to be right for a type of head; compared at the first question.
+
+        Where no comparison can be made now the answer is no, and the next question asks again.
 
         Args:
             head: The type.
@@ -107,15 +110,19 @@ class Verifications:
         ok = True
         if runtime.options.proofs(candidate.kernel.verify, bound_by_name=False):
             verdict = proof.prove_loss(
-                weight.to(head.dtype),
-                None if bias is None else bias.to(head.dtype),
+                weight,
+                bias,
                 tokens=tokens,
                 backward=grad,
+                dtype=head.dtype,
                 softcapped=softcapped,
                 recall=runtime.options.recalls(candidate.kernel.verify),
+                traced=torch.compiler.is_compiling(),
             )
             candidate.record_verdict(verdict, grad=grad)
             ok = verdict.ok
+            if verdict.pending and not candidate.proofs.given_up(ANY):
+                return False
         self.outcomes[head, softcapped, grad] = ok
         return ok
 

@@ -16,8 +16,10 @@ from twinkle.fuse.norms import hooked, norm_of, numbers_of, unswapped
 from twinkle.fuse.rotations import plain_rotation
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.proof import first_use
+from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
+from twinkle.swap.dtype_keys import ANY
 from twinkle.swap.layers import candidates_of, original_class
 
 if TYPE_CHECKING:
@@ -111,12 +113,13 @@ class FusedStep:
             The kernel's result, or None when the original steps are to run.
         """
         candidate = self.candidate(owner)
-        if candidate is None or _capturing():
+        if candidate is None or _capturing() or comparing() or candidate.proofs.given_up(ANY):
             return None
         grad = _recording()
         if self.proofs:
-            candidate.record_verdict(self._verdict(comparison(), grad), grad=grad)
-            if candidate.rejected is not None:
+            verdict = self._verdict(comparison(), grad)
+            candidate.record_verdict(verdict, grad=grad)
+            if not verdict.ok and not (verdict.pending and (key, grad) in self._counted):
                 return None
         try:
             result = kernel()

@@ -4,6 +4,8 @@ The measure is the original's own rounding: each result is compared with that of
 higher precision (float32 for half precision, float64 for float32), and the error of a kernel may be twice
 that of the original, and a little. A kernel that is off by one percent is caught in bfloat16 as well.
 
+All runs are made on copies, in a room apart from the program (:mod:`twinkle.proof.room`).
+
 Between its forward and its backward the kernel is called once more, with its first input negated: results
 or saved tensors that live in a buffer shared by all calls are overwritten then, and that shows.
 """
@@ -11,21 +13,23 @@ or saved tensors that live in a buffer shared by all calls are overwritten then,
 from __future__ import annotations
 
 import contextlib
-import copy
 import inspect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
 from twinkle.ops.plain import at_every_size
-from twinkle.proof.inputs import duplicate, fewer, tensors_of
+from twinkle.proof.inputs import fewer, tensors_of
+from twinkle.proof.room import NotNow, clean_room
+from twinkle.proof.twin import Held, Twin
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
+
+    from torch import nn
 
 __all__ = ["HIGHER_PRECISION", "Verdict", "compare", "dtype_of"]
 
@@ -46,15 +50,18 @@ class Verdict:
 
     Attributes:
         ok: The kernel may run.
-        text: The errors or the reason against the kernel, for the report.
+        text: The errors or the reason against the kernel, for the report; why there is no outcome yet.
         errors: The largest relative error of the results, that of the original there, and the same two of
             the gradients; NaN where nothing was compared.
         conclusive: Both ran and were compared. Otherwise something failed, memory perhaps, that says
             nothing of the next time.
+        pending: There is no outcome: the original is to run for the call at hand, and the next one to be
+            compared.
+        tried: A comparison was begun.
         date: The day of the comparison, where it is not today's: ``2026-01-31``.
     """
 
-    __slots__ = ("conclusive", "date", "errors", "ok", "text")
+    __slots__ = ("conclusive", "date", "errors", "ok", "pending", "text", "tried")
 
     def __init__(
         self,
@@ -63,16 +70,25 @@ class Verdict:
         *,
         errors: tuple[float, float, float, float] = _UNKNOWN,
         conclusive: bool = True,
+        pending: bool = False,
+        tried: bool = True,
         date: str | None = None,
     ) -> None:
         self.ok = ok
         self.text = text
         self.errors = errors
-        self.conclusive = conclusive
+        self.conclusive = conclusive and not pending
+        self.pending = pending
+        self.tried = tried
         self.date = date
 
+    @classmethod
+    def not_yet(cls, reason: object) -> Verdict:
+        """No comparison can be made in the circumstances of the call."""
+        return cls(False, str(reason), pending=True, tried=False)
+
     def __str__(self) -> str:
-        word = "proven" if self.ok else "rejected"
+        word = "proven" if self.ok else "not compared yet" if self.pending else "rejected"
         return f"{word} (cached, {self.date}): {self.text}" if self.date else f"{word}: {self.text}"
 
     def __repr__(self) -> str:
@@ -81,6 +97,14 @@ class Verdict:
 
 class _Rejected(Exception):
     """The kernel does not compute the same; the message says in what way."""
+
+    def __init__(self, reason: str, *, conclusive: bool = True) -> None:
+        super().__init__(reason)
+        self.conclusive = conclusive
+
+
+class _Undecided(Exception):
+    """The runs of this call cannot be compared; the message says why."""
 
 
 def compare(
@@ -93,6 +117,7 @@ def compare(
     plain_class: type | None = None,
     backward: bool = False,
     rows: int | None = None,
+    traced: bool = False,
 ) -> Verdict:
     """Run a kernel and its original on copies of the same inputs.
 
@@ -106,57 +131,61 @@ def compare(
         backward: Compare the gradients of the inputs and parameters as well.
         rows: At most so many tokens of at most two sequences, where that can be told from the inputs;
             see :func:`twinkle.proof.inputs.fewer`.
+        traced: A compiler's trace asks: see :func:`twinkle.proof.room.reason_against`.
 
     Returns:
-        The verdict. A comparison that cannot be made is a rejection that says why.
+        The verdict; a pending one where the comparison cannot be made.
     """
-    inputs = (tuple(args), dict(kwargs))
-    if rows is not None:
-        inputs = fewer(inputs, rows)
-    dtype = dtype_of(inputs, module)
-    state = torch.random.get_rng_state()
-    devices = sorted({t.device.index or 0 for t in tensors_of(inputs) if t.device.type == "cuda"})
+    given = [*tensors_of((tuple(args), dict(kwargs)))]
     try:
-        # Under checkpointing torch counts the tensors that are kept for backward: these are none of its own.
-        own = torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
-        with torch.random.fork_rng(devices), own, at_every_size():
-            return _compare(original, kernel, inputs, module, plain_class, dtype, backward, state)
+        with clean_room(given, traced=traced) as rewind, at_every_size():
+            with torch._C.DisableTorchFunctionSubclass():
+                inputs = (tuple(args), dict(kwargs))
+                if rows is not None:
+                    inputs = fewer(inputs, rows)
+                dtype, device = dtype_of(inputs, module), _device_type(inputs)
+            both = _Given(inputs, module, plain_class, dtype, device, backward, rewind)
+            return _compare(original, kernel, both)
+    except NotNow as reason:
+        return Verdict.not_yet(reason)
     except _Rejected as rejected:
-        return Verdict(False, str(rejected))
+        return Verdict(False, str(rejected), conclusive=rejected.conclusive)
     except Exception as error:
-        text = str(error).strip().partition("\n")[0]
-        return Verdict(
-            False, f"the comparison could not be made: {type(error).__name__}: {text}", conclusive=False
-        )
+        return Verdict(False, _in_a_line(error), pending=True)
 
 
-def _itself(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+class _Given(NamedTuple):
+    """What both are run on."""
+
+    inputs: Any
+    module: nn.Module | None
+    plain_class: type | None
+    dtype: torch.dtype
+    device_type: str
+    backward: bool
+    rewind: Callable[[], None]
 
 
-def _compare(
-    original: Callable[..., Any],
-    kernel: Callable[..., Any],
-    inputs: Any,
-    module: nn.Module | None,
-    plain_class: type | None,
-    dtype: torch.dtype,
-    backward: bool,
-    state: torch.Tensor,
-) -> Verdict:
-    theirs = _run(original, inputs, module, backward, state)
-    ours = _run(kernel, inputs, module, backward, state, original=original)
+def _compare(original: Callable[..., Any], kernel: Callable[..., Any], given: _Given) -> Verdict:
+    held = Held(given.module)
+    theirs = _run(original, given, held)
+    try:
+        ours = _run(kernel, given, held, original=original)
+    except (NotNow, _Rejected, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise _Rejected(f"it raises {_in_a_line(error)}", conclusive=False) from error
+    del held
     if ours.wrote and not theirs.wrote:
         raise _Rejected("it writes to its input")
-    higher = HIGHER_PRECISION[dtype]
-    upcast = _upcast_copy(module, plain_class, higher)
-    if module is not None and upcast is None:
-        exact = theirs
-    else:
-        with torch.autocast(_device_type(inputs), enabled=False):
-            exact = _run_in_higher_precision(
-                original, _cast(inputs, dtype, higher), upcast, backward, state, higher
+    for passed_by, called in zip(ours.hooked, theirs.hooked, strict=True):
+        if passed_by != called:
+            raise _Undecided(
+                f"it passes by the hooks, or a forward of its own, of a {called[0]} within the layer"
             )
+    dtype, backward = given.dtype, given.backward
+    with torch.autocast(given.device_type, enabled=False):
+        exact = _run_in_higher_precision(original, given)
     outputs = _worst("result", ours.outputs, theirs.outputs, exact.outputs, _SLACK[dtype])
     gradients = (math.nan, math.nan)
     text = f"error {outputs[0]:.1e} (original {outputs[1]:.1e})"
@@ -167,26 +196,27 @@ def _compare(
     return Verdict(True, text, errors=(*outputs, *gradients))
 
 
-def _run_in_higher_precision(
-    original: Callable[..., Any],
-    inputs: Any,
-    module: nn.Module | None,
-    backward: bool,
-    state: torch.Tensor,
-    higher: torch.dtype,
-) -> _Result:
-    """Run the original on inputs and a module that are in the higher precision already.
+def _in_a_line(error: Exception) -> str:
+    if isinstance(error, _Undecided):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def _run_in_higher_precision(original: Callable[..., Any], given: _Given) -> _Result:
+    """Run the original on inputs and a layer in the higher precision.
 
     Casts to float32 within go to float64 with the rest, where float32 made in another way does not get into
     the way. A wrapper may dispatch to code that has no such dtype (torch's grouped product has no float64);
     the function it wraps computes the same.
     """
+    higher = HIGHER_PRECISION[given.dtype]
+    held = Held(given.module, higher)
     functions = dict.fromkeys((original, inspect.unwrap(original)))
     attempts = [(f, wide) for f in functions for wide in (True, False) if higher == torch.float64 or not wide]
     for function, wide in attempts:
         try:
             with _Float32ToFloat64() if wide else contextlib.nullcontext():
-                return _run(function, inputs, module, backward, state)
+                return _run(function, given, held, exact=True)
         except RuntimeError:
             if (function, wide) == attempts[-1]:
                 raise
@@ -205,123 +235,105 @@ class _Float32ToFloat64(TorchFunctionMode):
         return func(*args, **wider)
 
 
-class _Result:
-    """The outputs and gradients of a run, without autograd, and whether it wrote to its inputs."""
+class _Result(NamedTuple):
+    """What is left of a run, without autograd.
 
-    def __init__(self, outputs: list[Any], gradients: list[Any], wrote: bool) -> None:
-        self.outputs = outputs
-        self.gradients = gradients
-        self.wrote = wrote
+    Attributes:
+        outputs: The results.
+        gradients: Those of the inputs and parameters.
+        wrote: It wrote to its inputs.
+        hooked: The class names of layers within the layer that have hooks, and how often each was called.
+    """
+
+    outputs: list[Any]
+    gradients: list[Any]
+    wrote: bool
+    hooked: list[tuple[str, int]]
 
 
 def _run(
     function: Callable[..., Any],
-    inputs: Any,
-    module: nn.Module | None,
-    backward: bool,
-    state: torch.Tensor,
+    given: _Given,
+    held: Held,
+    *,
     original: Callable[..., Any] | None = None,
+    exact: bool = False,
 ) -> _Result:
     """Run a function forward and backward on copies, from one state of the random numbers.
 
-    With ``original`` the function is a kernel, whose second call is checked before the backward of the first.
+    Args:
+        function: The original or the kernel.
+        given: What it is run on.
+        held: The tensors of the layer.
+        original: That of a kernel, whose second call is checked before the backward of the first.
+        exact: In higher precision, the original alone.
     """
-    leaves: list[torch.Tensor] = []
-
-    def fresh(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor):
-            return value
-        leaf, duplicated = duplicate(value, grad=backward and value.is_floating_point())
-        if leaf.requires_grad:
-            leaves.append(leaf)
-        return duplicated
-
-    lead = () if module is None else (module,)
-    with _unchanged(module), torch.inference_mode(False), torch.set_grad_enabled(backward):
-        args, kwargs = tree_map(fresh, inputs)
-        torch.random.set_rng_state(state)
-        if torch.cuda.is_available():
-            torch.cuda.manual_seed_all(0)
+    twin, lead, copies = _copied(given, held, exact=exact)
+    (args, kwargs), backward = copies, given.backward
+    before = tensors_of(copies)  # a run may add to lists among them
+    given.rewind()
+    with torch.set_grad_enabled(backward):
         outputs = tree_flatten(function(*lead, *args, **kwargs))[0]
-        wrote = _differs(inputs, (args, kwargs))
+        wrote = _differs(tensors_of(given.inputs), before)
+        hooked = [(call.name, call.count) for call in twin.hooked]
         if original is not None:
-            _check_second_call(function, original, inputs, lead, outputs)
-        if wrote or not backward:
-            return _Result(_detached(outputs), [], wrote)
-        leaves += [p for p in module.parameters() if p.requires_grad] if module is not None else []
-        roots = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+            _check_second_call(function, original, given, held, lead, outputs)
         gradients: list[Any] = []
-        if roots and leaves:
+        roots = [out for out in outputs if isinstance(out, torch.Tensor) and out.requires_grad]
+        if backward and roots and twin.leaves and not wrote:
             cotangents = [_cotangent(out, number) for number, out in enumerate(roots)]
-            gradients = list(torch.autograd.grad(roots, leaves, cotangents, allow_unused=True))
+            gradients = list(torch.autograd.grad(roots, twin.leaves, cotangents, allow_unused=True))
     # Checked after backward, which may write to what forward kept.
-    return _Result(_detached(outputs), gradients, _differs(inputs, (args, kwargs)))
+    wrote = _differs(tensors_of(given.inputs), before)
+    return _Result(_detached(outputs), gradients, wrote, hooked)
 
 
-@contextlib.contextmanager
-def _unchanged(module: nn.Module | None) -> Iterator[None]:
-    """Restore the buffers of a layer afterwards: it may count its calls in them."""
-    held = [(buffer, buffer.clone()) for buffer in module.buffers()] if module is not None else []
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, before in held:
-                buffer.copy_(before)
+def _copied(
+    given: _Given, held: Held, *, exact: bool = False, negated: bool = False
+) -> tuple[Twin, tuple[nn.Module, ...], Any]:
+    """Copies for one run: who made them, the layer if there is one, and the arguments."""
+    twin = Twin(held, grad=given.backward, dtype=given.dtype if exact else None, negated=negated)
+    copies = twin.arguments(given.inputs)
+    if given.module is None:
+        return twin, (), copies
+    return twin, (twin.layer(given.module, given.plain_class if exact else None),), copies
 
 
 def _check_second_call(
     kernel: Callable[..., Any],
     original: Callable[..., Any],
-    inputs: Any,
-    lead: tuple[Any, ...],
+    given: _Given,
+    held: Held,
+    lead: tuple[nn.Module, ...],
     outputs: list[Any],
 ) -> None:
     """Call a kernel again, with its first input negated.
 
     Args:
-        kernel: The kernel, which gave ``outputs`` for ``inputs`` before.
+        kernel: The kernel, which gave ``outputs`` for the inputs before.
         original: The function that it replaces.
-        inputs: Arguments and keyword arguments.
-        lead: The module, for a layer.
+        given: What both are run on.
+        held: The tensors of the layer.
+        lead: The copy of the layer that the kernel was called with, for a layer.
         outputs: The results of the first call.
 
     Raises:
         _Rejected: The second call overwrites the results of the first, or its own are stale.
     """
     before = [out.detach().clone() if isinstance(out, torch.Tensor) else out for out in outputs]
-    after = _detached(tree_flatten(_call_on_copies(kernel, inputs, lead, negate=True))[0])
+    args, kwargs = Twin(held, grad=given.backward, negated=True).arguments(given.inputs)
+    after = _detached(tree_flatten(kernel(*lead, *args, **kwargs))[0])
     if not _equal(_detached(outputs), before):
         raise _Rejected("a second call overwrites the results of the first: they share a buffer")
     stale = [_close(now, then) for now, then in zip(after, before, strict=False)]
     if any(stale):
         # There are functions that do not see a sign, or not in each result: then the original's are the same.
-        theirs = [
-            _detached(tree_flatten(_call_on_copies(original, inputs, lead, negate=negate))[0])
-            for negate in (True, False)
-        ]
+        theirs = []
+        for negated in (True, False):
+            _, lead, (args, kwargs) = _copied(given, held, negated=negated)
+            theirs.append(_detached(tree_flatten(original(*lead, *args, **kwargs))[0]))
         if any(is_stale and not _close(*pair) for is_stale, *pair in zip(stale, *theirs, strict=False)):
             raise _Rejected("a second call, with other inputs, returns the results of the first")
-
-
-def _call_on_copies(function: Callable[..., Any], inputs: Any, lead: tuple[Any, ...], *, negate: bool) -> Any:
-    """Call a function on copies of its inputs; with ``negate`` the first floating one is negated."""
-    done = not negate
-
-    def fresh(value: Any) -> Any:
-        nonlocal done
-        if not isinstance(value, torch.Tensor):
-            return value
-        floating = value.is_floating_point()
-        leaf, duplicated = duplicate(value, grad=floating and torch.is_grad_enabled())
-        if floating and not done:
-            done = True
-            with torch.no_grad():
-                leaf.neg_()
-        return duplicated
-
-    args, kwargs = tree_map(fresh, inputs)
-    return function(*lead, *args, **kwargs)
 
 
 def _equal(some: list[Any], others: list[Any]) -> bool:
@@ -349,7 +361,8 @@ def _cotangent(out: torch.Tensor, number: int) -> torch.Tensor:
     """A random cotangent for an output, the same in every dtype."""
     generator = torch.Generator().manual_seed(number)
     count = min(out.numel(), 1 << 16)
-    values = torch.randn(count, generator=generator).to(torch.bfloat16)
+    with torch._C.DisableTorchFunction():  # one that draws float64 in the place of float32 draws others
+        values = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
     repeats = -(-out.numel() // max(count, 1))
     return values.repeat(repeats)[: out.numel()].reshape(out.shape).to(out.device, out.dtype)
 
@@ -408,27 +421,6 @@ def _error(value: torch.Tensor, exact: torch.Tensor) -> float:
     return float(off / norm) if norm > 0 else float(off)
 
 
-def _upcast_copy(module: nn.Module | None, plain_class: type | None, dtype: torch.dtype) -> nn.Module | None:
-    """A copy of the layer in a higher precision; ``None`` where it cannot be copied (sharded layers)."""
-    if module is None:
-        return None
-    cls: Any = plain_class or type(module)
-    try:
-        # Not a copy of the module itself: that would be one more swapped layer.
-        copied: nn.Module = cls.__new__(cls)
-        copied.__dict__.update(copy.deepcopy(module.__dict__, {id(module): copied}))
-    except Exception:
-        return None
-    return copied.to(dtype)
-
-
-def _cast(inputs: Any, dtype: torch.dtype, to: torch.dtype) -> Any:
-    def cast(value: Any) -> Any:
-        return value.to(to) if isinstance(value, torch.Tensor) and value.dtype == dtype else value
-
-    return tree_map(cast, inputs)
-
-
 def _device_type(inputs: Any) -> str:
     tensors = tensors_of(inputs)
     return tensors[0].device.type if tensors else "cpu"
@@ -440,6 +432,7 @@ def dtype_of(inputs: Any, module: nn.Module | None) -> torch.dtype:
     return next((t.dtype for t in candidates if t.dtype in HIGHER_PRECISION), torch.float32)
 
 
-def _differs(before: Any, after: Any) -> bool:
-    pairs = zip(tensors_of(before), tensors_of(after), strict=True)
-    return any(not torch.equal(a, b) and bool((a == a).all()) for a, b in pairs)
+def _differs(before: list[torch.Tensor], after: list[torch.Tensor]) -> bool:
+    with torch._C.DisableTorchFunctionSubclass():
+        pairs = zip(before, after, strict=True)
+        return any(not torch.equal(a.to(b.dtype), b) and bool((a == a).all()) for a, b in pairs)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.cases import Instance
@@ -17,6 +16,7 @@ from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
+from twinkle.proof.room import NotNow, clean_room
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -57,7 +57,7 @@ def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, An
     """Compare a kernel with its original on the inputs of a call.
 
     An embedded kernel may stand in layers of other sizes as well: it is compared there too, on
-    made-up inputs.
+    made-up inputs. Layers of another dtype, or on another device, are compared when they are called.
 
     Args:
         subject: The kernel and where it stands.
@@ -66,7 +66,8 @@ def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, An
         grad: Gradients are recorded.
 
     Returns:
-        The first verdict that is not ok, else that of the call.
+        The first verdict that is not ok, else that of the call. It is pending where no comparison can be
+        made now.
     """
     embedded = subject.chosen_by_twinkle
     module = args[0] if subject.layer_class is not None else None
@@ -78,7 +79,8 @@ def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, An
         return verdict
     tensor = next(iter(tensors_of((tuple(inputs), dict(kwargs)))), None)
     dtype = tensor.dtype if tensor is not None and tensor.is_floating_point() else None
-    for layer in _of_other_shapes(module, subject.layers):
+    alike = [layer for layer in subject.layers if _memory_of(layer) == _memory_of(module)]
+    for layer in _of_other_shapes(module, alike):
         there = _prove_made_up(subject, layer, grad, dtype, None)
         if there is not None and not there.ok:
             return there
@@ -101,18 +103,31 @@ def prove_ahead(
     """
     if not subject.chosen_by_twinkle:
         return None
-    layers: list[Any] = _of_other_shapes(None, subject.layers) if subject.layers else [None]
-    with torch.inference_mode(False), _disable_current_modes():
-        verdicts = [_prove_made_up(subject, layer, grad, dtype, device) for layer in layers]
+    layers: list[Any] = [None]
+    if subject.layers:
+        # Nothing says which layer is traced; one of another dtype is not called with this one.
+        alike = [layer for layer in subject.layers if dtype in (None, dtype_of((), layer))]
+        layers = _of_other_shapes(None, alike or subject.layers)
+    verdicts = [_prove_made_up(subject, layer, grad, dtype, device, traced=True) for layer in layers]
     made = [verdict for verdict in verdicts if verdict is not None]
     return next((verdict for verdict in made if not verdict.ok), made[0] if made else None)
 
 
 def _prove_made_up(
-    subject: Subject, module: nn.Module | None, grad: bool, dtype: torch.dtype | None, device: str | None
+    subject: Subject,
+    module: nn.Module | None,
+    grad: bool,
+    dtype: torch.dtype | None,
+    device: str | None,
+    *,
+    traced: bool = False,
 ) -> Verdict | None:
-    inputs = inputs_for(subject.source, subject.original, module, dtype=dtype, device=device)
-    return None if inputs is None else _prove(subject, inputs, {}, module, grad)
+    try:
+        with clean_room(traced=traced):
+            inputs = inputs_for(subject.source, subject.original, module, dtype=dtype, device=device)
+    except NotNow as reason:
+        return Verdict.not_yet(reason)
+    return None if inputs is None else _prove(subject, inputs, {}, module, grad, traced=traced)
 
 
 def _prove(
@@ -121,6 +136,8 @@ def _prove(
     kwargs: Mapping[str, Any],
     module: nn.Module | None,
     backward: bool,
+    *,
+    traced: bool = False,
 ) -> Verdict:
     return prove(
         subject.source,
@@ -132,6 +149,7 @@ def _prove(
         plain_class=subject.layer_class,
         backward=backward,
         recall=subject.recall,
+        traced=traced,
     )
 
 
@@ -153,6 +171,7 @@ def prove(
     plain_class: type | None = None,
     backward: bool = False,
     recall: bool = False,
+    traced: bool = False,
 ) -> Verdict:
     """Compare a kernel with its original on given inputs, or recall a verdict.
 
@@ -169,13 +188,15 @@ def prove(
         plain_class: The class of the layer without Twinkle.
         backward: Compare the gradients of the inputs and parameters as well.
         recall: Take a kept verdict where there is one.
+        traced: The inputs are made up for a compiler's trace.
 
     Returns:
-        The verdict, with its date when it is a kept one.
+        The verdict, with its date when it is a kept one; a pending one where no comparison can be made now.
     """
     key = None
     if _is_ours(source):
-        key = cache_key(source, args, kwargs, module=module, backward=backward)
+        with torch._C.DisableTorchFunctionSubclass():  # a tensor of a class of its own may count these looks
+            key = cache_key(source, args, kwargs, module=module, backward=backward)
     if recall and key is not None:
         known = proofs().recall(key)
         if known is not None:
@@ -189,6 +210,7 @@ def prove(
         plain_class=plain_class,
         backward=backward,
         rows=_tokens((tuple(args), dict(kwargs)), module) if source.kind == "embedded" else None,
+        traced=traced,
     )
     if key is not None:
         proofs().keep(key, verdict)
@@ -278,6 +300,11 @@ def _of_other_shapes(module: nn.Module | None, among: Iterable[nn.Module]) -> li
         if _is_whole(other):
             found.append(other)
     return found
+
+
+def _memory_of(module: nn.Module) -> set[tuple[torch.dtype, torch.device]]:
+    """The dtypes and devices of the parameters of a layer."""
+    return {(p.dtype, p.device) for p in module.parameters()}
 
 
 def _shape_of(module: nn.Module) -> tuple[Any, ...]:

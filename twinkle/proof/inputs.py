@@ -19,27 +19,29 @@ def tensors_of(values: Any) -> list[Tensor]:
     return [value for value in tree_flatten(values)[0] if isinstance(value, Tensor)]
 
 
-def duplicate(value: Tensor, *, grad: bool = False) -> tuple[Tensor, Tensor]:
+def duplicate(value: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """Copy a tensor with its strides, so that a kernel which reads them wrongly fails on the copy as well.
 
     Args:
-        value: Any strided tensor.
-        grad: The copy requires gradients.
+        value: Any tensor.
+        dtype: Of the copy; by default the same.
 
     Returns:
         The leaf that owns the copy, and the copy: the same tensor but where the original is expanded.
     """
     whole = value.detach()
+    if value.layout is not torch.strided:
+        leaf = whole.clone() if dtype is None else whole.to(dtype, copy=True)
+        return leaf, leaf
     spread = [stride == 0 and size > 1 for stride, size in zip(value.stride(), value.shape, strict=True)]
     if any(spread):
         whole = whole[tuple(slice(0, 1) if is_spread else slice(None) for is_spread in spread)]
+    dtype = dtype or value.dtype
     try:
-        leaf = torch.empty_strided(whole.shape, whole.stride(), dtype=value.dtype, device=value.device)
+        leaf = torch.empty_strided(whole.shape, whole.stride(), dtype=dtype, device=value.device)
         leaf.copy_(whole)
     except RuntimeError:  # its elements overlap in memory
-        leaf = whole.clone(memory_format=torch.contiguous_format)
-    if grad:
-        leaf.requires_grad_()
+        leaf = whole.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return leaf, leaf.expand(value.shape) if any(spread) else leaf
 
 

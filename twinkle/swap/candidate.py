@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_function, check_layer
 from twinkle.swap.code import adapt
-from twinkle.swap.dtype_keys import ANY, Proofs
+from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -155,7 +155,10 @@ class BaseCandidate:
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
     def record_verdict(self, verdict: Verdict, *, grad: bool, key: DtypeKey = ANY) -> None:
-        """Count a comparison that was passed, or reject the kernel.
+        """Count a comparison that was passed, or reject the kernel; one that was not made changes nothing.
+
+        A kernel that could not be compared in several calls, for reasons that lie in comparison or
+        original, is given up for calls of the key; where it passed no comparison at all, it is rejected.
 
         Args:
             verdict: What the comparison gave.
@@ -163,11 +166,16 @@ class BaseCandidate:
             key: The dtype key of the call.
 
         Raises:
-            KernelError: The verdict is not ok, and the candidate is ``strict``.
+            KernelError: The kernel is rejected, and the candidate is ``strict``.
         """
-        self.binding.proof = str(verdict)
+        if not (verdict.pending and self.proofs.any_passed):
+            self.binding.proof = str(verdict)
         if verdict.ok:
             self.proofs.record_pass(key, grad=grad)
+            return
+        if verdict.pending:
+            if verdict.tried and self.proofs.record_failure(key) == MOST_TRIES:
+                self._give_up(verdict, key)
             return
         trusted = self.binding.state == "active" and self.proofs.any_passed
         since = f" (cached, {verdict.date})" if verdict.date else ""
@@ -176,6 +184,15 @@ class BaseCandidate:
         )
         if self.strict:
             raise KernelError(f"kernel {self.binding.kernel!r} does not compute the same", found=verdict.text)
+
+    def _give_up(self, verdict: Verdict, key: DtypeKey) -> None:
+        reason = f"could not be compared with the original in {MOST_TRIES} calls: {verdict.text}"
+        if self.proofs.any_passed:
+            self.binding.note(f"{reason}; the original runs for calls in {describe(key)}")
+            return
+        self.reject("failed", reason)
+        if self.strict:
+            raise KernelError(f"kernel {self.binding.kernel!r} {reason}")
 
     def mark_active(self) -> None:
         """Record that the kernel is in place, loaded and compatible."""

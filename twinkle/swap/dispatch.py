@@ -16,6 +16,7 @@ from torch import nn
 from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
+from twinkle.proof.room import comparing
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
@@ -194,6 +195,9 @@ class Dispatch:
 
     def first_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Load, prove and run the kernel for a call; run the original where one of the three fails."""
+        if comparing():
+            # A layer within one that is compared: its turn is when the program calls it.
+            return self.original(*args, **kwargs)
         if self._call.look_for(args, kwargs):
             self.rebuild()
         moment = self._moment(args, kwargs)
@@ -221,19 +225,22 @@ class Dispatch:
         )
 
     def _prove(self, entry: Entry, moment: Moment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Compare a kernel with the original on the inputs of a call; false when it is rejected."""
+        """Compare a kernel with the original on the inputs of a call; false where the original is to run."""
+        proofs, key = entry.candidate.proofs, moment.dtype_key
+        if proofs.given_up(key):
+            return False
         verdict = prove_at_call(self._subject(entry), args, kwargs, grad=moment.grad)
-        entry.candidate.record_verdict(verdict, grad=moment.grad, key=moment.dtype_key)
-        return entry.candidate.rejected is None
+        entry.candidate.record_verdict(verdict, grad=moment.grad, key=key)
+        return verdict.ok or (verdict.pending and proofs.passed(key, grad=moment.grad))
 
     def _prove_ahead(self, entry: Entry, moment: Moment, dtype: torch.dtype | None) -> bool:
-        """Compare a kernel with the original on made-up inputs; false when it is rejected."""
+        """Compare a kernel with the original on made-up inputs; false where the original is to be traced."""
         if entry.function is None:
             return True
         verdict = prove_ahead(self._subject(entry), grad=moment.grad, dtype=dtype, device=moment.device)
         if verdict is not None:
             entry.candidate.record_verdict(verdict, grad=moment.grad, key=moment.dtype_key)
-        return entry.candidate.rejected is None
+        return verdict is None or verdict.ok
 
     def _subject(self, entry: Entry) -> Subject:
         """All that a proof of an entry has to know besides the call."""
@@ -284,7 +291,7 @@ class Dispatch:
         while entry is not None and entry.is_pending(moment):
             if self._prove_ahead(entry, moment, dtype):
                 break
-            entry = self.load(moment, some)
+            entry = None if entry.candidate.rejected is None else self.load(moment, some)
         traced = self.names[f"_tw_traced_{name}"]
         function = self.original if entry is None or entry.function is None else entry.function
         never_ran = entry is not None and entry.state != "live"
