@@ -16,8 +16,11 @@ from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
 from twinkle.swap import aliases
 from twinkle.swap.candidate import FunctionCandidate, explain
+from twinkle.swap.decorated import caches, redecorated, undecorated
 from twinkle.swap.functions import dispatcher, function_at, put
+from twinkle.swap.kinds import PLAIN, kind_of
 from twinkle.swap.placed import Placed, Placements
+from twinkle.swap.scope import dispatch_behind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -204,7 +207,8 @@ class FunctionPlan:
 
     Attributes:
         target: ``module:function``.
-        implementation: What is to stand there; None leaves the original.
+        standing: What stands there without Twinkle, with its decorators.
+        implementation: What is to stand there, below these decorators; None leaves the original.
         chosen: The kernels behind it.
     """
 
@@ -222,6 +226,7 @@ class FunctionPlan:
         self.kernels = kernels
         self.mode = mode
         self.device = device
+        self.standing: Any = None
         self.implementation: Callable[..., Any] | None = None
         self.chosen: list[FunctionCandidate] = []
         self._strict = False
@@ -237,7 +242,8 @@ class FunctionPlan:
         if placed is not None and placed.placement.displaced:
             placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
         try:
-            original = placed.placement.original if placed else function_at(self.module, self.name)
+            self.standing = placed.placement.original if placed else function_at(self.module, self.name)
+            original = undecorated(self.standing, self.target)
         except Exception as error:  # a lazy module or a property runs the program's code
             self._fail(error)
             return
@@ -247,7 +253,7 @@ class FunctionPlan:
             binding = function_binding(kernel)
             reason = absent or self._reason_against(kernel)
             if reason is None:
-                usable.append(_candidate(kernel, original))
+                usable.append(_candidate(kernel, original, self.standing))
             elif binding.state not in ("active", "failed", "quarantined"):
                 binding.set("skipped", reason)
         if self.mode is None and self.device is None:
@@ -295,17 +301,24 @@ class FunctionPlan:
             implementation: As chosen.
             former: The original before the module was reloaded, whose names are to have it as well.
         """
-        placement = put(self.module, self.name, implementation, check=False)
+        whole = redecorated(self.standing, implementation)
+        placement = put(self.module, self.name, whole, check=False)
         target = _home(placement.original)
         rebound = []
         if "." not in self.name:
-            rebound = aliases.rebind(placement.original, placement.implementation, target=target)
+            keep = [own for candidate in self.chosen for own in candidate.own]
+            rebound = aliases.rebind(placement.original, placement.implementation, target=target, keep=keep)
             if former is not None:
-                rebound += aliases.rebind(former, placement.implementation)
+                rebound += aliases.rebind(former, placement.implementation, keep=keep)
         # Asked of every function in the process: too much for what nobody named.
         named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
         stale = aliases.stale(placement.original, target=target) if named else []
-        runtime.of(Placements).by_target[self.target] = Placed(placement, rebound, self.chosen)
+        dispatch = dispatch_behind(implementation)
+        if dispatch is not None:
+            dispatch.caches = caches(whole)
+        runtime.of(Placements).by_target[self.target] = Placed(
+            placement, rebound, self.chosen, implementation
+        )
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
             for alias in stale:
@@ -325,6 +338,8 @@ class FunctionPlan:
         absent = absent_reason(kernel.device)
         if absent is not None:
             return absent
+        if self.mode is None and kernel.mode is not None and caches(self.standing):
+            return "its target caches results from one mode to the next: register it without a mode"
         if self.mode is not None and self._place(kernel.mode) is None:
             return f"registered for mode {kernel.mode}, applied for {self.mode}"
         return None
@@ -392,18 +407,23 @@ def _resolve(candidate: FunctionCandidate, original: Any, *, strict: bool) -> Ca
     return function
 
 
-def _candidate(kernel: FunctionKernel, original: Any) -> FunctionCandidate:
+def _candidate(kernel: FunctionKernel, original: Any, standing: Any) -> FunctionCandidate:
     key = f"{kernel.target}|{kernel.device}|{kernel.mode}"
     candidates = runtime.of(_Candidates).by_target
     known = candidates.get(key)
     if known is None or known[0] is not kernel or known[1] is not original:
         proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
+        binding = function_binding(kernel)
+        if proofs and kind_of(original) != PLAIN:
+            proofs = 0
+            binding.note(f"not compared: its target is {kind_of(original)}")
         candidate = FunctionCandidate(
             kernel,
-            function_binding(kernel),
+            binding,
             strict=runtime.options.raises,
             proofs=proofs,
             recall=runtime.options.recalls(kernel.verify),
         )
+        candidate.standing = standing
         known = candidates[key] = (kernel, original, candidate)
     return known[2]

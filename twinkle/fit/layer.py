@@ -217,7 +217,8 @@ def check_function(
 ) -> None:
     """Check that a function kernel accepts every call of the original.
 
-    Where one of the two has no signature to read (builtins), nothing is said.
+    Where one of the two has no signature to read (builtins), nothing is said. A keyword-only parameter
+    ``original`` gets the original.
 
     Args:
         implementation: The kernel.
@@ -241,6 +242,9 @@ def check_function(
     ours, theirs = signature_of(kernel), signature_of(original)
     if ours is None or theirs is None:
         return
+    given = ours.parameters.get("original")
+    if given is not None and given.kind is given.KEYWORD_ONLY and "original" not in theirs.parameters:
+        ours = ours.replace(parameters=[p for p in ours.parameters.values() if p is not given])
     problem = mismatch(ours, theirs)
     if problem is not None:
         reason, hint = problem

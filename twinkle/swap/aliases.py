@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from twinkle.hooks.finder import spec_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 __all__ = ["Alias", "being_imported", "find", "modules_since", "rebind", "restore", "stale"]
@@ -128,10 +128,26 @@ def _classes_that_hold(original: object) -> list[type]:
     return [one for one in owners if issubclass(type(one), type) and not _is_ours(_name_of_module(one))]
 
 
-def rebind(original: object, replacement: object, *, target: str | None = None) -> list[Alias]:
-    """Put ``replacement`` under every name of :func:`find`; returns those that were changed."""
+def rebind(
+    original: object,
+    replacement: object,
+    *,
+    target: str | None = None,
+    keep: Iterable[tuple[dict[str, Any], str]] = (),
+) -> list[Alias]:
+    """Put ``replacement`` under every name of :func:`find`; returns those that were changed.
+
+    Args:
+        original: What to look for.
+        replacement: What to put there.
+        target: As for :func:`find`.
+        keep: Globals and a name in them, each of which a kernel has for the original.
+    """
+    kept = {(id(names), name) for names, name in keep}
     changed = []
     for alias in find(original, target=target):
+        if (id(_namespace(alias.holder)), alias.name) in kept:
+            continue
         try:
             if alias._replace(original, replacement):
                 alias.replacement = replacement

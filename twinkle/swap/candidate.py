@@ -14,9 +14,11 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.errors import KernelError, TwinkleError, warn
-from twinkle.fit.layer import LayerCompatibility, check_function, check_layer
-from twinkle.swap.code import adapt
+from twinkle.fit.layer import LayerCompatibility, check_layer
+from twinkle.runtime import runtime
+from twinkle.swap.code import fitted
 from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
+from twinkle.swap.reentry import reaches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
     from twinkle.records import Binding, FunctionKernel, LayerKernel
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.dtype_keys import DtypeKey
+    from twinkle.swap.reentry import Own
 
 __all__ = ["BaseCandidate", "Candidate", "FunctionCandidate", "explain"]
 
@@ -246,9 +249,16 @@ class Candidate(BaseCandidate):
 
 
 class FunctionCandidate(BaseCandidate):
-    """A function kernel bound to a function."""
+    """A function kernel bound to a function.
+
+    Attributes:
+        standing: What stands under the name of the function, with its decorators.
+        own: Names of the kernel's own modules that hold the original for good.
+    """
 
     kernel: FunctionKernel
+    standing: Any = None
+    own: Sequence[Own] = ()
     _function: tuple[Callable[..., Any], Callable[..., Any]] | None = None
 
     def function(self, original: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -270,12 +280,22 @@ class FunctionCandidate(BaseCandidate):
         try:
             with self._lock:
                 if self._function is None or self._function[0] is not original:
-                    check_function(loaded, original, called=self.binding.target)
-                    self._function = (original, adapt(loaded, original))
+                    marked = self.kernel.chosen_by == "user" and self._comes_back(loaded, original)
+                    called = self.binding.target
+                    self._function = (original, fitted(loaded, original, called=called, marked=marked))
                 return self._function[1]
         except Exception as error:
             self.fail(error)
             return None
+
+    def _comes_back(self, loaded: Any, original: Callable[..., Any]) -> bool:
+        """Whether the kernel calls its target by name, but for names of its own, which get the original."""
+        standing = original if self.standing is None else self.standing
+        others = {kernel.target.text for kernel in runtime.registry.function_kernels}
+        found, self.own = reaches(loaded, original, standing, self.binding.target, others)
+        for names, name in self.own:
+            names[name] = standing  # It may have been imported when the kernel was in place already.
+        return found
 
 
 def _flag(thing: Any, name: str) -> bool | None:

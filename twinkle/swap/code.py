@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 from inspect import Parameter
 from types import FunctionType
@@ -12,13 +14,16 @@ from torch import nn
 
 from twinkle.codegen import compile_source, def_line
 from twinkle.errors import KernelError
+from twinkle.fit.layer import check_function
 from twinkle.fit.signatures import signature_of
+from twinkle.swap.kinds import FRONTS, PLAIN, body_of, check_kind, kind_of
+from twinkle.swap.reentry import MARKED, Mark
 from twinkle.swap.scope import Scope
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["CallForm", "adapt", "forwarding_function", "set_code"]
+__all__ = ["CallForm", "adapt", "fitted", "forwarding_function", "set_code"]
 
 
 class CallForm:
@@ -141,27 +146,123 @@ def _parameters_of(function: Callable[..., Any]) -> list[Parameter]:
     return list(signature.parameters.values())
 
 
-def forwarding_function(original: Callable[..., Any], callee: Callable[..., Any]) -> FunctionType:
-    """A plain function that looks like ``original`` and hands its arguments to ``callee``.
+def forwarding_function(
+    original: Callable[..., Any],
+    callee: Callable[..., Any],
+    *,
+    dispatch: object = None,
+    wants_original: bool = False,
+) -> FunctionType:
+    """A function that looks like ``original``, is of its kind, and hands its arguments to ``callee``.
 
     It binds ``self`` where it is looked up on an instance, which a module or another callable does not.
+
+    Args:
+        original: What the function stands in for.
+        callee: Gives what the original gives: the result, or what is to be awaited or iterated.
+        dispatch: What is behind the function, for :func:`twinkle.swap.scope.dispatch_behind`.
+        wants_original: Hand ``original`` on as well, by that name.
     """
     form = CallForm(original, 0)
-    scope = Scope(original, ["_tw_callee"])
-    scope["_tw_callee"] = callee
-    title = getattr(original, "__qualname__", "function")
-    function = scope.function(f"{form.head('forward')}\n    return _tw_callee({form.arguments})\n", title)
+    scope = Scope(original, ["_tw_callee"], dispatch)
+    scope["_tw_callee"], scope["_tw_original"] = callee, original
+    for error in (GeneratorExit, BaseException, StopAsyncIteration):
+        scope[f"_tw_{error.__name__}"] = error
+    handed = [form.arguments, "original=_tw_original" if wants_original else ""]
+    call = f"_tw_callee({', '.join(filter(None, handed))})"
+    text = FRONTS[kind_of(original)].format(head=form.head("forward"), call=call)
+    function = scope.function(text, getattr(original, "__qualname__", "function"))
     form.dress(function, original)
     return function
 
 
-def adapt(implementation: Any, original: Callable[..., Any], *, method: bool = False) -> Callable[..., Any]:
+def fitted(
+    implementation: Any,
+    original: Callable[..., Any],
+    *,
+    called: str | None = None,
+    method: bool = False,
+    marked: bool = False,
+) -> Callable[..., Any]:
     """Make a function of an implementation that can stand where ``original`` stands.
+
+    A kernel that has a keyword-only parameter ``original`` gets the original by it.
+
+    Args:
+        implementation: A callable or an ``nn.Module`` class.
+        original: What it replaces.
+        called: What messages call the original, where it does not know its own name.
+        method: It has to bind ``self`` when it is looked up on an instance.
+        marked: What it calls under the name of the original is to be the original.
+
+    Raises:
+        KernelError: It is of another kind, or has another signature.
+    """
+    if kind_of(original) != PLAIN and getattr(implementation, "__globals__", None) is vars(contextlib):
+        implementation = implementation.__wrapped__  # The original's own contextmanager stays around it.
+    check_kind(implementation, original)
+    wants = _wants_original(implementation, original)
+    if wants and isinstance(implementation, FunctionType):
+        implementation, wants = _with_original(implementation, original), False
+    check_function(implementation, original, called=called)
+    made = adapt(implementation, original, method=method, wants_original=wants)
+    return _marked(made, original) if marked else made
+
+
+def _marked(kernel: Callable[..., Any], original: Callable[..., Any]) -> FunctionType:
+    """A function that looks like ``original`` and runs a kernel under its mark."""
+    mark = Mark(kernel, original)
+    if kind_of(original) != PLAIN:
+        return forwarding_function(original, mark.started, dispatch=mark)
+    form = CallForm(original, 0)
+    names = {
+        "_tw_compiling": torch.compiler.is_compiling,
+        "_tw_running": mark.running,
+        "_tw_kernel": kernel,
+        "_tw_original": original,
+    }
+    scope = Scope(original, names, mark)
+    for name, value in {**names, "_tw_inlined": mark.inlined}.items():
+        scope[name] = value
+    text = MARKED.format(head=form.head("forward"), arguments=form.arguments)
+    function = scope.function(text, getattr(original, "__qualname__", "function"))
+    form.dress(function, original)
+    return function
+
+
+def _wants_original(implementation: Any, original: Callable[..., Any]) -> bool:
+    signature, theirs = signature_of(body_of(implementation)), signature_of(original)
+    parameter = signature.parameters.get("original") if signature is not None else None
+    taken = theirs is not None and "original" in theirs.parameters
+    return parameter is not None and parameter.kind is Parameter.KEYWORD_ONLY and not taken
+
+
+def _with_original(kernel: FunctionType, original: Callable[..., Any]) -> FunctionType:
+    """A copy of a kernel whose default for ``original`` is the original: no call in between."""
+    made = FunctionType(
+        kernel.__code__, kernel.__globals__, kernel.__name__, kernel.__defaults__, kernel.__closure__
+    )
+    functools.update_wrapper(made, kernel)
+    del made.__wrapped__  # type: ignore[attr-defined]
+    vars(made).update(vars(kernel))
+    made.__kwdefaults__ = {**(kernel.__kwdefaults__ or {}), "original": original}
+    return made
+
+
+def adapt(
+    implementation: Any,
+    original: Callable[..., Any],
+    *,
+    method: bool = False,
+    wants_original: bool = False,
+) -> Callable[..., Any]:
+    """What :func:`fitted` does with an implementation that fits, for which see there.
 
     Args:
         implementation: A callable or an ``nn.Module`` class.
         original: What it replaces.
         method: It has to bind ``self`` when it is looked up on an instance.
+        wants_original: It is no plain function, and has a parameter ``original``.
     """
     if isinstance(implementation, type) and issubclass(implementation, nn.Module):
         try:
@@ -171,8 +272,9 @@ def adapt(implementation: Any, original: Callable[..., Any], *, method: bool = F
                 f"kernel {implementation.__qualname__} cannot be made: {type(error).__name__}: {error}",
                 expected="an nn.Module class whose instance needs no arguments",
             ) from error
-    if isinstance(implementation, nn.Module) or (method and not isinstance(implementation, FunctionType)):
-        return forwarding_function(original, implementation)
+    binds = hasattr(type(implementation), "__get__")
+    if wants_original or isinstance(implementation, nn.Module) or (method and not binds):
+        return forwarding_function(original, implementation, wants_original=wants_original)
     made: Callable[..., Any] = implementation
     return made
 

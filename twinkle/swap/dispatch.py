@@ -22,6 +22,7 @@ from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
+from twinkle.swap.kinds import FIRST_RUNS, PLAIN
 from twinkle.swap.scope import Scope
 from twinkle.swap.tensors import (
     call_there,
@@ -62,11 +63,14 @@ class Dispatch:
         standing: The expressions of what would run without Twinkle, and of the test that it is the original;
             no text for a test that is not needed.
         target: The class of the layers whose ``forward`` the original is; None for a function.
+        kind: Whether what the function gives is a result, or to be awaited or iterated
+            (:mod:`twinkle.swap.kinds`).
     """
 
     training_text = "False"
     standing = ("_tw_original", "")
     target: type[nn.Module] | None = None
+    kind = PLAIN
 
     def __init__(
         self,
@@ -259,23 +263,37 @@ class Dispatch:
     def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a kernel that never ran; one that raises is rejected, and the original runs."""
         assert entry.function is not None
+        if self.kind != PLAIN:
+            return FIRST_RUNS[self.kind](self, entry, args, kwargs)
         try:
             result = call_there(entry.function, args, kwargs)
         except Exception as error:
-            # What a source lets through whose kernels have guards of their own is the program's affair.
-            guarded = getattr(entry.candidate.kernel.source, "guarded", False)
-            if entry.candidate.strict or guarded or _out_of_memory(error):
-                raise
-            failure = error
+            failure = self.excused(entry, error)
         else:
-            entry.state = "live"
-            entry.candidate.mark_active()
-            self.rebuild()
+            self.ran(entry)
             return result
         # Outside the handler: what the original raises is the program's own affair.
         result = self.original(*args, **kwargs)
-        entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
+        self.turn_off(entry, failure)
         return result
+
+    def excused(self, entry: Entry, error: Exception) -> Exception:
+        """The error of a kernel that never ran, for which the original makes up; raises any other."""
+        # What a source lets through whose kernels have guards of their own is the program's affair.
+        guarded = getattr(entry.candidate.kernel.source, "guarded", False)
+        if entry.candidate.strict or guarded or _out_of_memory(error):
+            raise error
+        return error
+
+    def ran(self, entry: Entry) -> None:
+        """Take note that a kernel ran to its end."""
+        entry.state = "live"
+        entry.candidate.mark_active()
+        self.rebuild()
+
+    def turn_off(self, entry: Entry, failure: Exception) -> None:
+        """Reject a kernel that raised."""
+        entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
 
     def _load_for_trace(
         self, name: str, device: str | None, training: bool, grad: bool, dtype: torch.dtype | None = None

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.errors import KernelError, suggest
-from twinkle.fit.layer import check_function
 from twinkle.swap.candidate import FunctionCandidate
-from twinkle.swap.code import adapt
+from twinkle.swap.code import adapt, fitted, forwarding_function
 from twinkle.swap.dispatch import Dispatch
+from twinkle.swap.kinds import PLAIN, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
     from types import FunctionType, ModuleType
 
     from twinkle.swap.entry import Entry
@@ -90,6 +90,8 @@ def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
         raw = getattr(owner, name, _MISSING)
     if raw is _MISSING:
         raise KernelError(f"{where} does not exist", found=f"no {name!r} there", fix=_similar(owner, name))
+    if isinstance(owner, type) and not any(name in vars(base) for base in owner.__mro__):
+        raise KernelError(f"{where} does not exist", found=f"{name!r} of the metaclass alone")
     if not callable(_inner(raw)):
         raise KernelError(
             f"{where} is no function", found=type(raw).__name__, expected="a function or a method"
@@ -112,10 +114,8 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
     """
     owner, name, raw = _locate(module, dotted_name)
     inner = _inner(raw)
-    if check:
-        check_function(implementation, inner)
     plain = isinstance(owner, type) and not isinstance(raw, staticmethod)
-    function = adapt(implementation, inner, method=plain)
+    function = (fitted if check else adapt)(implementation, inner, method=plain)
     placed = type(raw)(function) if isinstance(raw, (staticmethod, classmethod)) else function
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, placed)
@@ -155,13 +155,17 @@ def dispatcher(
         compiling: Take every call for one under a compiler.
     """
     made = FunctionDispatch(original, tuple(candidates), training=training, compiling=compiling)
-    return made.function
+    if made.kind == PLAIN:
+        return made.function
+    return forwarding_function(original, made.function, dispatch=made)
 
 
 class FunctionDispatch(Dispatch):
     """The dispatch behind a function that :func:`dispatcher` made."""
 
     training_text = "_tw_grad()"
+    caches: Sequence[Any] = ()
+    """The ``lru_cache`` objects around it, which must not keep results of a kernel that is rejected."""
 
     def __init__(
         self,
@@ -171,6 +175,7 @@ class FunctionDispatch(Dispatch):
         training: bool | None = None,
         compiling: bool = False,
     ) -> None:
+        self.kind = kind_of(original)
         super().__init__(
             original, candidates, training=training, compiling=compiling, skip=_self_arguments(original)
         )
@@ -190,6 +195,14 @@ class FunctionDispatch(Dispatch):
                 entry.state = "ready"
         candidate.mark_active()
         return True
+
+    def rebuilt(self, only: Entry | None) -> None:
+        """Forget cached results of kernels that ran and were rejected since."""
+        for entry in self.entries:
+            if entry.state == "live" and entry.candidate.rejected is not None:
+                entry.state = "ready"
+                for cache in self.caches:
+                    cache.cache_clear()
 
     def is_training(self, args: tuple[Any, ...]) -> bool:
         """Whether gradients are recorded."""

@@ -16,21 +16,29 @@ __all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
 
 
 class Placed:
-    """A kernel in the place of a function, with the names of other modules that were rebound."""
+    """A kernel in the place of a function, with the names of other modules that were rebound.
+
+    ``implementation`` is what was chosen, below the decorators that the function has.
+    """
 
     def __init__(
-        self, placement: Placement, rebound: list[aliases.Alias], chosen: list[FunctionCandidate]
+        self,
+        placement: Placement,
+        rebound: list[aliases.Alias],
+        chosen: list[FunctionCandidate],
+        implementation: object,
     ) -> None:
         self.placement = placement
         self.rebound = rebound
         self.chosen = chosen
+        self.implementation = implementation
 
     def same(self, implementation: object, chosen: list[FunctionCandidate]) -> bool:
         """Whether an implementation, or a dispatcher for these candidates, is in place already."""
         if self.placement.displaced:
             return False
-        return self.placement.implementation is implementation or (
-            dispatch_behind(self.placement.implementation) is not None and self.chosen == chosen
+        return self.implementation is implementation or (
+            dispatch_behind(self.implementation) is not None and self.chosen == chosen
         )
 
 

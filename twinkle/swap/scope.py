@@ -11,6 +11,8 @@ import ast
 from types import CellType, CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match.symbolic.source import function_of_callable
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
@@ -32,7 +34,7 @@ class Scope:
     """
 
     def __init__(self, original: Callable[..., Any], hot: Iterable[str], dispatch: object = None) -> None:
-        self.original = original if isinstance(original, FunctionType) else None
+        self.original = function_of_callable(original)
         self._rest = _Rest(original, dispatch)
         self._hot = {name: CellType(None) for name in hot}
         self._cells = {_REST: CellType(self._rest), **self._hot}
@@ -128,9 +130,11 @@ class _Names(ast.NodeTransformer):
         return ast.copy_location(ast.Attribute(rest, node.id, node.ctx), node)
 
 
-def dispatch_behind(function: object) -> Any:
-    """What is behind a function that Twinkle generated; None for any other."""
-    if isinstance(function, FunctionType) and _REST in function.__code__.co_freevars:
-        cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
-        return cells[_REST].cell_contents._dispatch
+def dispatch_behind(function: Any) -> Any:
+    """What is behind a function that Twinkle generated, or behind its decorators; None for any other."""
+    while function is not None:
+        if isinstance(function, FunctionType) and _REST in function.__code__.co_freevars:
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+            return cells[_REST].cell_contents._dispatch
+        function = getattr(function, "__wrapped__", None)
     return None
