@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -242,8 +243,11 @@ def test_a_string_target_is_bound_by_name() -> None:
 def test_a_pattern_target_gets_one_record_a_class(clean_registry: Registry) -> None:
     register_layer_kernel("k", layer_impl=Plus)
     register_external_layer(f"{Scale.__module__}:Sc*", "k")
-    kernelize_model(nn.Sequential(Scale(), Scale()))
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
     assert [(b.target, b.instances) for b in clean_registry.bindings] == [(f"{Scale.__module__}:Scale", 2)]
+    del model
+    gc.collect()
+    assert [b.instances for b in clean_registry.bindings] == [0]  # who is gone is not counted
 
 
 def test_a_meta_model_loads_nothing_until_it_has_data(clean_registry: Registry) -> None:
