@@ -87,7 +87,7 @@ def test_package_that_cannot_be_imported_does_not_stop_the_program(doors, damage
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("option", "active"), [("-I", True), ("-E", True), ("-s", True), ("-S", False)])
+@pytest.mark.parametrize(("option", "active"), [("-I", False), ("-E", False), ("-s", True), ("-S", False)])
 def test_options_of_python_that_touch_the_door(doors, option, active):
     assert doors["pth"].run("-c", ACTIVE, options=(option,)).stdout == f"{active}\n"
 
@@ -122,7 +122,7 @@ def test_active_interpreter_has_imported_nothing_heavy(doors, config, tmp_path):
     if config == "file":
         config = str(tmp_path / "twinkle.toml")
         (tmp_path / "twinkle.toml").write_text(FILE)
-    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=config)
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=config, TWINKLE_LOG="off")
     done = door.run("-c", MODULES)
     assert done.stderr == ""
     imported = done.stdout.split()
