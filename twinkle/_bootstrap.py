@@ -150,13 +150,15 @@ def report_at_exit(*, text: bool = False, idle: bool = False, path: str | None =
     os.environ.setdefault(JOB, f"{pid}-{time.time_ns() // 1000000}")
 
     def at_exit() -> None:
-        if os.getpid() == pid and runtime.session is session:  # not in a forked child
+        here = os.getpid() == pid and runtime.session is session  # not in a forked child
+        if here and (ends.has_to_be_said or runtime.options.strict or not session.door):
             from twinkle.report import exit
 
             exit.at_exit(ends)
 
     def changed() -> None:
-        if runtime.session is session:
+        # A program that only calls the API has a catalogue: what its children take of it is theirs to know.
+        if runtime.session is session and (ends.path is not None or session.door):
             from twinkle.report import exit
 
             exit.changed(ends)

@@ -5,11 +5,14 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
+import os
+import sys
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["JOB", "Ends", "Session"]
+__all__ = ["JOB", "Ends", "Session", "job_folder"]
 
 JOB = "_TWINKLE_JOB"
 """The variable that tells the processes of a job which of them was first: its process id, and when."""
@@ -28,6 +31,26 @@ class Ends:
         self.text = False
         self.idle = False
         self.path: str | None = None
+        self._before = frozenset(sys.modules)
+
+    @property
+    def has_to_be_said(self) -> bool:
+        """Whether there is anything to write, or a program that kernels could have been for.
+
+        One that imports the standard library alone is none: ``python -c …`` in a shell that exports
+        ``TWINKLE_CONFIG`` ends without a word.
+        """
+        if self.text or self.path is not None or os.path.isdir(job_folder()):
+            return True
+        known = {*sys.stdlib_module_names, "twinkle", "wrapt", "__mp_main__"}
+        return any(name.partition(".")[0] not in known for name in sys.modules.keys() - self._before)
+
+
+def job_folder() -> str:
+    """Where the processes of a job without a report file leave theirs for the first one."""
+    root = os.environ.get("TMPDIR") or ("/tmp" if os.name == "posix" else os.environ.get("TEMP", os.curdir))
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    return os.path.join(root, f"twinkle-{user}-{os.environ.get(JOB, '')}")
 
 
 class Session:

@@ -122,7 +122,7 @@ def test_active_interpreter_has_imported_nothing_heavy(doors, config, tmp_path):
     if config == "file":
         config = str(tmp_path / "twinkle.toml")
         (tmp_path / "twinkle.toml").write_text(FILE)
-    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=config, TWINKLE_LOG="off")
+    door = type(doors["pth"])(doors["pth"].folder, TWINKLE_CONFIG=config)
     done = door.run("-c", MODULES)
     assert done.stderr == ""
     imported = done.stdout.split()

@@ -47,7 +47,7 @@ def run(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 SAID = {
-    "not imported": ("", "lib:f", "lib was not imported yet"),
+    "not imported": ("import pkg", "lib:f", "lib was not imported yet"),
     "misspelt module": ("import lib", "lbi:f", "there is no module lbi; did you mean 'lib'?"),
     "misspelt submodule": ("import pkg", "pkg.iner:f", "there is no module pkg.iner; did you mean 'inner'?"),
     "no package": ("import lib", "lib.sub:f", "lib.sub"),
@@ -159,3 +159,8 @@ def test_lazy_package_is_not_made_to_import(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setitem(sys.modules, "tw_lazy", Lazy("tw_lazy"))
     assert idle.mistake(Name("tw_lazy", "Anything")) is None
+
+
+def test_program_of_the_standard_library_alone_ends_without_a_word(run: Run) -> None:
+    done = run("import json, wave; print('ran')", "lib:f")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "ran\n", "")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from typing import TYPE_CHECKING
 
 from twinkle.errors import say
 from twinkle.report import idle, job
 from twinkle.report.records import snapshot
 from twinkle.runtime import runtime
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -70,6 +69,8 @@ def print_report(data: dict[str, Any]) -> None:
 
 def write_json(data: dict[str, Any], path: str) -> None:
     """Write ``data`` to ``path`` in one step: a reader sees the old file or the new one, whole."""
+    import json
+
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "w", encoding="utf-8") as file:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 import sys
-from typing import TYPE_CHECKING
 
 from twinkle._environment import switched_off, variables
 from twinkle.errors import ConfigError, suggest
 from twinkle.runtime import runtime
 from twinkle.targets import Name, Op, Pattern, parse_target
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from types import ModuleType
@@ -196,5 +195,7 @@ def _spec(name: str, path: Sequence[str] | None) -> object | None:
 
 
 def _siblings(path: Sequence[str] | None) -> list[str]:
+    import pkgutil
+
     found = [module.name for module in pkgutil.iter_modules(None if path is None else list(path))]
     return found + [name for name in sys.modules if path is None and "." not in name]

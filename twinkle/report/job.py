@@ -7,15 +7,11 @@ first process reads and removes.
 
 from __future__ import annotations
 
-import glob
-import json
 import os
-import shutil
-import tempfile
-from typing import TYPE_CHECKING
 
-from twinkle.session import JOB
+from twinkle.session import JOB, job_folder
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
@@ -38,7 +34,7 @@ def path_of_this_process(path: str | None) -> str | None:
     if path is not None:
         stem, suffix = os.path.splitext(path)
         return f"{stem}.{os.getpid()}{suffix}"
-    folder = _folder()
+    folder = job_folder()
     if not _is_running(os.environ[JOB].partition("-")[0]):
         return None  # nobody would read and remove it
     os.makedirs(folder, mode=0o700, exist_ok=True)
@@ -51,12 +47,17 @@ def others(path: str | None) -> list[dict[str, Any]]:
     Args:
         path: The report of the job, or None.
     """
+    folder = job_folder()
+    if path is None and not _is_ours(folder):
+        return []
+    import json
+    from glob import escape, glob
+
     if path is not None:
         stem, suffix = os.path.splitext(path)
-        files = sorted(glob.glob(f"{glob.escape(stem)}.*{glob.escape(suffix)}"))
+        files = sorted(glob(f"{escape(stem)}.*{escape(suffix)}"))
     else:
-        folder = _folder()
-        files = sorted(glob.glob(os.path.join(glob.escape(folder), "*.json"))) if _is_ours(folder) else []
+        files = sorted(glob(os.path.join(escape(folder), "*.json")))
     found = []
     for file in files:
         try:
@@ -66,7 +67,9 @@ def others(path: str | None) -> list[dict[str, Any]]:
                 found.append({**data, "file": file})
         except (OSError, ValueError, KeyError, TypeError):
             continue
-    if path is None and files:
+    if path is None:
+        import shutil
+
         shutil.rmtree(folder, ignore_errors=True)
     return found
 
@@ -97,11 +100,6 @@ def _is_same(its: dict[str, Any], binding: dict[str, Any], ours: set[str]) -> bo
     if any(its[key] != binding[key] for key in ("kind", "kernel", "device", "mode", "origin")):
         return False
     return its["target"] == binding["target"] or its["target"] not in ours
-
-
-def _folder() -> str:
-    user = os.getuid() if hasattr(os, "getuid") else ""
-    return os.path.join(tempfile.gettempdir(), f"twinkle-{user}-{os.environ.get(JOB, '')}")
 
 
 def _is_ours(folder: str) -> bool:
