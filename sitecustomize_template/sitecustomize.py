@@ -39,7 +39,20 @@ _twinkle_seen.add(os.path.realpath(__file__))
 try:
     _run_hidden(_twinkle_seen)
 finally:
-    if any(map(os.environ.get, ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS"))):
+    # The names of twinkle._environment.VARIABLES. A Python that ignores the environment does not come here.
+    if any(
+        map(
+            os.environ.get,
+            (
+                "TWINKLE_CONFIG",
+                "TWINKLE_LAYERS",
+                "TWINKLE_FUNCTIONS",
+                "TWINKLE_KERNELS",
+                "TWINKLE_LOG",
+                "TWINKLE_REPORT",
+            ),
+        )
+    ):
         try:
             from twinkle._start import main
         except ImportError:

@@ -6,14 +6,60 @@ Standard library only: this module is imported at interpreter start.
 from __future__ import annotations
 
 import os
+import sys
 
-__all__ = ["FALSE", "TRUE", "VARIABLES", "absolute", "check_path", "is_switch"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-VARIABLES = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS")
+__all__ = [
+    "FALSE",
+    "TRUE",
+    "VARIABLES",
+    "absolute",
+    "asking",
+    "check_path",
+    "is_switch",
+    "switched_off",
+    "variables",
+]
+
+_ASKING = ("TWINKLE_CONFIG", "TWINKLE_LAYERS", "TWINKLE_FUNCTIONS", "TWINKLE_KERNELS")
+
+VARIABLES = (*_ASKING, "TWINKLE_LOG", "TWINKLE_REPORT")
 """The variables of which one must be set, and not empty, for the door to open."""
 
 TRUE = ("1", "true", "yes", "on")
 FALSE = ("0", "false", "no", "off")
+
+
+def variables() -> Mapping[str, str]:
+    """The environment as every way into Twinkle reads it.
+
+    ``python -E`` and ``-I`` say that the environment does not count. They hide ``PYTHONPATH``, and who types
+    them for safety means the variables that name code to run as well.
+    """
+    if not sys.flags.ignore_environment:
+        return os.environ
+    return {name: text for name, text in os.environ.items() if not name.startswith("TWINKLE_")}
+
+
+def asking(environ: Mapping[str, str]) -> list[str]:
+    """The variables that ask for kernels; the others settle how, or what is said of them."""
+    return [
+        name
+        for name in _ASKING
+        if environ.get(name, "").strip()
+        and not (name == "TWINKLE_KERNELS" and environ[name].strip().lower() in FALSE)
+    ]
+
+
+def switched_off(environ: Mapping[str, str]) -> bool:
+    """Whether ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0`` turns Twinkle off; never raises."""
+    return (
+        environ.get("TWINKLE_DISABLE", "").strip().lower() in TRUE
+        or environ.get("TWINKLE_USE_KERNELS", "").strip().lower() in FALSE
+    )
 
 
 def is_switch(text: str) -> bool:

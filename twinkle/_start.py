@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from twinkle._environment import VARIABLES, absolute
+from twinkle._environment import VARIABLES, absolute, variables
 
 __all__ = ["main"]
 
@@ -24,6 +24,14 @@ def _is_our_command() -> bool:
 
 _opened: list[str] = []
 
+# Variables that hold a path, or several with what stands between them.
+_PATHS = {
+    "TWINKLE_CONFIG": os.pathsep,
+    "TWINKLE_LOCK": "",
+    "TWINKLE_REPORT": "",
+    "TWINKLE_TRUST_FILES": os.pathsep,
+}
+
 
 def main(door: str = "pth") -> None:
     """Activate Twinkle when the environment asks for it; the program goes on whatever happens.
@@ -31,20 +39,23 @@ def main(door: str = "pth") -> None:
     Only the first call counts: Python reads the ``.pth`` files of a virtual environment twice, and
     several doors may lead into one interpreter.
     """
-    if _opened or not any(map(os.environ.get, VARIABLES)):
+    environ = variables()
+    if _opened or not any(map(environ.get, VARIABLES)):
         return
     _opened.append(door)
     try:
         if _is_our_command():  # it reads the configuration itself, and starts another interpreter
             return
-        if os.environ.get("TWINKLE_CONFIG"):
-            paths = os.environ["TWINKLE_CONFIG"].split(os.pathsep)
-            os.environ["TWINKLE_CONFIG"] = os.pathsep.join(absolute(path) for path in paths if path.strip())
-        if os.environ.get("TWINKLE_REPORT"):
-            os.environ["TWINKLE_REPORT"] = absolute(os.environ["TWINKLE_REPORT"])
+        # Children may start in another directory.
+        for name, separator in _PATHS.items():
+            if environ.get(name):
+                paths = environ[name].split(separator) if separator else [environ[name]]
+                os.environ[name] = separator.join(absolute(path) for path in paths if path.strip())
         from twinkle._bootstrap import activate
 
         activate(door=door)
     except Exception as error:
         # A traceback here would be printed by every child process of a program that did nothing wrong.
-        print("twinkle is not active:", repr(error), file=sys.stderr)
+        from twinkle.errors import say
+
+        say(f"twinkle is not active: {error!r}")

@@ -17,6 +17,7 @@ __all__ = [
     "SourceError",
     "TwinkleError",
     "TwinkleWarning",
+    "say",
     "suggest",
     "warn",
 ]
@@ -121,6 +122,36 @@ def suggest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
     return f"did you mean {close[0]!r}?" if close else None
 
 
+def say(text: str, *, end: str = "\n") -> None:
+    """Print a line on stderr, where there is one; the one way of every word of Twinkle.
+
+    Nothing goes to stdout, nothing is raised, and nothing stays in a buffer: a closed stderr, a broken pipe
+    and a full disk lose the line and leave the exit code of the program as it is.
+
+    Args:
+        text: The line.
+        end: What ends it.
+    """
+    import sys
+
+    stream = getattr(sys, "stderr", None)
+    if stream is None:  # print() would take stdout
+        return
+    try:
+        raw = getattr(getattr(stream, "buffer", None), "raw", None)
+        if raw is None:  # the program's own, or a notebook's
+            stream.write(text + end)
+            stream.flush()
+            return
+        stream.flush()  # what the program has written comes first
+        left = memoryview((text + end).encode(stream.encoding, "backslashreplace"))
+        # Not through the buffer, which Python flushes at exit: what cannot be written would end it with 120.
+        while left:
+            left = left[raw.write(left) or len(left) :]
+    except Exception:
+        return
+
+
 def warn(text: str) -> None:
     """Warn once of something that was left as it was; never an exception, even under ``-W error``.
 
@@ -139,8 +170,8 @@ def warn(text: str) -> None:
     module = str(names.get("__name__", "<unknown>"))
     try:
         warnings.warn_explicit(text, TwinkleWarning, code.co_filename, frame.f_lineno, module, registry)
-    except TwinkleWarning:
-        print(f"TwinkleWarning: {text}", file=sys.stderr)
+    except Exception:  # made an error by a filter, or raised by a showwarning of the program's
+        say(f"TwinkleWarning: {text}")
 
 
 def _is_machinery(frame: FrameType) -> bool:

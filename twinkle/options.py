@@ -10,6 +10,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Options"]
 
+SETTINGS = ("mode", "device", "use_fallback", "strict", "verify", "kernels", "sizes", "trust_remote_code")
+"""The settings that are in force for a process, named as in ``[twinkle]``."""
+
 
 class Options:
     """What ``[twinkle]`` and the environment settled for bindings put in place by a hook.
@@ -23,6 +26,7 @@ class Options:
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
+        trust_remote_code: Whose code from the Hub may run, where a registration does not say.
     """
 
     def __init__(self) -> None:
@@ -34,6 +38,19 @@ class Options:
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
         self.sizes = "auto"
+        self.trust_remote_code: bool | Collection[str] = False
+
+    def take(self, settings: object, *, given: Collection[str] | None = None) -> None:
+        """Bring settings into force.
+
+        Args:
+            settings: :class:`twinkle.config.Settings`, what a configuration and the variables say.
+            given: The keys to take; all of them by default.
+        """
+        for key in SETTINGS:
+            if given is None or key in given:
+                setattr(self, key, getattr(settings, key))
+        self.disabled = settings.disable  # type: ignore[attr-defined]
 
     @property
     def raises(self) -> bool:

@@ -12,7 +12,7 @@ from twinkle.targets import Name, Op
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sized
     from typing import Literal, Protocol, TypeVar
 
     from twinkle.modes import Mode
@@ -198,23 +198,27 @@ class Binding:
         device, mode: As registered, in words; ``any`` when not given.
         state: One of :data:`STATES`.
         reason: Why the state is not ``active``; notes when it is.
-        instances: Modules (or importing modules, for a function) it is in place on now.
+        ran: Whether it was called; ``None`` where it stands in place itself and its calls are not seen.
         proof: ``unproven``, ``proven`` or ``rejected``, with figures in words.
         load_seconds: How long loading took, once it was loaded.
         origin: Where it was registered.
+        on_change: Called when the state, its reason or ``ran`` has changed.
     """
 
     __slots__ = (
+        "_counted",
+        "_homes",
         "_lock",
         "_source",
         "device",
-        "instances",
         "kernel",
         "load_seconds",
         "mode",
         "notes",
+        "on_change",
         "origin",
         "proof",
+        "ran",
         "reason",
         "scope",
         "state",
@@ -242,9 +246,12 @@ class Binding:
         self.state = "pending"
         self.reason = ""
         self.notes: list[str] = []
-        self.instances = 0
         self.proof = "unproven"
+        self.ran: bool | None = None
         self.load_seconds: float | None = None
+        self.on_change: Callable[[], object] | None = None
+        self._counted = 0
+        self._homes: list[Sized] = []
         self._lock = allocate_lock()
 
     @property
@@ -259,8 +266,11 @@ class Binding:
         if state != "active" and not reason:
             raise ValueError(f"state {state!r} needs a reason")
         with self._lock:
+            changed = (self.state, self.reason) != (state, reason)
             self.state = state
             self.reason = reason
+        if changed and self.on_change is not None:
+            self.on_change()
 
     def note(self, text: str) -> None:
         """Add a remark that does not change the state (a stale alias, a fallback call site)."""
@@ -268,10 +278,28 @@ class Binding:
             if text not in self.notes:
                 self.notes.append(text)
 
+    def has_run(self) -> None:
+        """Record that it was called."""
+        if not self.ran:
+            self.ran = True
+            if self.on_change is not None:
+                self.on_change()
+
+    @property
+    def instances(self) -> int:
+        """The modules that are alive (or the importing modules, for a function) it is in place on now."""
+        return self._counted + sum(map(len, self._homes))
+
     def count(self, change: int) -> None:
-        """Add to (or take from) the number of instances."""
+        """Add to (or take from) the number of names it is in place under."""
         with self._lock:
-            self.instances += change
+            self._counted += change
+
+    def lives_in(self, home: Sized) -> None:
+        """Count what is in a collection, now and whenever it is asked: who dies leaves it."""
+        with self._lock:
+            if not any(known is home for known in self._homes):
+                self._homes = [*filter(len, self._homes), home]
 
     def __repr__(self) -> str:
         return f"<Binding {self.target} <- {self.kernel} [{self.device}/{self.mode}] {self.state}>"

@@ -11,7 +11,7 @@ from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Registry"]
 
@@ -21,6 +21,9 @@ class Registry:
 
     Readers take a snapshot (the lists are replaced, never changed in place), so that no lock is
     held while a kernel is loaded or a model is walked.
+
+    Attributes:
+        on_change: Called when the record of a kernel has changed.
     """
 
     def __init__(self) -> None:
@@ -29,6 +32,7 @@ class Registry:
         self.layer_targets: tuple[LayerTarget, ...] = ()
         self.function_kernels: tuple[FunctionKernel, ...] = ()
         self.bindings: tuple[Binding, ...] = ()
+        self.on_change: Callable[[], object] | None = None
         self._bound: dict[tuple[LayerKernel | FunctionKernel, str], Binding] = {}
 
     def add(
@@ -80,14 +84,30 @@ class Registry:
                     mode=kernel.mode,
                     origin=kernel.origin,
                 )
+                known.on_change = self._changed
                 self._bound[kernel, target] = known
                 self.bindings = (*self.bindings, known)
             return known
+
+    def bound(self) -> tuple[tuple[LayerKernel | FunctionKernel, Binding], ...]:
+        """Every kernel with its record, for the targets that there are records for."""
+        with self._lock:
+            return tuple((kernel, binding) for (kernel, _), binding in self._bound.items())
+
+    def nameless(self) -> tuple[LayerTarget, ...]:
+        """The layer targets that were bound to a name under which no kernel is registered."""
+        names = {kernel.name for kernel in self.layer_kernels}
+        return tuple(target for target in self.layer_targets if target.kernel_name not in names)
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            self.on_change()
 
     def record(self, binding: Binding) -> None:
         """Take in a record that was made elsewhere."""
         with self._lock:
             if not any(known is binding for known in self.bindings):
+                binding.on_change = self._changed
                 self.bindings = (*self.bindings, binding)
 
     def unbind(self, kernel: LayerKernel | FunctionKernel, target: str) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 __all__ = [
+    "closed_because",
     "config_variable",
     "door_paths",
     "environment",
@@ -103,6 +104,27 @@ def door_paths() -> list[str]:
     return paths
 
 
+def closed_because(paths: Sequence[str]) -> tuple[str, str] | None:
+    """Why no door would open in a new interpreter with this one's options, and what to do; None if one does.
+
+    Args:
+        paths: The entries that :func:`door_paths` adds to ``PYTHONPATH``.
+    """
+    install = "install Twinkle into this environment with pip"
+    if sys.flags.no_site or sys.flags.ignore_environment:
+        option = "-S" if sys.flags.no_site else "-E or -I"
+        return f"python was started with {option}", "leave it out: the settings are in the environment"
+    if any(os.pathsep in path for path in paths):
+        return f"PYTHONPATH cannot hold {' and '.join(paths)}", install
+    if not pth_folders():
+        from importlib.machinery import PathFinder
+
+        if PathFinder.find_spec("sitecustomize", list(paths[:1])) is None:
+            found = f"{_PACKAGE} is the package alone: no twinkle.pth in site-packages, and no {paths[0]}"
+            return found, f"{install}, or take the folder sitecustomize_template along"
+    return None
+
+
 def environment(environ: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
     """The environment in which a new interpreter of ours activates Twinkle.
 
@@ -111,15 +133,17 @@ def environment(environ: Mapping[str, str], settings: Mapping[str, str]) -> dict
         settings: ``TWINKLE_*`` variables to set in it.
 
     Raises:
-        TwinkleError: An option of this interpreter closes every door.
+        TwinkleError: No door would open in it.
     """
     paths = door_paths()
-    if paths and (sys.flags.ignore_environment or sys.flags.no_site):
+    closed = closed_because(paths)
+    if closed is not None:
+        found, fix = closed
         raise TwinkleError(
-            "no door of Twinkle opens in this interpreter",
-            found="python was started with " + ("-S" if sys.flags.no_site else "-E or -I"),
-            expected=f"twinkle.pth in site-packages, or an interpreter that reads PYTHONPATH={paths[0]}",
-            fix="leave the option out, or install Twinkle into this environment with pip",
+            "no door of Twinkle opens in this interpreter, and the program was not started",
+            found=found,
+            expected="a Python that reads the environment, and twinkle.pth or a sitecustomize of Twinkle",
+            fix=fix,
         )
     result = {**environ, **settings}
     if paths:

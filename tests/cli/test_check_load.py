@@ -8,6 +8,14 @@ import sys
 
 import pytest
 
+TARGETS = """
+from torch import nn
+def function(x): return x
+class Layer(nn.Module):
+    def forward(self, x): return x
+class Other(nn.Module):
+    def forward(self, y, z): return y
+"""
 LAYERS = "from torch import nn\nclass Same(nn.Module):\n    def forward(self, x): return x\n"
 BINDS = '[layers.Same]\ntarget = "tw_plugged_target:Layer"\npackage_name = "tw_plugged"\n'
 
@@ -29,7 +37,7 @@ def twinkle(tmp_path):
     (work / "good.toml").write_text('[twinkle]\nplugins = ["norms"]\n')
     (work / "misspelt.toml").write_text('[twinkle]\nplugins = ["nroms"]\n')
     (work / "program.py").write_text("print('it ran')")
-    (work / "tw_plugged_target.py").write_text("from torch import nn\nclass Layer(nn.Module): pass\n")
+    (work / "tw_plugged_target.py").write_text(TARGETS)
 
     def run(*words: str) -> subprocess.CompletedProcess[str]:
         environ = {k: v for k, v in os.environ.items() if not k.startswith("TWINKLE")}
@@ -71,3 +79,30 @@ def test_check_load_loads_what_is_bound_by_structure(twinkle):
     assert done.returncode == 0, done.stderr
     assert "kernel rotary: loads" in done.stdout
     assert "kernel rms_norm: loads" in done.stdout
+
+
+CANNOT_WORK = {
+    "misspelt module": ("tw_pluged_target:Layer", "there is no module tw_pluged_target", "tw_plugged_target"),
+    "misspelt class": ("tw_plugged_target:Layr", "tw_plugged_target has no Layr", "did you mean 'Layer'?"),
+    "no layer": ("tw_plugged_target:function", "is no layer", "an nn.Module class"),
+    "another signature": ("tw_plugged_target:Other", "forward", "z"),
+}
+
+
+@pytest.mark.parametrize(("target", "said", "hint"), CANNOT_WORK.values(), ids=CANNOT_WORK.keys())
+def test_check_load_fails_where_a_binding_cannot_work(twinkle, tmp_path, target, said, hint):
+    text = f'[layers.Same]\ntarget = "{target}"\npackage_name = "tw_plugged"\n'
+    (tmp_path / "work/bad.toml").write_text(text)
+    done = twinkle("check", "--load", "bad.toml")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert hint in done.stderr
+    assert ": right" not in done.stdout
+
+
+def test_check_says_right_of_nothing_it_did_not_look_at(twinkle, tmp_path):
+    (tmp_path / "work/bad.toml").write_text('[layers.Same]\ntarget = "a:B"\npackage_name = "nowhere"\n')
+    done = twinkle("check", "bad.toml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ": right" not in done.stdout
+    assert "twinkle check --load" in done.stdout

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from twinkle import config
-from twinkle.config.environment import VARIABLES, config_paths, switched_off
+from twinkle._environment import switched_off
+from twinkle.config.environment import VARIABLES, config_paths
 from twinkle.errors import ConfigError
 from twinkle.targets import Name
 
@@ -221,6 +222,7 @@ PATHS = {
     "TWINKLE_CONFIG": "the path of a TOML file, or auto for the defaults without one",
     "TWINKLE_LOCK": "the path of a twinkle.lock",
     "TWINKLE_REPORT": "the path of a JSON file",
+    "TWINKLE_TRUST_FILES": "directories whose modes mean nothing, joined by the path separator",
 }
 NO_CACHE = ("0", "false", "no", "off")
 

@@ -225,6 +225,13 @@ def test_root_reads_what_a_user_mounted(folder: Path, monkeypatch: pytest.Monkey
     assert read(path)[0] == {"a": 1}
 
 
+def command(error: ConfigError) -> str:
+    """The command of a fix, without what it says of mounts whose modes mean nothing."""
+    chmod, _, more = str(error.fix).partition("; where modes mean nothing")
+    assert "TWINKLE_TRUST_FILES=" in more
+    return chmod
+
+
 @posix_only
 @pytest.mark.usefixtures("_shared_group")
 @pytest.mark.parametrize(
@@ -237,7 +244,7 @@ def test_a_file_others_can_write_is_refused_with_the_chmod(folder: Path, mode: i
     assert "written by others" in error.what
     assert error.where == "t.toml"
     assert error.found == f"{path} is writable by {who} (mode {mode:04o})"
-    assert error.fix == f"chmod go-w {path}"
+    assert command(error) == f"chmod go-w {path}"
 
 
 @posix_only
@@ -248,7 +255,7 @@ def test_a_directory_others_can_write_is_refused_with_the_chmod(folder: Path, mo
     folder.chmod(mode)
     error = refused(path)
     assert "directory" in error.what
-    assert error.fix == f"chmod go-w {folder}"
+    assert command(error) == f"chmod go-w {folder}"
 
 
 @posix_only
@@ -265,7 +272,7 @@ def test_the_directory_of_a_symbolic_link_counts_too(folder: Path) -> None:
     shared.mkdir()
     (shared / "link.toml").symlink_to(path)
     shared.chmod(0o777)
-    assert refused(str(shared / "link.toml")).fix == f"chmod go-w {shared}"
+    assert command(refused(str(shared / "link.toml"))) == f"chmod go-w {shared}"
 
 
 @posix_only
@@ -275,7 +282,7 @@ def test_the_directory_behind_a_symbolic_link_counts_too(folder: Path) -> None:
     path = written(shared, "")
     shared.chmod(0o777)
     (folder / "link.toml").symlink_to(path)
-    assert refused(str(folder / "link.toml")).fix == f"chmod go-w {shared}"
+    assert command(refused(str(folder / "link.toml"))) == f"chmod go-w {shared}"
 
 
 @posix_only
@@ -303,7 +310,7 @@ def test_a_file_of_root_or_oneself_is_read(folder: Path, monkeypatch: pytest.Mon
 def test_the_chmod_quotes_what_a_shell_would_read(folder: Path) -> None:
     path = written(folder, "", name="it's a file.toml")
     os.chmod(path, 0o666)
-    assert refused(path).fix == f"chmod go-w '{folder}/it'\"'\"'s a file.toml'"
+    assert command(refused(path)) == f"chmod go-w '{folder}/it'\"'\"'s a file.toml'"
 
 
 def fstat_of(original, *, uid: int):
@@ -313,3 +320,34 @@ def fstat_of(original, *, uid: int):
         return os.stat_result(values)
 
     return stat_as
+
+
+@posix_only
+def test_a_directory_that_is_vouched_for_may_have_any_mode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(folder, "")
+    os.chmod(path, 0o666)
+    folder.chmod(0o777)
+    for entry in (str(folder.parent), f"/elsewhere{os.pathsep}{folder}"):
+        monkeypatch.setenv("TWINKLE_TRUST_FILES", entry)
+        assert read(path)[0] == {}
+    for entry in ("", "1", "/elsewhere", f"{folder}x", f"{folder}/twinkle.toml/x"):
+        monkeypatch.setenv("TWINKLE_TRUST_FILES", entry)
+        refused(path)
+
+
+@posix_only
+def test_what_nobody_can_write_for_it_is_mounted_read_only_may_have_any_mode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(folder, "")
+    os.chmod(path, 0o666)
+    folder.chmod(0o777)
+    facts = os.statvfs(path)
+
+    class ReadOnly:
+        f_flag = facts.f_flag | os.ST_RDONLY
+
+    monkeypatch.setattr(os, "statvfs", lambda path: ReadOnly)
+    assert read(path)[0] == {}

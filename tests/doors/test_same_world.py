@@ -147,11 +147,14 @@ def test_options_of_python_reach_the_program(main_door, options, folder):
     assert ours == plain
 
 
-def test_isolated_interpreter_is_patched_by_the_installed_door(doors, folder):
+@pytest.mark.parametrize("option", ["-I", "-E"])
+def test_interpreter_that_ignores_the_environment_ignores_ours(doors, folder, option):
     (folder / "probe.py").write_text(PROBE.replace("import helper", "import json as helper"))
-    for name in ("pth", "run"):
-        seen = world(doors[name].run("probe.py", options=("-I",), cwd=folder, input=""), doors[name])
-        assert seen["active"], name
+    door = doors["pth"]
+    assert not world(door.run("probe.py", options=(option,), cwd=folder, input=""), door)["active"]
+    done = doors["run"].run("probe.py", options=(option,), cwd=folder)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "python was started with -E or -I" in done.stderr
 
 
 def test_program_is_not_started_where_no_door_opens(doors, folder, tmp_path):

@@ -87,7 +87,7 @@ def test_package_that_cannot_be_imported_does_not_stop_the_program(doors, damage
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(("option", "active"), [("-I", True), ("-E", True), ("-s", True), ("-S", False)])
+@pytest.mark.parametrize(("option", "active"), [("-I", False), ("-E", False), ("-s", True), ("-S", False)])
 def test_options_of_python_that_touch_the_door(doors, option, active):
     assert doors["pth"].run("-c", ACTIVE, options=(option,)).stdout == f"{active}\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING
 
 import pytest
@@ -242,8 +243,11 @@ def test_a_string_target_is_bound_by_name() -> None:
 def test_a_pattern_target_gets_one_record_a_class(clean_registry: Registry) -> None:
     register_layer_kernel("k", layer_impl=Plus)
     register_external_layer(f"{Scale.__module__}:Sc*", "k")
-    kernelize_model(nn.Sequential(Scale(), Scale()))
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
     assert [(b.target, b.instances) for b in clean_registry.bindings] == [(f"{Scale.__module__}:Scale", 2)]
+    del model
+    gc.collect()
+    assert [b.instances for b in clean_registry.bindings] == [0]  # who is gone is not counted
 
 
 def test_a_meta_model_loads_nothing_until_it_has_data(clean_registry: Registry) -> None:
@@ -304,3 +308,43 @@ def test_functions_are_applied_after_layers(my_pkg: None) -> None:
     with kernelized(None, mode="train"):
         assert math_ops.add(1, 2) == 4
     assert math_ops.add(1, 2) == 3
+
+
+CANNOT_BE = {
+    "name of no kernel": (Scale, "kk", "bound to 'kk', and no kernel has that name; did you mean 'k'?"),
+    "misspelt module": ("torch.nnn:Linear", "k", "there is no module torch.nnn; did you mean 'nn'?"),
+    "misspelt package": ("tw_no_such_package.x:Y", "k", "there is no module tw_no_such_package"),
+    "misspelt class": ("torch.nn:Linaer", "k", "torch.nn has no Linaer; did you mean"),
+}
+
+
+@pytest.mark.parametrize(("layer", "name", "said"), CANNOT_BE.values(), ids=CANNOT_BE.keys())
+def test_what_cannot_be_is_a_warning_or_an_error(
+    clean_registry: Registry, layer: type | str, name: str, said: str
+) -> None:
+    register_layer_kernel("k", layer_impl=Plus)
+    register_external_layer(layer, name)
+    model = nn.Sequential(Scale())
+    with pytest.warns(TwinkleWarning) as caught:
+        kernelize_model(model)
+    (warning,) = caught
+    assert said in str(warning.message)
+    assert "test_kernelize.py" in str(warning.message)
+    with pytest.raises(ApplyError) as raised:
+        kernelize_model(model, use_fallback=False)
+    assert said.partition(";")[0] in str(raised.value)
+    assert type(model[0]) is Scale
+
+
+def test_kernel_may_be_registered_behind_its_layer(clean_registry: Registry) -> None:
+    register_external_layer(Scale, "k")
+    register_layer_kernel("k", layer_impl=Plus)
+    kernelize_model(nn.Sequential(Scale()))
+
+
+def test_report_names_the_layer_that_was_bound_to_no_kernel(clean_registry: Registry) -> None:
+    from twinkle import report
+
+    register_external_layer(Scale, "NoSuchKernel")
+    (remark,) = [text for text in report.snapshot()["remarks"] if "NoSuchKernel" in text]
+    assert "no kernel has that name" in remark

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
@@ -100,15 +101,22 @@ def test_a_report_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
 
 
 def run(code: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environ = {key: value for key, value in os.environ.items() if "TWINKLE_" not in key}
     return subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=240, check=False
+        [sys.executable, "-c", code],
+        cwd=cwd,
+        env=environ,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
 def test_a_program_that_fails_still_reports_and_keeps_its_exit_code(tmp_path: Path) -> None:
     code = (
-        "from twinkle.report.exit import register_at_exit\n"
-        "register_at_exit(text=True, path='r.json')\nraise SystemExit(7)"
+        "from twinkle._bootstrap import report_at_exit\n"
+        "report_at_exit(text=True, path='r.json')\nraise SystemExit(7)"
     )
     done = run(code, tmp_path)
     assert (done.returncode, done.stdout) == (7, "")
@@ -119,9 +127,9 @@ def test_a_program_that_fails_still_reports_and_keeps_its_exit_code(tmp_path: Pa
 def test_a_child_program_does_not_overwrite_its_parents_report(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys\n"
-        "from twinkle.report.exit import register_at_exit\n"
-        "register_at_exit(text=True, path='r.json')\n"
-        "child = 'from twinkle.report.exit import register_at_exit as r; r(text=True, path=\"r.json\")'\n"
+        "from twinkle._bootstrap import report_at_exit\n"
+        "report_at_exit(text=True, path='r.json')\n"
+        "child = 'from twinkle._bootstrap import report_at_exit as r; r(text=True, path=\"r.json\")'\n"
         "subprocess.run([sys.executable, '-c', child], check=True)\n"
     )
     done = run(code, tmp_path)
@@ -131,7 +139,7 @@ def test_a_child_program_does_not_overwrite_its_parents_report(tmp_path: Path) -
 
 
 def test_a_report_path_that_cannot_be_written_is_said_and_harms_nothing(tmp_path: Path) -> None:
-    code = "from twinkle.report.exit import register_at_exit as r; r(text=False, path='no/such/r.json')"
+    code = "from twinkle._bootstrap import report_at_exit as r; r(path='no/such/r.json')"
     done = run(code, tmp_path)
     assert done.returncode == 0
     assert "cannot write the report to no/such/r.json" in done.stderr

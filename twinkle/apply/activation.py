@@ -6,8 +6,6 @@ imported by the callbacks, when the program itself has imported torch.
 
 from __future__ import annotations
 
-import sys
-
 from twinkle.apply.bindings import declare, layer_binding
 from twinkle.errors import ApplyError, warn
 from twinkle.runtime import runtime
@@ -54,27 +52,16 @@ class Activation:
 
 
 def start(settings: Settings, *, door: str) -> None:
-    """Register what the settings ask for, watch for its targets and arrange the report.
+    """Register what the settings ask for, and watch for its targets.
 
     Raises:
         ConfigError: A registration cannot be right; nothing was registered.
     """
     for layers, targets, functions in (*_plugin_records(settings), settings.records()):
         runtime.registry.add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)
-    runtime.options.mode = settings.mode
-    runtime.options.device = settings.device
-    runtime.options.use_fallback = settings.use_fallback
-    runtime.options.strict = settings.strict
-    runtime.options.verify = settings.verify
-    runtime.options.disabled = settings.disable
-    runtime.options.kernels = settings.kernels
-    runtime.options.sizes = settings.sizes
+    runtime.options.take(settings)
     runtime.session.door = door
     runtime.session.configs = tuple(settings.paths)
-    for warning in settings.warnings:
-        runtime.session.remark(warning)
-        if settings.log != "off":
-            print(f"twinkle: {warning}", file=sys.stderr)
     for entry, reason in settings.left_out():
         runtime.session.remark(f"{entry.name}: {reason}")
     runtime.of(Activation).active = True
@@ -83,11 +70,6 @@ def start(settings: Settings, *, door: str) -> None:
     guard.on_failure(_on_failure)
     imports.install()
     watch_new()
-    log = settings.log in ("info", "debug")
-    if log or settings.report:
-        from twinkle.report.exit import register_at_exit
-
-        register_at_exit(text=log, path=settings.report)
 
 
 def _plugin_records(settings: Settings) -> list[Records]:
@@ -111,6 +93,7 @@ def _plugin_records(settings: Settings) -> list[Records]:
         checked = validate(plugin.document, where=plugin.where, base_dir=plugin.base_dir, allow_objects=True)
         layers, targets, functions = checked.records(trust_remote_code=settings.trust_remote_code)
         for kernel in (*layers, *functions):
+            kernel.origin = f"plugin {name}: {kernel.origin}"
             if kernel.verify is None and settings.verify == "auto":
                 kernel.verify = "first-use"  # nobody bound it by name
         records.append((layers, targets, functions))

@@ -44,7 +44,7 @@ def register(
     checked = validate(
         document, where=where, locate=locate, allow_objects=allow_objects, allow_settings=False
     )
-    layers, targets, functions = checked.records()
+    layers, targets, functions = checked.records(trust_remote_code=runtime.options.trust_remote_code)
     for kernel in (*layers, *functions):
         kernel.chosen_by = chosen_by
     (into or runtime.registry).add(layer_kernels=layers, layer_targets=targets, function_kernels=functions)

@@ -365,6 +365,8 @@ class FunctionPlan:
                 candidate.binding.set("skipped", "it says it cannot be compiled")
                 continue
             self.chosen = [candidate]
+            if not candidate.proofs.number:
+                candidate.binding.ran = None  # nobody stands between it and its callers
             # A kernel that is still to be proven needs the dispatcher's first call.
             self.implementation = (
                 dispatcher(original, self.chosen) if candidate.proofs.number else implementation

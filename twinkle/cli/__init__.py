@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from twinkle._version import __version__
-from twinkle.errors import TwinkleError
+from twinkle.errors import TwinkleError, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from twinkle.errors import suggest
 
         hint = suggest(command, list(COMMANDS)) or "twinkle --help lists the commands"
-        print(f"twinkle: unknown command {command!r}; {hint}", file=sys.stderr)
+        say(f"twinkle: unknown command {command!r}; {hint}")
         return 2
     from importlib import import_module
 
     try:
         return int(import_module(f"twinkle.cli.{command}").main(words[1:]))
     except TwinkleError as error:
-        print(f"twinkle: {error}", file=sys.stderr)
+        say(f"twinkle: {error}")
         return 2

@@ -7,15 +7,18 @@ import os
 import sys
 
 from twinkle import config
-from twinkle.errors import TwinkleError
+from twinkle.errors import TwinkleError, say
 from twinkle.targets import Name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from types import ModuleType
+    from typing import Any
 
     from twinkle.config import Settings
     from twinkle.config.entries import Records
+    from twinkle.records import FunctionKernel, Kernel, LayerKernel
 
     Row = tuple[str, str, str, str]
 
@@ -25,9 +28,9 @@ _EPILOG = """\
 examples:
   twinkle check                       what TWINKLE_CONFIG and the other variables say
   twinkle check twinkle.toml          a file, with the variables on top
-  twinkle check --load twinkle.toml   and load each kernel and each target, as a program would
+  twinkle check --load twinkle.toml   and load each kernel and each target, and see whether they fit
 
-The exit code is 0 when all of it is right, 1 when something could not be loaded, 2 when the
+The exit code is 0 when all that was looked at is right, 1 when a binding cannot work (--load), 2 when the
 configuration is wrong.
 """
 _SETTINGS = (
@@ -64,13 +67,14 @@ def main(words: Sequence[str]) -> int:
     parser.add_argument("--load", action="store_true", help="load each kernel and import each target as well")
     options = parser.parse_args(words)
 
-    settings = config.load(options.config, os.environ, cwd=os.getcwd())
+    settings = config.load(options.config, cwd=os.getcwd())
     if settings.off:
         print("Twinkle is switched off by TWINKLE_DISABLE or TWINKLE_USE_KERNELS; nothing was read.")
         return 0
     bound = list(_records(settings))
     rows = [row for records in bound for row in _rows(records)]
-    print(f"{', '.join(settings.paths) or 'no file'}: right")
+    name_of_all = ", ".join(settings.paths) or "no file"
+    print(name_of_all)
     for name in _SETTINGS:
         print(f"  {name:<19}{_shown(getattr(settings, name))}")
     _table(rows)
@@ -79,10 +83,16 @@ def main(words: Sequence[str]) -> int:
     for warning in settings.warnings:
         print(f"  note: {warning}")
     if not options.load:
+        print(f"{name_of_all}: well written; whether it works, `twinkle check --load` tries")
         return 0
     # Last, so that it hides nothing: a program here finds its own modules, a console script does not.
     sys.path.append(os.getcwd())
-    return max([_load(records) for records in bound])
+    failed = sum(_load(records) for records in bound)
+    if failed:
+        say(f"{name_of_all}: {failed} of it cannot work")
+        return 1
+    print(f"{name_of_all}: right")
+    return 0
 
 
 def _records(settings: Settings) -> Iterator[Records]:
@@ -133,36 +143,81 @@ def _shown(value: object) -> str:
 
 
 def _load(records: Records) -> int:
+    """Load every kernel and every target that is named, and see whether they fit; how many do not."""
     layers, targets, functions = records
     failed = 0
-    for name, source in [(kernel.name, kernel.source) for kernel in layers] + [
-        (kernel.name, kernel.source) for kernel in functions
-    ]:
-        failed += not _try(f"kernel {name}", source.load)
-    for target in targets:
-        if isinstance(target.target, Name):
-            failed += not _try(f"target {target.target}", _find, target.target)
+    for kernel in (*layers, *functions):
+        failed += not _try(f"kernel {kernel.name}", kernel.source.load)
+    for entry in targets:
+        if isinstance(entry.target, Name):
+            kernels = [kernel for kernel in layers if kernel.name == entry.kernel_name]
+            failed += not _try(f"target {entry.target}", _fit_layers, entry.target, kernels)
     for function in functions:
         if isinstance(function.target, Name):
-            failed += not _try(f"target {function.target}", _find, function.target)
-    return 1 if failed else 0
+            failed += not _try(f"target {function.target}", _fit_function, function.target, function)
+    return failed
 
 
-def _find(target: Name) -> None:
-    from importlib import import_module
+def _fit_layers(target: Name, kernels: Sequence[LayerKernel]) -> None:
+    from torch import nn
 
-    found: object = import_module(target.module)
+    from twinkle.errors import KernelError
+    from twinkle.fit.layer import check_layer
+
+    found: object = _module(target)
     for part in target.name.split("."):
         found = getattr(found, part)
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise KernelError(f"{target} is no layer", found=repr(found), expected="an nn.Module class")
+    if getattr(found, "forward", None) is nn.Module.forward:
+        raise KernelError(f"{target} has no forward that a kernel could stand in for")
+    for kernel in kernels:
+        loaded = _loaded(kernel)
+        if loaded is not None:
+            guarded = getattr(kernel.source, "guarded", False)
+            check_layer(loaded, found, attributes=kernel.attributes, guarded=guarded)
+
+
+def _fit_function(target: Name, kernel: FunctionKernel) -> None:
+    from twinkle.fit.layer import check_function
+    from twinkle.swap.functions import function_at
+
+    original = function_at(_module(target), target.name)
+    loaded: Any = _loaded(kernel)
+    if loaded is not None:
+        check_function(loaded, original, called=target.text)
+
+
+def _module(target: Name) -> ModuleType:
+    from importlib import import_module
+
+    from twinkle.errors import KernelError
+    from twinkle.report.idle import mistake
+
+    problem = mistake(target)  # a module that is not there, with what it may be called
+    if problem is None:
+        import_module(target.module)
+        problem = mistake(target)
+    if problem is not None:
+        raise KernelError(problem)
+    return sys.modules[target.module]
+
+
+def _loaded(kernel: Kernel) -> object | None:
+    """The kernel; None where it does not load, which is said of the kernel itself."""
+    try:
+        return kernel.source.load()
+    except (Exception, SystemExit):
+        return None
 
 
 def _try(what: str, action: Callable[..., object], *arguments: object) -> bool:
     try:
         action(*arguments)
     except TwinkleError as error:
-        print(f"  {what}: {error}", file=sys.stderr)
-    except Exception as error:  # an import of somebody else's code may raise anything
-        print(f"  {what}: {type(error).__name__}: {error}", file=sys.stderr)
+        say(f"  {what}: {error}")
+    except (Exception, SystemExit) as error:  # an import of somebody else's code may raise anything
+        say(f"  {what}: {type(error).__name__}: {error}")
     else:
         print(f"  {what}: loads")
         return True

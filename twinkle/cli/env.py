@@ -8,7 +8,7 @@ import platform
 import sys
 
 from twinkle import runner
-from twinkle._environment import VARIABLES
+from twinkle._environment import VARIABLES, variables
 from twinkle._version import __version__
 
 TYPE_CHECKING = False
@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     for line in _doors():
         print(f"  {line}")
     print("\nvariables")
-    named = {key: value for key, value in sorted(os.environ.items()) if key.startswith("TWINKLE_")}
+    named = {key: value for key, value in sorted(variables().items()) if key.startswith("TWINKLE_")}
     for key, value in named.items():
         print(f"  {key}={value}")
     if not named:
@@ -69,9 +69,8 @@ def _doors() -> Iterator[str]:
         yield f"sitecustomize      {origin or 'yes'}"
     else:
         yield f"sitecustomize      no{f' ({origin} is in force)' if origin else ''}"
-    blocked = sys.flags.ignore_environment or sys.flags.no_site
-    shut = blocked and runner.door_paths()
-    yield f"twinkle run        {'no: python runs with -E, -I or -S' if shut else 'yes'}"
+    closed = runner.closed_because(runner.door_paths())
+    yield f"twinkle run        {f'no: {closed[0]}' if closed else 'yes'}"
 
 
 def clash(paths: list[str] | None = None) -> str | None:

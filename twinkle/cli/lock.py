@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
+
+from twinkle.errors import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def sources_by_lock(paths: Sequence[str], given: str | None, *, to: str) -> dict
     from twinkle.sources.hub.make_lock import by_lock
     from twinkle.sources.hub.source import HubSource
 
-    settings = config.load(paths, os.environ, cwd=os.getcwd())
+    settings = config.load(paths, cwd=os.getcwd())
     layers, _, functions = settings.records()
     every = [*(kernel.source for kernel in layers), *(kernel.source for kernel in functions)]
     sources = [source for source in every if isinstance(source, HubSource)]
@@ -95,13 +96,14 @@ def main(words: Sequence[str]) -> int:
         changes = differences(before, lock)
         if options.check:
             outdated += bool(changes)
-            stream = sys.stderr if changes else sys.stdout
-            print(f"twinkle: {path} is {'out of date' if changes else 'up to date'}", file=stream)
+            tell = say if changes else print
+            tell(f"twinkle: {path} is {'out of date' if changes else 'up to date'}")
         else:
+            tell = print
             lock.write()
             print(f"twinkle: {path} locks {len(lock.kernels)} kernel{'s' * (len(lock.kernels) != 1)}")
         for change in changes:
-            print(f"  {change}", file=sys.stderr if options.check else sys.stdout)
+            tell(f"  {change}")
     return 1 if outdated else 0
 
 

@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from twinkle.errors import ConfigError
+from twinkle.errors import ConfigError, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -169,9 +169,9 @@ def _all(jobs: int, *, near: bool) -> list[dict[str, Any]]:
         for done, (name, found, error) in enumerate(pool.imap(_survey, tasks, chunksize=4), 1):
             rows += found
             if error:
-                print(f"twinkle match: {name} cannot be imported: {error}", file=sys.stderr)
+                say(f"twinkle match: {name} cannot be imported: {error}")
             if done % 50 == 0 or done == len(tasks):
-                print(f"twinkle match: {done} of {len(tasks)} modules", file=sys.stderr, flush=True)
+                say(f"twinkle match: {done} of {len(tasks)} modules")
     return rows
 
 

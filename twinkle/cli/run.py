@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from twinkle import runner
 from twinkle._environment import absolute, check_path
 from twinkle.cli.env import clash
+from twinkle.errors import say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def main(words: Sequence[str]) -> int:
     _check({**os.environ, **variables})
     problem = clash()
     if problem:
-        print(f"twinkle: {problem}", file=sys.stderr)
+        say(f"twinkle: {problem}")
     return runner.start(program, variables)
 
 

@@ -7,6 +7,8 @@ import math
 import sys
 import time
 
+from twinkle.errors import say
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -146,7 +148,7 @@ class _Progress:
     """On standard error: one line that changes, or where that is no terminal a line an op."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
         self._started = time.perf_counter()
         self._said: tuple[str, ...] = ()
 
@@ -156,14 +158,14 @@ class _Progress:
         text = f"{number}/{total}  {time.perf_counter() - self._started:.0f} s  {'  '.join(about)}"
         if self._terminal:
             text += f"  {part.variant.name}  {part.dtype}"
-            print(f"\r{text[:78]:<78}", end="", file=sys.stderr, flush=True)
+            say(f"\r{text[:78]:<78}", end="")
         elif about != self._said:
-            print(text, file=sys.stderr, flush=True)
+            say(text)
         self._said = about
 
     def clear(self) -> None:
         if self._terminal:
-            print(f"\r{'':<78}\r", end="", file=sys.stderr, flush=True)
+            say(f"\r{'':<78}\r", end="")
 
 
 def _worst(rows: list[Row]) -> list[Row]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 
+from twinkle._environment import switched_off, variables
 from twinkle.config.entries import Checked, records_of
 from twinkle.config.environment import (
     check_config_path,
@@ -18,7 +19,6 @@ from twinkle.config.environment import (
     checked_variables,
     config_paths,
     disabled,
-    switched_off,
     unknown_variables,
 )
 from twinkle.config.files import read
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from twinkle.config.entries import Entry, FunctionEntry, LayerEntry, Records
     from twinkle.modes import Mode
 
-__all__ = ["Checked", "Settings", "load", "switched_off", "validate"]
+__all__ = ["Checked", "Settings", "load", "validate"]
 
 
 class Settings:
@@ -154,13 +154,14 @@ def load(
     Args:
         paths: Configuration files, later ones win; ``"auto"`` stands for the defaults without a
             file. When empty, ``TWINKLE_CONFIG`` names them.
-        environ: The variables; ``os.environ`` when not given. They win over the files.
+        environ: The variables, which win over the files; by default those that Python is to read
+            (:func:`twinkle._environment.variables`).
         cwd: What relative paths are relative to; the working directory when not given.
 
     Raises:
         ConfigError: Something cannot be read or cannot be right.
     """
-    environ = os.environ if environ is None else environ
+    environ = variables() if environ is None else environ
     if switched_off(environ):
         return Settings(kernels="off", off=True)
     cwd = _working_directory() if cwd is None else cwd

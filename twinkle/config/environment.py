@@ -26,7 +26,6 @@ __all__ = [
     "checked_variables",
     "config_paths",
     "disabled",
-    "switched_off",
     "unknown_variables",
 ]
 
@@ -44,11 +43,12 @@ _SETTINGS = {
 }
 _TABLES = {"TWINKLE_FUNCTIONS": "functions", "TWINKLE_LAYERS": "layers"}
 
-# What a variable that takes one path names.
+# What a variable that takes a path names.
 _PATHS = {
     "TWINKLE_CACHE": "a directory, or off to keep no verdicts",
     "TWINKLE_LOCK": "the path of a twinkle.lock",
     "TWINKLE_REPORT": "the path of a JSON file",
+    "TWINKLE_TRUST_FILES": "directories whose modes mean nothing, joined by the path separator",
 }
 
 VARIABLES = (
@@ -79,14 +79,6 @@ def check_config_path(name: str, environ: Mapping[str, str]) -> None:
         name,
         "the path of a TOML file, or auto for the defaults without one",
         where="environment variable TWINKLE_CONFIG" if given else printable(name),
-    )
-
-
-def switched_off(environ: Mapping[str, str]) -> bool:
-    """Whether ``TWINKLE_DISABLE=1`` or ``TWINKLE_USE_KERNELS=0`` turns Twinkle off; never raises."""
-    return (
-        environ.get("TWINKLE_DISABLE", "").strip().lower() in TRUE
-        or environ.get("TWINKLE_USE_KERNELS", "").strip().lower() in FALSE
     )
 
 

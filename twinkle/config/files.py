@@ -249,7 +249,7 @@ def _similar(path: str) -> str | None:
 
 
 def _check_owner(path: str, name: str, status: os.stat_result) -> None:
-    _refuse_others(printable(path), name, status, "the configuration file")
+    _refuse_others(path, name, status, "the configuration file")
     # Whoever can write the directory can put another file in its place; with a symbolic link that
     # holds for the directory of the link and for that of the file.
     folders = [os.path.dirname(path) or os.curdir, os.path.dirname(os.path.realpath(path))]
@@ -258,7 +258,7 @@ def _check_owner(path: str, name: str, status: os.stat_result) -> None:
             state = os.stat(folder)
         except OSError:
             continue
-        _refuse_others(printable(folder), name, state, "the directory of the configuration file")
+        _refuse_others(folder, name, state, "the directory of the configuration file")
 
 
 def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> None:
@@ -267,22 +267,31 @@ def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> N
     writers = [who for who, bit in (("its group", stat.S_IWGRP), ("everyone", stat.S_IWOTH)) if mode & bit]
     if writers == ["its group"] and _is_private(status):
         writers = []
-    if writers and not sticky:
+    # Root in a container reads what a user of the host has mounted, and runs their program anyway.
+    foreign = status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0
+    if not foreign and (sticky or not writers):
+        return
+    from twinkle.sources.permissions import advice, is_read_only, quoted, vouched_for
+
+    if vouched_for(path):
+        return
+    folder = path if stat.S_ISDIR(mode) else os.path.dirname(os.path.abspath(path))
+    shown = printable(path)
+    if writers and not sticky and not is_read_only(path):
         raise ConfigError(
             f"{what} can be written by others, who could have their code run",
             where=name,
-            found=f"{path} is writable by {' and '.join(writers)} (mode {stat.S_IMODE(mode):04o})",
+            found=f"{shown} is writable by {' and '.join(writers)} (mode {stat.S_IMODE(mode):04o})",
             expected="only its owner may write it",
-            fix=f"chmod go-w {_quoted(path)}",
+            fix=f"chmod go-w {quoted(shown)}" + advice(printable(folder)),
         )
-    # Root in a container reads what a user of the host has mounted, and runs their program anyway.
-    if status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0:
+    if foreign:
         raise ConfigError(
             f"{what} belongs to another user, who could have their code run",
             where=name,
-            found=f"{path} is owned by user {status.st_uid}; this process runs as user {os.geteuid()}",
+            found=f"{shown} is owned by user {status.st_uid}; this process runs as user {os.geteuid()}",
             expected="a file and a directory of this user or of root",
-            fix=f"chown {os.geteuid()} {_quoted(path)}, or copy the configuration to a place of your own",
+            fix=f"chown {os.geteuid()} {quoted(shown)}, or copy the configuration to a place of your own",
         )
 
 
@@ -291,9 +300,3 @@ def _is_private(status: os.stat_result) -> bool:
     from twinkle.sources.permissions import is_private_group
 
     return is_private_group(status.st_uid, status.st_gid)
-
-
-def _quoted(path: str) -> str:
-    if all(char.isalnum() or char in "/._-+" for char in path):
-        return path
-    return "'" + path.replace("'", "'\"'\"'") + "'"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from twinkle.kernel._calling import caller, given, register_document
+from twinkle._bootstrap import settle
+from twinkle.kernel._calling import caller, given, moment, register_document
 
 if TYPE_CHECKING:
     import os
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 
     import torch
     from torch import nn
+
+    from twinkle.apply.functions import Change
 
 __all__ = [
     "FuncRepositoryProtocol",
@@ -103,15 +106,15 @@ def apply_function_kernel(
         strict: Raise on the first failure, and when nothing was applied; everything is as it was.
 
     Returns:
-        ``"module.function"`` of each function that runs a kernel now, in registration order.
+        ``"module.function"`` of each function that runs a kernel now, in registration order; nothing where
+        ``TWINKLE_DISABLE`` switches Twinkle off.
 
     Raises:
         ConfigError: ``mode`` or ``device`` is unknown.
-        ApplyError: ``strict``, and a kernel could not be put in place or none was there to put.
+        ApplyError: ``strict``, or ``TWINKLE_STRICT``, and a kernel could not be put in place or none was
+            there to put.
     """
-    from twinkle.apply.functions import apply
-
-    return apply(target_module, device=device, mode=mode, strict=strict, where=caller()).applied
+    return _applied(target_module, device, mode, strict, caller()).applied
 
 
 def unapply_function_kernel(target_module: str | None = None) -> list[str]:
@@ -133,10 +136,23 @@ def function_kernels(
     strict: bool = False,
 ) -> Iterator[list[str]]:
     """:func:`apply_function_kernel` for the length of a ``with`` block."""
-    from twinkle.apply.functions import apply
-
-    change = apply(target_module, device=device, mode=mode, strict=strict, where=caller())
+    change = _applied(target_module, device, mode, strict, caller())
     try:
         yield change.applied
     finally:
         change.undo()
+
+
+def _applied(
+    target_module: str, device: str | torch.device | None, mode: str | None, strict: bool, where: str
+) -> Change:
+    """Put the kernels of a module's functions in place; what is off leaves everything as it is."""
+    from twinkle.apply.functions import Change, apply
+    from twinkle.runtime import runtime
+
+    if not settle():
+        return Change()
+    strict = strict or runtime.options.strict
+    # With neither, a dispatcher decides at each call: a device in force is none that the call has asked for.
+    wanted = device if device is None and mode is None else moment(device, mode, where)
+    return apply(target_module, device=wanted, mode=mode, strict=strict, where=where)

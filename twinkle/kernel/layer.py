@@ -5,7 +5,8 @@ from __future__ import annotations
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from twinkle.kernel._calling import caller, given, register_document
+from twinkle._bootstrap import settle
+from twinkle.kernel._calling import caller, given, moment, register_document
 
 if TYPE_CHECKING:
     import os
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from twinkle.apply.functions import Change
     from twinkle.targets import Target
 
 __all__ = [
@@ -87,6 +89,9 @@ def register_layer_kernel(
 def register_external_layer(layer: type | str, kernel_name: str) -> None:
     """Bind a layer class to a kernel name.
 
+    The kernels of that name may be registered later. A name that has none when a model is kernelized, and a
+    module or a class that does not exist, is then an error without a fallback and a warning with one.
+
     Args:
         layer: A class, ``"module:Class"`` (bound when that module is imported), or a pattern such
             as ``"transformers.models.*.modeling_*:*MLP"``.
@@ -132,14 +137,15 @@ def kernelize_model(
     """Put the registered kernels in place: layers of ``model``, then functions.
 
     Kernels for other modes and devices stay at hand: the layers follow ``.train()``, ``.eval()``
-    and ``.to()`` from here on. Kernelizing twice is kernelizing once.
+    and ``.to()`` from here on. Kernelizing twice is kernelizing once. Where ``TWINKLE_DISABLE`` switches
+    Twinkle off, the model stays as it is.
 
     Args:
         model: Any ``nn.Module``; ``None`` for functions only.
         mode: The mode to start in: ``train``, ``inference``, ``compile`` or a combination.
-        device: The device to start on; that of the model when not given.
-        use_fallback: Keep the original where a kernel cannot be used; otherwise raise and leave
-            everything as it was.
+        device: The device to start on; ``TWINKLE_DEVICE``, else that of the model, when not given.
+        use_fallback: Keep the original where a kernel cannot be used; otherwise, and under
+            ``TWINKLE_STRICT``, raise and leave everything as it was.
 
     Returns:
         The same model.
@@ -148,9 +154,7 @@ def kernelize_model(
         ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
         ApplyError: ``use_fallback=False`` and a layer or function has no kernel that can be used.
     """
-    from twinkle.apply.layers import kernelize
-
-    kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
+    _kernelize(model, mode, device, use_fallback, caller())
     return model
 
 
@@ -177,10 +181,52 @@ def kernelized(
 
     What was in place before the block is in place after it, whatever happens inside.
     """
-    from twinkle.apply.layers import kernelize
-
-    change = kernelize(model, mode=mode, device=device, use_fallback=use_fallback, where=caller())
+    change = _kernelize(model, mode, device, use_fallback, caller())
     try:
         yield model
     finally:
         change.undo()
+
+
+def _kernelize(
+    model: nn.Module | None, mode: str, device: str | torch.device | None, use_fallback: bool, where: str
+) -> Change:
+    """Put kernels in place of layers and functions; what is off leaves everything as it is."""
+    from twinkle.apply.functions import Change
+    from twinkle.apply.layers import kernelize
+    from twinkle.errors import ApplyError, KernelError, SourceError
+    from twinkle.runtime import runtime
+
+    if not settle():
+        return Change()
+    fallback = use_fallback and not runtime.options.strict
+    _refuse_what_cannot_be(where, raises=not fallback)
+    wanted = moment(device, mode, where)
+    try:
+        return kernelize(model, mode=mode, device=wanted, use_fallback=fallback, where=where)
+    except (KernelError, SourceError) as error:  # under strict a kernel raises by itself
+        raise ApplyError(
+            "a kernel that was asked for cannot be used", where=where, found=error.reason, fix=error.fix
+        ) from error
+
+
+def _refuse_what_cannot_be(where: str, *, raises: bool) -> None:
+    """Warn once, or raise, of layers that were bound to a name of no kernel or that do not exist."""
+    from twinkle.errors import ApplyError, suggest, warn
+    from twinkle.report.idle import mistake
+    from twinkle.runtime import runtime
+    from twinkle.targets import Name
+
+    names = [kernel.name for kernel in runtime.registry.layer_kernels]
+    for entry in runtime.registry.layer_targets:
+        target, hint = entry.target, None
+        if entry.kernel_name not in names:
+            problem = f"{target.text} is bound to {entry.kernel_name!r}, and no kernel has that name"
+            hint = suggest(entry.kernel_name, names)
+        else:
+            problem = (isinstance(target, Name) and mistake(target)) or ""
+        if problem and raises:
+            raise ApplyError(problem, where=entry.origin or where, fix=hint)
+        if problem and problem not in runtime.session.remarks:
+            runtime.session.remark(problem)
+            warn(f"{problem}{f'; {hint}' if hint else ''} ({entry.origin or where})")

@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinkle._environment import is_switch
+from twinkle._environment import is_switch, variables
 from twinkle.proof.compare import Verdict
 from twinkle.runtime import runtime
 
@@ -167,7 +167,7 @@ class _Caches:
 
 def proofs() -> ProofCache:
     """The cache of verdicts in the file that the environment names."""
-    path = cache_file(os.environ)
+    path = cache_file(variables())
     caches = runtime.of(_Caches).by_path
     if path not in caches:
         caches[path] = ProofCache(path)

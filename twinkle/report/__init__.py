@@ -9,7 +9,12 @@ from __future__ import annotations
 __all__ = ["save", "show", "snapshot", "text"]
 
 
-def snapshot() -> dict[str, object]:
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+
+def snapshot() -> dict[str, Any]:
     """The report as JSON-ready data; ``docs/report.md`` describes the schema."""
     from twinkle.report import records
 
@@ -25,9 +30,9 @@ def text(*, width: int = 120) -> str:
 
 def show() -> None:
     """Print the report on stderr."""
-    from twinkle.report.exit import write_report
+    from twinkle.report.exit import print_report
 
-    write_report(text=True, path=None)
+    print_report(snapshot())
 
 
 def save(path: str) -> None:

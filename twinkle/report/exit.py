@@ -1,81 +1,73 @@
-"""The report at exit: a table on stderr, a JSON file, or both, as was asked for.
-
-Standard library only and imported at interpreter start, so the writing itself imports late.
-"""
+"""The report in files and on stderr: when something changes, and when the process ends."""
 
 from __future__ import annotations
 
 import os
 import sys
 
+from twinkle.errors import say
+from twinkle.report import idle, job
+from twinkle.report.records import snapshot
 from twinkle.runtime import runtime
 
-__all__ = ["register_at_exit", "write_json", "write_report"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
-_OWNER = "_TWINKLE_REPORT_OWNER"
+    from twinkle.session import Ends
 
-
-class _AtExit:
-    """What is written when this process ends."""
-
-    def __init__(self) -> None:
-        self.registered = False
-        self.text = False
-        self.path: str | None = None
+__all__ = ["at_exit", "changed", "print_report", "write_json"]
 
 
-def register_at_exit(*, text: bool, path: str | None) -> None:
-    """Write the report when this process ends.
+def changed(ends: Ends) -> None:
+    """Write the report of this process now that a kernel came to something; never an exception.
 
-    Forked children never write it; a child that was started as a program of its own writes its
-    JSON beside the parent's (``report.1234.json``), so that nothing is overwritten.
-
-    Args:
-        text: Print the table on stderr.
-        path: Write JSON there.
+    A worker of a pool is ended by a signal, and a program may call ``os._exit``: neither comes to its end.
+    Kernels that wait for their targets are nothing yet, and a process that only waits leaves no file.
     """
-    wanted = runtime.of(_AtExit)
-    wanted.text = text or wanted.text
-    wanted.path = path or wanted.path
-    if wanted.registered:
-        return
-    wanted.registered = True
-    import atexit
-
-    pid = os.getpid()
-    os.environ.setdefault(_OWNER, str(pid))
-
-    def at_exit() -> None:
-        if os.getpid() == pid and runtime.of(_AtExit) is wanted:
-            write_report(text=wanted.text, path=wanted.path)
-
-    atexit.register(at_exit)
+    try:
+        path = job.path_of_this_process(ends.path)
+        if path is not None and any(b.state != "pending" or b.ran for b in runtime.registry.bindings):
+            write_json(snapshot(), path)
+    except Exception:
+        return  # at the end it is tried again, and said
 
 
-def write_report(*, text: bool, path: str | None) -> None:
-    """Write what was asked for; a report that cannot be written never fails the program."""
-    from twinkle.report.records import snapshot
-
-    owner = os.environ.get(_OWNER) in (None, str(os.getpid()))
+def at_exit(ends: Ends) -> None:
+    """Write and say what was asked for; nothing of it fails the program but ``strict``."""
+    first = job.is_first()
     data = snapshot()
+    others = job.others(ends.path) if first else []
+    if others:
+        job.add_others(data, others)
+    path = job.path_of_this_process(ends.path) if ends.path is not None else None
     if path is not None:
         try:
-            write_json(data, path if owner else _beside(path, os.getpid()))
+            write_json(data, path)
         except OSError as error:
-            print(f"twinkle: cannot write the report to {path}: {error}", file=sys.stderr)
-    if text and owner and sys.stderr is not None:
-        import shutil
+            say(f"twinkle: cannot write the report to {path}: {error}")
+    if not first:
+        return
+    lines = idle.lines(data)
+    if ends.text:
+        print_report(data)
+    elif ends.idle:
+        for line in lines:
+            say(f"twinkle: {line}")
+    if lines and runtime.options.strict and runtime.session.door:
+        _end_with_an_error(len(lines))
 
-        from twinkle.report.text import render
 
-        width = max(80, shutil.get_terminal_size((120, 24)).columns)
-        try:
-            sys.stderr.write(render(data, width=width))
-        except (OSError, ValueError):
-            return
+def print_report(data: dict[str, Any]) -> None:
+    """Print the report on stderr as a table."""
+    import shutil
+
+    from twinkle.report.text import render
+
+    say(render(data, width=max(80, shutil.get_terminal_size((120, 24)).columns)), end="")
 
 
-def write_json(data: dict[str, object], path: str) -> None:
+def write_json(data: dict[str, Any], path: str) -> None:
     """Write ``data`` to ``path`` in one step: a reader sees the old file or the new one, whole."""
     import json
 
@@ -91,6 +83,17 @@ def write_json(data: dict[str, object], path: str) -> None:
         raise
 
 
-def _beside(path: str, pid: int) -> str:
-    stem, suffix = os.path.splitext(path)
-    return f"{stem}.{pid}{suffix}"
+def _end_with_an_error(number: int) -> None:
+    """End the process with exit code 1: under ``strict`` what was asked for and did nothing is an error.
+
+    An exception would be printed and dropped here. This is the last of the functions that run at exit, as
+    it was the first to be registered; what Python does behind it is to flush and to take modules apart.
+    """
+    say(f"twinkle: strict: {number} of the kernels that were asked for did nothing; the exit code is 1")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except (OSError, ValueError):
+            continue
+    os._exit(1)

@@ -6,12 +6,16 @@ import os
 import sys
 
 from twinkle._version import __version__
+from twinkle.report import idle
 from twinkle.runtime import runtime
+from twinkle.session import JOB
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
+    from twinkle.records import Binding
     from twinkle.registry import Registry
 
 __all__ = ["SCHEMA_VERSION", "snapshot"]
@@ -19,7 +23,7 @@ __all__ = ["SCHEMA_VERSION", "snapshot"]
 SCHEMA_VERSION = 1
 
 
-def snapshot(source: Registry | None = None) -> dict[str, object]:
+def snapshot(source: Registry | None = None) -> dict[str, Any]:
     """The report as JSON-ready data; ``docs/report.md`` describes the schema.
 
     Args:
@@ -33,31 +37,49 @@ def snapshot(source: Registry | None = None) -> dict[str, object]:
         "versions": _versions(),
         "process": {
             "pid": os.getpid(),
+            "job": os.environ.get(JOB),
             "rank": os.environ.get("RANK"),
             "argv": list(getattr(sys, "argv", [])),
         },
         "door": session.door,
         "configs": list(session.configs),
-        "bindings": [
-            {
-                "kind": binding.scope,
-                "target": binding.target,
-                "kernel": binding.kernel,
-                "source": binding.source,
-                "device": binding.device,
-                "mode": binding.mode,
-                "state": binding.state,
-                "reason": binding.reason,
-                "instances": binding.instances,
-                "proof": binding.proof,
-                "load_seconds": binding.load_seconds,
-                "notes": list(binding.notes),
-                "origin": binding.origin,
-            }
-            for binding in source.bindings
-        ],
-        "remarks": session.all_remarks(),
+        "bindings": [_binding(binding) for binding in source.bindings],
+        "remarks": list(dict.fromkeys([*session.all_remarks(), *_nameless(source)]))
+        + ([] if source.bindings else [f"nothing is bound: {why}" for why in idle.nothing_bound()]),
     }
+
+
+def _binding(binding: Binding) -> dict[str, Any]:
+    state, reason, instances = binding.state, binding.reason, binding.instances
+    if state == "active" and binding.ran is False:
+        state, reason = "pending", "in place, and not called yet"
+    elif state == "pending" and not instances:
+        reason = idle.waits_for(binding)
+    elif state == "failed" and not instances:
+        reason = idle.mistake_in(binding.target) or reason  # it knows what was meant
+    return {
+        "kind": binding.scope,
+        "target": binding.target,
+        "kernel": binding.kernel,
+        "source": binding.source,
+        "device": binding.device,
+        "mode": binding.mode,
+        "state": state,
+        "reason": reason,
+        "instances": instances,
+        "proof": binding.proof,
+        "load_seconds": binding.load_seconds,
+        "notes": list(binding.notes),
+        "origin": binding.origin,
+    }
+
+
+def _nameless(source: Registry) -> list[str]:
+    """The layers that were bound to a name of no kernel."""
+    return [
+        f"{entry.target.text} is bound to {entry.kernel_name!r}, and no kernel has that name"
+        for entry in source.nameless()
+    ]
 
 
 def _versions() -> dict[str, str]:

@@ -11,12 +11,21 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
+from twinkle._environment import is_switch, variables
 from twinkle.errors import SourceError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["is_private_group", "refuse_writable", "writable_by_others"]
+__all__ = [
+    "advice",
+    "is_private_group",
+    "is_read_only",
+    "quoted",
+    "refuse_writable",
+    "vouched_for",
+    "writable_by_others",
+]
 
 
 def refuse_writable(package: str, *, where: str | None = None) -> None:
@@ -25,6 +34,8 @@ def refuse_writable(package: str, *, where: str | None = None) -> None:
     Raises:
         SourceError: Somebody else may write there; the message has the command that stops it.
     """
+    if vouched_for(package):
+        return
     for path, recursive in _places(package):
         reason = writable_by_others(path, above=not recursive)
         if reason is not None:
@@ -35,7 +46,7 @@ def refuse_writable(package: str, *, where: str | None = None) -> None:
                 where=where,
                 found=f"{path}: {reason}",
                 expected="files and directories that only their owner can write",
-                fix=f"chmod {flag}go-w {_quoted(target)}",
+                fix=f"chmod {flag}go-w {quoted(target)}" + advice(package),
             )
 
 
@@ -48,7 +59,7 @@ def writable_by_others(path: str, *, above: bool = False) -> str | None:
             administrator (shared project directories), and a sticky directory such as ``/tmp`` is
             as good as a closed one.
     """
-    if os.name != "posix":
+    if os.name != "posix" or is_read_only(path) or vouched_for(path):
         return None
     status = os.stat(path)
     bits = stat.S_IMODE(status.st_mode)
@@ -59,6 +70,37 @@ def writable_by_others(path: str, *, above: bool = False) -> str | None:
     if bits & stat.S_IWGRP and not above and not is_private_group(status.st_uid, status.st_gid):
         return f"mode {bits:04o}, group {_group_name(status.st_gid)} can write"
     return None
+
+
+def is_read_only(path: str) -> bool:
+    """Whether a path lies on a file system that is mounted read-only, as a ConfigMap of Kubernetes is.
+
+    Modes say nothing there: the files of such a volume are often writable by everyone.
+    """
+    return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+
+
+def vouched_for(path: str) -> bool:
+    """Whether ``TWINKLE_TRUST_FILES`` names a directory above a path: the user says who writes there.
+
+    For mounts whose modes mean nothing, such as a Windows drive under WSL.
+    """
+    given = [entry for entry in variables().get("TWINKLE_TRUST_FILES", "").split(os.pathsep) if entry.strip()]
+    real = os.path.realpath(path)
+    roots = [os.path.realpath(os.path.expanduser(entry)) for entry in given if not is_switch(entry)]
+    return any(real == root or real.startswith(os.path.join(root, "")) for root in roots)
+
+
+def advice(path: str) -> str:
+    """What to do about a mode that lets others write, for the end of a message.
+
+    Args:
+        path: The directory of what was refused.
+    """
+    return (
+        "; where modes mean nothing (WSL, a mounted volume) mount it read-only, "
+        f"or vouch for it with TWINKLE_TRUST_FILES={quoted(path)}"
+    )
 
 
 def _places(package: str) -> Iterator[tuple[str, bool]]:
@@ -104,7 +146,8 @@ def _group_name(group: int) -> str:
         return str(group)
 
 
-def _quoted(path: str) -> str:
+def quoted(path: str) -> str:
+    """A path as a shell takes it."""
     import shlex
 
     return shlex.quote(path)

@@ -101,6 +101,7 @@ class BaseCandidate:
     def used_by(self, dispatch: Dispatch) -> None:
         """Remember a dispatch that has to be rebuilt when the candidate is rejected."""
         self._users.add(dispatch)
+        self.binding.ran = bool(self.binding.ran)  # it sees the first call
 
     def load(self) -> Any:
         """Ask the source for the kernel, once; ``None`` when that failed or goes on further up the stack."""

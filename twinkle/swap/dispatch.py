@@ -289,6 +289,7 @@ class Dispatch:
         """Take note that a kernel ran to its end."""
         entry.state = "live"
         entry.candidate.mark_active()
+        entry.candidate.binding.has_run()
         self.rebuild()
 
     def turn_off(self, entry: Entry, failure: Exception) -> None:
@@ -313,6 +314,8 @@ class Dispatch:
         traced = self.names[f"_tw_traced_{name}"]
         function = self.original if entry is None or entry.function is None else entry.function
         never_ran = entry is not None and entry.state != "live"
+        if entry is not None:
+            entry.candidate.binding.has_run()
         traced.__globals__["_tw_kernel"] = function
         traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
         text = self._code.traced_text(never_ran)

@@ -160,7 +160,7 @@ class LayerDispatch(Dispatch):
             set_class(module, cls)
             instances[id(module)] = _Instance(module, instances)
         for candidate in self.candidates:
-            candidate.binding.count(len(modules))
+            candidate.binding.lives_in(instances)
         for entry in self.entries:
             if entry.state == "new":
                 entry.candidate.mark_pending()
@@ -169,9 +169,7 @@ class LayerDispatch(Dispatch):
 
     def leave(self, module: nn.Module) -> None:
         """Stop counting a module that no longer has the class."""
-        if self.instances.pop(id(module), None) is not None:
-            for candidate in self.candidates:
-                candidate.binding.count(-1)
+        self.instances.pop(id(module), None)
 
     def modules(self) -> list[nn.Module]:
         """The modules of this class that are alive."""

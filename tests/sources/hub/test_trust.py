@@ -9,6 +9,7 @@ import pytest
 from loopback_hub import Repo, kernel_files
 
 from twinkle.errors import ConfigError, SourceError
+from twinkle.sources.hub.faults import Unreachable
 from twinkle.sources.hub.trust import Trust
 
 TRIPWIRE = {"__init__.py": "import sys\nsys.twinkle_tripwire = True\n"}
@@ -45,9 +46,19 @@ def test_a_user_is_no_trusted_publisher(hub, source):
 def test_untrusted_kernel_in_the_cache_is_refused_offline(hand_made, go_offline, source):
     hand_made(kernel_files(files=TRIPWIRE), repo_id="evil/my-kernel")
     go_offline()
-    with pytest.raises(SourceError, match="not trusted") as raised:
+    with pytest.raises(Unreachable, match="nobody could say whether evil/my-kernel is trusted") as raised:
         source(repo_id="evil/my-kernel", version=1).load()
-    assert "TWINKLE_TRUST_REMOTE_CODE" in str(raised.value)
+    assert "twinkle download" in str(raised.value)
+    assert "trust_remote_code" not in str(raised.value).lower()
+
+
+def test_network_that_is_down_is_no_reason_to_trust(hub, source):
+    hub.fault(".", "drop")
+    with pytest.raises(Unreachable) as raised:
+        source(version=1).load()
+    assert "the Hub cannot be reached" in str(raised.value)
+    assert "check the network" in str(raised.value.fix)
+    assert "trust_remote_code" not in str(raised.value).lower()
 
 
 def test_untrusted_kernel_that_another_program_fetched_is_refused_offline(untrusted, source, go_offline):
@@ -98,7 +109,7 @@ def test_trust_seen_at_one_hub_does_not_hold_for_another(hub, source, go_offline
     source(version=1).load()
     go_offline()
     monkeypatch.setattr(constants, "ENDPOINT", "https://huggingface.example")
-    with pytest.raises(SourceError, match="not trusted"):
+    with pytest.raises(Unreachable, match="nobody could say"):
         source(version=1).load()
 
 

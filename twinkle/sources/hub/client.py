@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -201,8 +202,9 @@ def _bar(total: int, description: str) -> Any:
     from huggingface_hub.utils import tqdm
 
     # The client's own bar: on stderr, shown on a terminal, and off with HF_HUB_DISABLE_PROGRESS_BARS.
+    disable = True if sys.stderr is None else None
     return tqdm(
-        total=total, unit="B", unit_scale=True, desc=description, name="twinkle.download", disable=None
+        total=total, unit="B", unit_scale=True, desc=description, name="twinkle.download", disable=disable
     )
 
 

@@ -25,7 +25,7 @@ import contextlib
 import json
 import os
 
-from twinkle._environment import check_path
+from twinkle._environment import check_path, variables
 from twinkle.errors import SourceError
 from twinkle.runtime import runtime
 from twinkle.sources.hub.request import is_commit
@@ -213,7 +213,7 @@ def named_lock(typed: str | None = None) -> str | None:
     Raises:
         ConfigError: It looks like a switch, not like a path.
     """
-    path = typed or os.environ.get("TWINKLE_LOCK")
+    path = typed or variables().get("TWINKLE_LOCK")
     if path:
         where = None if typed else "environment variable TWINKLE_LOCK"
         check_path("--lock" if typed else "TWINKLE_LOCK", path, "the path of a twinkle.lock", where=where)
@@ -233,7 +233,7 @@ def in_force(directory: str | None) -> Lock | None:
     path = state.given or named_lock() or beside(directory)
     if path is None:
         return None
-    from twinkle.sources.permissions import writable_by_others
+    from twinkle.sources.permissions import advice, writable_by_others
 
     try:
         facts = os.stat(path)
@@ -244,7 +244,10 @@ def in_force(directory: str | None) -> Lock | None:
     reason = writable_by_others(path)
     if reason is not None:
         raise SourceError(
-            "a lock that others can write is not used", where=path, found=reason, fix=f"chmod go-w {path}"
+            "a lock that others can write is not used",
+            where=path,
+            found=reason,
+            fix=f"chmod go-w {path}" + advice(os.path.dirname(os.path.abspath(path))),
         )
     key = (os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
     if key not in state.read:

@@ -6,6 +6,7 @@ import time
 
 from twinkle.errors import ConfigError, SourceError
 from twinkle.runtime import runtime
+from twinkle.sources.hub.faults import Unreachable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
     """Decide whether a repository may be loaded, and say why it may.
 
     Online the Hub is asked, and its answer kept beside the repository in the cache. Offline, and
-    when the Hub does not answer, that answer counts; without one the kernel is refused.
+    when the Hub does not answer, that answer counts; without one the kernel is refused. Only where the Hub
+    has said no does the message name ``trust_remote_code``: a network that is down is no reason to trust.
 
     Args:
         request: The repository.
@@ -90,17 +92,19 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
 
     Raises:
         SourceError: The repository is not trusted; the message says how to allow it.
+        Unreachable: Nobody could say whether it is; the message says how to ask.
     """
     from huggingface_hub import constants
 
     if trust.allows(request.repo_id):
         return "allowed by trust_remote_code"
     found = "HF_HUB_OFFLINE is set, and the Hub has not been asked about it before"
+    fix: str | None = "run `twinkle download` where there is a network: it asks the Hub, and keeps the answer"
     if client is not None:
         try:
             trusted = _ask(client, request.publisher)
         except SourceError as error:
-            found = f"the Hub could not be asked: {error.reason}"
+            found, fix = f"the Hub could not be asked: {error.reason}", error.fix
         else:
             record = {"endpoint": client.endpoint, "publisher": request.publisher, "trusted": trusted}
             record["asked"] = time.strftime("%Y-%m-%d", time.gmtime())
@@ -117,8 +121,13 @@ def decide(request: HubRequest, trust: Trust, caches: list[RepoCache], client: H
             if trusted:
                 return f"its publisher was trusted by the Hub on {asked}"
             found = f"the Hub did not list {request.publisher} as a trusted publisher on {asked}"
-            break
-    raise _refused(request, found)
+            raise _refused(request, found)
+    raise Unreachable(
+        f"nobody could say whether {request.repo_id} is trusted, and nothing of it was loaded",
+        where=request.where,
+        found=found,
+        fix=fix,
+    )
 
 
 def _ask(client: HubClient, publisher: str) -> bool:
