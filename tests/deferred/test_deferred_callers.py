@@ -240,7 +240,7 @@ def test_logits_of_a_model_can_be_looked_at(look, mode):
 # -- several processes ----------------------------------------------------------------------------
 
 
-WRAPPERS = ("ddp", "fsdp2", "fsdp2, head by itself")
+WRAPPERS = ("ddp", "fsdp1", "fsdp2", "fsdp2, head by itself")
 
 
 def _parallel(rank, port, results):
@@ -265,7 +265,8 @@ def _wrapped_step(rank, kind, defer):
     wrapped = _wrap(model, kind)
     output = wrapped(**{key: value[rank : rank + 1] for key, value in batch().items()})
     output.loss.backward()
-    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    grads = [p.grad for p in wrapped.parameters() if p.grad is not None]
+    full = [grad.full_tensor() if hasattr(grad, "full_tensor") else grad for grad in grads]
     kept = type(output.logits) is DeferredLogits
     flat = torch.cat([*(g.flatten() for g in full), output.logits.detach().flatten()])
     return output.loss.item(), flat.tolist(), kept
@@ -275,7 +276,10 @@ def _wrap(model, kind):
     if kind == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model)
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    if kind == "fsdp1":  # it frees the weights after the backward
+        return FullyShardedDataParallel(model, device_id=torch.device("cpu"))
 
     mesh = init_device_mesh("cpu", (2,))
     for layer in model.model.layers:

@@ -70,6 +70,9 @@ LOSSES = {
     "shifted rows": lambda z, y: flat(z[..., :-1, :].contiguous(), y[..., 1:]),
     "rows of a slice": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, VOCAB), y[:, 1:].flatten()),
     "rows of a mask": lambda z, y: F.cross_entropy(z[y != -100], y[y != -100]),
+    "rows of each sequence": lambda z, y: flat(z[:, [0, 3, 3]], y[:, [0, 3, 3]]),
+    "rows by number": lambda z, y: F.cross_entropy(z[[0, 1], [3, 4]], y[[0, 1], [3, 4]]),
+    "one row": lambda z, y: F.cross_entropy(z[1, 3][None], y[1, 3:4]),
     "one sequence": lambda z, y: F.cross_entropy(z[1], y[1]),
     "module": lambda z, y: torch.nn.CrossEntropyLoss()(z.reshape(18, VOCAB), y.flatten()),
     "scale": lambda z, y: flat(z * 0.5, y),
@@ -309,6 +312,17 @@ def test_a_hook_that_changes_the_gradient_changes_what_comes_of_it(case):
     def outcome(logits):
         logits.register_hook(lambda grad: 3 * grad)
         return torch.autograd.grad(flat(logits, case.labels), [case.hidden, *case.linear.parameters()])
+
+    assert_near(outcome(case.deferred()), outcome(case.plain()), OPERATIONS)
+
+
+def test_a_gradient_handed_back_is_differentiated_again(case):
+    def outcome(logits):
+        leaf = logits.detach().requires_grad_()
+        (found,) = torch.autograd.grad(flat(leaf, case.labels), leaf)
+        first = torch.autograd.grad(logits, case.hidden, found, retain_graph=True)
+        (again,) = torch.autograd.grad(logits, case.hidden, found, create_graph=True)
+        return [*first, *torch.autograd.grad(again.square().sum(), case.linear.weight)]
 
     assert_near(outcome(case.deferred()), outcome(case.plain()), OPERATIONS)
 

@@ -86,7 +86,9 @@ class DeferredHead(torch.autograd.Function):
         if root is not None:
             # Weights may change from here on: by a hook that updates them, by what frees a sharded one.
             root.head.freeze(grad)
-            if isinstance(grad, DeferredLogits) and grad.gradient is not None and grad.node is root:
+            # What it has with it are constants: not for a gradient that is to be differentiated again.
+            ours = isinstance(grad, DeferredLogits) and grad.gradient is not None and grad.node is root
+            if ours and not torch.is_grad_enabled():
                 carried = grad.gradient.take(ctx.needs_input_grad[:3])
                 if carried is not None:
                     return (*carried, None)

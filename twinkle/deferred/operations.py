@@ -147,7 +147,7 @@ def _slice(func: Any, logits: Any, dim: int = 0, start: Any = None, end: Any = N
 def _select(func: Any, logits: Any, dim: int, index: int) -> Any:
     like = func(logits.like(), dim, index)
     dim %= logits.dim()
-    if dim == logits.dim() - 1 or logits.dim() < 3:
+    if dim == logits.dim() - 1:
         return None
     return _then(logits, like, Select(dim, index), functools.partial(_call, func, (dim, index), {}))
 
@@ -171,17 +171,18 @@ def _index(func: Any, logits: Any, indices: Any) -> Any:
     taken = sum(1 if i is None or i.dtype not in (torch.bool, torch.uint8) else i.dim() for i in indices)
     if taken >= logits.dim() or any(isinstance(index, DeferredLogits) for index in indices):
         return None
-    node = logits.node
-    rows = func(node.rows, indices)
+    before = logits.node
+    rows = func(before.rows, indices)
     like = torch.empty((*rows.shape[:-1], logits.shape[-1]), dtype=logits.dtype, device="meta")
-    made = _then(logits, like, Index(indices))
-    return made if like.dim() > 1 else None
+    node = Node(before.head, tuple(rows.shape[:-1]), like.dtype, before, Index(indices), rows)
+    return DeferredLogits.make(node, like)
 
 
 def _cast(func: Any, logits: Any, **kwargs: Any) -> Any:
     dtype = kwargs.get("dtype") or logits.dtype
     device = kwargs.get("device")
-    if dtype not in _FLOATS or kwargs.get("layout") not in (None, torch.strided):
+    plain = kwargs.get("layout") in (None, torch.strided) and not kwargs.get("pin_memory")
+    if dtype not in _FLOATS or not plain:
         return None
     if device is not None and torch.device(device) != logits.device:
         return None

@@ -175,7 +175,7 @@ class Index(Step):
     def back(self, grad: Tensor, before: tuple[int, ...]) -> Tensor:
         """As said at :class:`Step`."""
         zeros = grad.new_zeros(*before, grad.shape[-1])
-        return zeros.index_put_(tuple(self.indices), grad, accumulate=True)
+        return _aten.index_put_(zeros, self.indices, grad, True)
 
     def names(self, indices: list[Tensor | None]) -> bool:
         """Whether these are the same tensors."""
@@ -218,6 +218,7 @@ class Node:
         dtype: Theirs.
         previous: What they were before the last step; None for those that come out of the head.
         step: The last step.
+        rows: Their hidden states, where they are at hand.
     """
 
     def __init__(
@@ -227,6 +228,7 @@ class Node:
         dtype: torch.dtype,
         previous: Node | None = None,
         step: Step | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.head = head
         self.shape = torch.Size((*lead, head.weight.shape[0]))
@@ -236,7 +238,7 @@ class Node:
         self.pointwise: tuple[PointwiseOp, ...] = ()
         if previous is not None and step is not None:
             self.pointwise = (*previous.pointwise, *step.pointwise)
-        self._rows: Tensor | None = None
+        self._rows = rows
 
     @property
     def rows(self) -> Tensor:
