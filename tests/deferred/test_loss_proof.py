@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from rounding import assert_near, terms
+from torch.utils.flop_counter import FlopCounterMode
 
 from twinkle.apply.layers import kernelize_layers
 from twinkle.deferred import proof as loss
@@ -180,6 +181,22 @@ def test_each_dtype_and_autocast_is_proven(
         (torch.bfloat16, True, False),
         (torch.float16, True, False),
     ]
+
+
+def test_a_step_under_a_mode_is_computed_with_its_logits_and_the_next_one_is_compared(
+    clean_registry: Registry,
+) -> None:
+    model = llama()
+    expected = step(model)
+    kernelize_layers(model)
+    with FlopCounterMode(display=False):
+        found = step(model)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    proofs = [b.proof for b in clean_registry.bindings if b.kernel == "causal_lm_loss"]
+    assert "not compared yet: under FlopCounterMode" in proofs
+    step(model)
+    proofs = [b.proof for b in clean_registry.bindings if b.kernel == "causal_lm_loss"]
+    assert any(proof.startswith("proven") for proof in proofs)
 
 
 @pytest.mark.parametrize("make", [llama, gemma2])

@@ -34,12 +34,15 @@ class Planted(SumStep):
         self.planted = Candidate(record, Binding("layer", "a:Block", "residual_norm", self.source))
         self.right = right
         self.compared: list[bool] = []
+        self.verdicts: list[Verdict] = []
 
     def candidate(self, owner: nn.Module) -> Candidate | None:
         return self.planted if self.planted.rejected is None else None
 
     def _verdict(self, compared: Any, grad: bool) -> Verdict:
         self.compared.append(grad)
+        if self.verdicts:
+            return self.verdicts.pop(0)
         return Verdict(self.right, "right" if self.right else "wrong")
 
 
@@ -77,6 +80,18 @@ def test_a_kernel_that_is_wrong_is_not_called() -> None:
     with pytest.warns(TwinkleWarning, match="does not compute the same: wrong"):
         assert compare_and_run(step, never) is None
     assert step.proven == {}
+
+
+def test_a_comparison_that_was_not_made_leaves_the_call_to_the_original_steps() -> None:
+    step = Planted(proofs=2)
+    verdict = Verdict.not_yet("under a mode")
+    step.verdicts = [verdict, Verdict(True, "right"), verdict, Verdict(True, "right")]
+    assert compare_and_run(step, never) is None
+    assert step.planted.binding.proof == "not compared yet: under a mode"
+    assert compare_and_run(step) == "done"
+    assert compare_and_run(step) == "done", "compared once, and the same as in forward under a checkpoint"
+    compare_and_run(step)
+    assert step.proven == {"key": "needs"}
 
 
 def test_without_comparisons_nothing_is_made_for_one() -> None:

@@ -205,7 +205,7 @@ class Twin:
     def _layer(self, layer: nn.Module, kind: Any, *, whole: bool = False) -> Any:
         if issubclass(kind, torch.jit.ScriptModule):
             return self._remember(layer, copy.deepcopy(layer).to(self._held.dtype))
-        if kind.__module__.startswith("torch.distributed.") and not whole:
+        if str(kind.__module__).startswith("torch.distributed.") and not whole:
             raise NotNow(f"a {kind.__name__} within the layer cannot be copied")
         made = object.__new__(kind)
         self._remember(layer, made)
@@ -237,7 +237,7 @@ class Twin:
             return weakref.ref(self.copy(found)) if known else value
         if issubclass(kind, _ONCE):
             raise NotNow(f"a {kind.__name__} can be read only once")
-        if kind.__module__.startswith(_SHARED):
+        if str(kind.__module__).startswith(_SHARED):
             return value
         try:
             if hasattr(kind, "__deepcopy__"):
