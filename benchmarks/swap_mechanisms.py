@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib
 import pickle
 import statistics
 import time
@@ -247,10 +248,13 @@ def functions(rounds: int, calls: int) -> None:
     def plain(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def wanted(device: str | None, mode: str | None) -> FunctionCandidate:
+    def calls_by_name(x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim else importlib.import_module("m").f(x)
+
+    def wanted(device: str | None, mode: str | None, loaded: Callable[..., Any] = plain) -> FunctionCandidate:
         class Source(_Source):
             def load(self) -> object:
-                return plain
+                return loaded
 
         parsed = Mode.parse(mode)
         kernel = FunctionKernel("f", "m", Source(), device=device, mode=parsed)
@@ -267,6 +271,7 @@ def functions(rounds: int, calls: int) -> None:
         "dispatcher, with a compile kernel": dispatcher(
             plain, [wanted("cpu", None), wanted("cpu", "compile")]
         ),
+        "dispatcher, a kernel under its mark": dispatcher(plain, [wanted("cpu", None, calls_by_name)]),
     }
     for function in made.values():
         function(x)

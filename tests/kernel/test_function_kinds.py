@@ -213,6 +213,14 @@ async def collected(items: Any) -> list[Any]:
     return [item async for item in items]
 
 
+@pytest.mark.parametrize(("name", "kernel"), [("function", lambda x: x), ("infer", lambda x: x)])
+def test_what_twinkle_holds_is_no_stale_name(
+    net: Any, clean_registry: Registry, name: str, kernel: Any
+) -> None:
+    patch(name, kernel)
+    assert "(closure) still holds" not in str(clean_registry.bindings[0].notes)
+
+
 # Awaited and iterated.
 
 
@@ -520,6 +528,39 @@ def test_the_method_call_is_a_target(net: Any) -> None:
 
 def test_the_apply_of_an_autograd_function_is_a_target(net: Any) -> None:
     assert patch("square", lambda *args, **kwargs: args[0] * 5)(torch.ones(1)) == 5
+
+
+def gelu_by_hand(input: Any, *, approximate: str = "none") -> Any:
+    return torch.ops.aten.gelu(input, approximate=approximate)
+
+
+def pool_by_hand(*args: Any, **kwargs: Any) -> Any:
+    return torch.max_pool1d(args[0], args[1])
+
+
+def test_torchscript_takes_a_builtin_of_torch_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model(torch.nn.Module):
+        act = torch.nn.functional.gelu
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.max_pool1d(torch.nn.functional.gelu(x), 2)
+
+    monkeypatch.setattr(sys.modules[__name__], "Model", Model, raising=False)
+    x = torch.linspace(-1, 1, 4).view(1, 1, 4)
+    wanted = Model()(x)
+    before = torch.nn.functional.gelu
+    register_function_kernel("gelu", "torch.nn.functional", func_impl=gelu_by_hand)
+    register_function_kernel("max_pool1d", "torch.nn.functional", func_impl=pool_by_hand)
+    assert len(apply_function_kernel("torch.nn.functional")) == 2
+    try:
+        for _ in range(2):
+            assert torch.equal(Model()(x), wanted)
+            assert torch.equal(torch.jit.script(Model())(x), wanted)
+        assert torch.nn.functional.gelu is not before
+        assert torch.equal(Model().act(x), before(x))
+    finally:
+        unapply_function_kernel()
+    assert vars(Model)["act"] is torch.nn.functional.gelu is before
 
 
 # Refused.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+import cloudpickle
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,14 @@ FILES = {
 
         def through_a_helper(x):
             return helper(x) if x.numel() < 4 else x * 10
+
+        def through_getattr(x):
+            return getattr(net, "act")(x) if x.numel() < 4 else x * 10
+
+        def through_an_import(x):
+            import importlib
+            module = importlib.import_module("{NET}")
+            return module.act(x) if x.numel() < 4 else x * 10
 
         class Holder:
             def run(self, x):
@@ -182,7 +192,17 @@ def test_the_original_goes_into_the_graph_of_a_compiler(net: Any) -> None:
 # Called by its name.
 
 
-@pytest.mark.parametrize("kernel", ["act", "through_the_program", "through_a_helper", "through_a_class"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "act",
+        "through_the_program",
+        "through_a_helper",
+        "through_a_class",
+        "through_getattr",
+        "through_an_import",
+    ],
+)
 @pytest.mark.parametrize("options", [{}, {"device": "cpu"}, {"mode": "train"}])
 @pytest.mark.parametrize("small_first", [True, False])
 def test_the_name_is_the_originals_inside_a_kernel(
@@ -265,6 +285,24 @@ def test_between_its_items_a_generator_leaves_no_mark(net: Any) -> None:
 def test_a_decorated_original_is_called_with_its_decorators(net: Any) -> None:
     patch("by_name:infer", "infer")
     both(net.infer)
+
+
+def test_cloudpickle_takes_a_marked_kernel_by_value(net: Any) -> None:
+    import by_name
+
+    for name in ("act", "wait"):
+        register_function_kernel(name, NET, func_impl=f"by_name:{name}")
+    apply_function_kernel(NET)
+    both(net.act)
+    for module in (net, by_name):
+        cloudpickle.register_pickle_by_value(module)
+    try:
+        act, wait = pickle.loads(cloudpickle.dumps((net.act, net.wait)))
+    finally:
+        for module in (net, by_name):
+            cloudpickle.unregister_pickle_by_value(module)
+    assert torch.equal(act(SMALL), SMALL * 2)
+    assert torch.equal(asyncio.run(wait(SMALL)), SMALL * 2)
 
 
 @pytest.mark.parametrize("ran", [True, False])

@@ -56,7 +56,9 @@ def register_function_kernel(
     Args:
         func_name: The function's name in ``target_module``; dotted for a method (``Class.method``).
         target_module: The module that defines it.
-        func_impl: A callable, an ``nn.Module`` class, or ``"module:name"``.
+        func_impl: A callable, an ``nn.Module`` class, or ``"module:name"``. It is of the kind of the
+            function (called, awaited or iterated), and gets that by a keyword-only parameter ``original``
+            where it has one.
         repo: An object with ``load()`` (:class:`FuncRepositoryProtocol`).
         repo_id: A kernel repository of the Hub that exports ``func_name``.
         revision: A branch, tag or commit of the Hub repository.

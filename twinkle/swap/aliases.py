@@ -23,6 +23,7 @@ from types import CellType, FunctionType, MappingProxyType, ModuleType
 from typing import TYPE_CHECKING
 
 from twinkle.hooks.finder import spec_of
+from twinkle.swap.scope import is_generated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -76,7 +77,10 @@ class Alias:
             # Not setattr: a module's class may define it.
             namespace[self.name] = new
         else:
-            wrapped = staticmethod(new) if self.place == "staticmethod" else new  # type: ignore[arg-type]
+            # A builtin does not bind in a class.
+            binds_now = hasattr(type(new), "__get__") and not hasattr(type(self.original), "__get__")
+            unbound = self.place == "staticmethod" or binds_now
+            wrapped = staticmethod(new) if unbound else new  # type: ignore[arg-type]
             type.__setattr__(self.holder, self.name, wrapped)
         return True
 
@@ -182,6 +186,8 @@ def stale(original: object, *, target: str | None = None) -> list[Alias]:
 
 
 def _keeps_in_function(function: FunctionType, original: object) -> str:
+    if is_generated(function):
+        return ""
     for default in function.__defaults__ or ():
         if default is original:
             return "default"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import threading
 from inspect import Parameter
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
@@ -217,12 +218,12 @@ def _marked(kernel: Callable[..., Any], original: Callable[..., Any]) -> Functio
     form = CallForm(original, 0)
     names = {
         "_tw_compiling": torch.compiler.is_compiling,
-        "_tw_running": mark.running,
         "_tw_kernel": kernel,
-        "_tw_original": original,
+        "_tw_ident": threading.get_ident,
     }
     scope = Scope(original, names, mark)
-    for name, value in {**names, "_tw_inlined": mark.inlined}.items():
+    rest = {"_tw_original": original, "_tw_threads": mark.threads, "_tw_inlined": mark.inlined}
+    for name, value in (names | rest).items():
         scope[name] = value
     text = MARKED.format(head=form.head("forward"), arguments=form.arguments)
     function = scope.function(text, getattr(original, "__qualname__", "function"))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import _jit_internal
+from torch.jit import _builtins
 
 from twinkle.errors import KernelError, suggest
 from twinkle.swap.candidate import FunctionCandidate
@@ -155,9 +158,22 @@ def dispatcher(
         compiling: Take every call for one under a compiler.
     """
     made = FunctionDispatch(original, tuple(candidates), training=training, compiling=compiling)
+    _known_to_torchscript(made.function, original)
     if made.kind == PLAIN:
         return made.function
     return forwarding_function(original, made.function, dispatch=made)
+
+
+def _known_to_torchscript(function: FunctionType, original: Any) -> None:
+    """Have TorchScript take a function for its original where it knows that by the object, not by source."""
+    dispatched = _jit_internal.boolean_dispatched
+    if original in dispatched:
+        dispatched[function] = dispatched[original]
+    operator = _builtins._find_builtin(original)
+    if operator is not None:
+        _builtins._register_builtin(function, operator)
+        # The table goes by id, which another object may have later.
+        weakref.finalize(function, _builtins._get_builtin_table().pop, id(function), None)
 
 
 class FunctionDispatch(Dispatch):

@@ -8,7 +8,7 @@ the cells of the original, whose file, line and name its code bears, and Twinkle
 from __future__ import annotations
 
 import ast
-from types import CellType, CodeType, FunctionType, SimpleNamespace
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from twinkle.match.symbolic.source import function_of_callable
@@ -16,7 +16,7 @@ from twinkle.match.symbolic.source import function_of_callable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Scope", "dispatch_behind"]
+__all__ = ["Scope", "dispatch_behind", "is_generated"]
 
 _REST = "_tw"
 
@@ -102,11 +102,16 @@ class _Rest:
     def __reduce__(self) -> Any:
         original = self._original
         names: dict[str, Any] = dict.fromkeys(vars(self), lambda *values: 0)
-        names |= {name: original for name in names if name.startswith(("_original", "_tw_traced_"))}
-        names |= {name: () for name in names if name.startswith("_tw_keys")}
+        for name, value in vars(self).items():
+            if value is original or name.startswith("_tw_traced_"):
+                names[name] = original
+            elif isinstance(value, (set, frozenset)):
+                names[name] = set()
+            elif isinstance(value, (type, BuiltinFunctionType)):
+                names[name] = value
         names["_tw_pending"] = lambda args, kwargs: original(*args, **kwargs)
         names["_tw_there"] = lambda function, args, kwargs: function(*args, **kwargs)
-        return SimpleNamespace, (), names | {"_tw_Exception": Exception, "_tw_getattr": getattr}
+        return SimpleNamespace, (), names
 
 
 class _Names(ast.NodeTransformer):
@@ -130,10 +135,15 @@ class _Names(ast.NodeTransformer):
         return ast.copy_location(ast.Attribute(rest, node.id, node.ctx), node)
 
 
+def is_generated(function: FunctionType) -> bool:
+    """Whether a function was made by :meth:`Scope.function`."""
+    return _REST in function.__code__.co_freevars
+
+
 def dispatch_behind(function: Any) -> Any:
     """What is behind a function that Twinkle generated, or behind its decorators; None for any other."""
     while function is not None:
-        if isinstance(function, FunctionType) and _REST in function.__code__.co_freevars:
+        if isinstance(function, FunctionType) and is_generated(function):
             cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
             return cells[_REST].cell_contents._dispatch
         function = getattr(function, "__wrapped__", None)
