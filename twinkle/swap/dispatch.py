@@ -80,7 +80,7 @@ class Dispatch:
         self.fixed_compiling = compiling
         self.lock = threading.RLock()
         self.entries = [
-            Entry(candidate, index)
+            Entry(candidate, index, self.target)
             for index, candidate in enumerate(candidates)
             if fits_this_build(candidate.device)
         ]
@@ -268,7 +268,7 @@ class Dispatch:
         """Whether a call finds something else than the kernel was made for; the report says so."""
         if entry.guard is None:
             return False
-        found = [entry.guard.changed(layer, self.target) for layer in (layers if self.target else (None,))]
+        found = [entry.guard.changed(layer) for layer in (layers if self.target else (None,))]
         if self.target is not None and self.standing[1] and self.target.forward is not self.original:
             found.append("its forward")
         what = next(filter(None, found), None)

@@ -135,15 +135,13 @@ class DispatchCode:
 
     def _guard_lines(self, entry: Entry, guard: Guard, pad: str) -> Iterator[str]:
         """The lines that run what stands now where the kernel was made for something else."""
-        parts = [self.standing_test, guard.text(self.constants, layer=self.form.first, cls="_tw_target")]
-        test = " and ".join(part for part in parts if part)
-        if not test:
+        tests = [self.standing_test] if self.standing_test else []
+        if guard.reads:
+            self.constants[f"_tw_guard{entry.index}"] = guard.holds
+            tests.append(f"_tw_guard{entry.index}({self.form.first})")
+        if not tests:
             return
-        yield f"{pad}try:"
-        yield f"{pad}    _tw_same = {test}"
-        yield f"{pad}except Exception:"  # what was read is not there any more
-        yield f"{pad}    _tw_same = False"
-        yield f"{pad}if not _tw_same:"
+        yield f"{pad}if not ({' and '.join(tests)}):"
         yield f"{pad}    _tw_changed({entry.index})"
         yield f"{pad}    return {self.standing}({self.form.arguments})"
 
