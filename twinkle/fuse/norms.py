@@ -76,7 +76,7 @@ def norm_of(cls: type) -> Norm | str:
         return f"the numbers of {name} are not its own attributes"
     if switch is not None and not isinstance(switch, str):
         return f"{name} has no attribute that says whether it has a weight"
-    guard = Guard((of_forward(plain), *(read.inside("{self}", plain) for read in found.reads)))
+    guard = Guard((of_forward(plain), *Guard(found.reads).of(plain).reads))
     return Norm(variant, weight, eps if isinstance(eps, str) else float(eps), shape, switch, guard)
 
 

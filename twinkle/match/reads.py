@@ -112,33 +112,27 @@ class Guard:
     def __init__(self, reads: Iterable[Read]) -> None:
         self.reads = tuple(dict.fromkeys(reads))
 
+    def of(self, cls: type | None) -> Guard:
+        """The guard for the layers of a class; for a function as it is."""
+        return self if cls is None else Guard(read.inside("{self}", cls) for read in self.reads)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Guard) and other.reads == self.reads
 
     def __hash__(self) -> int:
         return hash(self.reads)
 
-    def text(self, names: dict[str, Any], *, layer: str = "None", cls: str = "None") -> str:
-        """The expression that is true as long as all would be read as before; empty where nothing is read.
-
-        Args:
-            names: Is given a name for each object in the expression.
-            layer: What the layer is called.
-            cls: What its class is called.
-        """
-        parts = []
-        for read in self.reads:
-            called = [_named(value, names) for value in read.objects]
-            parts.append(read.text.format(*called, self=layer, cls=cls))
-        return " and ".join(parts)
-
     @cached_property
     def holds(self) -> Callable[..., bool]:
         """Says whether all would be read as before, of a layer and its class; of nothing for a function."""
+        # No `__name__` in these globals: dynamo would look the objects up in the module of that name.
         names: dict[str, Any] = {"_tw_compiling": torch.compiler.is_compiling}
-        test = self.text(names, layer="layer", cls="cls") or True
-        text = "def holds(layer=None, cls=None):\n    try:\n        return bool({})\n    except Exception:\n"
-        compile_source(text.format(test) + "        return False\n", "guard", names)
+        parts = []
+        for read in self.reads:
+            called = [_named(value, names) for value in read.objects]
+            parts.append(read.text.format(*called, self="layer", cls="cls"))
+        text = "def holds(layer=None, cls=None):\n    try:\n        return {}\n    except Exception:\n"
+        compile_source(text.format(" and ".join(parts) or True) + "        return False\n", "guard", names)
         holds: Callable[..., bool] = names["holds"]
         return holds
 
@@ -176,9 +170,11 @@ def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
     return Read(f"{place} {'==' if by_value else 'is'} {{{len(objects)}}}", (*objects, value), what)
 
 
-def of_global(function: FunctionType, name: str, value: Any) -> Read:
-    """The read of a global name in a function."""
+def of_global(function: FunctionType, name: str, value: Any) -> Read | None:
+    """The read of a global name in a function; None for the modules that torch's own functions read."""
     scope = function.__globals__
+    if isinstance(value, ModuleType) and _is_torchs(function):
+        return None
     module = sys.modules.get(scope.get("__name__", ""))
     what = f"{scope.get('__name__', '')}.{name}"
     if isinstance(module, ModuleType) and vars(module) is scope:
@@ -200,12 +196,17 @@ def of_attribute(owner: Any, name: str, value: Any) -> Read | None:
     return same(f"{{0}}.{name}", value, (owner,), f"{getattr(owner, '__name__', owner)}.{name}")
 
 
-def of_code(function: FunctionType) -> Read:
-    """The read of a function's code, which tools that reload modules replace in place."""
+def of_code(function: FunctionType) -> Read | None:
+    """The read of a function's code, which tools that reload modules replace; None for torch's own."""
+    if _is_torchs(function):
+        return None
     # The question is asked of old compilers alone, which guard code by themselves and cannot read it.
-    return Read(
-        "({0}.__code__ is {1} or _tw_compiling())", (function, function.__code__), function.__qualname__
-    )
+    text = "({0}.__code__ is {1} or _tw_compiling())"
+    return Read(text, (function, function.__code__), function.__qualname__)
+
+
+def _is_torchs(function: FunctionType) -> bool:
+    return str(function.__globals__.get("__name__")).startswith("torch.")
 
 
 def of_forward(cls: type) -> Read:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.causal_lm import recognise_head
@@ -61,10 +61,11 @@ def recognise(obj: Any) -> Recognition:
         return Recognition(target, reason=reason)
     key = function if owner is None else owner
     known = runtime.of(_Recognitions).by_object
-    code, found = known.get(key, (None, None))
-    if found is None or code != (function, reason) or not found.guard.holds(cls=owner):
+    code = ref(function), reason  # not the function itself: it may hold its class
+    before, found = known.get(key, (None, None))
+    if found is None or before != code or not found.guard.holds(cls=owner):
         found = _recognise(target, function, owner, reason)
-        known[key] = (function, reason), found
+        known[key] = code, found
     return found
 
 

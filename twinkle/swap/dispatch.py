@@ -86,16 +86,11 @@ class Dispatch:
         self.fixed_compiling = compiling
         self.lock = threading.RLock()
         self.entries = [
-            Entry(candidate, index)
+            Entry(candidate, index, self.target)
             for index, candidate in enumerate(candidates)
             if fits_this_build(candidate.device)
         ]
         self._call = CallForm(original, skip)
-        # What guards read, by its name in the text.
-        self._read: dict[str, Any] = {}
-        for entry in self.entries:
-            if entry.guard is not None:
-                entry.guard.text(self._read, layer=self._call.first, cls="_tw_target")
         self.names = Scope(original, self._hot_names(), self)
         self._set(
             original=original,
@@ -115,15 +110,13 @@ class Dispatch:
             getattr=getattr,
             Exception=Exception,
         )
-        for name, value in self._read.items():
-            self.names[name] = value
+        self._set(**{f"guard{e.index}": e.guard.holds for e in self.entries if e.guard is not None})
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
             self._call,
             training=self.training_text.format(self._call.first) if training is None else repr(training),
             standing=self.standing,
-            read=self._read,
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
         )
@@ -144,9 +137,11 @@ class Dispatch:
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
         if self._minds_the_gpu():
             names.append("current")
-        hot = [f"_tw_{name}" for name in dict.fromkeys(names)]
+        guarded = [f"guard{entry.index}" for entry in self.entries if entry.guard is not None]
         # A function that is pickled by value takes its cells along: they hold nothing of the program then.
-        return [*hot, "_tw_target", *self._read] if self._read and self.target is not None else hot
+        if guarded and self.target is not None:
+            names += ["target", *guarded]
+        return [f"_tw_{name}" for name in dict.fromkeys(names)]
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -328,7 +323,7 @@ class Dispatch:
         """Whether a call finds something else than the kernel was made for; the report says so."""
         if entry.guard is None:
             return False
-        found = [entry.guard.changed(layer, self.target) for layer in (layers if self.target else (None,))]
+        found = [entry.guard.changed(layer) for layer in (layers if self.target else (None,))]
         if self.target is not None and self.standing[1] and self.target.forward is not self.original:
             found.append("its forward")
         what = next(filter(None, found), None)

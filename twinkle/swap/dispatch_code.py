@@ -35,7 +35,6 @@ class DispatchCode:
         form: How the function takes its arguments and hands them on.
         training: The expression that says whether a call is one in training.
         standing: The expression of what would run without Twinkle, and of the test that it is the original.
-        read: What the guards read, by name.
         always_compiling: Every call counts as one under a compiler.
         with_dtype: Kernels are proven by dtype, so that a trace has to say which it is for.
 
@@ -52,13 +51,11 @@ class DispatchCode:
         *,
         training: str,
         standing: tuple[str, str],
-        read: dict[str, Any],
         always_compiling: bool,
         with_dtype: bool,
     ) -> None:
         self.form = form
         self.standing, self.standing_test = standing
-        self.read = read
         self.training = training
         self.always_compiling = always_compiling
         self.with_dtype = with_dtype
@@ -139,15 +136,12 @@ class DispatchCode:
 
     def _guard_lines(self, entry: Entry, guard: Guard, pad: str) -> Iterator[str]:
         """The lines that run what stands now where the kernel was made for something else."""
-        parts = [self.standing_test, guard.text(self.read, layer=self.form.first, cls="_tw_target")]
-        test = " and ".join(part for part in parts if part)
-        if not test:
+        tests = [self.standing_test] if self.standing_test else []
+        if guard.reads:
+            tests.append(f"_tw_guard{entry.index}({self.form.first})")
+        if not tests:
             return
-        yield f"{pad}try:"
-        yield f"{pad}    _tw_same = {test}"
-        yield f"{pad}except _tw_Exception:"  # what was read is not there any more
-        yield f"{pad}    _tw_same = False"
-        yield f"{pad}if not _tw_same:"
+        yield f"{pad}if not ({' and '.join(tests)}):"
         yield f"{pad}    _tw_changed({entry.index})"
         yield f"{pad}    return {self.standing}({self.form.arguments})"
 

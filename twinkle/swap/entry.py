@@ -44,6 +44,11 @@ class Moment:
 class Entry:
     """One candidate in one place.
 
+    Args:
+        candidate: The candidate.
+        index: Its number there.
+        target: The class of the layers that it is for; None for a function.
+
     Attributes:
         state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
         function: What to call, once loaded.
@@ -65,7 +70,7 @@ class Entry:
         "state",
     )
 
-    def __init__(self, candidate: BaseCandidate, index: int) -> None:
+    def __init__(self, candidate: BaseCandidate, index: int, target: type | None = None) -> None:
         self.candidate = candidate
         self.index = index
         self.mode = candidate.mode
@@ -75,7 +80,8 @@ class Entry:
         self.can_torch_compile: bool | None = None
         self.has_backward: bool | None = None
         self.same_signature = False
-        self.guard: Guard | None = getattr(candidate.kernel.source, "guard", None)
+        guard: Guard | None = getattr(candidate.kernel.source, "guard", None)
+        self.guard = None if guard is None else guard.of(target)
         self.guard_failed = False
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
