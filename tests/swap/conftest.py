@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Source:
     """A source that counts how often it is asked."""
 
-    kind = "code"
+    kind = __import__("os").environ.get("KIND", "code")
 
     def __init__(self, thing: object) -> None:
         self.thing = thing
@@ -148,7 +148,7 @@ class Kit:
 
     def factor(self, module: nn.Module, **options: Any) -> float:
         """How many times the original's output a (swapped) gate gives: which kernel ran."""
-        expected = Gate.forward(module, self.x)
+        expected = torch.sigmoid(module.proj(self.x)) * self.x
         return round((module(self.x, **options) / expected).mean().item(), 3)
 
 

@@ -15,6 +15,7 @@ from twinkle.deferred.forward import (
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, placed, plan, swap_out
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,11 +63,12 @@ def install(model: nn.Module, recognition: Any = None) -> Installed | str:
     if reason is not None or head is None:
         return reason or "the model has no output head"
     target: Any = original_class(model)
-    labels = _labels(target.forward, facts)
+    original: Any = own_forward(target)
+    labels = _labels(original, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
     forward = DeferringForward(
-        target.forward,
+        original,
         path,
         labels,
         recognised=bool(facts),
@@ -107,6 +109,9 @@ def _take_calls(module: nn.Module) -> None:
             entry.state = "live"
     dispatch.rebuild()
     leave_to_python(dispatch.function)
+    if dispatch.front is not None:
+        dispatch.front.on_code = leave_to_python
+        leave_to_python(dispatch.front.function)
 
 
 def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int | None]:

@@ -26,6 +26,7 @@ from twinkle.ops import launch
 from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -87,7 +88,7 @@ def draft_of(cls: type) -> Draft | str:
     found = drafts.get(cls)
     if found is None:
         try:
-            found = Draft(getattr(cls, "forward", None))
+            found = Draft(own_forward(cls))
         except CannotRewrite as error:
             found = str(error)
         drafts[cls] = found

@@ -18,6 +18,7 @@ from twinkle.match.symbolic.source import function_of_callable
 from twinkle.proof import first_use
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
+from twinkle.swap.front import MARK
 from twinkle.swap.layers import candidates_of, original_class
 
 if TYPE_CHECKING:
@@ -190,6 +191,7 @@ def layer_copies(layers: Iterable[nn.Module]) -> nn.Module:
         plain: Any = unswapped(type(layer))
         bare: nn.Module = plain.__new__(plain)
         bare.__dict__.update(layer.__dict__)
+        bare.__dict__.pop(MARK, None)
         holder.add_module(str(at), bare)
     return holder
 
