@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 class Source:
     """A source that counts how often it is asked."""
 
-    kind = __import__("os").environ.get("KIND", "code")
-
-    def __init__(self, thing: object) -> None:
+    def __init__(self, thing: object, kind: str = "code") -> None:
         self.thing = thing
+        self.kind = kind
         self.loads = 0
 
     def describe(self) -> str:
@@ -82,9 +81,11 @@ def candidate(
     mode: str | None = None,
     strict: bool = False,
     attributes: dict[str, object] | None = None,
+    kind: str = "code",
 ) -> Candidate:
+    """A candidate; with the kind ``embedded`` it is one of Twinkle's own, for which modules are marked."""
     parsed = Mode.parse(mode)
-    kernel = LayerKernel("Kernel", Source(thing), device=device, mode=parsed, attributes=attributes)
+    kernel = LayerKernel("Kernel", Source(thing, kind), device=device, mode=parsed, attributes=attributes)
     binding = Binding("layer", "tests:Gate", "Kernel", repr(thing), device=device, mode=parsed)
     return Candidate(kernel, binding, strict=strict)
 

@@ -4,24 +4,25 @@ A module with a kernel keeps its class; it has a mark in its ``__dict__``, a sho
 copies have it, files with it load without Twinkle, and a compiler guards on it by value. It begins with some
 letters that are new in each process, so that a mark from a file means nothing in another.
 
-The function keeps the globals, the name and the defaults of the original, which is its ``__wrapped__``. What
-it knows besides are cells of its closure, and its code is replaced in place as kernels come and go: whoever
-holds it (a wrapper, a bound method) has the newest. Whoever sets ``Class.forward`` afterwards takes it out.
+The text of every dispatch stands in this one function. Its code is replaced in place as kernels come and go:
+whoever holds it (a wrapper, a bound method) has the newest, and a compiler, which guards on the code of every
+function but a module's ``forward``, goes on with its graphs. Whoever sets ``Class.forward`` takes it out.
 """
 
 from __future__ import annotations
 
+import re
 import secrets
 import sys
 import threading
 import weakref
 from inspect import Parameter
 from itertools import count
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.codegen import compile_source
-from twinkle.swap.code import CallForm
+from twinkle.swap.code import CallForm, set_code
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
@@ -36,8 +37,6 @@ __all__ = ["MARK", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
 MARK = "_tw"
 """The attribute of a module with a kernel, and of the class of its forward, where it is None."""
 
-_SLOTS = 4
-_CELLS = ("_tw_original", "_tw_table", *(f"_tw_{kind}{n}" for kind in "fm" for n in range(_SLOTS)))
 _PROCESS = secrets.token_hex(4)
 _numbers = count(1)
 _marked: weakref.WeakValueDictionary[str, LayerDispatch] = weakref.WeakValueDictionary()
@@ -51,7 +50,7 @@ class Front:
 
     Attributes:
         original: The function that stood there.
-        function: The one that stands there now.
+        function: The one that stands there now. The original is its ``__wrapped__``.
         slots: The dispatches that marks of instances mean; None where there was one. Each keeps its place,
             which compiled graphs look at.
         made: Every dispatch for the class that is in use or planned, by core class and candidates.
@@ -65,24 +64,20 @@ class Front:
         self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
         self.on_code: Callable[[Any], None] | None = None
         self._lock = threading.RLock()
-        self._cells = {name: CellType(None) for name in _CELLS}
-        self._cells["_tw_original"].cell_contents = self.original
-        self._cells["_tw_table"].cell_contents = {}
         self._form = CallForm(self.original, 1)
         first = self._form.parameters[0]
         self._self = f"{first.name}[0]" if first.kind is Parameter.VAR_POSITIONAL else first.name
-        code = self._code()
-        cells = tuple(self._cells[name] for name in code.co_freevars)
-        made = FunctionType(
-            code, self.original.__globals__, self.original.__name__, self.original.__defaults__, cells
-        )
-        made.__kwdefaults__ = self.original.__kwdefaults__
-        made.__dict__.update(self.original.__dict__)
-        for name in ("__module__", "__qualname__", "__doc__", "__annotations__"):
-            setattr(made, name, getattr(self.original, name))
-        made.__wrapped__ = self.original  # type: ignore[attr-defined]
-        made.__twinkle__ = self  # type: ignore[attr-defined]
-        self.function = made
+        # Those of the original are for others to look names up in (`torch.jit.script`). No `__name__`: see
+        # twinkle.swap.dispatch.
+        self._names = {k: v for k, v in self.original.__globals__.items() if k != "__name__"}
+        self._names["_tw_original"] = self.original
+        compile_source(self._text(), self.original.__qualname__, self._names)
+        self.function = self._names.pop("forward")
+        self._form.dress(self.function, self.original)
+        self.function.__dict__.pop("__signature__", None)
+        self.function.__dict__.update(self.original.__dict__)
+        self.function.__wrapped__ = self.original
+        self.function.__twinkle__ = self
 
     @classmethod
     def of(cls, core: type) -> Front | None:
@@ -128,34 +123,32 @@ class Front:
 
     def rewrite(self) -> None:
         """Write the function for the dispatches there are."""
-        for n, dispatch in enumerate(self.slots[:_SLOTS]):
-            self._cells[f"_tw_f{n}"].cell_contents = dispatch and dispatch.function
-            self._cells[f"_tw_m{n}"].cell_contents = dispatch and dispatch.mark
-        more = {dispatch.mark: dispatch.function for dispatch in self.slots[_SLOTS:] if dispatch is not None}
-        self._cells["_tw_table"].cell_contents = more
-        self.function.__code__ = self._code()
-        if self.on_code is not None:
-            self.on_code(self.function)
+        with self._lock:
+            for n, dispatch in enumerate(self.slots):
+                if dispatch is not None:
+                    self._names[f"_tw{n}_mark"] = dispatch.mark
+                    self._names.update({_in_slot(k, n): v for k, v in list(dispatch.names.items())})
+            before, text = self.function.__code__, self._text()
+            set_code(self.function, text, self.original.__qualname__)
+            self.function.__code__ = self.function.__code__.replace(co_name=before.co_name)
+            if self.on_code is not None:
+                self.on_code(self.function)
 
-    def _code(self) -> Any:
-        chosen = "_tw_original"
+    def _text(self) -> str:
+        lines = [self._form.head("forward")]
         if any(self.slots):
-            tests = [f"_tw_f{n} if _tw == _tw_m{n} else" for n, d in enumerate(self.slots[:_SLOTS]) if d]
-            last = "_tw_table.get(_tw, _tw_original)" if any(self.slots[_SLOTS:]) else "_tw_original"
-            chosen = f"(_tw_original if (_tw := {self._self}.{MARK}) is None else {' '.join(tests)} {last})"
-        names = ", ".join(_CELLS)
-        # What stands after the return never runs: it makes the code have the same cells at all times.
-        lines = [f"def _tw_make({names}):", f"    {self._form.head('forward')}"]
-        lines += [
-            f"        return {chosen}({self._form.arguments})",
-            f"        {names}",
-            "    return forward",
-            "",
-        ]
-        scope: dict[str, Any] = {}
-        compile_source("\n".join(lines), self.original.__qualname__, scope)
-        template = scope["_tw_make"](*[None] * len(_CELLS))
-        return template.__code__.replace(co_name=self.original.__code__.co_name)
+            lines += [f"    _tw = {self._self}.{MARK}", "    if _tw is None:"]
+            lines += [f"        return _tw_original({self._form.arguments})"]
+        for n, dispatch in enumerate(self.slots):
+            if dispatch is not None:
+                lines.append(f"    if _tw == _tw{n}_mark:")
+                lines += [f"    {line}" for line in _in_slot(dispatch.text, n).splitlines()[1:]]
+        return "\n".join([*lines, f"    return _tw_original({self._form.arguments})", ""])
+
+
+def _in_slot(text: str, number: int) -> str:
+    """The names of a dispatch, in a text or as such, for one of several dispatches in a function."""
+    return re.sub(r"\b_tw_", f"_tw{number}_", text)
 
 
 def new_mark() -> str:

@@ -225,6 +225,13 @@ class LayerDispatch(Dispatch):
         compatibility = candidate.compatibility(self.target, modules)
         if compatibility is None or (self.cls is None and self.front is None):
             return False
+        if self.front is not None and (
+            compatibility.members or "__class__" in compatibility.forward.__code__.co_freevars
+        ):
+            candidate.reject(
+                "failed", "has methods, constants or super(), for which it needs a class of its own"
+            )
+            return False
         with self.lock:
             clash = self._take(entry, compatibility) if entry.state == "new" else None
         if clash is not None:
@@ -244,8 +251,6 @@ class LayerDispatch(Dispatch):
     def _take(self, entry: Entry, kernel: LayerCompatibility) -> str | None:
         """Make a kernel's code part of the class; returns the name of a member that stands in the way."""
         cls = self.target if self.cls is None else self.cls
-        if self.front is not None and (kernel.members or "__class__" in kernel.forward.__code__.co_freevars):
-            return ", ".join(kernel.members) or "super()"
         taken = [
             name for name, value in kernel.members.items() if self._members.get(name, value) is not value
         ]
@@ -272,6 +277,8 @@ class LayerDispatch(Dispatch):
 
     def rebuilt(self, only: Entry | None) -> None:
         """Put the kernel itself in the class where it takes every call: not even a call is lost."""
+        if self.front is not None and self in self.front.slots:
+            self.front.rewrite()
         if self.cls is None:
             return
         function: Any = self.function
@@ -367,12 +374,13 @@ def swap_out(module: nn.Module) -> bool:
     dispatch = dispatch_of(module)
     if dispatch is None:
         return False
-    instance.rebind(module, dispatch.functions, dispatch.original)
     if dispatch.front is None:
         set_class(module, original_of(type(module)))
     dispatch.leave(module)
     if dispatch.front is not None:
         dispatch.front.let_go()
+    stands = Front.of(dispatch.target)
+    instance.rebind(module, dispatch.functions, dispatch.original if stands is None else stands.function)
     return True
 
 
