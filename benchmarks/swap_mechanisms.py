@@ -105,7 +105,8 @@ def class_dispatcher() -> nn.Module:
 
 
 class _Source:
-    kind = "code"
+    def __init__(self, kind: str = "code") -> None:
+        self.kind = kind
 
     def describe(self) -> str:
         return "benchmark"
@@ -114,9 +115,9 @@ class _Source:
         return Kernel
 
 
-def _candidate(device: str | None, mode: str | None) -> Candidate:
+def _candidate(device: str | None, mode: str | None, kind: str = "code") -> Candidate:
     parsed = Mode.parse(mode)
-    kernel = LayerKernel("K", _Source(), device=device, mode=parsed)
+    kernel = LayerKernel("K", _Source(kind), device=device, mode=parsed)
     return Candidate(kernel, Binding("layer", "m:Layer", "K", "benchmark", device=device, mode=parsed))
 
 
@@ -126,6 +127,27 @@ def _generated(*wanted: tuple[str | None, str | None]) -> Callable[[], nn.Module
     def make() -> nn.Module:
         module = Layer()
         plan(module, candidates).commit()
+        return module
+
+    return make
+
+
+def _marked(*wanted: tuple[str | None, str | None], unmarked: bool = False) -> Callable[[], nn.Module]:
+    """A mark in the instance, and one function in the class for all marks; kernels of Twinkle's own."""
+    candidates = [_candidate(device, mode, "embedded") for device, mode in wanted]
+    # A class for each row: the rows would share the function.
+    name = f"Marked{len(wanted)}{'Other' if unmarked else wanted[0]}"
+    owner: Any = type(name, (Layer,), {"forward": lambda self, x: x, "__module__": __name__})
+    globals()[name] = owner  # for pickle
+    kept = []
+
+    def make() -> nn.Module:
+        module: nn.Module = owner()
+        plan(module, candidates).commit()
+        if unmarked:
+            module(torch.ones(4))
+            kept.append(module)
+            return owner()  # type: ignore[no-any-return]
         return module
 
     return make
@@ -142,6 +164,14 @@ MECHANISMS: dict[str, Callable[[], nn.Module]] = {
     "generated subclass, two devices and modes": _generated(
         ("cuda", "train"), ("cuda", "inference"), ("cpu", "train"), ("cpu", "inference")
     ),
+    "mark, any device and mode": _marked((None, None)),
+    "mark, one device": _marked(("cpu", None)),
+    "mark, two modes": _marked((None, "train"), (None, "inference")),
+    "mark, two devices and modes": _marked(
+        ("cuda", "train"), ("cuda", "inference"), ("cpu", "train"), ("cpu", "inference")
+    ),
+    "the original, of a class without marks": Layer,
+    "the original, of a class with marks": _marked((None, None), unmarked=True),
 }
 
 

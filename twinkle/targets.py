@@ -15,6 +15,7 @@ from twinkle.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
+    from typing import Any
 
 __all__ = [
     "Class",
@@ -25,6 +26,7 @@ __all__ = [
     "class_path",
     "defining_match",
     "is_pattern",
+    "own_forward",
     "parse_target",
     "pattern_regex",
     "pattern_source",
@@ -229,6 +231,17 @@ def parse_target(text: str, *, where: str | None = None) -> Name | Pattern | Op:
 def class_path(cls: type) -> str:
     """``module:Qualified.Name`` of a class, as targets and the report write it."""
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def own_forward(cls: type) -> Any:
+    """The ``forward`` of a class without what Twinkle put in its place; None where it has none."""
+    function = getattr(cls, "forward", None)
+    front = getattr(function, "__twinkle__", None)
+    # A wrapper by `functools.wraps` has the attribute, too, and is the program's own.
+    while front is not None and front.function is function:
+        function = front.original
+        front = getattr(function, "__twinkle__", None)
+    return function
 
 
 def defining_match(cls: type, target: Target) -> type | None:

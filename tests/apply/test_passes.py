@@ -14,7 +14,7 @@ from twinkle.apply.layers import kernelize_layers
 from twinkle.apply.matching import match
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.runtime import runtime
-from twinkle.swap.layers import candidates_of
+from twinkle.swap.layers import candidates_of, placed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,7 +94,7 @@ def same(before: dict[tuple[str, ...], Any], after: dict[tuple[str, ...], Any]) 
 
 
 def in_place(model: nn.Module) -> list[str]:
-    names = [name for name, module in model.named_modules() if hasattr(type(module), "__twinkle__")]
+    names = [name for name, module in model.named_modules() if placed(module) is not None]
     return names + [b.target for b in runtime.registry.bindings if b.target.startswith(LLAMA) and b.instances]
 
 

@@ -178,13 +178,16 @@ def test_the_report_says_who_computes_what_is_never_called(
     assert told == {"rms_norm": [note], "apply_rotary_pos_emb": [note]}
 
 
-def test_unkernelize_restores_the_class(device: torch.device) -> None:
+def test_classes_stay_and_unkernelize_restores_their_forwards(device: torch.device) -> None:
     model = build("Qwen3", device)
-    before = [type(module) for module in model.modules()]
+    classes = [type(module) for module in model.modules()]
+    forwards = [cls.forward for cls in classes]
     kernelize_layers(model)
-    assert [type(module) for module in model.modules()] != before
+    assert [type(module) for module in model.modules()] == classes
+    assert [cls.forward for cls in classes] != forwards
     unkernelize_model(model)
-    assert [type(module) for module in model.modules()] == before
+    assert [type(module) for module in model.modules()] == classes
+    assert [cls.forward for cls in classes] == forwards
 
 
 def test_a_wrong_pair_kernel_never_runs(

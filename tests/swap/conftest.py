@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 class Source:
     """A source that counts how often it is asked."""
 
-    kind = "code"
-
-    def __init__(self, thing: object) -> None:
+    def __init__(self, thing: object, kind: str = "code") -> None:
         self.thing = thing
+        self.kind = kind
         self.loads = 0
 
     def describe(self) -> str:
@@ -82,9 +81,11 @@ def candidate(
     mode: str | None = None,
     strict: bool = False,
     attributes: dict[str, object] | None = None,
+    kind: str = "code",
 ) -> Candidate:
+    """A candidate; with the kind ``embedded`` it is one of Twinkle's own, for which modules are marked."""
     parsed = Mode.parse(mode)
-    kernel = LayerKernel("Kernel", Source(thing), device=device, mode=parsed, attributes=attributes)
+    kernel = LayerKernel("Kernel", Source(thing, kind), device=device, mode=parsed, attributes=attributes)
     binding = Binding("layer", "tests:Gate", "Kernel", repr(thing), device=device, mode=parsed)
     return Candidate(kernel, binding, strict=strict)
 
@@ -148,7 +149,7 @@ class Kit:
 
     def factor(self, module: nn.Module, **options: Any) -> float:
         """How many times the original's output a (swapped) gate gives: which kernel ran."""
-        expected = Gate.forward(module, self.x)
+        expected = torch.sigmoid(module.proj(self.x)) * self.x
         return round((module(self.x, **options) / expected).mean().item(), 3)
 
 

@@ -133,6 +133,7 @@ def watch_new() -> None:
         state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
+        runtime.session.remarks_at_report["models"] = _unseen_models
         state.watches.append(watch_pretrained(_on_model, owner=_OWNER, strict=strict))
 
 
@@ -214,8 +215,18 @@ def _watch_class(cls: type) -> None:
 def _on_model(model: Any) -> None:
     """Kernelize a model, or a layer that is a target itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
+    from twinkle.apply.unseen import Constructed
 
+    runtime.of(Constructed).add(model)
     kernelize_layers(model)
+
+
+def _unseen_models() -> list[str]:
+    if "torch" not in sys.modules:
+        return []
+    from twinkle.apply.unseen import remarks
+
+    return remarks()
 
 
 def _on_failure(failure: Failure) -> None:

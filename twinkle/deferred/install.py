@@ -11,6 +11,7 @@ from twinkle.deferred.frames import leave_to_python
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, plan, swap_out
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -103,11 +104,12 @@ def plan_deferral(
     if reason is not None or head is None:
         return reason or "the model has no output head"
     target: Any = original_class(model)
-    labels = _labels(target.forward, facts)
+    original: Any = own_forward(target)
+    labels = _labels(original, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
     forward = DeferringForward(
-        target.forward,
+        original,
         path,
         labels,
         recognised=bool(facts),
@@ -138,6 +140,9 @@ def _take_calls(made: Plan) -> None:
             entry.state = "live"
     dispatch.rebuild()
     leave_to_python(dispatch.function)
+    if dispatch.front is not None:
+        dispatch.front.on_code = leave_to_python
+        leave_to_python(dispatch.front.function)
 
 
 def _labels(forward: Callable[..., Any], facts: dict[str, Any]) -> dict[str, int | None]:

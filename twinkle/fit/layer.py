@@ -12,6 +12,7 @@ from twinkle.errors import KernelError
 from twinkle.fit.bytecode import function_of_member, reads_of, stored_names
 from twinkle.fit.signatures import arguments_text, mismatch, signature_of
 from twinkle.sources.adapters import explain_lacking
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -259,7 +260,7 @@ def check_function(
 
 def _check_signature(what: str, forward: FunctionType, target_class: type[nn.Module]) -> bool:
     """Whether the signatures are the same to the last default; raises where they are not compatible."""
-    original: Callable[..., object] = target_class.forward
+    original: Callable[..., object] = own_forward(target_class)
     ours, theirs = signature_of(forward), signature_of(original)
     if ours is None or theirs is None:
         return False

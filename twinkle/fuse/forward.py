@@ -27,6 +27,7 @@ from twinkle.ops import launch
 from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
 from twinkle.runtime import runtime
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -86,7 +87,7 @@ def draft_of(cls: type) -> Draft | str:
     """The draft of a class's forward, or in words why it cannot be rewritten; made once a forward."""
     drafts = runtime.of(_Forwards).drafts
     found = drafts.get(cls)
-    method = getattr(cls, "forward", None)
+    method = own_forward(cls)
     if found is None or getattr(found, "method", method) is not method:
         try:
             found = Draft(method)

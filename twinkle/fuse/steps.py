@@ -20,6 +20,7 @@ from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
 from twinkle.swap.dtype_keys import ANY
+from twinkle.swap.front import MARK
 from twinkle.swap.layers import candidates_of, original_class
 
 if TYPE_CHECKING:
@@ -193,6 +194,7 @@ def layer_copies(layers: Iterable[nn.Module]) -> nn.Module:
         plain: Any = unswapped(type(layer))
         bare: nn.Module = plain.__new__(plain)
         bare.__dict__.update(layer.__dict__)
+        bare.__dict__.pop(MARK, None)
         holder.add_module(str(at), bare)
     return holder
 

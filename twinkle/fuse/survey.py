@@ -25,6 +25,7 @@ from twinkle.match.recognition import Recognition
 from twinkle.match.structure import recognise
 from twinkle.match.survey import candidates
 from twinkle.match.symbolic import source
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from twinkle.fuse.places import Place
@@ -70,7 +71,7 @@ def recognise_places(cls: type) -> list[Recognition]:
         kernel takes the place on a device that runs Triton's, with the ``reason`` where none does. If
         there are several, all of them are under ``sites``.
     """
-    function, _ = source.unwrap(getattr(cls, "forward", None))
+    function, _ = source.unwrap(own_forward(cls))
     if not isinstance(function, FunctionType):
         return []
     try:

@@ -18,6 +18,7 @@ from twinkle.match.symbolic.idioms import ACTIVATIONS
 from twinkle.match.symbolic.terms import Arena, Term
 from twinkle.match.unify import attribute_path
 from twinkle.ops.catalog import find_op
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -168,7 +169,7 @@ class Instance:
     @staticmethod
     def last_layer(layer: Any) -> str | None:
         """The attribute whose call makes the result of a layer."""
-        forward = getattr(type(layer), "forward", None)
+        forward = own_forward(type(layer))
         if not isinstance(forward, FunctionType):
             return None
         try:
@@ -298,7 +299,7 @@ def _activation(value: Any, place: str, what: str) -> tuple[str, tuple[Read, ...
     arena = Arena()
     unknown = f"unknown:{getattr(value, '__qualname__', type(value).__qualname__)}"
     x = arena.term("input", "x")
-    function = source.function_of_callable(getattr(type(value), "forward", None))
+    function = source.function_of_callable(own_forward(type(value)))
     try:
         if function is not None:
             instance = value

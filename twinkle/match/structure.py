@@ -29,6 +29,7 @@ from twinkle.match.symbolic.terms import Arena, Term, show, walk
 from twinkle.match.templates import holes, templates
 from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
 from twinkle.runtime import runtime
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from twinkle.ops.catalog import Op
@@ -84,7 +85,7 @@ def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Re
 
 def _code(obj: Any) -> tuple[FunctionType | None, type | None, str | None]:
     owner = obj if isinstance(obj, type) else None
-    function = getattr(obj, "forward", None) if owner is not None else source.function_of_callable(obj)
+    function: Any = own_forward(obj) if owner is not None else source.function_of_callable(obj)
     if function is None:
         return None, None, "it has no forward" if owner is not None else "it is no function with a source"
     function, foreign = source.unwrap(function)

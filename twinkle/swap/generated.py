@@ -1,7 +1,8 @@
-"""The class a swapped module has: a subclass of its own, with another ``forward`` and nothing else.
+"""The two ways in which a module gets a kernel: a mark for its class's forward, or a class of its own.
 
-Nothing is kept in the instance, so there is no residue in its ``__dict__`` or ``state_dict`` and no
-reference cycle. ``docs/decisions/0001-swap-mechanism.md`` has the figures behind the choice.
+With Twinkle's own kernels it is marked and keeps its class (:mod:`twinkle.swap.front`). A user's kernel
+may have methods and constants and call ``super()``: its modules have a generated subclass, with another
+``forward`` and nothing else. ``docs/decisions/0001-swap-mechanism.md`` has the figures behind the choice.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
 from twinkle.swap.copies import Maker, reduced_as
 from twinkle.swap.dispatch import Dispatch, in_trace
+from twinkle.swap.front import MARK, Front, dispatch_marked, new_mark, owner_of_forward
 from twinkle.swap.members import adopt
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +58,17 @@ class _Classes:
     def __init__(self) -> None:
         self.lock = threading.RLock()
         self.known: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
+        self.fronts: weakref.WeakKeyDictionary[type, weakref.ref[Front]] = weakref.WeakKeyDictionary()
+
+    def front_of(self, core: type, owner: type) -> Front:
+        """The front for a class, which stands already, was made for a plan, or is made now."""
+        found = Front.of(core)
+        if found is None and owner in self.fronts:
+            found = self.fronts[owner]()
+        if found is None or found.original is not own_forward(core):
+            found = Front(owner)
+            self.fronts[owner] = weakref.ref(found)
+        return found
 
 
 class Swapped:
@@ -117,14 +131,17 @@ def _forget(reference: Any) -> None:
 
 
 class LayerDispatch(Dispatch):
-    """The dispatch behind the ``forward`` of one generated class.
+    """The dispatch behind the ``forward`` of one generated class, or of the modules with one mark.
 
     Attributes:
         target: The original class.
         candidates: The kernels that were asked for, in order.
         pin: A mode that was asked for by name, or ``None``.
         functions: Every function that has stood as ``forward``.
-        instances: The modules that have the class now, by id.
+        instances: The modules that have the class or the mark now, by id, without copies of marked ones.
+        front: Of the marked modules' class; None where there is a generated class.
+        mark: What modules are marked with.
+        holders: How many references there are to the mark when no module has it.
     """
 
     training_text = "{}.training"
@@ -132,19 +149,33 @@ class LayerDispatch(Dispatch):
     standing = ("_tw_target.forward", "_tw_target.forward is _tw_original")
     target: type[nn.Module]
 
-    def __init__(self, target: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin | None) -> None:
+    def __init__(
+        self,
+        target: type[nn.Module],
+        candidates: tuple[Candidate, ...],
+        pin: Pin | None,
+        front: Front | None = None,
+    ) -> None:
         self.target = target
+        self.front = front
+        self.mark = new_mark()
+        self.holders = 0
         self.candidates = candidates
         self.pin = pin
         self.cls: type | None = None
         self.functions: list[Any] = []
         self._members: dict[str, object] = {}
         self.instances: dict[int, weakref.ref[nn.Module]] = {}
+        if front is not None:  # whoever gives the class another forward takes that of the front out
+            self.standing = ("_tw_original", "")
         training, compiling = pin if pin is not None else (None, False)
-        super().__init__(target.forward, candidates, training=training, compiling=compiling, skip=1)
+        original: Any = own_forward(target)
+        super().__init__(original, candidates, training=training, compiling=compiling, skip=1)
+        if front is not None:
+            self.functions.append(front.function)
 
-    def born(self, cls: type) -> None:
-        """Take hold of the generated class, and put the kernels into it that are loaded already."""
+    def born(self, cls: type | None) -> None:
+        """Take hold of the generated class, if there is one, and put in the kernels that are loaded."""
         self.cls = cls
         for entry in self.entries:
             assert isinstance(entry.candidate, Candidate)
@@ -153,11 +184,16 @@ class LayerDispatch(Dispatch):
         self.rebuild()
 
     def enter(self, modules: Sequence[nn.Module], wrappers: Sequence[type] = ()) -> None:
-        """Give modules the class, below the classes that torch generated on top."""
-        assert self.cls is not None
-        cls, instances = rebase(wrappers, self.cls), self.instances
+        """Give modules the mark, or the class, below the classes that torch generated on top."""
+        if self.front is not None:
+            self.front.add(self)
+        instances = self.instances
+        cls = rebase(wrappers, self.target if self.cls is None else self.cls)
         for module in modules:
-            set_class(module, cls)
+            if type(module) is not cls:
+                set_class(module, cls)
+            if self.front is not None:
+                module.__dict__[MARK] = self.mark
             instances[id(module)] = _Instance(module, instances)
         for candidate in self.candidates:
             candidate.binding.lives_in(instances)
@@ -168,8 +204,15 @@ class LayerDispatch(Dispatch):
                 entry.candidate.mark_active()
 
     def leave(self, module: nn.Module) -> None:
-        """Stop counting a module that no longer has the class."""
+        """Stop counting a module that no longer has the class, and take the mark from it."""
+        if self.front is not None:
+            module.__dict__.pop(MARK, None)
         self.instances.pop(id(module), None)
+
+    @property
+    def stands(self) -> Any:
+        """The function that is ``forward`` for the modules."""
+        return self.function if self.front is None else self.front.function
 
     def modules(self) -> list[nn.Module]:
         """The modules of this class that are alive."""
@@ -182,7 +225,14 @@ class LayerDispatch(Dispatch):
         assert isinstance(candidate, Candidate)
         modules = [*args[:1], *self.modules()]
         compatibility = candidate.compatibility(self.target, modules)
-        if compatibility is None or self.cls is None:
+        if compatibility is None or (self.cls is None and self.front is None):
+            return False
+        if self.front is not None and (
+            compatibility.members or "__class__" in compatibility.forward.__code__.co_freevars
+        ):
+            candidate.reject(
+                "failed", "has methods, constants or super(), for which it needs a class of its own"
+            )
             return False
         with self.lock:
             clash = self._take(entry, compatibility) if entry.state == "new" else None
@@ -202,8 +252,7 @@ class LayerDispatch(Dispatch):
 
     def _take(self, entry: Entry, kernel: LayerCompatibility) -> str | None:
         """Make a kernel's code part of the class; returns the name of a member that stands in the way."""
-        cls = self.cls
-        assert cls is not None
+        cls = self.target if self.cls is None else self.cls
         taken = [
             name for name, value in kernel.members.items() if self._members.get(name, value) is not value
         ]
@@ -230,6 +279,8 @@ class LayerDispatch(Dispatch):
 
     def rebuilt(self, only: Entry | None) -> None:
         """Put the kernel itself in the class where it takes every call: not even a call is lost."""
+        if self.front is not None and self in self.front.slots:
+            self.front.rewrite()
         if self.cls is None:
             return
         function: Any = self.function
@@ -249,9 +300,12 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
     Raises:
         TypeError: The class cannot be subclassed.
     """
-    key = (core, core.forward, candidates, pin)
+    key = (core, own_forward(core), candidates, pin)
     classes = runtime.of(_Classes)
     with classes.lock:
+        owner = owner_of_forward(core) if pin is None and all(map(_is_ours, candidates)) else None
+        if owner is not None:
+            return _marking(core, candidates, classes.front_of(core, owner))
         known = classes.known.get(key)
         if known is not None:
             dispatch: LayerDispatch = vars(known)["__twinkle__"]
@@ -276,6 +330,20 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
         dispatch.born(cls)
         classes.known[key] = cls
         return dispatch
+
+
+def _is_ours(candidate: Candidate) -> bool:
+    """Whether a kernel is one of Twinkle's own: a function alone, without methods or constants."""
+    return candidate.kernel.source.kind == "embedded"
+
+
+def _marking(core: type[nn.Module], candidates: tuple[Candidate, ...], front: Front) -> LayerDispatch:
+    """The dispatch for marked modules: one for all with the same class and candidates."""
+    dispatch = front.made.get((core, candidates))
+    if dispatch is None:
+        dispatch = front.made[core, candidates] = LayerDispatch(core, candidates, None, front)
+        dispatch.born(None)
+    return dispatch
 
 
 def original_of(cls: type) -> type:
@@ -308,9 +376,13 @@ def swap_out(module: nn.Module) -> bool:
     dispatch = dispatch_of(module)
     if dispatch is None:
         return False
-    instance.rebind(module, dispatch.functions, dispatch.target.forward)
-    set_class(module, original_of(type(module)))
+    if dispatch.front is None:
+        set_class(module, original_of(type(module)))
     dispatch.leave(module)
+    if dispatch.front is not None:
+        dispatch.front.let_go()
+    stands = Front.of(dispatch.target)
+    instance.rebind(module, dispatch.functions, dispatch.original if stands is None else stands.function)
     return True
 
 
@@ -341,19 +413,20 @@ def drop(module: nn.Module, candidate: Candidate, why: str) -> None:
 
 
 def dispatch_of(module: nn.Module) -> LayerDispatch | None:
-    """The dispatch behind the class of a swapped module; ``None`` for another module."""
+    """The dispatch of a swapped module; ``None`` for another module."""
     # The class is found by inheritance also below what torch generated on top.
-    return getattr(type(module), "__twinkle__", None)
+    found: LayerDispatch | None = getattr(type(module), "__twinkle__", None)
+    return dispatch_marked(module) if found is None else found
 
 
 def move(modules: Sequence[nn.Module], dispatch: LayerDispatch) -> None:
     """Give modules of one class the class of a dispatch."""
     now = dispatch_of(modules[0])
-    functions = [dispatch.target.forward, *(now.functions if now is not None else ())]
+    functions = [dispatch.original, *(now.functions if now is not None else ()), *dispatch.functions]
     _, wrappers = core_of(type(modules[0]))
     if now is not None:
         for module in modules:
             now.leave(module)
     dispatch.enter(modules, wrappers)
     for module in modules:
-        instance.rebind(module, functions, dispatch.function)
+        instance.rebind(module, functions, dispatch.stands)

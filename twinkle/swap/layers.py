@@ -12,9 +12,11 @@ from twinkle.swap import instance
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.entry import Moment
 from twinkle.swap.generated import LayerDispatch, Pin, class_for, dispatch_of, move, original_of, swap_out
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+    from typing import Any
 
     from twinkle.modes import Mode
     from twinkle.swap.candidate import Candidate
@@ -137,12 +139,13 @@ def plan(module: nn.Module, candidates: Iterable[Candidate], *, pinned: Mode | N
             reasons.append(problem)
     if not usable:
         return "; ".join(reasons) or "no kernel to put in place"
-    if target.forward is nn.Module.forward:
+    forward: Any = own_forward(target)
+    if forward is nn.Module.forward:
         return f"{target.__name__} has no forward"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{target.__name__} turns into another class at its first forward: kernelize it after that"
     if instance.has_wrapper(module):
-        functions = [target.forward, *(now.functions if now is not None else ())]
+        functions = [forward, target.forward, *(now.functions if now is not None else ())]
         if not instance.reachable(module, functions):
             return (
                 f"this {target.__name__} has a forward of its own ({instance.describe(module)}) "
@@ -183,7 +186,7 @@ def matches(module: nn.Module, target_class: type[nn.Module]) -> bool:
     """Whether the ``forward`` that would run is the target's own: not where a subclass overrides it."""
     dispatch = dispatch_of(module)
     cls = dispatch.target if dispatch is not None else type(module)
-    return isinstance(module, target_class) and cls.forward is target_class.forward
+    return isinstance(module, target_class) and own_forward(cls) is own_forward(target_class)
 
 
 def _load(dispatch: LayerDispatch, module: nn.Module, device: str | None, training: bool | None) -> None:

@@ -54,6 +54,11 @@ class Scope:
         elif self._hot[name].cell_contents is not value:
             self._hot[name].cell_contents = value
 
+    def items(self) -> list[tuple[str, Any]]:
+        """The names that were set, and what they stand for."""
+        rest = [(name, value) for name, value in vars(self._rest).items() if name.startswith("_tw_")]
+        return rest + [(name, cell.cell_contents) for name, cell in self._hot.items()]
+
     def function(self, text: str, title: str) -> FunctionType:
         """Make a function of source text that defines one named ``forward``."""
         code = self.code(text, title)

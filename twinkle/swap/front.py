@@ -1,0 +1,163 @@
+"""The function that stands in a class in the place of its ``forward`` and asks each instance for its mark.
+
+A module with a kernel keeps its class; it has a mark in its ``__dict__``, a short text. Text is plain data:
+copies have it, files with it load without Twinkle, and a compiler guards on it by value. It begins with some
+letters that are new in each process, so that a mark from a file means nothing in another.
+
+The text of every dispatch stands in this one function. Its code is replaced in place as kernels come and go:
+whoever holds it (a wrapper, a bound method) has the newest, and a compiler, which guards on the code of every
+function but a module's ``forward``, goes on with its graphs. Whoever sets ``Class.forward`` takes it out.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import sys
+import threading
+import weakref
+from itertools import count
+from types import FunctionType
+from typing import TYPE_CHECKING, Any
+
+from twinkle.swap.code import CallForm
+from twinkle.swap.scope import Scope
+from twinkle.targets import own_forward
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import nn
+
+    from twinkle.swap.generated import LayerDispatch
+
+__all__ = ["MARK", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
+
+MARK = "_tw"
+"""The attribute of a module with a kernel, and of the class of its forward, where it is None."""
+
+_PROCESS = secrets.token_hex(4)
+_numbers = count(1)
+_marked: weakref.WeakValueDictionary[str, LayerDispatch] = weakref.WeakValueDictionary()
+
+
+class Front:
+    """What stands as ``forward`` in one class.
+
+    Args:
+        owner: The class that defines the forward.
+
+    Attributes:
+        original: The function that stood there.
+        function: The one that stands there now. The original is its ``__wrapped__``.
+        slots: The dispatches that marks of instances mean; None where there was one. Each keeps its place,
+            which compiled graphs look at.
+        made: Every dispatch for the class that is in use or planned, by core class and candidates.
+        on_code: Called with the function whenever its code is another.
+    """
+
+    def __init__(self, owner: type) -> None:
+        self.owner = owner
+        self.original: Any = vars(owner)["forward"]
+        self.slots: list[LayerDispatch | None] = []
+        self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
+        self.on_code: Callable[[Any], None] | None = None
+        self._lock = threading.RLock()
+        self._form = CallForm(self.original, 1)
+        self._self = self._form.first
+        self._scope = Scope(self.original, ["_tw_original"])
+        self._scope["_tw_original"] = self.original
+        self.function: Any = self._scope.function(self._text(), self.original.__qualname__)
+        self._form.dress(self.function, self.original)
+        self.function.__dict__.pop("__signature__", None)
+        self.function.__dict__.update(self.original.__dict__)
+        self.function.__wrapped__ = self.original
+        self.function.__twinkle__ = self
+
+    @classmethod
+    def of(cls, core: type) -> Front | None:
+        """The front that stands where a class has its forward from, if one does."""
+        function: Any = getattr(core, "forward", None)
+        front = getattr(function, "__twinkle__", None)
+        return front if isinstance(front, cls) and front.function is function else None
+
+    def add(self, dispatch: LayerDispatch) -> None:
+        """Stand in the class, and give instances with the dispatch's mark to it."""
+        with self._lock:
+            if dispatch not in self.slots:
+                self._sweep()
+                if None not in self.slots:
+                    self.slots.append(None)
+                self.slots[self.slots.index(None)] = dispatch
+                _marked[dispatch.mark] = dispatch
+                self.rewrite()
+                dispatch.holders = sys.getrefcount(dispatch.mark)
+            if vars(self.owner).get("forward") is self.original:
+                type.__setattr__(self.owner, MARK, None)
+                type.__setattr__(self.owner, "forward", self.function)
+
+    def let_go(self) -> None:
+        """Forget what no module is marked with, and leave the class where nothing is left."""
+        with self._lock:
+            if not self._sweep():
+                return
+            self.rewrite()
+            if not any(self.slots) and vars(self.owner).get("forward") is self.function:
+                type.__setattr__(self.owner, "forward", self.original)
+                type.__delattr__(self.owner, MARK)
+
+    def _sweep(self) -> bool:
+        swept = False
+        for n, dispatch in enumerate(self.slots):
+            if dispatch is None or dispatch.instances:
+                continue
+            # A copy is not among the instances of the dispatch, but holds the very text of the mark.
+            if sys.getrefcount(dispatch.mark) <= dispatch.holders:
+                self.slots[n], swept = None, True
+        return swept
+
+    def rewrite(self) -> None:
+        """Write the function for the dispatches there are."""
+        with self._lock:
+            for n, dispatch in enumerate(self.slots):
+                if dispatch is not None:
+                    self._scope[f"_tw{n}_mark"] = dispatch.mark
+                    for name, value in dispatch.names.items():
+                        self._scope[_in_slot(name, n)] = value
+            self.function.__code__ = self._scope.code(self._text(), self.original.__qualname__)
+            if self.on_code is not None:
+                self.on_code(self.function)
+
+    def _text(self) -> str:
+        lines = [self._form.head("forward")]
+        if any(self.slots):
+            lines += [f"    _tw_mark = {self._self}.{MARK}", "    if _tw_mark is None:"]
+            lines += [f"        return _tw_original({self._form.arguments})"]
+        for n, dispatch in enumerate(self.slots):
+            if dispatch is not None:
+                lines.append(f"    if _tw_mark == _tw{n}_mark:")
+                lines += [f"    {line}" for line in _in_slot(dispatch.text, n).splitlines()[1:]]
+        return "\n".join([*lines, f"    return _tw_original({self._form.arguments})", ""])
+
+
+def _in_slot(text: str, number: int) -> str:
+    """The names of a dispatch, in a text or as such, for one of several dispatches in a function."""
+    return re.sub(r"\b_tw_", f"_tw{number}_", text)
+
+
+def new_mark() -> str:
+    """A text that no other module of any process is marked with."""
+    return f"{_PROCESS}:{next(_numbers)}"
+
+
+def dispatch_marked(module: nn.Module) -> LayerDispatch | None:
+    """The dispatch that a module is marked with; None without a mark that means something here."""
+    mark = module.__dict__.get(MARK)
+    return _marked.get(mark) if isinstance(mark, str) else None
+
+
+def owner_of_forward(core: type) -> type | None:
+    """The class in which a front for ``core`` can stand; None where its forward is no plain function."""
+    owner = next((base for base in core.__mro__ if "forward" in vars(base)), None)
+    plain = isinstance(own_forward(core), FunctionType) and isinstance(vars(owner)["forward"], FunctionType)
+    return owner if plain else None
