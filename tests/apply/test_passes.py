@@ -182,12 +182,11 @@ def test_nothing_is_put_in_place_before_all_is_planned(
 LOSS_PLANNING = [
     ("twinkle.deferred.install.plan_deferral", 1),
     ("twinkle.deferred.install.plan", 1),
-    ("twinkle.deferred.install.plan", 2),
-    ("twinkle.swap.layers.Plan.resolve", 2),
-    ("twinkle.swap.generated.LayerDispatch.prepare", 2),
+    ("twinkle.swap.layers.Plan.resolve", 1),
+    ("twinkle.swap.generated.LayerDispatch.prepare", 1),
     ("twinkle.deferred.install.leave_to_python", 1),
 ]
-"""Of the deferred logits, which the hook alone plans: for the model and its head, with kernels loaded."""
+"""Of the deferred logits, which the hook alone plans: the forward of the model, its kernel loaded."""
 
 
 @pytest.mark.parametrize(("where", "at"), LOSS_PLANNING)
@@ -204,23 +203,23 @@ def test_a_failure_in_planning_the_loss_leaves_every_layer_untouched(
     assert same(before, state_of(model))
     assert in_place(model) == []
     kernelize_layers(model)
-    assert {"", "lm_head"} <= set(in_place(model))
+    assert "" in in_place(model)
+    assert "lm_head" not in in_place(model)
 
 
-@pytest.mark.parametrize("at", [1, 2], ids=["model", "head"])
 def test_a_failure_in_putting_the_loss_in_place_takes_the_layers_back(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch, at: int
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = state_of(model)
     with monkeypatch.context() as patch:
         # The swaps that are made before: an MLP and a norm for all of them.
-        plant(patch, "twinkle.swap.layers.move", 2 + at)
+        plant(patch, "twinkle.swap.layers.move", 3)
         with pytest.raises(Planted):
             kernelize_layers(model)
     assert same(before, state_of(model))
     kernelize_layers(model)
     counts = {b.target.rpartition(":")[2]: b.instances for b in runtime.registry.bindings}
-    assert (counts["LlamaForCausalLM"], counts["Linear"]) == (1, 1)
+    assert counts["LlamaForCausalLM"] == 1
 
 
 class NamedLinear(nn.Module):

@@ -6,6 +6,8 @@ imported by the callbacks, when the program itself has imported torch.
 
 from __future__ import annotations
 
+import sys
+
 from twinkle.apply.bindings import declare, layer_binding
 from twinkle.errors import ApplyError, warn
 from twinkle.runtime import runtime

@@ -71,8 +71,7 @@ class Front:
         self._form.dress(self.function, self.original)
         self.function.__dict__.pop("__signature__", None)
         self.function.__dict__.update(self.original.__dict__)
-        self.function.__wrapped__ = self.original
-        self.function.__twinkle__ = self
+        self.function.__dict__.update({"__wrapped__": self.original, "__twinkle__": self})
 
     @classmethod
     def of(cls, core: type) -> Front | None:
