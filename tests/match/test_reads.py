@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -191,8 +192,31 @@ def test_torchs_layer_norm_rests_on_its_shape_and_on_having_a_weight(affine: boo
 def test_layers_that_rest_on_the_same_have_equal_guards() -> None:
     a, b = MLP(), MLP()
     assert facts_of(a).handed_guard == facts_of(b).handed_guard
+    assert facts_of(a).guard == facts_of(b).guard
     b.act = nn.Mish()  # type: ignore[assignment]
     assert facts_of(a).handed_guard != facts_of(b).handed_guard
+
+
+def test_equal_numbers_shapes_and_partial_functions_of_layers_make_equal_guards() -> None:
+    assert facts_of(Norm(float("1e-6"))).guard == facts_of(Norm(float("1e-6"))).guard
+    assert facts_of(nn.LayerNorm((2, 4))).guard == facts_of(nn.LayerNorm((2, 4))).guard
+    a, b = Tanh(), Tanh()
+    mlps = [MLP(), MLP()]
+    for mlp, act in zip(mlps, (a, b), strict=True):
+        mlp.act = act  # type: ignore[assignment]
+    guard = facts_of(mlps[0]).handed_guard
+    assert facts_of(mlps[0])["activation"] == "gelu_tanh"
+    assert guard == facts_of(mlps[1]).handed_guard
+    check(guard, mlps[0], put(a, "act", partial(F.gelu, approximate="none")))
+
+
+class Tanh(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = partial(F.gelu, approximate="tanh")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(x)
 
 
 def test_a_class_is_recognised_anew_when_its_code_changed() -> None:

@@ -12,10 +12,12 @@ look-ups in ``_modules`` and ``_parameters``.
 
 from __future__ import annotations
 
+import functools
+import math
 import re
 import sys
 from functools import cached_property
-from types import FunctionType, ModuleType
+from types import FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -164,10 +166,36 @@ def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
     """
     if value is None or isinstance(value, bool):
         return Read(f"{place} is {value!r}", objects, what)
-    if isinstance(value, list | tuple):
-        value = type(value)(value) if type(value) in (list, tuple) else value
-    by_value = isinstance(value, int | float | str | list | tuple)
-    return Read(f"{place} {'==' if by_value else 'is'} {{{len(objects)}}}", (*objects, value), what)
+    if (text := _literal(value)) is not None:
+        return Read(f"{place} == {text}", objects, what)
+    given = None
+    if isinstance(value, functools.partial) and not value.args:  # layers have one each
+        given = _literal([*value.keywords.items()])
+    if given is not None:
+        test = f"type({place}) is {{{len(objects)}}} and {place}.func is {{{len(objects) + 1}}}"
+        return Read(
+            f"{test} and not {place}.args and [*{place}.keywords.items()] == {given}",
+            (*objects, functools.partial, value.func),
+            what,
+        )
+    if isinstance(value, MethodType):
+        return Read(f"{place}.__func__ is {{{len(objects)}}}", (*objects, value.__func__), what)
+    return Read(f"{place} is {{{len(objects)}}}", (*objects, value), what)
+
+
+def _literal(value: Any) -> str | None:
+    """The text of a number, a text, or a tuple or list of these; None for what has none."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or type(value) in (bool, int, float, str):
+        return repr(value).replace("{", "{{").replace("}", "}}")
+    if not isinstance(value, list | tuple):
+        return None
+    parts = [_literal(item) for item in value]
+    if None in parts:
+        return None
+    inside = ", ".join(map(str, parts))
+    return f"[{inside}]" if isinstance(value, list) else f"({inside}{',' * (len(parts) == 1)})"
 
 
 def of_global(function: FunctionType, name: str, value: Any) -> Read | None:

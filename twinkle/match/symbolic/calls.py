@@ -57,8 +57,7 @@ class Calls(Names):
             # torch's own functions are builtins, not functions with a source.
             or type(value).__name__ == "builtin_function_or_method"
         ):
-            if getattr(self.run.instance, name, None) is value:  # a method is bound anew each time
-                self.run.reads[reads.same(f"{{self}}.{name}", value, (), name)] = None
+            self.run.reads[reads.same(f"{{self}}.{name}", value, (), name)] = None
             return self.run.embed(value)
         return None
 
