@@ -20,8 +20,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twinkle.errors import TwinkleWarning
 from twinkle.kernel import kernelize_model, register_external_layer, register_layer_kernel
+from twinkle.ops.cases import cases, variants
+from twinkle.proof.first_use import prove
+from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from twinkle.proof.compare import Verdict
     from twinkle.records import Binding
     from twinkle.registry import Registry
 
@@ -251,3 +257,25 @@ def test_two_models_of_one_class_are_proven_each_for_itself(
         assert binding.proof.startswith("proven")
         assert binding.proof.endswith(str(dtype).removeprefix("torch."))
     assert binding.state == "active"
+
+
+def test_no_kept_verdict_is_taken_inside_a_transform(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TWINKLE_CACHE", str(tmp_path))
+    variant = variants("rms_norm")[0]
+    sample = next(iter(cases("rms_norm", variant, torch.float32, torch.device("cpu"))))
+    source = EmbeddedLayer("rms_norm", variant, sample.facts)
+
+    def proven(x: torch.Tensor) -> Verdict:
+        return prove(source, sample.original, sample.kernel, (x,), {}, module=sample.module, recall=True)
+
+    x = sample.args[0]
+    assert proven(x).ok
+    assert proven(x).date is not None
+    found: list[Verdict] = []
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        found.append(proven(x))
+        return x
+
+    torch.func.vmap(inside)(x)
+    assert str(found[0]) == "not compared yet: inside torch.func"

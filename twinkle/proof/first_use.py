@@ -16,7 +16,7 @@ from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
 from twinkle.proof.compare import Verdict, compare, dtype_of
 from twinkle.proof.inputs import tensors_of
-from twinkle.proof.room import NotNow, clean_room
+from twinkle.proof.room import NotNow, clean_room, reason_against
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -193,6 +193,10 @@ def prove(
     Returns:
         The verdict, with its date when it is a kept one; a pending one where no comparison can be made now.
     """
+    # Before a kept verdict is looked for: what a transform shows of a tensor is not what the kernel gets.
+    reason = reason_against(tensors_of((tuple(args), dict(kwargs))), traced=traced)
+    if reason is not None:
+        return Verdict.not_yet(reason)
     key = None
     if _is_ours(source):
         with torch._C.DisableTorchFunctionSubclass():  # a tensor of a class of its own may count these looks
