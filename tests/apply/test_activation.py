@@ -168,7 +168,7 @@ def test_a_function_kernel_that_raises_at_its_first_call_is_taken_out(program: P
     [
         (("pkg.layers:Scale", "pkg.layers:Scael"), "failed", "did you mean 'Scale'"),
         (("pkg.layers:Scale", "pkg.layers:NoLayer"), "failed", "no nn.Module"),
-        (("pkg.layers:Scale", "pkg.nothing:Scale"), "pending", "pkg.nothing was not imported"),
+        (("pkg.layers:Scale", "pkg.nothing:Scale"), "pending", "there is no module pkg.nothing"),
         (('"my_kernels"', '"your_kernels"'), "failed", "your_kernels"),
         (('"kernels"', '"kernel"'), "failed", "kernel"),
         (("[layers.Plus]", "[layers.Pluss]"), "failed", "Plus"),
