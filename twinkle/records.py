@@ -138,14 +138,16 @@ class LayerTarget:
         target: Which classes.
         kernel_name: The name whose kernels replace them.
         origin: Where it was registered.
+        met: A class was met for it under another name; the records are that class's now.
     """
 
-    __slots__ = ("kernel_name", "origin", "target")
+    __slots__ = ("kernel_name", "met", "origin", "target")
 
     def __init__(self, target: Target, kernel_name: str, *, origin: str = "") -> None:
         self.target = target
         self.kernel_name = kernel_name
         self.origin = origin
+        self.met = False
 
 
 class FunctionKernel(Kernel):

@@ -15,6 +15,7 @@ from twinkle.errors import ConfigError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import re
+    from collections.abc import Callable
     from typing import Any
 
 __all__ = [
@@ -244,14 +245,23 @@ def own_forward(cls: type) -> Any:
     return function
 
 
-def defining_match(cls: type, target: Target) -> type | None:
+def defining_match(
+    cls: type, target: Target, means: Callable[[Target, type], bool] | None = None
+) -> type | None:
     """The class in ``cls``'s MRO that ``target`` means and whose ``forward`` instances run.
 
     A subclass that overrides ``forward`` computes something else and does not match; one that
     inherits it (FSDP2's generated classes, a renamed subclass) does.
+
+    Args:
+        cls: The class of a module.
+        target: As registered.
+        means: Whether a target means a very class; by default its names decide.
     """
     running = getattr(cls, "forward", None)
     for base in cls.__mro__:
-        if target.means(base) and getattr(base, "forward", None) is running:
+        if getattr(base, "forward", None) is not running:
+            continue
+        if target.means(base) if means is None else means(target, base):
             return base
     return None

@@ -107,7 +107,7 @@ def test_a_module_imported_before_activation_is_replaced_too(program: Program) -
 
 
 def test_a_function_is_replaced_for_everyone_who_took_it(program: Program) -> None:
-    assert program.run("from pkg.user import three; print(three())", FUNCTION).stdout == "4\n"
+    assert program.run("from pkg.user import three; import torch; print(three())", FUNCTION).stdout == "4\n"
 
 
 def test_a_reload_is_patched_again_for_everyone(program: Program) -> None:
@@ -130,7 +130,7 @@ def test_a_method_is_replaced(program: Program) -> None:
     func_impl = "impl:get"
     """
     (program.root / "site" / "impl.py").write_text("def get(self, x):\n    return x, self\n")
-    done = program.run("from pkg.ops import Box; b = Box(); print(b.get(3) == (3, b))", config)
+    done = program.run("import torch; from pkg.ops import Box; b = Box(); print(b.get(3) == (3, b))", config)
     assert done.stdout == "True\n"
 
 
@@ -159,7 +159,8 @@ def test_a_layer_kernel_that_raises_at_its_first_call_is_taken_out(program: Prog
 
 def test_a_function_kernel_that_raises_at_its_first_call_is_taken_out(program: Program) -> None:
     config = ADD.replace("plus_one", "broken")
-    (binding,) = program.bindings("from pkg.user import three; assert three() == 3 == three()", config)
+    code = "import torch; from pkg.user import three; assert three() == 3 == three()"
+    (binding,) = program.bindings(code, config)
     assert binding["state"] == "quarantined"
 
 
@@ -188,7 +189,7 @@ def test_strict_makes_it_an_error_of_the_program(program: Program) -> None:
     config = "[twinkle]\nstrict = true\n" + ADD.replace("impl:plus_one", "impl:nothing").replace(
         "\n    ", "\n"
     )
-    done = program.run("import pkg.ops", config, check=False)
+    done = program.run("import torch, pkg.ops", config, check=False)
     assert done.returncode == 1
     assert "nothing" in done.stderr
 

@@ -30,17 +30,25 @@ class Rewriting(importlib.machinery.SourceFileLoader):
         return self.source_to_code(self.get_data(path), path)
 
 
+class Executing(Rewriting):
+    """Executes by itself, as pytest's assertion rewriting does."""
+
+    def exec_module(self, module):
+        exec(self.get_code(module.__name__), vars(module))
+
+
 class PathFinding:
     """Asks the path finder itself and nobody else, as typeguard's and jaxtyping's finders do."""
 
-    def __init__(self, name):
+    def __init__(self, name, loader=Executing):
         self.name = name
+        self.loader = loader
 
     def find_spec(self, name, path=None, target=None):
         if name != self.name:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
-        spec.loader = Rewriting(spec.loader.name, spec.loader.path)
+        spec.loader = self.loader(spec.loader.name, spec.loader.path)
         return spec
 
 
@@ -68,10 +76,39 @@ def target(write):
 
 def test_a_rewriting_finder_behind_ours_still_rewrites(target, calls):
     watch_module("tw_target", calls)
-    sys.meta_path.insert(1, PathFinding("tw_target"))
+    sys.meta_path.insert(1, PathFinding("tw_target", Rewriting))
     module = importlib.import_module("tw_target")
     assert (module.value, calls) == (2, ["tw_target"])
     assert type(module.__loader__) is Rewriting
+
+
+def test_what_a_finder_before_ours_finds_in_a_file_is_seen_all_the_same(target, calls):
+    watch_module("tw_target", calls)
+    sys.meta_path.insert(0, PathFinding("tw_target", Rewriting))
+    assert importlib.import_module("tw_target").value == 2
+    assert calls == ["tw_target"]
+    assert imports.missed() == []
+
+
+@pytest.mark.parametrize("entered", [True, False])
+def test_a_module_that_is_executed_by_hand_is_seen(write, calls, entered):
+    folder = write({"elsewhere/some.py": "value = 1\n"})
+    watch_module("tw_by_hand", calls)
+    spec = importlib.util.spec_from_file_location("tw_by_hand", folder / "elsewhere/some.py")
+    module = importlib.util.module_from_spec(spec)
+    if entered:
+        sys.modules["tw_by_hand"] = module
+    for count in (1, 2):
+        spec.loader.exec_module(module)  # anew, as remote code is at each from_pretrained
+        assert calls == ["tw_by_hand"] * count
+
+
+def test_the_import_system_has_its_own_method_back():
+    before = importlib.machinery.SourceFileLoader.exec_module
+    installed = imports.install()
+    assert importlib.machinery.SourceFileLoader.exec_module is not before
+    installed.uninstall()
+    assert importlib.machinery.SourceFileLoader.exec_module is before
 
 
 def test_a_finder_before_ours_that_asks_nobody_is_detected(target, calls):
@@ -84,7 +121,7 @@ def test_a_finder_before_ours_that_asks_nobody_is_detected(target, calls):
     assert calls == ["tw_target"]
     assert imports.missed() == []
     assert "PathFinding" in imports.bypassed()["tw_target"]
-    assert "Rewriting" in imports.bypassed()["tw_target"]
+    assert "Executing" in imports.bypassed()["tw_target"]
 
 
 def test_a_bypassed_target_is_patched_at_the_end_of_the_next_import(target, calls):

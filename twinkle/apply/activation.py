@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import sys
 
-from twinkle.apply.bindings import declare, layer_binding
-from twinkle.errors import ApplyError, warn
+from twinkle.apply.arrivals import (
+    OWNER,
+    Arrivals,
+    ask_again,
+    function_module,
+    layer_module,
+    look_at_program,
+    on_model,
+    torch_has_come,
+)
+from twinkle.apply.autoreload import autoreload_has_come
+from twinkle.apply.bindings import declare
+from twinkle.errors import warn
 from twinkle.runtime import runtime
-from twinkle.targets import Class, Name, Pattern
+from twinkle.targets import Name, Pattern
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import ModuleType
-    from typing import Any
 
     from twinkle.config import Settings
     from twinkle.config.entries import Records
@@ -26,8 +37,6 @@ if TYPE_CHECKING:
     from twinkle.records import LayerTarget
 
 __all__ = ["Activation", "start", "watch_new"]
-
-_OWNER = "twinkle"
 
 
 class Activation:
@@ -44,13 +53,15 @@ class Activation:
         self.watches: list[Watch | ConstructionWatch] = []
         self.layers_seen: set[LayerTarget] = set()
         self.functions_seen: set[str] = set()
-        self.classes_seen: set[type] = set()
+        self.watches_torch = False
+        self.watches_autoreload = False
         self.watches_models = False
 
     def close(self) -> None:
         """Cancel every watch; what is in place stays in place."""
         for watch in self.watches:
             watch.cancel()
+        runtime.of(Arrivals).cancel()
 
 
 def start(settings: Settings, *, door: str) -> None:
@@ -111,116 +122,38 @@ def watch_new() -> None:
     from twinkle.hooks import imports
 
     strict = runtime.options.raises
-    for target in runtime.registry.layer_targets:
-        if target in state.layers_seen:
-            continue
-        state.layers_seen.add(target)
-        # Layers that are bound to an op are met in models, when those are constructed.
-        if isinstance(target.target, Class):
-            _watch_class(target.target.cls)
-        elif isinstance(target.target, Name | Pattern):
-            module = target.target.module
-            watch = imports.watch_module(module, _on_layer_module, owner=_OWNER, strict=strict)
-            state.watches.append(watch)
-    for kernel in runtime.registry.function_kernels:
-        function_module = kernel.target_module
-        if function_module is not None and function_module not in state.functions_seen:
-            state.functions_seen.add(function_module)
-            watch = imports.watch_module(function_module, _on_function_module, owner=_OWNER, strict=strict)
-            state.watches.append(watch)
-    in_models = runtime.registry.layer_kernels or any(
-        kernel.op for kernel in runtime.registry.function_kernels
-    )
+
+    def watch(module: str, arrived: Callable[[ModuleType, str], None]) -> None:
+        if module != "__main__":  # never imported: it is looked at while it runs
+            state.watches.append(imports.watch_module(module, arrived, owner=OWNER, strict=strict))
+
+    new = [target for target in runtime.registry.layer_targets if target not in state.layers_seen]
+    functions = dict.fromkeys(kernel.target_module for kernel in runtime.registry.function_kernels)
+    in_models = runtime.registry.layer_kernels or None in functions
     if (in_models or runtime.options.kernels != "off") and not state.watches_models:
         state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
         runtime.session.remarks_at_report["models"] = _unseen_models
-        state.watches.append(watch_pretrained(_on_model, owner=_OWNER, strict=strict))
-
-
-def _on_function_module(module: ModuleType, name: str) -> None:
-    from twinkle.apply import functions
-
-    functions.apply(
-        name,
-        device=runtime.options.device,
-        mode=runtime.options.mode,
-        strict=runtime.options.raises,
-        where="activation",
-        must_apply=False,
-    )
-
-
-def _on_layer_module(module: ModuleType, name: str) -> None:
-    """Watch the construction of every class in that module which a target means."""
-    for entry in runtime.registry.layer_targets:
-        target = entry.target
-        if not isinstance(target, Name | Pattern) or not target.in_module(name):
-            continue
-        if isinstance(target, Name) or target.names_one_class:
-            found = _named_class(module, target.name, entry)
-            if found is not None:
-                _watch_class(found)
-        else:
-            for cls in _classes_of(module):
-                if target.fits_name(cls.__qualname__):
-                    _watch_class(cls)
-
-
-def _classes_of(module: ModuleType) -> list[type]:
-    from torch import nn
-
-    return [
-        value
-        for value in list(vars(module).values())
-        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
-    ]
-
-
-def _named_class(module: ModuleType, name: str, entry: LayerTarget) -> type | None:
-    from torch import nn
-
-    found: Any = module
-    for part in name.split("."):
-        found = getattr(found, part, None)
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        return found
-    if isinstance(entry.target, Name):
-        if found is None:
-            from twinkle.errors import suggest
-
-            known = [cls.__qualname__ for cls in _classes_of(module)]
-            hint = suggest(name, known)
-            reason = f"{module.__name__} has no class {name}" + (f"; {hint}" if hint else "")
-        else:
-            reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
-        for kernel in runtime.registry.kernels_named(entry.kernel_name):
-            layer_binding(kernel, entry.target).set("failed", reason)
-        if runtime.options.raises:
-            raise ApplyError(reason, where=entry.origin, fix="correct the target, or leave it out")
-        warn(f"{reason} ({entry.origin})")
-    return None
-
-
-def _watch_class(cls: type) -> None:
-    state = runtime.of(Activation)
-    if cls in state.classes_seen:
-        return
-    state.classes_seen.add(cls)
-    from twinkle.hooks.construction import watch_class
-
-    strict = runtime.options.raises
-    state.watches.append(watch_class(cls, _on_model, owner=_OWNER, strict=strict))
-
-
-def _on_model(model: Any) -> None:
-    """Kernelize a model, or a layer that is a target itself, at the end of its construction."""
-    from twinkle.apply.layers import kernelize_layers
-    from twinkle.apply.unseen import Constructed
-
-    runtime.of(Constructed).add(model)
-    kernelize_layers(model)
+        models = runtime.of(Arrivals).models = watch_pretrained(on_model, owner=OWNER, strict=strict)
+        state.watches.append(models)
+    if (in_models or functions) and not state.watches_torch:
+        state.watches_torch = True
+        watch("torch", torch_has_come)
+    for target in new:
+        state.layers_seen.add(target)
+        if isinstance(target.target, Name | Pattern):
+            watch(target.target.module, layer_module)
+    if new:
+        ask_again(new)
+    for name in functions:
+        if name is not None and name not in state.functions_seen:
+            state.functions_seen.add(name)
+            watch(name, function_module)
+    if functions and not state.watches_autoreload:
+        state.watches_autoreload = True
+        watch("IPython.extensions.autoreload", autoreload_has_come)
+    look_at_program()
 
 
 def _unseen_models() -> list[str]:

@@ -34,6 +34,8 @@ def declare() -> None:
         targets.setdefault(target.kernel_name, []).append(target)
     for kernel in source.layer_kernels:
         for target in targets.get(kernel.name, ()):
+            if target.met:
+                continue
             binding = layer_binding(kernel, target.target)
             if binding.state == "pending" and not binding.reason:
                 binding.set("pending", _why_pending(target.target))
@@ -65,16 +67,20 @@ def _why_pending(target: Target) -> str:
     return "no such layer was met yet"
 
 
-def settle_target(kernels: tuple[LayerKernel, ...], entry: LayerTarget | None) -> None:
-    """Drop the records of a pattern, an op or a bare kernel name, now that a class was met for it.
+def settle_target(kernels: tuple[LayerKernel, ...], entry: LayerTarget | None, cls: type) -> None:
+    """Drop the records of a registration without a class, or of another name of it: one was met for it.
 
     Args:
         kernels: Those that are bound to the class.
         entry: The registration that bound them; None for a class that names its kernel itself.
+        cls: The class.
     """
     if entry is None:
         for kernel in kernels:
             runtime.registry.unbind(kernel, _by_name(kernel))
-    elif isinstance(entry.target, Pattern | Op):
+    elif isinstance(entry.target, Pattern | Op) or entry.target.text != class_path(cls):
+        entry.met = True
         for kernel in runtime.registry.kernels_named(entry.kernel_name):
             runtime.registry.unbind(kernel, entry.target.text)
+            if isinstance(entry.target, Name):
+                layer_binding(kernel, cls).note(f"registered as {entry.target}")

@@ -239,7 +239,7 @@ class FunctionPlan:
         """
         self._strict = strict
         placed = runtime.of(Placements).by_target.get(self.target)
-        if placed is not None and placed.placement.displaced:
+        if placed is not None and self._has_gone(placed):
             placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
         try:
             self.standing = placed.placement.original if placed else function_at(self.module, self.name)
@@ -266,7 +266,7 @@ class FunctionPlan:
         placements = runtime.of(Placements)
         placed = placements.by_target.get(self.target)
         former = None
-        if placed is not None and placed.placement.displaced:
+        if placed is not None and self._has_gone(placed):
             former = placements.let_go(self.target)
         elif placed is not None:
             if placed.same(self.implementation, self.chosen):
@@ -281,6 +281,13 @@ class FunctionPlan:
                 return
             change.did(partial(placements.restore, self.target, "taken back"))
             change.applied.append(self.target.replace(":", ".", 1))
+
+    def _has_gone(self, placed: Placed) -> bool:
+        """Whether what was put there stands in this module no more, or in another one of its name."""
+        owner = self.module
+        for step in self.name.split(".")[:-1]:
+            owner = getattr(owner, step, None)
+        return placed.placement.displaced or placed.placement.owner is not owner
 
     def _fail(self, error: Exception) -> None:
         """Leave what stands there, and say so; with ``strict``, that is an error."""

@@ -222,7 +222,7 @@ class LayerPlans:
         group = self._groups.get(key)
         if group is None:
             if bound.asked_for:
-                settle_target(bound.kernels, bound.entry)
+                settle_target(bound.kernels, bound.entry, bound.target)
             candidates = tuple(
                 _candidate(kernel, bound.target) for kernel in bound.kernels if usable(kernel, bound.target)
             )

@@ -6,6 +6,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from twinkle.apply.bound import Bound, specialise
+from twinkle.hooks.resolution import means
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 from twinkle.swap.generated import original_of
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from twinkle.match.recognition import Recognition
     from twinkle.records import LayerKernel, LayerTarget, Source
 
-__all__ = ["match"]
+__all__ = ["is_registered", "match", "taken_for"]
 
 
 def match(model: nn.Module, embedded_on: str | None) -> list[Bound]:
@@ -45,9 +46,19 @@ def match(model: nn.Module, embedded_on: str | None) -> list[Bound]:
     return found
 
 
-def _rule(cls: type, embedded_on: str | None) -> Callable[[nn.Module], Bound | None] | None:
-    """How a module of a class is bound; None where no module of it is."""
+def is_registered(cls: type) -> bool:
+    """Whether something is registered for modules of a class: by name, by pattern or for the op it is."""
+    return _registered(cls, _recognition(cls)) is not None
 
+
+def taken_for(cls: type) -> LayerTarget | None:
+    """The registration of an op that modules of a class are bound by, where that is what binds them."""
+    found = _registered(cls, _recognition(cls))
+    entry = found[1] if found is not None else None
+    return entry if entry is not None and isinstance(entry.target, Op) else None
+
+
+def _recognition(cls: type) -> Callable[[], Recognition]:
     @cache
     def recognition() -> Recognition:
         """What the class is recognised as: asked at most once, and not of a class that was named."""
@@ -55,6 +66,12 @@ def _rule(cls: type, embedded_on: str | None) -> Callable[[nn.Module], Bound | N
 
         return recognise(cls)
 
+    return recognition
+
+
+def _rule(cls: type, embedded_on: str | None) -> Callable[[nn.Module], Bound | None] | None:
+    """How a module of a class is bound; None where no module of it is."""
+    recognition = _recognition(cls)
     registered = _registered(cls, recognition)
     if registered is not None:
         target, entry, kernels = registered
@@ -76,7 +93,7 @@ def _registered(
         if isinstance(entry.target, Op):
             target = cls if recognition().op == entry.target.op else None
         else:
-            target = defining_match(cls, entry.target)
+            target = defining_match(cls, entry.target, means)
         if target is not None:
             kernels = runtime.registry.kernels_named(entry.kernel_name)
             return (target, entry, kernels) if kernels else None

@@ -28,14 +28,29 @@ if TYPE_CHECKING:
 
     _F = TypeVar("_F", bound=Callable[..., Any])
 
-__all__ = ["ConstructionWatch", "is_observed", "watch_class", "watch_pretrained", "watched_classes"]
+__all__ = [
+    "ConstructionWatch",
+    "Families",
+    "Init",
+    "SubclassHook",
+    "families",
+    "family",
+    "hidden",
+    "is_observed",
+    "observed",
+    "put_back",
+    "watch_class",
+    "watch_pretrained",
+    "watched_classes",
+]
 
 # The stacklevel of warnings skips frames whose file name holds "importlib" and "_bootstrap": a
 # constructor that warns its caller still points at its caller.
 _FILE = "<twinkle.hooks.construction, hidden as importlib._bootstrap is>"
 
 
-def _hidden(function: _F) -> _F:
+def hidden(function: _F) -> _F:
+    """The function, as one of the import system's in tracebacks and warnings."""
     function.__code__ = function.__code__.replace(co_filename=_FILE)
     return function
 
@@ -67,6 +82,10 @@ class ConstructionWatch:
             self._import.cancel()
         while self._roots:
             _release(self._roots.pop(), self)
+
+    def is_in(self, instance: object) -> bool:
+        """Whether an instance is of one of the families."""
+        return any(isinstance(instance, root) for root in self._roots)
 
     def observe(self, root: type) -> None:
         """Call back for instances of ``root`` too."""
@@ -143,12 +162,14 @@ class _Thread(_local):
 _thread = _Thread()
 
 
-class _Families:
+class Families:
     """Who watches which family of classes."""
 
     def __init__(self) -> None:
         self.lock = RLock()
         self.watches: dict[type, tuple[ConstructionWatch, ...]] = {}
+        # Asked at the end of each observed construction: those of single classes, without their families.
+        self.singles: list[Callable[[object, list[object]], None]] = []
 
     def close(self) -> None:
         """Cancel every watch: all classes get their own constructors back."""
@@ -157,21 +178,22 @@ class _Families:
                 watch.cancel()
 
 
-def _families() -> _Families:
-    return runtime.of(_Families)
+def families() -> Families:
+    """Those of this process."""
+    return runtime.of(Families)
 
 
 def watched_classes() -> tuple[type, ...]:
     """The classes whose families are watched now."""
-    return tuple(_families().watches)
+    return tuple(families().watches)
 
 
 def is_observed(function: object) -> bool:
     """Whether that is an ``__init__`` that was put around a class's own to observe it."""
-    return type(function) is _Init
+    return issubclass(type(function), Init)
 
 
-class _Init:
+class Init:
     """An ``__init__`` that is observed.
 
     It is its original in all that can be read or set: signature, annotations with the globals they
@@ -182,8 +204,9 @@ class _Init:
 
     __slots__ = ("function", "owner")
 
-    @_hidden
+    @hidden
     def __call__(self, instance: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        """Construct, and report the instance at the end of the outermost constructor that is observed."""
         building = _thread.building
         key = id(instance)
         outermost = key not in building
@@ -231,32 +254,34 @@ class _Init:
         return self.__qualname__  # by reference, like any function
 
 
-_function: Callable[[_Init], Any] = _Init.function.__get__  # type: ignore[attr-defined]
-_owner: Callable[[_Init], type | None] = _Init.owner.__get__  # type: ignore[attr-defined]
+_function: Callable[[Init], Any] = Init.function.__get__  # type: ignore[attr-defined]
+_owner: Callable[[Init], type | None] = Init.owner.__get__  # type: ignore[attr-defined]
 
 
-def _observed(function: Any, owner: type | None) -> _Init:
+def observed(function: Any, owner: type | None) -> Init:
     """An observed ``__init__``; with an owner, that class had none and inherits ``function``."""
-    init = _Init()
-    _Init.function.__set__(init, function)  # type: ignore[attr-defined]
-    _Init.owner.__set__(init, owner)  # type: ignore[attr-defined]
+    init = Init()
+    Init.function.__set__(init, function)  # type: ignore[attr-defined]
+    Init.owner.__set__(init, owner)  # type: ignore[attr-defined]
     return init
 
 
-class _InitSubclass:
-    """An ``__init_subclass__`` that also has the new class observed."""
+class SubclassHook:
+    """An ``__init_subclass__`` that also tells of the new class."""
 
-    __slots__ = ("original", "owner")
+    __slots__ = ("created", "original", "owner")
 
-    def __init__(self, owner: Any, original: Any) -> None:
+    def __init__(self, owner: Any, original: Any, created: Callable[[type], object]) -> None:
         self.owner = owner
         self.original = original
+        self.created = created
 
     def __get__(self, instance: object, cls: type | None = None) -> Any:
         return MethodType(self, cls if cls is not None else type(instance))
 
-    @_hidden
+    @hidden
     def __call__(self, cls: Any, /, **keywords: Any) -> None:
+        """Initialize a new class, then tell of it."""
         try:
             if self.original is None:
                 super(self.owner, cls).__init_subclass__(**keywords)
@@ -266,7 +291,7 @@ class _InitSubclass:
             if error.__traceback__ is not None:
                 error.__traceback__ = error.__traceback__.tb_next
             raise
-        _instrument(cls)
+        self.created(cls)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if self.original is None:
@@ -276,8 +301,8 @@ class _InitSubclass:
 
 def _constructed(instance: object, building: dict[int, object]) -> None:
     kind = type(instance)
-    watches = _families().watches
-    if type(kind.__init__) is not _Init:
+    watches = families().watches
+    if not is_observed(kind.__init__):
         # An __init__ that was put there after the class statement ran around the observed one.
         for cls in kind.__mro__:
             if any(root in cls.__mro__ for root in watches):
@@ -288,47 +313,55 @@ def _constructed(instance: object, building: dict[int, object]) -> None:
         for watch in watches.get(root, ())
         if not (watch.outermost and any(isinstance(other, root) for other in building.values()))
     ]
-    if not ready or _thread.reporting:
+    singles = families().singles
+    if not (ready or singles) or _thread.reporting:
         return
     _thread.reporting = True
     try:
         for watch in ready:
             watch.run(instance)
+        for single in singles:
+            single(instance, list(building.values()))
     finally:
         _thread.reporting = False
 
 
 def _observe(root: type, watch: ConstructionWatch) -> None:
-    families = _families()
-    with families.lock:
-        if root not in families.watches:
+    state = families()
+    with state.lock:
+        if root not in state.watches:
             if "__init__" not in root.__dict__:
-                type.__setattr__(root, "__init__", _observed(root.__init__, root))  # type: ignore[misc]
+                type.__setattr__(root, "__init__", observed(root.__init__, root))  # type: ignore[misc]
             own = root.__dict__.get("__init_subclass__")
-            type.__setattr__(root, "__init_subclass__", _InitSubclass(root, own))
-            for cls in _family(root):
+            type.__setattr__(root, "__init_subclass__", SubclassHook(root, own, _instrument))
+            for cls in family(root):
                 _instrument(cls)
-        families.watches[root] = (*families.watches.get(root, ()), watch)
+        state.watches[root] = (*state.watches.get(root, ()), watch)
 
 
 def _release(root: type, watch: ConstructionWatch) -> None:
-    families = _families()
-    with families.lock:
-        left = tuple(one for one in families.watches.get(root, ()) if one is not watch)
+    state = families()
+    with state.lock:
+        left = tuple(one for one in state.watches.get(root, ()) if one is not watch)
         if left:
-            families.watches[root] = left
+            state.watches[root] = left
             return
-        families.watches.pop(root, None)
+        state.watches.pop(root, None)
         hook = root.__dict__.get("__init_subclass__")
-        if type(hook) is _InitSubclass:
-            _put_back(root, "__init_subclass__", hook.original)
-        for cls in _family(root):
-            init = cls.__dict__.get("__init__")
-            if type(init) is _Init and not any(other in families.watches for other in cls.__mro__):
-                _put_back(cls, "__init__", None if _owner(init) is not None else _function(init))
+        if type(hook) is SubclassHook:
+            put_back(root, "__init_subclass__", hook.original)
+        for cls in family(root):
+            init: Any = cls.__dict__.get("__init__")
+            if not is_observed(init) or any(other in state.watches for other in cls.__mro__):
+                continue
+            if type(init) is Init:
+                put_back(cls, "__init__", None if _owner(init) is not None else _function(init))
+            elif is_observed(_function(init)):
+                Init.function.__set__(init, _function(_function(init)))  # type: ignore[attr-defined]
 
 
-def _put_back(cls: type, name: str, original: object) -> None:
+def put_back(cls: type, name: str, original: object) -> None:
+    """Give a class its own attribute back, or none where it had none."""
     if original is None:
         type.__delattr__(cls, name)
     else:
@@ -338,11 +371,16 @@ def _put_back(cls: type, name: str, original: object) -> None:
 def _instrument(cls: type) -> None:
     """Have the ``__init__`` that the class itself defines observed."""
     init = cls.__dict__.get("__init__")
-    if init is not None and type(init) is not _Init:
-        type.__setattr__(cls, "__init__", _observed(init, None))
+    if init is None:
+        return
+    if not is_observed(init):
+        type.__setattr__(cls, "__init__", observed(init, None))
+    elif type(init) is not Init and _owner(init) is None and not is_observed(_function(init)):
+        # Beneath one that gives its place back at the first construction.
+        Init.function.__set__(init, observed(_function(init), None))  # type: ignore[attr-defined]
 
 
-def _family(root: type) -> Iterator[type]:
+def family(root: type) -> Iterator[type]:
     """The class and every class derived from it, each once."""
     seen = {root}
     waiting = [root]

@@ -6,6 +6,7 @@ they give. Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
+import _frozen_importlib_external as _bootstrap_external  # what importlib calls it, without importing that
 import sys
 from _thread import get_ident
 
@@ -50,6 +51,8 @@ class Finder:
         self._size = sys.maxsize
         self._asked = ""
         self.suspicious = False
+        self._executing: set[tuple[str, int]] = set()
+        self._exec_module: Any = None
 
     def watch(self, exact: Iterable[str], patterns: Sequence[str]) -> None:
         """Watch these names and what these patterns mean, and nothing else from now on."""
@@ -89,12 +92,38 @@ class Finder:
             self._observe(spec, fullname)
         return spec
 
+    def see_executions(self) -> None:
+        """Report watched modules that are executed from a file without our being asked for them, too.
+
+        A spec of ``spec_from_file_location``, the finder of an editable install in front of ours: whoever
+        found it, a module of source or bytecode is executed by one method of the import system.
+        """
+        loaders: Any = _bootstrap_external._LoaderBasics
+        if self._exec_module is None:
+            self._exec_module = loaders.exec_module
+            loaders.exec_module = _observed(self._exec_module, self)
+
+    def see_no_executions(self) -> None:
+        """Give the import system its method back, unless somebody else has changed it since."""
+        loaders: Any = _bootstrap_external._LoaderBasics
+        if getattr(loaders.exec_module, "finder", None) is self:
+            loaders.exec_module, self._exec_module = self._exec_module, None
+
+    def executed_unseen(self, module: ModuleType) -> None:
+        """Report a module that was executed, unless a loader of ours is about to."""
+        name = own_dict(module).get("__name__")
+        if not isinstance(name, str) or not self.is_watched(name):
+            return
+        if (name, get_ident()) not in self._executing:
+            self.executed(name, module)
+
     def invalidate_caches(self) -> None:
         """Nothing is cached that depends on the file system."""
 
     def forget_threads(self) -> None:
         """Drop the searches of other threads, which do not live on in a forked child."""
         self._searching = {key for key in self._searching if key[1] == get_ident()}
+        self._executing = {key for key in self._executing if key[1] == get_ident()}
 
     def observe_lazy(self, module: ModuleType, name: str) -> None:
         """Report the load of a module of ``importlib.util.LazyLoader`` whenever it comes."""
@@ -228,6 +257,8 @@ class _Loader:
     @_as_machinery
     def __exec(self, module: Any) -> None:
         self.__step_back(module)
+        executing, key = self.__finder._executing, (self.__name, get_ident())
+        executing.add(key)
         try:
             self.__original.exec_module(module)
         except BaseException as error:
@@ -235,11 +266,18 @@ class _Loader:
             if error.__traceback__ is not None:
                 error.__traceback__ = error.__traceback__.tb_next
             raise
+        finally:
+            executing.discard(key)
         self.__finder.executed(self.__name, module)
 
     @_as_machinery
     def __load(self, *arguments: Any) -> Any:
-        module = self.__original.load_module(*arguments)
+        executing, key = self.__finder._executing, (self.__name, get_ident())
+        executing.add(key)
+        try:
+            module = self.__original.load_module(*arguments)
+        finally:
+            executing.discard(key)
         self.__step_back(module)
         self.__finder.executed(self.__name, module)
         return module
@@ -251,6 +289,26 @@ class _Loader:
             spec.loader = self.__original
         if namespace.get("__loader__") is self:
             namespace["__loader__"] = self.__original
+
+
+def _observed(exec_module: Any, finder: Finder) -> Any:
+    """The import system's method, and the report of what it executed."""
+
+    @_as_machinery
+    def observed(self: Any, module: ModuleType) -> None:
+        try:
+            exec_module(self, module)
+        except BaseException as error:
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
+        finder.executed_unseen(module)
+
+    function: Any = observed
+    function.__name__, function.__qualname__ = exec_module.__name__, exec_module.__qualname__
+    function.__module__, function.__doc__ = exec_module.__module__, exec_module.__doc__
+    function.finder = finder
+    return function
 
 
 def own_dict(module: object) -> dict[str, Any]:

@@ -162,6 +162,7 @@ class Watches:
             if finder is self.finder:
                 del sys.meta_path[at]
                 break
+        self.finder.see_no_executions()
 
     def tell(self) -> None:
         """Let the finder know what is watched."""
@@ -186,6 +187,7 @@ def install() -> Installed:
         put_in = not any(finder is watches.finder for finder in sys.meta_path)
         if put_in:
             sys.meta_path.insert(0, watches.finder)
+            watches.finder.see_executions()
         before = watches.all
     runtime.session.remarks_at_report["imports"] = remarks
     return Installed(put_in=put_in, before=before)
@@ -304,8 +306,8 @@ def _settled(name: str) -> None:
 
 
 def _loaded(name: str, executed: ModuleType) -> None:
-    """Call back for a module that the finder saw being executed."""
-    module = sys.modules.get(name)
+    """Call back for a module that was executed."""
+    module = _standing(name, executed)
     if module is not None:
         watches = [watch for watch in _watches().all if watch.matches(name)]
         if watches:
@@ -314,6 +316,15 @@ def _loaded(name: str, executed: ModuleType) -> None:
             _notify(module if getattr(module, "__name__", None) == name else executed)
     if _watches().finder.suspicious:
         catch_up()
+
+
+def _standing(name: str, executed: ModuleType) -> ModuleType:
+    """What stands for a module that was executed: itself, or the one that it has put in its place."""
+    module = sys.modules.get(name)
+    if module is None:  # entered nowhere by whoever executed it
+        return executed
+    spec = spec_of(module)
+    return executed if spec is not None and spec is not spec_of(executed) else module
 
 
 def _fire(watches: list[Watch], name: str, module: object, *, again: bool) -> None:
@@ -326,7 +337,7 @@ def _fire(watches: list[Watch], name: str, module: object, *, again: bool) -> No
             watch.run(name, found)
 
     wrapt = _wrapt()
-    if wrapt is None:
+    if wrapt is None or sys.modules.get(name) is not module:
         hook(module)
     else:
         # The module is there, so wrapt calls the hook at once. Registering earlier would have
