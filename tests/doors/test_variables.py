@@ -14,7 +14,7 @@ import pytest
 from twinkle._environment import VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
-ACTIVE = "import sys; print('twinkle.hooks.imports' in sys.modules)"
+ACTIVE = "import sys; print(any(type(f).__module__.startswith('twinkle') for f in sys.meta_path))"
 
 
 def with_variables(door, **environ):
