@@ -251,6 +251,14 @@ def test_they_leave_as_plain_tensors(case, leave):
     assert_near(torch.as_tensor(found), plain, OPERATIONS)
 
 
+def test_data_that_is_set_is_what_they_are(case):
+    logits, before = case.deferred(), case.plain()
+    view = logits.view(-1, VOCAB)
+    logits.data = torch.ones(2, 9, VOCAB)
+    assert torch.equal(logits.detach() + 0, torch.ones(2, 9, VOCAB))
+    assert_near(view.detach() + 0, before.view(-1, VOCAB), OPERATIONS)
+
+
 def test_a_copy_of_deferred_logits_is_deferred(case):
     logits = case.deferred()
     copied = logits.clone()
@@ -265,6 +273,14 @@ def _saved(tensor):
     torch.save(tensor, buffer)
     buffer.seek(0)
     return torch.load(buffer)
+
+
+def test_memory_that_is_taken_past_the_dispatcher_is_refused(case):
+    with torch.no_grad():
+        logits = case.deferred()
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(logits)
+    assert_near(torch.from_dlpack(logits), case.plain(), OPERATIONS)
 
 
 def test_repr_shows_the_numbers(case):

@@ -62,6 +62,10 @@ ABOUT_THE_OBJECT = {
 }
 
 
+# Lists of arguments that a function accepts, after which the next function is called.
+ENOUGH = 2
+
+
 class Step:
     """Logits of a head, plain or deferred, and what to differentiate."""
 
@@ -191,7 +195,7 @@ def difference(step, function, arguments):
     """What is not the same, in words; False where plain logits do not accept the arguments."""
     try:
         plain, others = step.call(function, arguments, deferred=False)
-    except (Exception, pytest.fail.Exception):
+    except Exception:
         return False
     try:
         found, said = step.call(function, arguments, deferred=True)
@@ -213,9 +217,13 @@ def differences(step):
         warnings.simplefilter("ignore")
         for name, function in functions().items():
             is_property = not callable(getattr(torch.Tensor, name.rsplit(".", 1)[-1], function))
+            accepted = 0
             for arguments in [()] if is_property else ARGUMENTS:
+                if accepted == ENOUGH:
+                    break
                 found = difference(step, function, arguments)
                 if found is not False:
+                    accepted += 1
                     called.add(name)
                 if found:
                     wrong.append(f"{name}{arguments}: {found}")
@@ -223,7 +231,12 @@ def differences(step):
 
 
 @pytest.mark.parametrize(
-    ("view", "grad"), [("logits", True), ("rows", False), ("capped", True)], ids=lambda value: str(value)
+    ("view", "grad"),
+    [
+        ("logits", True),
+        pytest.param("rows", False, marks=pytest.mark.slow),
+        pytest.param("capped", True, marks=pytest.mark.slow),
+    ],
 )
 def test_every_operation_does_the_same(view, grad):
     called, wrong = differences(Step(VIEWS[view], grad=grad))

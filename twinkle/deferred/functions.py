@@ -25,6 +25,7 @@ __all__ = ["answer", "cross_entropy", "of_whole_rows", "with_memory"]
 
 _T = torch.Tensor
 _plain = torch._C.DisableTorchFunctionSubclass
+_set_data = _T.data.__set__
 _relay = torch.overrides.handle_torch_function.__code__
 
 # They take the memory of a tensor, or its Python object, without the dispatcher.
@@ -58,6 +59,8 @@ def answer(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         # wrapper, which has run already: what runs now is the code that asks.
         if names.get(code.co_name) is func and getattr(func, "__code__", None) is not code:
             func = types.FunctionType(code, names, code.co_name)
+    if func == _set_data and isinstance(args[0], DeferredLogits):
+        return args[0].hold(with_memory(args[1]))
     if func in _OF_MEMORY:
         args = tuple(with_memory(value) for value in args)
     with _plain():

@@ -95,6 +95,8 @@ class DeferredLogits(torch.Tensor):
             dtype=like.dtype,
             device=node.head.hidden.device,
         )
+        # An extension in C++ that takes its memory raises, in the place of reading what is not there.
+        torch._C._set_throw_on_mutable_data_ptr(made)
         made.node, made.gradient, made._real, made._part = node, gradient, None, None
         made._views = () if view_of is None else (*view_of[0]._views, view_of[1])
         made.memory = Memory(compute or node.compute, like.numel()) if view_of is None else view_of[0].memory
@@ -136,6 +138,23 @@ class DeferredLogits(torch.Tensor):
         self.node, self._views, self._part = node, (), None
         self.memory = Memory(node.compute, node.shape.numel())
         self.memory.members[id(self)] = self
+
+    def hold(self, values: Tensor) -> None:
+        """Take other values, as ``logits.data = values`` does; what was a view of these is one no longer.
+
+        Args:
+            values: Of the same shape and dtype.
+
+        Raises:
+            RuntimeError: They are of another shape or dtype.
+        """
+        if values.shape != self.shape or values.dtype != self.dtype or values.device != self.device:
+            raise RuntimeError(
+                "`.data` of deferred logits can only be set to logits of their shape and dtype"
+            )
+        self.become(self.node)
+        self.memory.base = values.detach()
+        self._real = None
 
     def as_subclass(self, cls: Any) -> Any:
         """As of ``torch.Tensor``, which asks neither of the two below."""
