@@ -140,6 +140,8 @@ class Guard:
 
     def changed(self, layer: Any = None, cls: Any = None) -> str | None:
         """In words the first thing that would be read otherwise; None where all is as before."""
+        if self.holds(layer, cls):
+            return None
         for at, read in enumerate(self.reads):
             if not Guard(self.reads[: at + 1]).holds(layer, cls):  # one may name what the next goes on with
                 return read.what

@@ -323,10 +323,10 @@ class Dispatch:
         """Whether a call finds something else than the kernel was made for; the report says so."""
         if entry.guard is None:
             return False
-        found = [entry.guard.changed(layer) for layer in (layers if self.target else (None,))]
+        asked = layers if self.target is not None else (None,)
+        what = next(filter(None, map(entry.guard.changed, asked)), None)
         if self.target is not None and self.standing[1] and self.target.forward is not self.original:
-            found.append("its forward")
-        what = next(filter(None, found), None)
+            what = what or "its forward"
         if what is not None:
             entry.candidate.binding.note(f"{what} {CHANGED}")
         return what is not None
