@@ -219,7 +219,8 @@ class FunctionPlan:
                 function_binding(kernel).set("failed", explain(error))
             if strict:
                 raise
-            warn(f"{self.target} is not replaced: {explain(error)} ({self.kernels[0].origin})")
+            if any(kernel.chosen_by == "user" for kernel in self.kernels):
+                warn(f"{self.target} is not replaced: {explain(error)} ({self.kernels[0].origin})")
             return
         absent = absent_reason(self.device)
         usable: list[FunctionCandidate] = []
