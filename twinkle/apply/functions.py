@@ -299,7 +299,8 @@ class FunctionPlan:
             raise error
         if self._strict:
             raise ApplyError(f"{self.target} is not replaced", where=origin, found=reason) from error
-        warn(f"{self.target} is not replaced: {reason} ({origin})")
+        if any(kernel.chosen_by == "user" for kernel in self.kernels):
+            warn(f"{self.target} is not replaced: {reason} ({origin})")
 
     def _put(self, implementation: Callable[..., Any], former: Any) -> None:
         """Put the implementation under every name of the function.
