@@ -131,17 +131,27 @@ def _functions(module: ModuleType, name: str) -> None:
 
 def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
     from twinkle.apply.functions import apply
+    from twinkle.swap.candidate import explain
 
-    apply(
-        name,
-        device=runtime.options.device,
-        mode=runtime.options.mode,
-        strict=runtime.options.raises,
-        where="activation",
-        must_apply=False,
-        module=module,
-        names=set(functions),
-    )
+    for function in dict.fromkeys(functions):
+        try:
+            apply(
+                name,
+                device=runtime.options.device,
+                mode=runtime.options.mode,
+                strict=runtime.options.raises,
+                where="activation",
+                must_apply=False,
+                module=module,
+                names={function},
+            )
+        except Exception as error:  # of one target: the others are put in place
+            if runtime.options.raises:
+                raise
+            for kernel in runtime.registry.functions_of(name):
+                if kernel.name == function:
+                    function_binding(kernel).set("failed", explain(error))
+                    warn(f"{kernel.target} is not replaced: {explain(error)} ({kernel.origin})")
 
 
 def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
