@@ -232,6 +232,48 @@ def test_a_module_that_is_executed_by_hand_has_its_kernels(program: Program) -> 
     assert program.run(SHOW + code, config).stdout == "K 42\nK 42\n"
 
 
+NANO = """
+    import torch
+    from torch import nn
+    class Norm(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(d))
+            self.variance_epsilon = 1e-6
+        def forward(self, hidden_states):
+            input_dtype = hidden_states.dtype
+            hidden_states = hidden_states.to(torch.float32)
+            variance = hidden_states.pow(2).mean(-1, keepdim=True)
+            hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+            return self.weight * hidden_states.to(input_dtype)
+    class Inherits(Norm):
+        pass
+    class GPT(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.other, self.linear = Norm(4), Inherits(4), nn.Linear(4, 4)
+        def forward(self, x): return self.linear(self.norm(x))
+"""
+
+
+def test_match_serves_a_model_that_is_not_of_transformers(program: Program) -> None:
+    (program.root / "site" / "nano.py").write_text(textwrap.dedent(NANO))
+    with (program.root / "site" / "fast.py").open("a") as file:
+        file.write("class R(nn.Module):\n    def forward(self, hidden_states): return hidden_states * 42.\n")
+    config = '[layers.R]\nmatch = "rms_norm"\nlayer_impl = "fast:R"\nverify = "off"\n'
+    code = """
+    import torch, nano
+    model, ones = nano.GPT(), torch.ones(1, 4)
+    print(model.norm(ones)[0, 0].item(), model.other(ones)[0, 0].item(), model.linear(ones).shape)
+    """
+    expected = "42.0 42.0 torch.Size([1, 4])\n"
+    done = program.run(code, config)
+    assert (done.stdout, done.stderr) == (expected, "")
+    # With strict, no step is silent.
+    said = program.run(code, config, TWINKLE_STRICT="1").stderr
+    assert "nano:Norm is taken for match:rms_norm: its instances get kernel R" in said
+
+
 def test_a_target_that_names_nothing_is_said(program: Program) -> None:
     done = program.run("import torch, net", layers("net:MPL"))
     assert "net has no class MPL; did you mean 'MLP'?" in done.stderr

@@ -70,6 +70,7 @@ class Arrivals:
         self.in_program: dict[str, object] = {}
         self.suspended: set[str] = set()
         self.namespaces: set[str] = set()
+        self.for_functions: set[type] = set()
 
     def cancel(self) -> None:
         """Ask about no more classes."""
@@ -131,17 +132,27 @@ def _functions(module: ModuleType, name: str) -> None:
 
 def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
     from twinkle.apply.functions import apply
+    from twinkle.swap.candidate import explain
 
-    apply(
-        name,
-        device=runtime.options.device,
-        mode=runtime.options.mode,
-        strict=runtime.options.raises,
-        where="activation",
-        must_apply=False,
-        module=module,
-        names=set(functions),
-    )
+    for function in dict.fromkeys(functions):
+        try:
+            apply(
+                name,
+                device=runtime.options.device,
+                mode=runtime.options.mode,
+                strict=runtime.options.raises,
+                where="activation",
+                must_apply=False,
+                module=module,
+                names={function},
+            )
+        except Exception as error:  # of one target: the others are put in place
+            if runtime.options.raises:
+                raise
+            for kernel in runtime.registry.functions_of(name):
+                if kernel.name == function:
+                    function_binding(kernel).set("failed", explain(error))
+                    warn(f"{kernel.target} is not replaced: {explain(error)} ({kernel.origin})")
 
 
 def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
@@ -335,17 +346,16 @@ def _is_wanted(cls: type) -> bool:
     if not functions or cls.__module__ in seen or cls.__module__.partition(".")[0] == "torch":
         return False
     seen.add(cls.__module__)
+    runtime.of(Arrivals).for_functions.add(cls)
     return True
 
 
 def _on_instance(layer: Any) -> None:
-    from twinkle.apply.matching import is_registered
-
-    cls = type(layer)
     on_model(layer)
-    classes = runtime.of(Arrivals).classes
-    if classes is not None and not is_registered(cls):
-        classes.forget(cls)
+    state = runtime.of(Arrivals)
+    if state.classes is not None and type(layer) in state.for_functions:
+        state.for_functions.discard(type(layer))
+        state.classes.forget(type(layer))
 
 
 def on_model(model: Any) -> None:

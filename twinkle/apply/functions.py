@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modules", "unapply"]
 
 
+# What a target raises that cannot be read or replaced: a lazy module that needs another package, a frozen
+# class, an immutable type, a read-only module. The others are put in place all the same.
+_REFUSALS = (TwinkleError, AttributeError, ImportError, TypeError)
+
+
 class Change:
     """What one request put in place, layers and functions, and how to take it back.
 
@@ -244,7 +249,7 @@ class FunctionPlan:
         try:
             self.standing = placed.placement.original if placed else function_at(self.module, self.name)
             original = undecorated(self.standing, self.target)
-        except Exception as error:  # a lazy module or a property runs the program's code
+        except _REFUSALS as error:
             self._fail(error)
             return
         absent = absent_reason(self.device)
@@ -276,7 +281,7 @@ class FunctionPlan:
         if self.implementation is not None:
             try:
                 self._put(self.implementation, former)
-            except Exception as error:  # a frozen class, an immutable type, a read-only module
+            except _REFUSALS as error:
                 self._fail(error)
                 return
             change.did(partial(placements.restore, self.target, "taken back"))
