@@ -34,6 +34,7 @@ from twinkle.swap.tensors import (
     on_another_gpu,
     several_gpus,
 )
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -95,6 +96,7 @@ class Dispatch:
         self._set(
             original=original,
             target=self.target,
+            own=own_forward,
             pending=self.first_call,
             where=device_number,
             compiling=torch.compiler.is_compiling,
@@ -325,7 +327,7 @@ class Dispatch:
             return False
         asked = layers if self.target is not None else (None,)
         what = next(filter(None, map(entry.guard.changed, asked)), None)
-        if self.target is not None and self.standing[1] and self.target.forward is not self.original:
+        if self.target is not None and self.standing[1] and own_forward(self.target) is not self.original:
             what = what or "its forward"
         if what is not None:
             entry.candidate.binding.note(f"{what} {CHANGED}")

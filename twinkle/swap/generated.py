@@ -146,7 +146,10 @@ class LayerDispatch(Dispatch):
 
     training_text = "{}.training"
     # The program may give the class below another forward later, which is to run then.
-    standing = ("_tw_target.forward", "_tw_target.forward is _tw_original")
+    standing = (
+        "_tw_target.forward",
+        "(_tw_target.forward is _tw_original or _tw_own(_tw_target) is _tw_original)",
+    )
     target: type[nn.Module]
 
     def __init__(
