@@ -13,6 +13,8 @@ import torch
 from kernel_fixtures import every_size, half, kernels  # noqa: F401
 from package_fixtures import clean_hooks, write  # noqa: F401
 
+from twinkle.session import JOB
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -90,6 +92,8 @@ def nothing_of_another_test() -> Iterator[None]:
     _seed()
     before = _settings()
     yield
+    # A program of the next test is the first of a job of its own.
+    os.environ.pop(JOB, None)
     after = _settings()
     # An option that is not there before was read for the first time: it has its default, unless left behind.
     left = {name: (before[name], value) for name, value in after.items() if before.get(name, value) != value}

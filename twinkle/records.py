@@ -202,6 +202,7 @@ class Binding:
         reason: Why the state is not ``active``; notes when it is.
         ran: Whether it was called; ``None`` where it stands in place itself and its calls are not seen.
         proof: ``unproven``, ``proven`` or ``rejected``, with figures in words.
+        most_instances: The largest that ``instances`` has been.
         load_seconds: How long loading took, once it was loaded.
         origin: Where it was registered.
         on_change: Called when the state, its reason or ``ran`` has changed.
@@ -216,6 +217,7 @@ class Binding:
         "kernel",
         "load_seconds",
         "mode",
+        "most_instances",
         "notes",
         "on_change",
         "origin",
@@ -252,6 +254,7 @@ class Binding:
         self.ran: bool | None = None
         self.load_seconds: float | None = None
         self.on_change: Callable[[], object] | None = None
+        self.most_instances = 0
         self._counted = 0
         self._homes: list[Sized] = []
         self._lock = allocate_lock()
@@ -296,12 +299,14 @@ class Binding:
         """Add to (or take from) the number of names it is in place under."""
         with self._lock:
             self._counted += change
+            self.most_instances = max(self.most_instances, self.instances)
 
     def lives_in(self, home: Sized) -> None:
         """Count what is in a collection, now and whenever it is asked: who dies leaves it."""
         with self._lock:
             if not any(known is home for known in self._homes):
                 self._homes = [*filter(len, self._homes), home]
+            self.most_instances = max(self.most_instances, self.instances)
 
     def __repr__(self) -> str:
         return f"<Binding {self.target} <- {self.kernel} [{self.device}/{self.mode}] {self.state}>"

@@ -65,9 +65,9 @@ def test_training_gives_the_same_losses_with_three_active_bindings(
         f"{QWEN3}:Qwen3RMSNorm": "active",
         f"{QWEN3}:apply_rotary_pos_emb": "active",
     }
-    assert bindings[f"{QWEN3}:Qwen3MLP"]["instances"] == 2
+    assert bindings[f"{QWEN3}:Qwen3MLP"]["most_instances"] == 2
     assert (
-        bindings[f"{QWEN3}:Qwen3RMSNorm"]["instances"] == 2 * 4 + 1
+        bindings[f"{QWEN3}:Qwen3RMSNorm"]["most_instances"] == 2 * 4 + 1
     )  # two of a layer, two of its heads, the last
     tolerance = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
     assert ours["losses"] == pytest.approx(theirs["losses"], abs=tolerance)
@@ -87,7 +87,7 @@ def test_embeddings_are_the_same_with_a_swapped_layer(
     theirs = plain(embedder, tmp_path)
     ours, report = patched(run_example, tmp_path, "embed_minilm.py", config="minilm.toml")
     (binding,) = report["bindings"]
-    assert (binding["target"], binding["state"], binding["instances"]) == (
+    assert (binding["target"], binding["state"], binding["most_instances"]) == (
         "transformers.models.bert.modeling_bert:BertIntermediate",
         "active",
         6,

@@ -141,6 +141,7 @@ class DeferringForward:
         recognised: Whether it is known what ``original`` does between head and loss; without that nothing
             is deferred under a compiler.
         softcapped: Whether it soft-caps its logits, as far as is known.
+        on_run: Called when the head defers.
         owner: Gives the model, while there is one: a larger graph is traced without it at hand.
     """
 
@@ -152,6 +153,7 @@ class DeferringForward:
         *,
         recognised: bool,
         softcapped: bool,
+        on_run: Callable[[], object] = lambda: None,
         owner: Callable[[], nn.Module | None],
     ) -> None:
         self.original = original
@@ -159,6 +161,7 @@ class DeferringForward:
         self.labels = labels
         self.recognised = recognised
         self.softcapped = softcapped
+        self.on_run = on_run
         self.owner = owner
 
     def layer_class(self) -> type[nn.Module]:
@@ -188,6 +191,7 @@ class DeferringForward:
         ahead = self.recognised and isinstance(labels, torch.Tensor) and labels.is_cuda
         _calls.heads.append((head, LabelCount(labels) if ahead else None))
         switch_on(head, _head_forward)
+        self.on_run()
         return True
 
     def inside_graph(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -220,7 +224,10 @@ class DeferringForward:
         if model is None or reason_against(head) is not None:
             return False
         with torch.inference_mode(False), _disable_current_modes():
-            return self.verified(model, head, None)
+            verified = self.verified(model, head, None)
+        if verified:
+            self.on_run()
+        return verified
 
 
 def _is_transformed() -> bool:

@@ -117,6 +117,7 @@ def plan_deferral(
         owner=weakref.ref(model),
     )
     candidate = _candidate(forward.layer_class(), target, known)
+    forward.on_run = candidate.binding.has_run
     made = plan(model, [candidate])
     why = made if isinstance(made, str) else made.resolve()
     if isinstance(made, str) or why is not None:

@@ -41,6 +41,8 @@ def waits_for(binding: Binding) -> str:
         return found
     if target.module not in sys.modules:
         return f"{target.module} was not imported yet"
+    if binding.scope == "function" and "torch" not in sys.modules:
+        return f"{target.module} is imported, and waits for the program to import torch"
     if binding.scope == "function":
         return f"{target} is there, and was not replaced"
     cls = _at(sys.modules[target.module], target.name)

@@ -67,6 +67,7 @@ def _binding(binding: Binding) -> dict[str, Any]:
         "state": state,
         "reason": reason,
         "instances": instances,
+        "most_instances": max(binding.most_instances, instances),
         "proof": binding.proof,
         "load_seconds": binding.load_seconds,
         "notes": list(binding.notes),

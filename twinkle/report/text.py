@@ -83,7 +83,7 @@ def _near(text: str) -> str:
 
 
 def _count(binding: Mapping[str, Any]) -> str:
-    number = binding["instances"]
+    number = binding.get("most_instances", binding["instances"])
     noun = "layer" if binding["kind"] == "layer" else "name"
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
