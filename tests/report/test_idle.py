@@ -85,9 +85,9 @@ def test_what_ran_is_no_line_and_no_error(run: Run) -> None:
 
 def test_what_is_in_place_and_was_not_called_did_nothing(run: Run, tmp_path: Path) -> None:
     done = run("import lib", "lib:f", TWINKLE_REPORT="r.json")
-    assert "in place, and not called yet" in done.stderr
+    assert "in place, and has not run yet" in done.stderr
     (binding,) = json.loads((tmp_path / "r.json").read_text())["bindings"]
-    assert (binding["state"], binding["reason"]) == ("pending", "in place, and not called yet")
+    assert (binding["state"], binding["reason"]) == ("pending", "in place, and has not run yet")
 
 
 @pytest.mark.parametrize(

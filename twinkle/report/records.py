@@ -52,7 +52,7 @@ def snapshot(source: Registry | None = None) -> dict[str, Any]:
 def _binding(binding: Binding) -> dict[str, Any]:
     state, reason, instances = binding.state, binding.reason, binding.instances
     if state == "active" and binding.ran is False:
-        state, reason = "pending", "in place, and not called yet"
+        state, reason = "pending", "in place, and has not run yet"
     elif state == "pending" and not instances:
         reason = idle.waits_for(binding)
     elif state == "failed" and not instances:
