@@ -62,6 +62,8 @@ ABOUT_THE_OBJECT = {
     ),
     # Of single bits: a product of fewer rows may round another way.
     *("hash_tensor", "pca_lowrank", "svd_lowrank"),
+    # Solutions of a system without rank, which is a question of such bits.
+    *("lstsq", "linalg_lstsq"),
     # They leave what is in memory, or look at it from outside of torch.
     *("fbgemm_pack_gemm_matrix_fp16", "fbgemm_pack_quantized_matrix", "fbgemm_linear_quantize_weight"),
     *("empty_like", "new_empty", "new_empty_strided", "empty_permuted", "new", "_grad", "grad"),
