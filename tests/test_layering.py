@@ -14,6 +14,7 @@ PACKAGE = Path(twinkle.__file__).parent
 
 GROUND = (
     "_version",
+    "forks",
     "errors",
     "codegen",
     "_environment",

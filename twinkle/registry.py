@@ -5,8 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-from _thread import RLock
-
+from twinkle import forks
 from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
 TYPE_CHECKING = False
@@ -27,7 +26,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._lock = forks.lock()
         self.layer_kernels: tuple[LayerKernel, ...] = ()
         self.layer_targets: tuple[LayerTarget, ...] = ()
         self.function_kernels: tuple[FunctionKernel, ...] = ()

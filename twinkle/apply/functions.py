@@ -35,6 +35,9 @@ __all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modu
 # class, an immutable type, a read-only module. The others are put in place all the same.
 _REFUSALS = (TwinkleError, AttributeError, ImportError, TypeError)
 
+# How often a kernel is chosen anew because another function came to stand there.
+_MOST_CHOICES = 10
+
 
 class Change:
     """What one request put in place, layers and functions, and how to take it back.
@@ -243,11 +246,9 @@ class FunctionPlan:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
         self._strict = strict
-        placed = runtime.of(Placements).by_target.get(self.target)
-        if placed is not None and self._has_gone(placed):
-            placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
+        self.implementation, self.chosen = None, []
         try:
-            self.standing = placed.placement.original if placed else function_at(self.module, self.name)
+            self.standing = self._stands()
             original = undecorated(self.standing, self.target)
         except _REFUSALS as error:
             self._fail(error)
@@ -266,8 +267,38 @@ class FunctionPlan:
         else:
             self._decide(original, usable, strict=strict)
 
+    def _stands(self) -> Any:
+        """What stands in the place without Twinkle; raises one of ``_REFUSALS``."""
+        placements = runtime.of(Placements)
+        with placements.lock:
+            placed = placements.by_target.get(self.target)
+            if placed is not None and not self._has_gone(placed):
+                return placed.placement.original
+            # The module was reloaded, or someone replaced ours: theirs is the original now.
+            return function_at(self.module, self.name)
+
     def commit(self, change: Change) -> None:
-        """Put the kernel in place, or the original back where there is none."""
+        """Put the kernel in place, or the original back where there is none.
+
+        Raises:
+            TwinkleError: ``strict``, and it cannot be put there.
+        """
+        lock = runtime.of(Placements).lock
+        for _ in range(_MOST_CHOICES):
+            with lock:
+                try:
+                    same = self.implementation is None or self._stands() is self.standing
+                except _REFUSALS as error:
+                    self._fail(error)
+                    return
+                if same:
+                    self._commit(change)
+                    return
+            # Another thread, or code that the loading of a kernel ran, put something else there meanwhile.
+            self.choose(strict=self._strict)
+        self._fail(ApplyError(f"what stands at {self.target} changes again and again"))
+
+    def _commit(self, change: Change) -> None:
         placements = runtime.of(Placements)
         placed = placements.by_target.get(self.target)
         former = None

@@ -10,9 +10,10 @@ Neither torch nor transformers is imported by this module.
 from __future__ import annotations
 
 import operator
-from _thread import RLock, _local
+from _thread import _local
 from types import FunctionType, MethodType
 
+from twinkle import forks
 from twinkle.hooks import guard
 from twinkle.hooks.finder import own_dict
 from twinkle.hooks.imports import watch_module
@@ -166,7 +167,7 @@ class Families:
     """Who watches which family of classes."""
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock = forks.lock()
         self.watches: dict[type, tuple[ConstructionWatch, ...]] = {}
         # Asked at the end of each observed construction: those of single classes, without their families.
         self.singles: list[Callable[[object, list[object]], None]] = []

@@ -20,9 +20,10 @@ import importlib.util
 import json
 import os
 import sys
-import threading
 from typing import TYPE_CHECKING
 
+from twinkle import forks
+from twinkle.codegen import compile_tree, parse_source
 from twinkle.runtime import runtime
 from twinkle.sources.permissions import refuse_writable
 
@@ -51,13 +52,12 @@ class Imports:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.lock()
         self.threads: dict[str, int] = {}
         self.generations: dict[str, int] = {}
 
     def in_child(self) -> None:
         """Begin anew after a fork: of the threads only the forking one lives on."""
-        self.lock = threading.Lock()
         self.threads.clear()
 
 
@@ -182,10 +182,10 @@ class _KernelLoader(importlib.machinery.SourceFileLoader):
         source = self.get_data(path)
         package = _package_of(self.name)
         own_name = _own_name(package)
-        tree: Any = source
         if own_name and own_name.encode() in source:
-            tree = ast.fix_missing_locations(_OwnImports(own_name, package).visit(ast.parse(source, path)))
-        code: CodeType = compile(tree, path, "exec", dont_inherit=True)
+            tree = _OwnImports(own_name, package).visit(parse_source(source, path))
+            return compile_tree(ast.fix_missing_locations(tree), path)
+        code: CodeType = compile(source, path, "exec", dont_inherit=True)
         return code
 
 
@@ -311,5 +311,4 @@ def _install() -> None:
 
 
 _install()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: runtime.of(Imports).in_child())
+forks.in_child(lambda: runtime.of(Imports).in_child())

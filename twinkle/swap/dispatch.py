@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from twinkle import forks
 from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
@@ -85,7 +86,7 @@ class Dispatch:
         self.original = original
         self.fixed_training = training
         self.fixed_compiling = compiling
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.entries = [
             Entry(candidate, index, self.target)
             for index, candidate in enumerate(candidates)

@@ -14,12 +14,12 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-import threading
 import weakref
 from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from twinkle import forks
 from twinkle.swap.code import CallForm
 from twinkle.swap.scope import Scope
 from twinkle.targets import own_forward
@@ -62,7 +62,7 @@ class Front:
         self.slots: list[LayerDispatch | None] = []
         self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
         self.on_code: Callable[[Any], None] | None = None
-        self._lock = threading.RLock()
+        self._lock = forks.lock()
         self._form = CallForm(self.original, 1)
         self._self = self._form.first
         self._scope = Scope(self.original, ["_tw_original"])

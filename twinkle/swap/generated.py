@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from twinkle import forks
 from twinkle.runtime import runtime
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
@@ -56,7 +56,7 @@ class _Classes:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.known: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
         self.fronts: weakref.WeakKeyDictionary[type, weakref.ref[Front]] = weakref.WeakKeyDictionary()
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from twinkle import forks
 from twinkle._version import __version__
 from twinkle.errors import SourceError
 from twinkle.runtime import runtime
@@ -210,7 +210,7 @@ def _bar(total: int, description: str) -> Any:
 
 def _part_of(bar: Any) -> Callable[..., Any]:
     """A stand-in for the bar of one file: what it is told, the bar of the whole download shows."""
-    lock = threading.Lock()
+    lock = forks.lock()
 
     class Part:
         # The methods that the client calls on a bar that stands for many files.

@@ -13,9 +13,9 @@ from twinkle.sources.hub.resolve import Resolved, resolve
 from twinkle.sources.locks import NamedLocks
 
 if TYPE_CHECKING:
-    import threading
     from types import ModuleType
 
+    from twinkle import forks
     from twinkle.sources.hub.lockfile import Lock
     from twinkle.sources.hub.trust import Trust
 
@@ -34,7 +34,7 @@ class _Loaded:
         self.by_request: dict[tuple[object, ...], tuple[Resolved, ModuleType]] = {}
 
 
-def repository_lock(repo_id: str) -> threading.RLock:
+def repository_lock(repo_id: str) -> forks.Lock:
     """The lock that a thread holds while it loads a kernel of a repository."""
     return runtime.of(NamedLocks).of(f"repository {repo_id}")
 
