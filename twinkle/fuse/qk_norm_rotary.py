@@ -75,7 +75,7 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
     pair = _pair(q, k, rotation.name, between)
     if isinstance(pair, str):
         return pair
-    of_k = (Read(r.text.replace("{self}", "{cls}"), r.objects, r.what) for r in k.guard.reads)
+    of_k = (read.at("{cls}") for read in k.guard.reads)
     return pair._replace(guard=Guard((*q.guard.reads, *of_k, *recognise(plain_rotation(function)).reads)))
 
 

@@ -226,7 +226,7 @@ class _Reader:
             rest_on(reads.same(place, value, (), path))
             return tuple(value)
         if role == "flag":
-            rest_on(Read(f"bool({place}) is {bool(value)}", (), path))
+            rest_on(Read(f"(not {place}) is {not value}", (), path))
             return bool(value)
         if value is None and argument in self.may_be_none:
             rest_on(reads.same(place, None, (), path))
@@ -254,7 +254,7 @@ class _Reader:
         handed = None
         if re.fullmatch(r"[\w.]+", path):
             self.instance.facts.paths[argument] = path
-            handed = (Read(f"type({place}) is {{0}}", (type(value),), path),)
+            handed = (Read(f"_tw_type({place}) is {{0}}", (type(value),), path),)
         self.instance.facts.rest_on(reads.same(place, value, (), path), handed=handed)
         return number
 
