@@ -12,12 +12,14 @@ dict (through ``__getattr__`` it takes a quarter of a microsecond), and what is 
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import math
 import re
 import sys
 from functools import cached_property
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,17 +27,20 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 from twinkle.codegen import compile_source
+from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "CHANGED",
+    "KEPT",
     "Guard",
     "Read",
     "absent",
     "bare",
     "of_attribute",
+    "of_cell",
     "of_code",
     "of_forward",
     "of_global",
@@ -46,6 +51,8 @@ __all__ = [
 
 CHANGED = "changed since it was recognised: the original runs"
 """What the report says of it."""
+KEPT = object.__getattribute__
+"""Reads an attribute past what a class defines for it."""
 _EVERYWHERE = (
     _torch._global_forward_hooks,
     _torch._global_forward_pre_hooks,
@@ -53,6 +60,7 @@ _EVERYWHERE = (
     _torch._global_backward_pre_hooks,
 )
 """The very dicts that torch's functions for hooks on all modules write to."""
+_USUAL = (object.__getattribute__, ModuleType.__getattribute__, type.__getattribute__)
 _AT = "_tw_at_"
 """What the names of the layers begin with that :func:`bare` looked at; those of their ``__dict__`` end in ``_state``."""
 _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -138,7 +146,7 @@ class Guard:
         """Says whether all would be read as before, of a layer and its class; of nothing for a function."""
         # No `__name__` in these globals: dynamo would look the objects up in the module of that name.
         text, names = self.inline("layer", "_tw_read")
-        names |= {"_tw_compiling": torch.compiler.is_compiling, "_tw_type": type}
+        names |= {"_tw_compiling": torch.compiler.is_compiling, "_tw_type": type, "_tw_kept": KEPT}
         text = f"def holds(layer=None, cls=None):\n    try:\n        return {text}\n    except Exception:\n"
         compile_source(text + "        return False\n", "guard", names)
         holds: Callable[..., bool] = names["holds"]
@@ -148,8 +156,8 @@ class Guard:
         """The expression, to stand in the text of a function.
 
         It may raise any exception, which says that something is otherwise. Besides the names below it reads
-        ``_tw_compiling`` (``torch.compiler.is_compiling``), ``_tw_type`` and, for a guard that was not made
-        by :meth:`of`, ``cls``.
+        ``_tw_compiling`` (``torch.compiler.is_compiling``), ``_tw_type``, ``_tw_kept`` (:data:`KEPT`) and, for
+        a guard that was not made by :meth:`of`, ``cls``.
 
         Args:
             layer: The expression of the layer.
@@ -209,6 +217,10 @@ def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
         )
     if isinstance(value, MethodType):
         return Read(f"{place}.__func__ is {{{len(objects)}}}", (*objects, value.__func__), what)
+    if isinstance(value, list):  # what is in it may be replaced in place
+        tests = [f"{place}.__len__() == {len(value)}"]
+        tests += [f"{place}[{at}] is {{{len(objects) + at}}}" for at in range(len(value))]
+        return Read(" and ".join(tests), (*objects, *value), what)
     return Read(f"{place} is {{{len(objects)}}}", (*objects, value), what)
 
 
@@ -237,6 +249,11 @@ def of_global(function: FunctionType, name: str, value: Any) -> Read | None:
     if isinstance(module, ModuleType) and vars(module) is scope:
         return same(f"{{0}}.{name}", value, (module,), what)
     return same(f"{{0}}[{name!r}]", value, (scope,), what)
+
+
+def of_cell(function: FunctionType, name: str, cell: CellType) -> Read:
+    """The read of a name that a function has from the one around it."""
+    return same("{0}.cell_contents", cell.cell_contents, (cell,), f"{function.__qualname__}.{name}")
 
 
 def of_attribute(owner: Any, name: str, value: Any) -> Read | None:
@@ -312,7 +329,28 @@ def _attribute_place(owner: Any, name: str, place: str) -> str:
         if name in owner._parameters:
             # A hook may keep it as a mere attribute from now on (pruning, weight norm, FSDP's views).
             return f"{_state_of(place)}['_parameters'].get({name!r}, {place})"
+    if type(owner).__getattribute__ not in _USUAL and (kept := _kept_as(owner, name)) is not None:
+        return f"_tw_kept({place}, {kept!r})"
     return f"{place}.{name}"
+
+
+def _kept_as(owner: Any, name: str) -> str | None:
+    """The name under which an object that looks attributes up in a way of its own has the value of one.
+
+    A config of transformers takes three microseconds to say which implementation of experts was chosen.
+    """
+    state, value = object.__getattribute__(owner, "__dict__"), getattr(owner, name)
+    getter = inspect.getattr_static(type(owner), name, None)
+    if isinstance(getter, property):
+        try:
+            *_, last = source.parse(getter.fget).body if isinstance(getter.fget, FunctionType) else (None,)
+        except source.NoSource:
+            return None
+        given = last.value if isinstance(last, ast.Return) else None
+        if not (isinstance(given, ast.Attribute) and isinstance(given.value, ast.Name)):
+            return None
+        name = given.attr
+    return name if name in state and state[name] is value else None
 
 
 def _state_of(place: str) -> str:

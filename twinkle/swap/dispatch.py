@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from twinkle.codegen import compile_source
-from twinkle.match.reads import CHANGED
+from twinkle.match.reads import CHANGED, KEPT
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
 from twinkle.swap.candidate import explain
@@ -112,6 +112,7 @@ class Dispatch:
             getattr=getattr,
             Exception=Exception,
             type=type,
+            kept=KEPT,
         )
         self._text = ""
         self._traced_texts: dict[str, str] = {}
@@ -144,8 +145,8 @@ class Dispatch:
         if self._minds_the_gpu():
             names.append("current")
         # A function that is pickled by value takes its cells along: they hold nothing of the program then.
-        if self.standing[1] and any(entry.guard is not None for entry in self.entries):
-            names.append("target")
+        if any(entry.guard is not None for entry in self.entries):
+            names += ["target", "type"] if self.standing[1] else ["type"]
         return [f"_tw_{name}" for name in dict.fromkeys(names)]
 
     def _set(self, **values: Any) -> None:
