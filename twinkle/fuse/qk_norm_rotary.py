@@ -9,7 +9,7 @@ import torch
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, norm_variant, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
-from twinkle.match.reads import CHANGED, Guard, Read
+from twinkle.match.reads import CHANGED, Guard
 from twinkle.match.structure import recognise
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.qk_norm_rotary import triton_backend as op

@@ -42,6 +42,7 @@ __all__ = [
     "of_attribute",
     "of_cell",
     "of_code",
+    "of_entry",
     "of_forward",
     "of_global",
     "of_method",
@@ -256,6 +257,13 @@ def of_cell(function: FunctionType, name: str, cell: CellType) -> Read:
     return same("{0}.cell_contents", cell.cell_contents, (cell,), f"{function.__qualname__}.{name}")
 
 
+def of_entry(mapping: dict[Any, Any], key: Any, what: str) -> Read:
+    """The read of what a dict has under a key, or that it has nothing there."""
+    if key not in mapping:
+        return Read(f"{key!r} not in {{0}}", (mapping,), f"the table of {what}")
+    return same(f"{{0}}[{key!r}]", mapping[key], (mapping,), f"the table of {what}")
+
+
 def of_attribute(owner: Any, name: str, value: Any) -> Read | None:
     """The read of an attribute of a module or a class; None for what cannot be told apart from itself.
 
@@ -382,7 +390,9 @@ def bare(place: str, layer: nn.Module, what: str) -> tuple[str, tuple[Read, ...]
     cls: Any = type(layer)
     here = _AT + re.sub(r"\W+", "_", what)
     state, (first, *others) = _state_of(here), _OWN
-    own = " or ".join((f"({state} := {here}.__dict__)[{first!r}]", *(f"{state}[{name!r}]" for name in others)))
+    own = " or ".join(
+        (f"({state} := {here}.__dict__)[{first!r}]", *(f"{state}[{name!r}]" for name in others))
+    )
     everywhere = " or ".join(f"{{{at}}}" for at in range(len(_EVERYWHERE)))
     return here, (
         Read(f"_tw_type({here} := {place}) is {{0}}", (cls,), what),
