@@ -6,8 +6,8 @@ joins them into one expression, which the function in the place of the target ev
 is false the program has changed something since, and its own code runs. Nobody lists by hand what a kernel
 depends on.
 
-Each call pays for each test, so the expressions go the quick way: a parameter or a layer is looked up in its
-dict (through ``__getattr__`` it takes a quarter of a microsecond), and what is read more than once has a name.
+Each call pays for each test, so the expressions go the quick way: a parameter or a layer is looked up in
+its dict (through ``__getattr__`` it takes a quarter of a microsecond), and what is read again has a name.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _EVERYWHERE = (
 """The very dicts that torch's functions for hooks on all modules write to."""
 _USUAL = (object.__getattribute__, ModuleType.__getattribute__, type.__getattribute__)
 _AT = "_tw_at_"
-"""What the names of the layers begin with that :func:`bare` looked at; those of their ``__dict__`` end in ``_state``."""
+"""What the names of layers begin with that :func:`bare` looked at; with ``_state`` it is the ``__dict__``."""
 _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -157,8 +157,8 @@ class Guard:
         """The expression, to stand in the text of a function.
 
         It may raise any exception, which says that something is otherwise. Besides the names below it reads
-        ``_tw_compiling`` (``torch.compiler.is_compiling``), ``_tw_type``, ``_tw_kept`` (:data:`KEPT`) and, for
-        a guard that was not made by :meth:`of`, ``cls``.
+        ``_tw_compiling`` (``torch.compiler.is_compiling``), ``_tw_type``, ``_tw_kept`` (:data:`KEPT`) and,
+        for a guard that was not made by :meth:`of`, ``cls``.
 
         Args:
             layer: The expression of the layer.

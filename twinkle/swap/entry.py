@@ -53,7 +53,7 @@ class Entry:
         state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
         function: What to call, once loaded.
         guard: What the kernel rests on, which each call asks first; None for nothing. One in the place of a
-            class's forward rests on that forward at least: whoever gives the class another one later means it.
+            class's forward rests on that one at least: whoever gives the class another one later means it.
         guard_failed: Some call found it otherwise.
     """
 
