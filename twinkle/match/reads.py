@@ -61,7 +61,7 @@ _EVERYWHERE = (
     _torch._global_backward_pre_hooks,
 )
 """The very dicts that torch's functions for hooks on all modules write to."""
-_USUAL = (object.__getattribute__, ModuleType.__getattribute__, type.__getattribute__)
+_USUAL: tuple[Any, ...] = (object.__getattribute__, ModuleType.__getattribute__, type.__getattribute__)
 _AT = "_tw_at_"
 """What the names of layers begin with that :func:`bare` looked at; with ``_state`` it is the ``__dict__``."""
 _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

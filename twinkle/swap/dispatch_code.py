@@ -141,11 +141,14 @@ class DispatchCode:
             tests.append(self.inlined(entry, guard)[0])
         if not tests:
             return
-        yield f"{pad}try:"
-        yield f"{pad}    _tw_holds = {' and '.join(tests)}"
-        yield f"{pad}except _tw_Exception:"
-        yield f"{pad}    _tw_holds = False"
-        yield f"{pad}if not _tw_holds:"
+        if guard.reads:
+            yield f"{pad}try:"
+            yield f"{pad}    _tw_holds = {' and '.join(tests)}"
+            yield f"{pad}except _tw_Exception:"
+            yield f"{pad}    _tw_holds = False"
+            yield f"{pad}if not _tw_holds:"
+        else:
+            yield f"{pad}if not {tests[0]}:"
         yield f"{pad}    _tw_changed({entry.index})"
         yield f"{pad}    return {self.standing}({self.form.arguments})"
 
