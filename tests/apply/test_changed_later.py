@@ -255,3 +255,21 @@ def test_a_head_is_not_deferred_past_another_linear(monkeypatch: pytest.MonkeyPa
         patch.setattr(nn.functional, "linear", lambda x, weight, bias=None: x)
         assert "was replaced" in str(reason_against(head))
     assert reason_against(head) is None
+
+
+def test_the_newest_forward_counts_where_a_kernel_was_rejected(clean_registry: Registry) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Raising(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    register_layer_kernel("mine", layer_impl=Raising, verify="off")
+    register_external_layer(Layer, "mine")
+    model = kernelize_model(nn.Sequential(Layer()))
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), x)
+    Layer.forward = lambda self, x: x + 1  # type: ignore[assignment]
+    assert torch.equal(model(x), x + 1)

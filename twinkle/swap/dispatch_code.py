@@ -117,7 +117,7 @@ class DispatchCode:
                 yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
-            yield f"{pad}return _tw_original({self.form.arguments})"
+            yield f"{pad}return {self.standing}({self.form.arguments})"
         elif tree.entry.guard is not None and "guard" not in known:
             yield from self._guard_lines(tree.entry, tree.entry.guard, pad)
             yield from self._lines(tree, pad, {**known, "guard": True})

@@ -67,7 +67,6 @@ class Entry:
         "has_backward",
         "index",
         "mode",
-        "same_signature",
         "state",
     )
 
@@ -80,7 +79,6 @@ class Entry:
         self.function: Callable[..., Any] | None = None
         self.can_torch_compile: bool | None = None
         self.has_backward: bool | None = None
-        self.same_signature = False
         guard: Guard | None = getattr(candidate.kernel.source, "guard", None)
         if guard is None and target is not None:
             guard = Guard(())
