@@ -73,6 +73,8 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     name = f"{type(head).__module__}.{type(head).__qualname__}"
     if not isinstance(head, nn.Linear) or type(head).forward not in (nn.Linear.forward, _head_forward):
         return f"its head is a {name} with a forward of its own (an adapter on the head, a quantised head)"
+    if nn.Linear.forward.__module__ != nn.Linear.__module__ or F.linear is not torch._C._nn.linear:
+        return "the forward of torch.nn.Linear, or torch.nn.functional.linear, was replaced"
     if "forward" in vars(head):
         return "the forward of its head is wrapped (accelerate's offloading does that)"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

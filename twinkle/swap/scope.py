@@ -8,6 +8,7 @@ the cells of the original, whose file, line and name its code bears, and Twinkle
 from __future__ import annotations
 
 import ast
+import re
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Scope", "dispatch_behind", "is_generated"]
 
 _REST = "_tw"
+_OF_PROGRAM = re.compile(r"_tw\d*_guard")
+"""The names of objects that guards compare with: a function that is pickled leaves them behind."""
 
 
 class Scope:
@@ -109,6 +112,8 @@ class _Rest:
         original = self._original
         names: dict[str, Any] = dict.fromkeys(vars(self), lambda *values: 0)
         for name, value in vars(self).items():
+            if _OF_PROGRAM.match(name):
+                continue
             if value is original or name.startswith("_tw_traced_"):
                 names[name] = original
             elif isinstance(value, (set, frozenset)):
