@@ -20,6 +20,7 @@ GROUND = (
     "modes",
     "devices",
     "targets",
+    "where",
     "records",
     "registry",
     "options",

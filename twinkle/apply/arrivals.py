@@ -83,6 +83,7 @@ def torch_has_come(module: ModuleType, name: str) -> None:
     state = runtime.of(Arrivals)
     state.torch = True
     _watch_classes()
+    _watch_places()
     waiting, state.waiting = state.waiting, []
     for subject, act in waiting:
         _guarded(subject, act)
@@ -308,11 +309,28 @@ def _watch_classes() -> None:
     )
 
 
+def _watch_places() -> None:
+    """Decide about layers again as they are put into others, where something is registered for places."""
+    entries = runtime.registry.layer_targets
+    if runtime.options.where is None and all(entry.where is None for entry in entries):
+        return
+    from twinkle.apply.layers import place_again
+    from twinkle.apply.places import watch_places
+    from twinkle.hooks.construction import under_construction
+
+    def building() -> bool:
+        models = runtime.of(Arrivals).models
+        return models is not None and any(map(models.is_in, under_construction()))
+
+    watch_places(place_again, building=building, owner=OWNER, strict=runtime.options.raises)
+
+
 def ask_again(new: Iterable[LayerTarget]) -> None:
     """Something was registered: classes that were constructed before are asked about once more."""
     state = runtime.of(Arrivals)
     if not state.torch:
         return
+    _watch_places()
     if state.classes is None:
         _watch_classes()
         return
