@@ -158,6 +158,10 @@ class Where:
         found = [self._includes(place) for place in places]
         return any(found)
 
+    def speaks_of(self, places: Sequence[Place]) -> bool:
+        """Whether a pattern means a module, to choose it or to leave it out."""
+        return any(pattern.means(place) for pattern in self.patterns for place in places)
+
     def _includes(self, place: Place) -> bool:
         chosen = self.patterns[0].leaves_out
         for pattern in self.patterns:

@@ -183,10 +183,13 @@ def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> 
         if not rules.by_place(type(module)):
             continue
         before = decided.get(module, _UNMET)
-        if before is not False:
-            rule = rules.choose(module, names)
-            if before is _UNMET or before is not (rule and rule.where):
-                moved.append(module)
+        # What was taken out of its model, or a copy of it, keeps what it had there.
+        kept = swap.placed(module) is not None if before is _UNMET else decided.was_taken_out(module)
+        if before is False or (kept and not rules.speak_of(module, names)):
+            continue
+        rule = rules.choose(module, names)
+        if before is _UNMET or before is not (rule and rule.where):
+            moved.append(module)
     if moved:
         for module in moved:
             swap.swap_out(module)
@@ -202,7 +205,7 @@ def _decided_by_program(model: nn.Module) -> None:
     decided = runtime.of(Decided)
     if runtime.of(Parents).watching:
         for module in model.modules():
-            decided.set(module, False)
+            decided.set(module, False, model)
 
 
 def _embedded_device() -> str | None:

@@ -61,6 +61,11 @@ class Rules:
         """Whether it matters where modules of a class are."""
         return any(rule.where is not None for rule in self.of(cls))
 
+    def speak_of(self, module: nn.Module, names: Names) -> bool:
+        """Whether a place that something is registered for is that of a module."""
+        wheres = [rule.where for rule in self.of(type(module)) if rule.where is not None]
+        return any(where.speaks_of(names.of(module)) for where in wheres)
+
     def choose(self, module: nn.Module, names: Names) -> Rule | None:
         """The rule for a module where it is; None where none is for it."""
         for rule in self.of(type(module)):
@@ -82,7 +87,7 @@ def match(modules: Iterable[nn.Module], rules: Rules, names: Names) -> list[Boun
     for module in modules:
         rule = rules.choose(module, names) if rules.of(type(module)) else None
         if rules.by_place(type(module)):
-            decided.set(module, rule and rule.where)
+            decided.set(module, rule and rule.where, names.outermost)
         bound = rule.bind(module) if rule is not None else None
         if bound is not None:
             found.append(bound)

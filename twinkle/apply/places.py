@@ -77,14 +77,15 @@ class Decided:
     """What was decided about modules whose place matters, when they were met last.
 
     Attributes:
-        by_module: By id: the module, and the places it was chosen for or None. ``False`` stands for a
-            module that the program itself has put a kernel in, or taken one out.
+        by_module: By id: the module, the places it was chosen for or None, and the outermost module that
+            it was in. ``False`` stands for a module that the program itself has put a kernel in, or taken
+            one out.
     """
 
     def __init__(self) -> None:
-        self.by_module: dict[int, tuple[ref[nn.Module], object]] = {}
+        self.by_module: dict[int, tuple[ref[nn.Module], object, ref[nn.Module]]] = {}
 
-    def set(self, module: nn.Module, chosen: object) -> None:
+    def set(self, module: nn.Module, chosen: object, outermost: nn.Module) -> None:
         """Remember what was decided while the module lives."""
         key = id(module)
         known = self.by_module
@@ -93,12 +94,17 @@ class Decided:
             if key in known and known[key][0] is gone:
                 del known[key]
 
-        known[key] = (ref(module, forget), chosen)
+        known[key] = (ref(module, forget), chosen, ref(outermost))
 
     def get(self, module: nn.Module, default: object) -> object:
         """What was decided; the default for a module that was not met."""
         known = self.by_module.get(id(module))
         return known[1] if known is not None and known[0]() is module else default
+
+    def was_taken_out(self, module: nn.Module) -> bool:
+        """Whether the model is gone in which it was decided about a module."""
+        known = self.by_module.get(id(module))
+        return known is not None and known[2]() is None
 
 
 class Names:
@@ -121,6 +127,16 @@ class Names:
             for place in self._above(self._model, ()):
                 self._walk(self._model, place, ())
         return self._places.get(id(module)) or [_alone(module)]
+
+    @property
+    def outermost(self) -> nn.Module:
+        """The outermost module that the model is known to be in, or itself."""
+        top, seen = self._model, set[int]()
+        while id(top) not in seen:
+            seen.add(id(top))
+            parents = [reference() for reference in runtime.of(Parents).of.get(id(top), ())]
+            top = next((parent for parent in parents if parent is not None), top)
+        return top
 
     def _children(self, module: nn.Module) -> dict[str, nn.Module | None]:
         children: dict[str, nn.Module | None] = module._modules
