@@ -344,6 +344,9 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
 
 
 def _reconsider(cls: type) -> None:
+    from twinkle.apply.matching import classes_have_come
+
+    classes_have_come()
     classes = runtime.of(Arrivals).classes
     if classes is not None:
         classes.reconsider(cls)

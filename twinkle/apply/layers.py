@@ -14,7 +14,7 @@ from torch import nn
 from twinkle.apply import functions
 from twinkle.apply.bindings import layer_binding, settle_target
 from twinkle.apply.functions import Change
-from twinkle.apply.matching import Rules, match
+from twinkle.apply.matching import Rules, match, rules_in_force
 from twinkle.apply.places import Decided, Names, Parents
 from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
@@ -136,7 +136,7 @@ def kernelize_layers(model: nn.Module) -> Change:
 
         embedded.offer()
     names = Names(model)
-    layers = plan(match(model.modules(), Rules(embedded_on), names), wanted, model)
+    layers = plan(match(model.modules(), rules_in_force(embedded_on), names), wanted, model)
     if embedded_on is not None:
         deferral = embedded.plan_deferral(model, layers.include)
         if deferral is not None and (
@@ -176,7 +176,7 @@ def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> 
     """
     options = runtime.options
     embedded_on = _embedded_device() if runtime.options.where is not None else None
-    rules, names, decided = Rules(embedded_on), Names(model, arrival), runtime.of(Decided)
+    rules, names, decided = rules_in_force(embedded_on), Names(model, arrival), runtime.of(Decided)
     modules = {id(module): module for root in (model, arrival[2]) for module in root.modules()}
     moved = []
     for module in modules.values():

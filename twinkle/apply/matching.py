@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import TYPE_CHECKING, NamedTuple
+from operator import is_not
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.places import Decided
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from twinkle.records import LayerKernel, LayerTarget, Source
     from twinkle.where import Where
 
-__all__ = ["Rules", "is_registered", "match", "taken_for"]
+__all__ = ["Rules", "classes_have_come", "is_registered", "match", "rules_in_force", "taken_for"]
 
 
 class Rule(NamedTuple):
@@ -48,14 +49,19 @@ class Rules:
 
     def __init__(self, embedded_on: str | None) -> None:
         self.embedded_on = embedded_on
-        self._of: dict[type, tuple[Rule, ...]] = {}
+        self._of: dict[type, tuple[Any, tuple[Rule, ...]]] = {}
 
     def of(self, cls: type) -> tuple[Rule, ...]:
         """Those for a class of modules; none where nothing is for it."""
-        rules = self._of.get(cls)
-        if rules is None:
-            rules = self._of[cls] = tuple(_rules(original_of(cls), self.embedded_on))
-        return rules
+        forward = getattr(cls, "forward", None)
+        known = self._of.get(cls)
+        if known is None or known[0] is not forward:
+            known = self._of[cls] = forward, tuple(_rules(original_of(cls), self.embedded_on))
+        return known[1]
+
+    def forget_unbound(self) -> None:
+        """Ask again about the classes that nothing is for: they may come to have a name that is a target."""
+        self._of = {cls: known for cls, known in self._of.items() if known[1]}
 
     def by_place(self, cls: type) -> bool:
         """Whether it matters where modules of a class are."""
@@ -74,6 +80,41 @@ class Rules:
         return None
 
 
+class _InForce:
+    """The rules of the hooks, and the registrations and settings that they are made of."""
+
+    def __init__(self) -> None:
+        self.made_of: tuple[object, ...] = ()
+        self.rules = Rules(None)
+
+
+def rules_in_force(embedded_on: str | None) -> Rules:
+    """What holds for layers that are constructed: the same rules until something is registered.
+
+    Args:
+        embedded_on: As for :class:`Rules`.
+    """
+    state, options, registry = runtime.of(_InForce), runtime.options, runtime.registry
+    made_of = (
+        registry.layer_targets,
+        registry.layer_kernels,
+        runtime.embedded.layer_targets,
+        embedded_on,
+        options.kernels,
+        options.disabled,
+        options.where,
+    )
+    if len(state.made_of) != len(made_of) or any(map(is_not, state.made_of, made_of)):
+        state.made_of, state.rules = made_of, Rules(embedded_on)
+    state.rules.forget_unbound()
+    return state.rules
+
+
+def classes_have_come() -> None:
+    """Ask again about every class: names that are targets have come to stand for classes."""
+    runtime.of(_InForce).made_of = ()
+
+
 def match(modules: Iterable[nn.Module], rules: Rules, names: Names) -> list[Bound]:
     """The modules that kernels are registered for, in their order.
 
@@ -85,7 +126,9 @@ def match(modules: Iterable[nn.Module], rules: Rules, names: Names) -> list[Boun
     decided = runtime.of(Decided)
     found = []
     for module in modules:
-        rule = rules.choose(module, names) if rules.of(type(module)) else None
+        if not rules.of(type(module)):
+            continue
+        rule = rules.choose(module, names)
         if rules.by_place(type(module)):
             decided.set(module, rule and rule.where, names.outermost)
         bound = rule.bind(module) if rule is not None else None
