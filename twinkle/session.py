@@ -52,7 +52,7 @@ def job_folder() -> str:
 
 
 def job_folders() -> str:
-    """How the paths of these folders begin, for all jobs of this user whose process ids mean something here."""
+    """How the paths of these folders begin: of this user, and where process ids mean what they do here."""
     root = os.environ.get("TMPDIR") or ("/tmp" if os.name == "posix" else os.environ.get("TEMP", os.curdir))
     user = os.getuid() if hasattr(os, "getuid") else ""
     machine = os.uname().nodename if hasattr(os, "uname") else ""

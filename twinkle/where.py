@@ -67,11 +67,10 @@ class PlacePattern:
     Attributes:
         text: As it was written.
         leaves_out: It begins with ``!``.
-        counts_back: It counts numbered modules from the last one.
         met: A module was met that it means.
     """
 
-    __slots__ = ("_cls", "_parts", "counts_back", "leaves_out", "met", "text")
+    __slots__ = ("_cls", "_parts", "leaves_out", "met", "text")
 
     def __init__(
         self, text: str, cls: str, parts: tuple[str | int | slice, ...], *, leaves_out: bool
@@ -81,9 +80,16 @@ class PlacePattern:
         self.met = False
         self._cls = cls
         self._parts = parts
-        self.counts_back = any(
-            part < 0 if isinstance(part, int) else isinstance(part, slice) for part in parts
-        )
+
+    def shifted(self, before: int, after: int) -> set[int]:
+        """The numbers that are chosen otherwise where there are more numbered modules than before."""
+        changed = set[int]()
+        for part in self._parts:
+            if isinstance(part, slice):
+                changed.update(set(range(*part.indices(before))) ^ set(range(*part.indices(after))))
+            elif isinstance(part, int) and part < 0:
+                changed.update((before + part, after + part))
+        return changed
 
     def means(self, place: Place) -> bool:
         """Whether the module at a place is meant, by itself or by a module that it is in."""
@@ -148,10 +154,9 @@ class Where:
         """The patterns in one line."""
         return ", ".join(f'"{pattern.text}"' for pattern in self.patterns)
 
-    @property
-    def counts_back(self) -> bool:
-        """Whether another module beside one may change what is chosen."""
-        return any(pattern.counts_back for pattern in self.patterns)
+    def shifted(self, before: int, after: int) -> set[int]:
+        """As for one pattern."""
+        return set().union(*(pattern.shifted(before, after) for pattern in self.patterns))
 
     def includes(self, places: Sequence[Place]) -> bool:
         """Whether a module is chosen: by any of the places that it has."""

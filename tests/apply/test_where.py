@@ -87,6 +87,11 @@ def test_places_hold_however_a_layer_comes_to_them(program: Program) -> None:
     whole = nn.Sequential(Block(), Block())
     net.layers = whole
     print("set", net(x))
+    bare = Net(0)
+    bare.layers = nn.Sequential()
+    for _ in range(3):
+        bare.layers.append(Block())
+    print("grown", bare(x))
     clones = Net(0)
     clones.layers = nn.ModuleList([copy.deepcopy(Block()) for _ in range(3)])
     print("clones", clones(x))
@@ -103,11 +108,23 @@ def test_places_hold_however_a_layer_comes_to_them(program: Program) -> None:
         "wrapped": "11110",
         "cut": "110",
         "set": "10",
+        "grown": "110",
         "clones": "110",
         "meta": "1110",
     }
     done = program.run(MODEL + code, config(["layers.*.mlp", "!layers.[-1]"]))
     assert dict(line.split() for line in done.stdout.splitlines()) == expected
+
+
+def test_the_last_of_modules_that_are_in_nothing_else(program: Program) -> None:
+    code = """
+    whole = nn.Sequential(*[Scale() for _ in range(4)])
+    print([int(layer(x)[0].item()) for layer in whole])
+    whole.append(Scale())
+    print([int(layer(x)[0].item()) for layer in whole])
+    """
+    assert program.run(MODEL + code, config("[-1]")).stdout == "[0, 0, 0, 1]\n[0, 0, 0, 0, 1]\n"
+    assert program.run(MODEL + code, config("[::-2]")).stdout == "[0, 1, 0, 1]\n[1, 0, 1, 0, 1]\n"
 
 
 def test_a_layer_alone_has_no_place_but_that_of_everything(program: Program) -> None:

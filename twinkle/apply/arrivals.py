@@ -372,17 +372,17 @@ def _is_wanted(cls: type) -> bool:
 
 
 def _on_instance(layer: Any) -> None:
-    on_model(layer)
+    on_model(layer, whole=False)
     state = runtime.of(Arrivals)
     if state.classes is not None and type(layer) in state.for_functions:
         state.for_functions.discard(type(layer))
         state.classes.forget(type(layer))
 
 
-def on_model(model: Any) -> None:
+def on_model(model: Any, *, whole: bool = True) -> None:
     """Kernelize a model, or a layer by itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
     from twinkle.apply.unseen import Constructed
 
     runtime.of(Constructed).add(model)
-    kernelize_layers(model)
+    kernelize_layers(model, whole=whole)

@@ -122,11 +122,15 @@ def kernelize(
     return _commit(layers, function_plans)
 
 
-def kernelize_layers(model: nn.Module) -> Change:
+def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
     """Put layer kernels in place as the settings in force say; they load at the first forward.
 
     The embedded kernels come last: what was bound by name or by structure goes first. With them come the
     functions beside the layers that were recognised, and the loss, which is neither function nor layer.
+
+    Args:
+        model: A model, or a layer.
+        whole: It is a model: classes in it that nothing was for are asked about again.
     """
     options = runtime.options
     wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
@@ -136,7 +140,7 @@ def kernelize_layers(model: nn.Module) -> Change:
 
         embedded.offer()
     names = Names(model)
-    layers = plan(match(model.modules(), rules_in_force(embedded_on), names), wanted, model)
+    layers = plan(match(model.modules(), rules_in_force(embedded_on, fresh=whole), names), wanted, model)
     if embedded_on is not None:
         deferral = embedded.plan_deferral(model, layers.include)
         if deferral is not None and (
@@ -177,9 +181,8 @@ def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> 
     options = runtime.options
     embedded_on = _embedded_device() if runtime.options.where is not None else None
     rules, names, decided = rules_in_force(embedded_on), Names(model, arrival), runtime.of(Decided)
-    modules = {id(module): module for root in (model, arrival[2]) for module in root.modules()}
     moved = []
-    for module in modules.values():
+    for module in model.modules():
         if not rules.by_place(type(module)):
             continue
         before = decided.get(module, _UNMET)

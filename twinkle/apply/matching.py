@@ -88,11 +88,12 @@ class _InForce:
         self.rules = Rules(None)
 
 
-def rules_in_force(embedded_on: str | None) -> Rules:
+def rules_in_force(embedded_on: str | None, *, fresh: bool = False) -> Rules:
     """What holds for layers that are constructed: the same rules until something is registered.
 
     Args:
         embedded_on: As for :class:`Rules`.
+        fresh: Ask again about the classes that nothing was for.
     """
     state, options, registry = runtime.of(_InForce), runtime.options, runtime.registry
     made_of = (
@@ -106,7 +107,8 @@ def rules_in_force(embedded_on: str | None) -> Rules:
     )
     if len(state.made_of) != len(made_of) or any(map(is_not, state.made_of, made_of)):
         state.made_of, state.rules = made_of, Rules(embedded_on)
-    state.rules.forget_unbound()
+    if fresh:
+        state.rules.forget_unbound()
     return state.rules
 
 

@@ -17,7 +17,7 @@ from twinkle.swap.generated import original_of
 from twinkle.where import Place
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from torch import nn
@@ -119,6 +119,7 @@ class Names:
         self._model = model
         self._arrival = arrival
         self._places: dict[int, list[Place]] | None = None
+        self._arrived: dict[str, nn.Module | None] | None = None
 
     def of(self, module: nn.Module) -> list[Place]:
         """Every place of a module."""
@@ -141,7 +142,9 @@ class Names:
     def _children(self, module: nn.Module) -> dict[str, nn.Module | None]:
         children: dict[str, nn.Module | None] = module._modules
         if self._arrival is not None and self._arrival[0] is module:
-            return {**children, self._arrival[1]: self._arrival[2]}
+            if self._arrived is None:
+                self._arrived = {**children, self._arrival[1]: self._arrival[2]}
+            return self._arrived
         return children
 
     def _above(self, module: nn.Module, below: tuple[int, ...]) -> Iterator[Place]:
@@ -172,7 +175,7 @@ class Names:
                 self._walk(child, _inside(place, name, numbered, child), (*above, id(module)))
 
     def _numbered(self, module: nn.Module) -> int:
-        return sum(name.isdecimal() for name in self._children(module))
+        return sum(map(str.isdecimal, self._children(module)))
 
 
 def _inside(place: Place, name: str, numbered: int, module: nn.Module) -> Place:
@@ -202,8 +205,8 @@ def watch_places(
         try:
             runtime.of(Parents).add(child, parent)
             if not building():
-                top = parent if name.isdecimal() and _counts_back() else child
-                decide(top, (parent, name, child))
+                for top in (child, *_shifted(parent, name)):
+                    decide(top, (parent, name, child))
         except Exception as error:
             subject = f"{name} of {type(parent).__module__}:{type(parent).__qualname__}"
             guard.failed(error, owner=owner, subject=subject, strict=strict)
@@ -211,6 +214,14 @@ def watch_places(
     runtime.of(Parents).watch(attached)
 
 
-def _counts_back() -> bool:
-    wheres: Iterable[Any] = (entry.where for entry in runtime.registry.layer_targets)
-    return any(where is not None and where.counts_back for where in (*wheres, runtime.options.where))
+def _shifted(parent: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The numbered modules of a parent that are in other places, as from the last, once it has one more."""
+    if not name.isdecimal() or name in parent._modules:
+        return
+    before = sum(map(str.isdecimal, parent._modules))
+    wheres = [entry.where for entry in runtime.registry.layer_targets] + [runtime.options.where]
+    numbers = set[int]().union(*(where.shifted(before, before + 1) for where in wheres if where is not None))
+    for number in numbers:
+        sibling = parent._modules.get(str(number))
+        if sibling is not None:
+            yield sibling
