@@ -21,6 +21,7 @@ GROUND = (
     "modes",
     "devices",
     "targets",
+    "where",
     "records",
     "registry",
     "options",

@@ -44,7 +44,8 @@ class Registry:
         """Register all of it at once.
 
         A kernel registered again for the same name, device and mode takes the place of the first;
-        so does a function kernel for the same target, device and mode.
+        so does a function kernel for the same target, device and mode, and a layer target for the same
+        class and places.
         """
         with self._lock:
             for kernel in layer_kernels:
@@ -53,13 +54,15 @@ class Registry:
                 self._replaced(set(self.layer_kernels).difference(kept))
                 self.layer_kernels = (*kept, kernel)
             for target in layer_targets:
-                same = [t for t in self.layer_targets if t.target != target.target]
-                self.layer_targets = (*same, target)
+                others = [
+                    t for t in self.layer_targets if (t.target, t.where) != (target.target, target.where)
+                ]
+                self.layer_targets = (*others, target)
             for function in function_kernels:
                 at = (function.target, function.device, function.mode)
-                others = [f for f in self.function_kernels if (f.target, f.device, f.mode) != at]
-                self._replaced(set(self.function_kernels).difference(others))
-                self.function_kernels = (*others, function)
+                left = [f for f in self.function_kernels if (f.target, f.device, f.mode) != at]
+                self._replaced(set(self.function_kernels).difference(left))
+                self.function_kernels = (*left, function)
 
     def kernels_named(self, name: str) -> tuple[LayerKernel, ...]:
         """The layer kernels registered under ``name``, in registration order."""

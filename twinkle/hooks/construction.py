@@ -40,6 +40,7 @@ __all__ = [
     "is_observed",
     "observed",
     "put_back",
+    "under_construction",
     "watch_class",
     "watch_pretrained",
     "watched_classes",
@@ -161,6 +162,11 @@ class _Thread(_local):
 
 
 _thread = _Thread()
+
+
+def under_construction() -> list[object]:
+    """What the constructors that are observed are making now, in this thread."""
+    return list(_thread.building.values())
 
 
 class Families:

@@ -217,11 +217,20 @@ def read_path(module: Any, path: str) -> Any:
         AttributeError: There is no such attribute.
     """
     value = module
-    for name, suffix in re.findall(r"(\w+)((?:\(\)|\[-?\d+\])*)", path):
+    for name, parts in _steps(path):
         value = getattr(value, name)
-        for part in re.findall(r"\(\)|\[-?\d+\]", suffix):
+        for part in parts:
             value = value() if part == "()" else value[int(part[1:-1])]
     return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(path: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The attributes on a path, each with the calls and the indices that follow it."""
+    return tuple(
+        (name, tuple(re.findall(r"\(\)|\[-?\d+\]", suffix)))
+        for name, suffix in re.findall(r"(\w+)((?:\(\)|\[-?\d+\])*)", path)
+    )
 
 
 class _Reader:

@@ -36,6 +36,7 @@ def changed(ends: Ends) -> None:
 def at_exit(ends: Ends) -> None:
     """Write and say what was asked for; nothing of it fails the program but ``strict``."""
     first = job.is_first()
+    job.remove_left_behind()
     data = snapshot()
     others = job.others(ends.path) if first else []
     if others:

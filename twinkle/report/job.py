@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 
-from twinkle.session import JOB, job_folder
+from twinkle.session import JOB, job_folder, job_folders
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["add_others", "is_first", "others", "path_of_this_process"]
+__all__ = ["add_others", "is_first", "others", "path_of_this_process", "remove_left_behind"]
 
 
 def is_first() -> bool:
@@ -72,6 +72,21 @@ def others(path: str | None) -> list[dict[str, Any]]:
 
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def remove_left_behind() -> None:
+    """Remove the folders of jobs whose first process was killed, and so read and removed nothing."""
+    root, prefix = os.path.split(job_folders())
+    try:
+        names = [name for name in os.listdir(root) if name.startswith(prefix)]
+    except OSError:
+        return
+    for name in names:
+        folder, pid = os.path.join(root, name), name.removeprefix(prefix).partition("-")[0]
+        if pid.isdecimal() and not _is_running(pid) and _is_ours(folder):
+            import shutil
+
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def add_others(data: dict[str, Any], found: list[dict[str, Any]]) -> None:
