@@ -117,6 +117,9 @@ def _cross_entropy(
     if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()
     head, options = input.node.head, LossOptions(ignore_index, reduction, label_smoothing)
+    if torch.is_grad_enabled() and input.requires_grad and not (head.fresh or head.has_current_weight()):
+        # The gradient of hidden states is that of the weight as it is in the backward.
+        return NotImplemented
     factors = _factors(input.node.pointwise, target, input, options, (head.weight, head.bias))
     if factors is None:
         return NotImplemented

@@ -1,0 +1,47 @@
+"""Gives compiled functions of the program deferred logits as the plain tensor that they are there.
+
+Dynamo has a table of what it makes of an argument by its type. For deferred logits it is told to take their
+attribute ``plain`` in their place, when it traces, in its guards and at each call. So the graph has plain
+logits as an input, and its gradient goes on to the head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from twinkle.deferred.logits import DeferredLogits
+from twinkle.hooks.imports import watch_module
+from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["tell_dynamo"]
+
+_BUILDER = "torch._dynamo.variables.builder"
+
+
+class _Told:
+    """Tells dynamo of deferred logits, now or when it is imported."""
+
+    def __init__(self) -> None:
+        self.watch = watch_module(_BUILDER, _enter, owner="twinkle")
+
+
+def tell_dynamo() -> None:
+    """Let compiled functions be given deferred logits, from now on."""
+    runtime.of(_Told)
+
+
+def _enter(builder: Any, name: str) -> None:
+    try:
+        guards, sources = builder.GuardBuilder, builder.AttrSource
+        table = builder.VariableBuilder._type_dispatch
+    except AttributeError:
+        return  # another torch: a compiled function is broken where it uses them
+
+    def as_plain(made: Any, value: DeferredLogits) -> Any:
+        made.install_guards(guards.TYPE_MATCH)
+        return builder.VariableBuilder(made.tx, sources(made.source, "plain"))(value.plain)
+
+    table()[DeferredLogits] = as_plain
