@@ -105,3 +105,14 @@ def test_copies_are_kept_while_twinkle_begins_anew(case):
     runtime.reset()
     case.linear.weight.data.zero_()
     assert torch.equal(waiting.detach(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_large_weight_is_copied_bit_by_bit(dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(5001, 1000).to(dtype)
+    weight[7, 7] = float("nan")
+    copy = Weights(weight, None).copy((False, False, False))
+    expected = weight.clone()
+    weight.zero_()
+    assert torch.equal(copy.weight.view(torch.int16), expected.view(torch.int16))

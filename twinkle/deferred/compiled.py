@@ -41,6 +41,12 @@ def _enter(builder: Any, name: str) -> None:
         return  # another torch: a compiled function is broken where it uses them
 
     def as_plain(made: Any, value: DeferredLogits) -> Any:
+        if getattr(made.tx, "export", False):
+            # An exported program would have them as a constant, as they are no input of its own.
+            raise RuntimeError(
+                "torch.export(strict=True) of a function that is given deferred logits: give it "
+                "outputs.logits + 0, or set TWINKLE_DISABLE=causal_lm_loss"
+            )
         made.install_guards(guards.TYPE_MATCH)
         return builder.VariableBuilder(made.tx, sources(made.source, "plain"))(value.plain)
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Head", "LabelCount"]
 
+_NO_MEMORY = (RuntimeError, MemoryError, OSError)
+
 
 class LabelCount:
     """How many labels are not ignored, counted on the GPU at the start of a forward.
@@ -138,9 +140,9 @@ class Head:
             return
         try:
             copies = self._given.copy(self._private)
-        except (RuntimeError, MemoryError):
+        except _NO_MEMORY:
             for reader in waiting:
-                with contextlib.suppress(RuntimeError, MemoryError):
+                with contextlib.suppress(*_NO_MEMORY):
                     reader.shared()
             return
         self._copies = weakref.ref(copies)
