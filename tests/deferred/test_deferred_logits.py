@@ -6,7 +6,9 @@ import copy
 import io
 import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -317,3 +319,35 @@ def test_recording_warns_of_nothing(case):
 def test_loss_of_a_compiled_function(case):
     compiled = torch.compile(flat, backend="eager")
     assert_near(compiled(case.deferred(), case.labels), flat(case.plain(), case.labels), OPERATIONS)
+
+
+MEMORY = {
+    "numpy": lambda z: torch.from_numpy(numpy.asarray(z)),
+    "numpy of dlpack": lambda z: torch.from_numpy(numpy.from_dlpack(z)),
+    "dlpack": torch.from_dlpack,
+    "storage": lambda z: torch.empty(0).set_(z.untyped_storage(), 0, z.shape),
+    "pickle": lambda z: pickle.loads(pickle.dumps(z)),
+    "another process": lambda z: pickle.loads(ForkingPickler.dumps(z)),
+    "list": lambda z: torch.tensor(z.tolist()),
+}
+
+
+@pytest.mark.parametrize("reader", MEMORY)
+def test_who_asks_for_memory_gets_the_values(case, reader):
+    with torch.no_grad():
+        logits = case.deferred()
+    found = MEMORY[reader](logits)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, case.plain())
+    if "dlpack" in reader or reader == "storage":
+        with torch.no_grad():
+            found.zero_()
+        assert not logits.any()
+
+
+def test_a_pointer_taken_past_python_is_an_error(case):
+    with torch.no_grad():
+        logits = case.deferred()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(logits)
+    assert torch.equal(torch.from_dlpack(torch.utils.dlpack.to_dlpack(logits + 0)), case.plain())
