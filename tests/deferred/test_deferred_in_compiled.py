@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +15,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 from twinkle.deferred.compiled import tell_dynamo
+from twinkle.deferred.logits import DeferredLogits
+from twinkle.hooks import imports
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -142,3 +147,34 @@ def test_an_exported_module(case):
     assert_near(program(case.deferred()), Doubled()(case.plain()), OPERATIONS)
     with pytest.raises(Exception, match=r"outputs.logits \+ 0"):
         torch.export.export(Doubled(), (logits,), strict=True)
+
+
+def test_dynamo_is_told_again_after_the_watches_were_cancelled(case):
+    imports.uninstall()
+    builder = sys.modules["torch._dynamo.variables.builder"]
+    builder.VariableBuilder._type_dispatch().pop(DeferredLogits)
+    tell_dynamo()
+    expected = case.plain().argmax(-1)
+    assert torch.equal(compiled_of(lambda z: z.argmax(-1))(case.deferred()), expected)
+
+
+PROGRAM = """
+import sys, torch
+from twinkle.deferred.compiled import tell_dynamo
+from twinkle.deferred.logits import DeferredLogits
+from twinkle.hooks import imports
+from twinkle.deferred.forward import defer
+tell_dynamo()
+assert "torch._dynamo.variables.builder" not in sys.modules, "nothing to wait for"
+linear, hidden = torch.nn.Linear(4, 5), torch.randn(2, 3, 4)
+logits = defer(linear, hidden)
+found = torch.compile(lambda z: z.argmax(-1), backend="eager", fullgraph=True)(logits)
+assert torch.equal(found, linear(hidden).argmax(-1))
+"""
+
+
+def test_dynamo_that_is_imported_later_is_told():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+    if "nothing to wait for" in done.stderr:
+        pytest.skip("something imports dynamo at once")
+    assert done.returncode == 0, done.stderr

@@ -16,21 +16,28 @@ from twinkle.runtime import runtime
 if TYPE_CHECKING:
     from typing import Any
 
+    from twinkle.hooks.imports import Watch
+
 __all__ = ["tell_dynamo"]
 
 _BUILDER = "torch._dynamo.variables.builder"
 
 
-class _Told:
-    """Tells dynamo of deferred logits, now or when it is imported."""
+class _Telling:
+    """Waits for dynamo."""
 
     def __init__(self) -> None:
-        self.watch = watch_module(_BUILDER, _enter, owner="twinkle")
+        self.watch: Watch | None = None
+
+    def begin(self) -> None:
+        """Tell dynamo of deferred logits, now or when it is imported."""
+        if self.watch is None or not self.watch.active:
+            self.watch = watch_module(_BUILDER, _enter, owner="twinkle")
 
 
 def tell_dynamo() -> None:
     """Let compiled functions be given deferred logits, from now on."""
-    runtime.of(_Told)
+    runtime.of(_Telling).begin()
 
 
 def _enter(builder: Any, name: str) -> None:
