@@ -111,11 +111,14 @@ def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Labe
     rows, used, added = as_autocast(hidden, weight, bias)
     if rows.dtype != used.dtype or (added is not None and added.dtype != used.dtype):
         return F.linear(hidden, weight, bias)
-    given = weight if used is weight else None
-    head = Head(rows, used, added, given=given, counted=counted, fresh=bool(_calls.heads))
+    private = (rows is not hidden, used is not weight, added is not bias or bias is None)
+    head = Head(rows, used, added, private=private, counted=counted, fresh=bool(_calls.heads))
+    # As `F.linear` saves a view of its weight, of which `weight.data = other` is no part.
+    logits: Tensor = DeferredHead.apply(rows, torch.ops.aten.alias(used), added, head)
     if head.fresh:
         _calls.made.append(head)
-    logits: Tensor = DeferredHead.apply(rows, used, added, head)
+    else:
+        head.keep()
     return logits
 
 
@@ -257,9 +260,10 @@ def _are_few(head: Any, labels: Any) -> bool:
 def _end() -> None:
     head, _ = _calls.heads.pop()
     switch_off(head)
-    for made in _calls.made:
-        made.fresh = False
-    _calls.made.clear()
+    made, _calls.made = _calls.made, []
+    for one in made:
+        one.keep()
+        one.fresh = False
 
 
 def _finish(output: Any) -> Any:
