@@ -17,6 +17,7 @@ GROUND = (
     "errors",
     "codegen",
     "_environment",
+    "files",
     "modes",
     "devices",
     "targets",

@@ -53,6 +53,8 @@ def others(path: str | None) -> list[dict[str, Any]]:
     import json
     from glob import escape, glob
 
+    from twinkle.files import DOCUMENT, read_bounded
+
     if path is not None:
         stem, suffix = os.path.splitext(path)
         files = sorted(glob(f"{escape(stem)}.*{escape(suffix)}"))
@@ -61,11 +63,10 @@ def others(path: str | None) -> list[dict[str, Any]]:
     found = []
     for file in files:
         try:
-            with open(file, encoding="utf-8") as text:
-                data = json.load(text)
+            data = json.loads(read_bounded(file, DOCUMENT))
             if data["process"]["job"] == os.environ.get(JOB):  # else it is left of an earlier job
                 found.append({**data, "file": file})
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     if path is None:
         import shutil

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from twinkle.errors import ConfigError, SourceError, suggest
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.sources import lookup
 
 __all__ = ["GROUP", "Plugin", "PluginInfo", "available", "find", "load"]
@@ -137,9 +138,8 @@ def _from_file(info: PluginInfo, package: str, resource: str) -> Plugin:
     try:
         if directory is None:
             raise FileNotFoundError(f"no package {package!r}")
-        with open(path, "rb") as file:
-            document = _toml().load(file)
-    except (OSError, ValueError) as error:
+        document = _toml().loads(read_bounded(path, DOCUMENT).decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(
             f"{info.where} cannot be read",
             found=f"{type(error).__name__}: {error}",
