@@ -54,7 +54,10 @@ def test_a_stream_that_takes_ascii_only_gets_the_message(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict", "utf-16"])
 def test_no_encoding_of_stderr_makes_a_message_fail(encoding: str) -> None:
-    code = f"import sys; sys.path.insert(0, {ROOT!r}); from twinkle.errors import say; say('ü漢\\ud800'); print('on')"
+    code = (
+        f"import sys; sys.path.insert(0, {ROOT!r})\n"
+        "from twinkle.errors import say; say('ü漢\\ud800'); print('on')"
+    )
     environ = {**os.environ, "PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=environ, capture_output=True)
     assert done.returncode == 0

@@ -12,6 +12,8 @@ import errno
 import os
 import stat
 
+from twinkle._environment import is_switch
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -99,10 +101,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o666)
         OSError: It cannot be written, or ``path`` is something else than a file: a directory, a device.
     """
     path = os.fspath(path)
-    try:
+    if os.path.exists(path):
         _regular(os.stat(path), path)
-    except FileNotFoundError:
-        pass
     folder, name = os.path.split(path)
     temporary = os.path.join(folder, f".{name[:64]}.{os.urandom(8).hex()}.tmp")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -116,10 +116,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes, *, mode: int = 0o666)
             os.close(handle)
         os.replace(temporary, path)
     except BaseException:
-        try:
+        if os.path.lexists(temporary):
             os.unlink(temporary)
-        except OSError:
-            pass
         raise
 
 
@@ -133,8 +131,6 @@ def cache_directory(environ: Mapping[str, str]) -> str | None:
     Args:
         environ: The environment.
     """
-    from twinkle._environment import is_switch
-
     given = environ.get("TWINKLE_CACHE", "").strip()
     if is_switch(given):  # "1" is an error of the configuration, and no directory either
         return None

@@ -251,7 +251,8 @@ def test_sixteen_processes_that_write_at_once_lose_nothing(cache: ProofCache) ->
         "sys.modules['twinkle.proof.compare'] = compare\n"
         "from twinkle.proof.cache import ProofCache\n"
         "cache = ProofCache(pathlib.Path(sys.argv[1]))\n"
-        "for n in range(25): cache.keep({'n': n, 'by': sys.argv[2]}, compare.Verdict(True, 'x' * 500, (1.0,) * 4))\n"
+        "right = compare.Verdict(True, 'x' * 500, (1.0,) * 4)\n"
+        "for n in range(25): cache.keep({'n': n, 'by': sys.argv[2]}, right)\n"
         "print(cache._complained)\n"
     )
     children = [
@@ -267,7 +268,7 @@ def test_sixteen_processes_that_write_at_once_lose_nothing(cache: ProofCache) ->
 
 def test_the_oldest_go_when_there_are_too_many(cache: ProofCache, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twinkle.proof.cache.MOST", 3)
-    monkeypatch.setattr("twinkle.proof.cache._LOOK_EVERY", 1)
+    monkeypatch.setattr("twinkle.proof.cache.LOOK_EVERY", 1)
     for number in range(5):
         cache.keep({"n": number}, RIGHT)
         assert cache.path is not None

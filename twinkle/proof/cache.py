@@ -6,7 +6,7 @@ nothing and need no lock.
 
 A kept verdict spares a proof, and is believed only where nobody but the user can have written it: the
 directory is theirs and closed to others, and the file is signed with a secret that lies in it. Anything odd
-about a file means proving again. Only verdicts that a kernel is right are kept, so no file can switch one off.
+about a file means proving again. Only verdicts that a kernel is right are kept: no file can switch one off.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from twinkle._environment import variables
 from twinkle.files import cache_directory, read_bounded, write_whole
 from twinkle.proof.compare import Verdict
 from twinkle.runtime import runtime
-from twinkle.sources.permissions import believable, vouched_for
+from twinkle.sources.permissions import believable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ DAYS = 180
 _BYTES = 1 << 16
 _SECRET = "secret"
 _FIELDS = {"schema", "key", "text", "errors", "date", "about", "mac"}
-_LOOK_EVERY = 256
+LOOK_EVERY = 256
 _log = logging.getLogger("twinkle.proof")
 
 
@@ -154,7 +154,7 @@ class ProofCache:
         }
         document["mac"] = _mac(self._signing(make=True) or b"", document)
         write_whole(self.path / f"{digest}.json", json.dumps(document, indent=1).encode(), mode=0o600)
-        if self._written % _LOOK_EVERY == 0:
+        if self._written % LOOK_EVERY == 0:
             self._prune()
         self._written += 1
 
@@ -208,7 +208,7 @@ class ProofCache:
 
     @contextlib.contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """Nothing that is wrong with the cache is an error of the program; the first is one line in the log."""
+        """Nothing that is wrong with the cache is an error of the program; the first is a line in the log."""
         try:
             yield
         except FileNotFoundError:

@@ -228,7 +228,7 @@ def _steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
 
 
 def _trusted_owners() -> frozenset[int]:
-    """Who could have code run in this process anyway: root, the user, the owners of Python and the program."""
+    """Who can have code run in this process anyway: root, the user, the owners of Python and the program."""
     owners = {0, os.geteuid()}
     for path in (os.__file__, sys.executable, _program()):
         try:
