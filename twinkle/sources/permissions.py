@@ -241,7 +241,7 @@ def _trusted_owners() -> frozenset[int]:
 
 def _program() -> str | None:
     """The script that runs, or the directory that ``-m`` and ``-c`` import from."""
-    arguments = iter(getattr(sys, "orig_argv", ())[1:])
+    arguments = iter(sys.orig_argv[1:])
     for argument in arguments:
         if argument in ("-W", "-X", "--check-hash-based-pycs"):
             next(arguments, None)

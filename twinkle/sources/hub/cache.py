@@ -99,11 +99,12 @@ def _digest(path: Path, digest: Any) -> str:
 
 
 def files_of(variant_dir: Path) -> list[str]:
-    """The files of a variant on disk, without bytecode, sorted."""
+    """The files of a variant on disk, without bytecode, sorted; a link to a directory counts as a file."""
     found: list[str] = []
     for folder, folders, names in os.walk(variant_dir):
         folders[:] = [name for name in folders if name != "__pycache__"]
-        found.extend((Path(folder) / name).relative_to(variant_dir).as_posix() for name in names)
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        found.extend((Path(folder) / name).relative_to(variant_dir).as_posix() for name in (*names, *links))
     return sorted(path for path in found if not is_bytecode(path))
 
 
@@ -116,7 +117,7 @@ def cache_root() -> Path:
     """Where kernels are cached: ``KERNELS_CACHE``, else the cache of ``huggingface_hub``."""
     from huggingface_hub import constants
 
-    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    return Path(os.path.expanduser(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE))
 
 
 class RepoCache:
