@@ -63,7 +63,7 @@ def others(path: str | None) -> list[dict[str, Any]]:
     found = []
     for file in files:
         try:
-            data = json.loads(read_bounded(file, DOCUMENT))
+            data = json.loads(read_bounded(file, DOCUMENT, check=_check_own))
             if data["process"]["job"] == os.environ.get(JOB):  # else it is left of an earlier job
                 found.append({**data, "file": file})
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -106,6 +106,12 @@ def _is_same(its: dict[str, Any], binding: dict[str, Any], ours: set[str]) -> bo
 def _is_ours(folder: str) -> bool:
     """Whether a folder in a place where everybody may write is this user's."""
     return os.path.isdir(folder) and (not hasattr(os, "getuid") or os.lstat(folder).st_uid == os.getuid())
+
+
+def _check_own(status: os.stat_result) -> None:
+    """Raise for a file that another user has put among those of this job."""
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise PermissionError(f"it belongs to user {status.st_uid}")
 
 
 def _is_running(pid: str) -> bool:

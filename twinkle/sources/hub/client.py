@@ -209,7 +209,7 @@ class _Stopped(Exception):
 
 
 def _for_each(files: list[HubFile], fetch: Callable[[HubFile], None], stop: threading.Event) -> None:
-    """Fetch files in several threads that end with the process, and are not waited for when it is interrupted.
+    """Fetch files in several threads that end with the process; an interrupt does not wait for them.
 
     The threads of a pool are joined by the interpreter at its end: Ctrl-C would take as long as the download.
 
