@@ -176,11 +176,6 @@ def _foreign(file: Path) -> None:
     os.chown(file, 4242, -1)
 
 
-def _hard_links(file: Path) -> None:
-    for number in range(2):
-        os.link(file, file.parent / str(number))
-
-
 ODD = [
     _fifo,
     _zero,
@@ -188,7 +183,6 @@ ODD = [
     _folder,
     _huge,
     _foreign,
-    _hard_links,
     lambda file: file.chmod(0o666),
     lambda file: file.chmod(0o660),
     lambda file: file.parent.chmod(0o777),

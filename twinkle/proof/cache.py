@@ -18,7 +18,6 @@ import json
 import logging
 import math
 import os
-import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from twinkle._environment import variables
 from twinkle.files import cache_directory, read_bounded, write_whole
 from twinkle.proof.compare import Verdict
 from twinkle.runtime import runtime
-from twinkle.sources.permissions import believable
+from twinkle.sources.permissions import believable, check_own
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -125,7 +124,7 @@ class ProofCache:
         if not file.exists():
             return None
         self._check_folder(self.path)
-        data = read_bounded(file, _BYTES, follow=False, check=_check_own)
+        data = _read_own(file, _BYTES)
         document = json.loads(data, parse_constant=_no_number)
         secret = self._signing()
         if not isinstance(document, dict) or set(document) != _FIELDS or document["schema"] != SCHEMA:
@@ -170,7 +169,7 @@ class ProofCache:
                 with contextlib.suppress(FileExistsError):
                     os.link(own, file)
                 own.unlink(missing_ok=True)
-            secret = read_bounded(file, 32, follow=False, check=_check_own)
+            secret = _read_own(file, 32)
             if len(secret) != 32:
                 raise ValueError("the secret is damaged: remove it, or run `twinkle verify --clear`")
             self._secret = secret
@@ -180,7 +179,7 @@ class ProofCache:
 
     def _check_folder(self, folder: Path) -> None:
         """Raise where somebody else may write in the directory, or put another in its place."""
-        _check_own(os.lstat(folder), folder=True)
+        check_own(str(folder), os.lstat(folder))
         reason = believable(str(folder))
         if reason is not None:
             raise PermissionError(f"others could have written them: {reason}")
@@ -219,16 +218,9 @@ class ProofCache:
                 _log.warning("%s cannot be %s, so kernels are proven anew: %s", self.path, what, error)
 
 
-def _check_own(status: os.stat_result, *, folder: bool = False) -> None:
-    """Raise where a file or directory is not this user's own, or where others may write it."""
-    if folder and not stat.S_ISDIR(status.st_mode):
-        raise NotADirectoryError("it is no directory")
-    if os.name != "posix":
-        return
-    if status.st_uid != os.geteuid():
-        raise PermissionError(f"it belongs to user {status.st_uid}")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) or (not folder and status.st_nlink > 2):
-        raise PermissionError(f"others can write it (mode {stat.S_IMODE(status.st_mode):04o})")
+def _read_own(file: Path, limit: int) -> bytes:
+    """The content of a file that is this user's own."""
+    return read_bounded(file, limit, follow=False, check=lambda status: check_own(str(file), status))
 
 
 def _no_number(text: str) -> float:

@@ -25,6 +25,7 @@ __all__ = [
     "Doubt",
     "advice",
     "believable",
+    "check_own",
     "doubt_about",
     "is_private_group",
     "is_read_only",
@@ -98,6 +99,24 @@ def believable(path: str) -> str | None:
     """The doubt about a path in words, or ``None`` when there is none."""
     doubt = doubt_about(path)
     return None if doubt is None else str(doubt)
+
+
+def check_own(path: str, status: os.stat_result) -> None:
+    """Check that something Twinkle made for this user alone is still theirs alone.
+
+    Args:
+        path: The file or directory.
+        status: Of what was opened or found, links not followed.
+
+    Raises:
+        PermissionError: It is a link, belongs to another user, or others may write it.
+    """
+    if os.name != "posix" or vouched_for(path):
+        return
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.geteuid():
+        raise PermissionError(f"{path} is not this user's own")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written by others (mode {stat.S_IMODE(status.st_mode):04o})")
 
 
 def refuse_writable(package: str, *, where: str | None = None) -> None:

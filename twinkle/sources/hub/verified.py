@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import tempfile
 import time
 from importlib.machinery import ExtensionFileLoader, SourceFileLoader
@@ -25,7 +24,7 @@ from twinkle.errors import SourceError
 from twinkle.files import read_bounded
 from twinkle.runtime import runtime
 from twinkle.sources.hub.cache import LARGEST
-from twinkle.sources.permissions import doubt_about, vouched_for
+from twinkle.sources.permissions import check_own, doubt_about
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -101,19 +100,10 @@ def private_copy(
 def _prepare(home: Path) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
     home.mkdir(mode=0o700, exist_ok=True)
-    _check_own(os.lstat(home), home)
+    check_own(str(home), os.lstat(home))
     doubt = doubt_about(str(home))
     if doubt is not None:
         raise PermissionError(str(doubt))
-
-
-def _check_own(status: os.stat_result, path: Path) -> None:
-    if os.name != "posix" or vouched_for(str(path)):
-        return
-    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.geteuid():
-        raise PermissionError(f"{path} is not this user's own")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{path} can be written by others")
 
 
 def _is_whole(copy: Path, digests: Mapping[str, str]) -> bool:
@@ -125,7 +115,7 @@ def _is_whole(copy: Path, digests: Mapping[str, str]) -> bool:
             with os.scandir(waiting.pop()) as entries:
                 for entry in entries:
                     path = Path(entry.path)
-                    _check_own(entry.stat(follow_symlinks=False), path)
+                    check_own(entry.path, entry.stat(follow_symlinks=False))
                     if entry.is_dir(follow_symlinks=False):
                         waiting.append(path)
                         continue
