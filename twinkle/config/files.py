@@ -249,6 +249,8 @@ def _similar(path: str) -> str | None:
 
 
 def _check_owner(path: str, name: str, status: os.stat_result) -> None:
+    if _is_plainly_closed(path, status):
+        return
     from twinkle.sources.permissions import advice, doubt_about, quoted
 
     doubt = doubt_about(path, status)
@@ -274,3 +276,23 @@ def _check_owner(path: str, name: str, status: os.stat_result) -> None:
         fix=f"chown {os.geteuid()} {quoted(shown)}, or copy the configuration to a place of your own"
         + advice(printable(os.path.dirname(os.path.abspath(path)))),
     )
+
+
+def _is_plainly_closed(path: str, status: os.stat_result) -> bool:
+    """Whether no link is on the way, and all of it belongs to this user or root and is closed to others.
+
+    This is the usual case, which leaves :mod:`twinkle.sources.permissions` with the whole rule unread.
+    """
+    own = (0, os.geteuid())
+    here = os.path.join(os.getcwd(), path)
+    if os.pardir in here.split(os.sep) or stat.S_ISLNK(os.lstat(here).st_mode):
+        return False
+    if status.st_uid not in own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    while here != os.path.dirname(here):
+        here = os.path.dirname(here)
+        found = os.lstat(here)
+        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in own or is_open or not stat.S_ISDIR(found.st_mode):
+            return False
+    return True

@@ -9,7 +9,6 @@ is refused.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import sys
@@ -235,6 +234,8 @@ def _steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
             if stat.S_ISLNK(status.st_mode):
                 links += 1
                 if links > _MOST_LINKS:
+                    import errno
+
                     raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), path)
                 target = os.readlink(step)
                 parts += [part for part in reversed(target.split(os.sep)) if part]
