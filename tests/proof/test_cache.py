@@ -126,6 +126,29 @@ def test_a_verdict_that_another_user_signed_is_none(cache: ProofCache, tmp_path:
     assert again(cache).verdict_of(KEY) is None
 
 
+@pytest.mark.parametrize("change", [lambda file: file.write_bytes(b"1"), lambda file: _fifo(file)])
+def test_a_damaged_secret_is_another_after_clearing(cache: ProofCache, change: Any) -> None:
+    cache.keep(KEY, RIGHT)
+    assert cache.path is not None
+    change(cache.path / "secret")
+    cache = again(cache)
+    assert cache.verdict_of(KEY) is None
+    assert cache.clear() == 1
+    cache.keep(KEY, RIGHT)
+    assert again(cache).verdict_of(KEY) is not None
+
+
+def test_a_disk_without_hard_links_keeps_verdicts_too(
+    cache: ProofCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*places: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refuse)
+    cache.keep(KEY, RIGHT)
+    assert again(cache).verdict_of(KEY) is not None
+
+
 def test_a_rejection_is_no_file(cache: ProofCache) -> None:
     cache.keep(KEY, Verdict(False, "error 1", errors=(1.0, 1.0, 1.0, 1.0)))
     assert cache.verdict_of(KEY) is not None, "this process knows"

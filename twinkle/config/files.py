@@ -249,11 +249,20 @@ def _similar(path: str) -> str | None:
 
 
 def _check_owner(path: str, name: str, status: os.stat_result) -> None:
-    if _is_plainly_closed(path, status):
-        return
-    from twinkle.sources.permissions import advice, doubt_about, quoted
+    try:
+        if _is_plainly_closed(path, status):
+            return
+        from twinkle.sources.permissions import advice, doubt_about, quoted
 
-    doubt = doubt_about(path, status)
+        doubt = doubt_about(path, status)
+    except OSError as error:  # it went away meanwhile
+        raise ConfigError(
+            "the configuration file cannot be read",
+            where=name,
+            found=printable(str(error)),
+            expected="a TOML file whose directories this user may look at",
+            fix="try again, or copy the file to another place",
+        ) from None
     if doubt is None:
         return
     shown = printable(doubt.path)
@@ -284,7 +293,7 @@ def _is_plainly_closed(path: str, status: os.stat_result) -> bool:
     This is the usual case, which leaves :mod:`twinkle.sources.permissions` with the whole rule unread.
     """
     own = (0, os.geteuid())
-    here = os.path.join(os.getcwd(), path)
+    here = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
     if os.pardir in here.split(os.sep) or stat.S_ISLNK(os.lstat(here).st_mode):
         return False
     if status.st_uid not in own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

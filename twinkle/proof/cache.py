@@ -102,13 +102,16 @@ class ProofCache:
                     self._write(digest, key, self._known[digest])
 
     def clear(self) -> int:
-        """Remove the verdicts; returns how many there were."""
+        """Remove the verdicts and the secret that signs them; returns how many there were."""
         self._known.clear()
+        self._secret = None
         count = 0
         with self._guarded("cleared"):
             for entry in self._entries():
                 entry.unlink(missing_ok=True)
                 count += 1
+            if self.path is not None:
+                (self.path / _SECRET).unlink(missing_ok=True)
         return count
 
     def __len__(self) -> int:
@@ -166,8 +169,12 @@ class ProofCache:
                 # Written whole and then linked: of several processes all get the secret of the first.
                 own = self.path / f".{_SECRET}.{os.urandom(8).hex()}.tmp"
                 write_whole(own, os.urandom(32), mode=0o600)
-                with contextlib.suppress(FileExistsError):
+                try:
                     os.link(own, file)
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    os.replace(own, file)
                 own.unlink(missing_ok=True)
             secret = _read_own(file, 32)
             if len(secret) != 32:

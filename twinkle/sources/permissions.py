@@ -218,7 +218,9 @@ def _can_others_write(path: str, status: os.stat_result) -> bool:
 
 def _steps(path: str) -> Iterator[tuple[str, os.stat_result]]:
     """Every directory and link that is gone through on the way to a path, and last what it leads to."""
-    parts = [part for part in reversed(os.path.join(os.getcwd(), path).split(os.sep)) if part]
+    # Without the working directory where it is not needed: it may be gone.
+    absolute = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+    parts = [part for part in reversed(absolute.split(os.sep)) if part]
     here, links = os.sep, 0
     status = os.lstat(here)
     yield here, status
