@@ -7,6 +7,7 @@ import importlib
 import multiprocessing
 import os
 import py_compile
+import subprocess
 import sys
 import sysconfig
 import time
@@ -203,6 +204,21 @@ def test_without_any_place_it_is_one_of_this_process(variant: Path, tmp_path: Pa
     copy = copied(variant, tmp_path / "file" / "below")
     assert value(imported(variant, copy), "late") == "locked"
     assert copy.stat().st_uid == os.geteuid()
+
+
+def test_a_child_that_ends_leaves_the_directory_of_its_parent(variant: Path, tmp_path: Path) -> None:
+    program = (
+        "import os, pathlib, sys\n"
+        "from twinkle.sources.hub.verified import private_copy\n"
+        f"copy = private_copy(pathlib.Path({str(variant)!r}), {digests()!r}, [], what='k', where=None)\n"
+        "if not os.fork(): sys.exit()\n"
+        "os.wait()\n"
+        "print(copy.exists(), copy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    there, _, copy = done.stdout.strip().partition(" ")
+    assert there == "True", done.stderr
+    assert not Path(copy).exists()
 
 
 def test_names_that_are_one_name_to_the_disk_are_refused(variant: Path) -> None:

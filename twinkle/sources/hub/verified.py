@@ -9,6 +9,7 @@ load checks the copy again, and every module is checked once more when it is rea
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import os
@@ -46,12 +47,19 @@ class _Temporary:
     """The directory of this process for copies, where there is no lasting one."""
 
     def __init__(self) -> None:
-        self.directory: tempfile.TemporaryDirectory[str] | None = None
+        self.directory: Path | None = None
 
     def path(self) -> Path:
+        """The directory, made at the first call and removed when the process that made it ends."""
         if self.directory is None:
-            self.directory = tempfile.TemporaryDirectory(prefix="twinkle-", ignore_cleanup_errors=True)
-        return Path(self.directory.name)
+            self.directory = Path(tempfile.mkdtemp(prefix="twinkle-"))
+            atexit.register(_remove, self.directory, os.getpid())
+        return self.directory
+
+
+def _remove(directory: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child ends before the process whose directory it is
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def private_copy(
