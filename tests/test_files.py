@@ -150,6 +150,7 @@ def test_a_user_without_a_home_keeps_nothing() -> None:
 
 READ_ELSEWHERE = {
     "config/files.py": "opens, judges and bounds a configuration the same way, with a message for each case",
+    "sources/hub/verified.py": "creates a file to write the copy to, and reads none",
     "proof/cache_key.py": "the sources of the installed kernels, which Python has imported",
 }
 
