@@ -18,6 +18,7 @@ GROUND = (
     "errors",
     "codegen",
     "_environment",
+    "files",
     "modes",
     "devices",
     "targets",

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from twinkle import forks
 from twinkle.codegen import compile_tree, parse_source
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.runtime import runtime
 from twinkle.sources.permissions import refuse_writable
 
@@ -36,6 +37,9 @@ __all__ = ["Imports", "directory_of", "generation", "importing", "name_of", "res
 
 # A module with a __path__ is a package: its submodules are found by the finder below.
 __path__: list[str] = []
+
+SOURCE = 64 << 20
+"""The most bytes of a module's source."""
 
 _PREFIX = __name__ + "."
 _ESCAPES = {"_": "__", "/": "_s", ".": "_d", "-": "_h"}
@@ -179,7 +183,7 @@ class _KernelLoader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        source = self.get_data(path)
+        source = read_bounded(path, SOURCE)
         package = _package_of(self.name)
         own_name = _own_name(package)
         if own_name and own_name.encode() in source:
@@ -235,9 +239,9 @@ def _own_name(package: str) -> str | None:
     if first.startswith("repo_"):
         return name
     try:
-        with open(os.path.join(directory_of(package), "metadata.json"), "rb") as file:
-            written = json.load(file)["name"]
-    except (OSError, ValueError, LookupError, TypeError):
+        path = os.path.join(directory_of(package), "metadata.json")
+        written = json.loads(read_bounded(path, DOCUMENT))["name"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return written.replace("-", "_") if isinstance(written, str) else None
 

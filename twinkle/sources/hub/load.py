@@ -82,6 +82,7 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
                     dependencies=dict(modules),
                     what=f"{needed} ({resolved.variant_dir.name})",
                     where=needed.where,
+                    locked=resolved.locked,
                 )
             loaded[key] = resolved, modules[request.repo_id]
         return loaded[key]
