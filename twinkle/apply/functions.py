@@ -14,7 +14,7 @@ from twinkle.devices import absent_reason, parse_device
 from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
-from twinkle.swap import aliases
+from twinkle.swap import aliases, holders
 from twinkle.swap.candidate import FunctionCandidate, explain
 from twinkle.swap.decorated import caches, redecorated, undecorated
 from twinkle.swap.functions import dispatcher, function_at, put
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from twinkle.records import FunctionKernel
+    from twinkle.swap.functions import Placement
 
 __all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modules", "unapply"]
 
@@ -347,16 +348,7 @@ class FunctionPlan:
         """
         whole = redecorated(self.standing, implementation)
         placement = put(self.module, self.name, whole, check=False)
-        target = _home(placement.original)
-        rebound = []
-        if "." not in self.name:
-            keep = [own for candidate in self.chosen for own in candidate.own]
-            rebound = aliases.rebind(placement.original, placement.implementation, target=target, keep=keep)
-            if former is not None:
-                rebound += aliases.rebind(former, placement.implementation, keep=keep)
-        # Asked of every function in the process: too much for what nobody named.
-        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
-        stale = aliases.stale(placement.original, target=target) if named else []
+        rebound, left = self._put_in_copies(placement, former)
         dispatch = dispatch_behind(implementation)
         if dispatch is not None:
             dispatch.caches = caches(whole)
@@ -365,12 +357,35 @@ class FunctionPlan:
         )
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
-            for alias in stale:
-                candidate.binding.note(f"{alias.where} still holds the original")
+            for where in left:
+                candidate.binding.note(f"{where} still holds the original")
             if candidate.loaded:
                 candidate.mark_active()
             else:
                 candidate.mark_pending()
+
+    def _put_in_copies(
+        self, placement: Placement, former: Any
+    ) -> tuple[list[aliases.Alias | holders.Held], list[str]]:
+        """Put the implementation where else the function is held; returns these places, and those left."""
+        keep = [own for candidate in self.chosen for own in candidate.own]
+        # Every object of the process is asked: too much for what nobody named.
+        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
+        if "." in self.name and not named:
+            return [], []
+        new = placement.function
+        rebound: list[aliases.Alias | holders.Held] = []
+        left: list[str] = []
+        home = _home(placement.original)
+        for original in [placement.original, *([] if former is None else [former])]:
+            since = home if original is placement.original else None
+            rebound += aliases.rebind(original, new, target=since, keep=keep)
+            if named:
+                kernels = [getattr(candidate.kernel.source, "in_hand", None) for candidate in self.chosen]
+                homes = {getattr(kernel, "__module__", None) for kernel in kernels} - {"__main__", home}
+                held, more = holders.rebind(original, new, keep=keep, kernels=kernels, homes=homes)
+                rebound, left = [*rebound, *held], [*left, *more]
+        return rebound, left
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
         if not {kernel.name, self.target, self.target.replace(":", ".", 1)}.isdisjoint(

@@ -12,6 +12,7 @@ from twinkle.swap.scope import dispatch_behind
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import FunctionCandidate
+    from twinkle.swap.holders import Held
 
 __all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
 
@@ -25,7 +26,7 @@ class Placed:
     def __init__(
         self,
         placement: Placement,
-        rebound: list[aliases.Alias],
+        rebound: list[aliases.Alias | Held],
         chosen: list[FunctionCandidate],
         implementation: object,
     ) -> None:
