@@ -38,6 +38,7 @@ _MOST = 5000
 _LEFT_ALONE = (__name__.partition(".")[0], "unittest")
 _LEFT_PLACES = (".__wrapped__", " (default)['original']")
 """What is to give the original back, and the argument by which a kernel is handed it."""
+_BY_IDENTITY: tuple[Any, ...] = (object.__hash__, None)
 _WRAPPERS = (tuple, frozenset, MethodType, staticmethod, classmethod)
 _INNER = (dict, list, set, deque, CellType, functools.partial, property, *_WRAPPERS)
 """What has no name of its own: the search goes on with what holds it."""
@@ -290,7 +291,7 @@ def _places_in_object(holder: Any, old: Any) -> Iterator[tuple[str, Callable[[An
         ]
     inline = 0 if any(one is names for one in direct) else len(places)
     # A key of some dict may hash by what it holds: it would not be found again.
-    fixed = type(holder).__hash__ not in (object.__hash__, None)
+    fixed = type(holder).__hash__ not in _BY_IDENTITY
     yield from [(place, None if fixed else swap) for place, swap in [*slots, *places]]
     if names is not old and sum(one is old for one in direct) > len(slots) + inline:
         yield "", None  # C code has it
