@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["duplicate", "fewer", "fewer_of", "tensors_of"]
+__all__ = ["Axes", "axes_of", "duplicate", "fewer", "fewer_of", "tensors_of"]
 
 # Two, so that a kernel which takes all sequences for the first one is seen.
 _SEQUENCES = 2
@@ -60,34 +60,63 @@ def fewer(inputs: Any, tokens: int) -> Any:
     would span the memory of the whole. Lengths that 16 divides stay so, and others do not become so,
     because triton compiles a kernel anew for them.
     """
-    given = tensors_of(inputs)
-    wide = [tensor for tensor in given if tensor.ndim > 1]
-    if not wide or any(tensor.layout is not torch.strided for tensor in given):
+    found = axes_of(inputs, tokens)
+    if found is None:
         return inputs
-    cuts: dict[int, dict[int, int]] = {id(tensor): {} for tensor in wide}
-    if len(wide) == 1:
-        axes: list[int] | None = [wide[0].ndim - 2]
-    else:
-        axes = _shared(wide, tokens)
-    if axes is not None:
-        length = wide[0].shape[axes[0]]
-        if length > tokens:
-            for tensor, axis in zip(wide, axes, strict=True):
-                cuts[id(tensor)][axis] = fewer_of(length, tokens)
-    batch = wide[0].shape[0]
-    leads = [tensor for tensor in wide if 0 not in cuts[id(tensor)] and tensor.ndim > 2]
-    # Three may as well be the sections of a multimodal table: time, height and width.
-    several = batch > _SEQUENCES and batch != 3 and len(leads) == len(wide)
-    if several and all(tensor.shape[0] in (1, batch) for tensor in leads):
-        for tensor in leads:
-            if tensor.shape[0] == batch:
-                cuts[id(tensor)][0] = _SEQUENCES
+    cuts: dict[int, dict[int, int]] = {
+        key: {axis: fewer_of(found.length, tokens)}
+        for key, axis in found.tokens.items()
+        if found.length > tokens
+    }
+    if found.batch > _SEQUENCES:
+        for key in found.sequences:
+            cuts.setdefault(key, {})[0] = _SEQUENCES
 
     def cut(value: Any) -> Any:
         found = cuts.get(id(value)) if isinstance(value, Tensor) else None
         return _cut(value, found) if found else value
 
     return tree_map(cut, inputs)
+
+
+class Axes(NamedTuple):
+    """Where the tokens and sequences of a call are.
+
+    Attributes:
+        tokens: The axis of the tokens, by the id of each tensor that has some.
+        length: How many there are.
+        sequences: The ids of the tensors whose first axis is that of sequences.
+        batch: How many there are; 0 where that cannot be told.
+    """
+
+    tokens: dict[int, int]
+    length: int
+    sequences: set[int]
+    batch: int
+
+
+def axes_of(inputs: Any, over: int = 0) -> Axes | None:
+    """Where tokens and sequences are in the inputs of a call; None where there is nothing to tell it by.
+
+    Args:
+        inputs: The arguments of the call.
+        over: Fewer tokens than this plus one are not looked for.
+    """
+    given = tensors_of(inputs)
+    wide = [tensor for tensor in given if tensor.ndim > 1]
+    if not wide or any(tensor.layout is not torch.strided for tensor in given):
+        return None
+    axes: list[int] | None = [wide[0].ndim - 2] if len(wide) == 1 else _shared(wide, over)
+    tokens = {} if axes is None else {id(t): axis for t, axis in zip(wide, axes, strict=True)}
+    length = 0 if axes is None else wide[0].shape[axes[0]]
+    cut = length > over
+    batch = wide[0].shape[0]
+    leads = [tensor for tensor in wide if not (cut and tokens.get(id(tensor)) == 0) and tensor.ndim > 2]
+    # Three may as well be the sections of a multimodal table: time, height and width.
+    several = batch > 1 and batch != 3 and len(leads) == len(wide)
+    if not several or not all(tensor.shape[0] in (1, batch) for tensor in leads):
+        return Axes(tokens, length, set(), 0)
+    return Axes(tokens, length, {id(tensor) for tensor in leads if tensor.shape[0] == batch}, batch)
 
 
 def _shared(tensors: list[Tensor], over: int) -> list[int] | None:
