@@ -226,7 +226,7 @@ def _judge(
     except Exception:
         return  # the original is no measure here
     try:
-        check_alike("result", ours.parts, theirs.parts)
+        check_alike("result", ours.parts, theirs.parts, tied=trial.uneven)
         worst("result", ours.outputs, theirs.outputs, exact.outputs, slack, noise)
         _check_written(ours, theirs, exact, slack)
         if trial.how.gradients and given.backward:

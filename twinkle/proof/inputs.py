@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = ["Axes", "axes_of", "duplicate", "fewer", "fewer_of", "tensors_of"]
 
@@ -38,11 +41,22 @@ def duplicate(value: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         whole = whole[tuple(slice(0, 1) if is_spread else slice(None) for is_spread in spread)]
     dtype = dtype or value.dtype
     try:
-        leaf = torch.empty_strided(whole.shape, whole.stride(), dtype=dtype, device=value.device)
+        leaf = _empty(whole.shape, whole.stride(), dtype, value.device)
         leaf.copy_(whole)
     except RuntimeError:  # its elements overlap in memory
         leaf = whole.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return leaf, leaf.expand(value.shape) if any(spread) else leaf
+
+
+def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor; what lies between its elements is zero.
+
+    Products in bfloat16 on a CPU read past the ends of rows, and zero times a NaN that is left there is NaN.
+    """
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if made.untyped_storage().nbytes() > made.nbytes:
+        torch.empty(0, dtype=dtype, device=device).set_(made.untyped_storage()).zero_()
+    return made
 
 
 def fewer_of(length: int, tokens: int) -> int:
@@ -145,7 +159,6 @@ def _cut(value: Tensor, cuts: dict[int, int]) -> Tensor:
         view = view.narrow(axis, 0, size)
     with torch.inference_mode(False):
         try:
-            made = torch.empty_strided(view.shape, strides, dtype=value.dtype, device=value.device)
-            return made.copy_(view)
+            return _empty(view.shape, strides, value.dtype, value.device).copy_(view)
         except RuntimeError:  # expanded
             return view

@@ -258,13 +258,15 @@ def _gradients(roots: list[Tensor], leaves: list[Tensor], kind: str) -> list[Any
 def _cotangent(out: Tensor, number: int, kind: str) -> Tensor:
     """A random cotangent for an output, the same in every dtype."""
     generator = torch.Generator().manual_seed(number)
-    count = 1 if kind == "expanded" else min(out.numel(), 1 << 16)
+    # One row for all: with one number for all, the gradient of a softmax or a norm is nothing but rounding.
+    row = out.shape[-1:] if kind == "expanded" else out.shape
+    count = min(row.numel(), 1 << 16)
     with torch._C.DisableTorchFunction():  # one that draws float64 in the place of float32 draws others
         values = torch.randn(count, generator=generator, dtype=torch.float32, device="cpu").to(torch.bfloat16)
+    repeats = -(-row.numel() // max(count, 1))
+    made = values.repeat(repeats)[: row.numel()].reshape(row).to(out.device, out.dtype)
     if kind == "expanded":
-        return values.to(out.device, out.dtype).reshape((1,) * out.ndim).expand(out.shape)
-    repeats = -(-out.numel() // max(count, 1))
-    made = values.repeat(repeats)[: out.numel()].reshape(out.shape).to(out.device, out.dtype)
+        return made.expand(out.shape)
     if kind == "strided" and out.ndim > 1:
         return made.transpose(-1, -2).contiguous().transpose(-1, -2)
     return made

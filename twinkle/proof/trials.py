@@ -31,6 +31,8 @@ _MOST_PRODUCTS = 1 << 26
 """Multiplications by weights in the largest trial."""
 _MANY = 4099
 """Rows of the largest trial where these bounds allow it."""
+_SEVERAL, _LARGE = 67, 1 << 16
+"""Rows of a trial with gradients, and its elements at most."""
 _WIDE = 4100
 """Width of a trial of a function that takes any."""
 
@@ -140,8 +142,7 @@ def _taken(inputs: Any, axes: Axes, rows: Any, *, sequences: int = 0) -> Any:
 
 def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Trial]:
     yield Trial("for one row", _taken(inputs, axes, [0], sequences=1), How(gradients=False, poisoned=True))
-    weights = sum(parameter.numel() for parameter in module.parameters()) if module is not None else 0
-    a_row = sum(t.numel() // max(axes.length, 1) for t in tensors_of(inputs) if id(t) in axes.tokens)
+    weights, a_row = _weights(module), _row_size(inputs, axes)
     sequences = max(axes.batch, 1)
     rows = min(_MANY, _MOST_ELEMENTS // max(a_row, 1), _MOST_PRODUCTS // max(weights * sequences, 1))
     if rows > axes.length:
@@ -150,6 +151,15 @@ def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Tri
     if axes.batch and (axes.batch * 2 + 1) * _ROWS * a_row <= _MOST_ELEMENTS:
         more = axes.batch * 2 + 1
         yield Trial(f"for {more} sequences", _taken(inputs, axes, range(3), sequences=more))
+
+
+def _weights(module: nn.Module | None) -> int:
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+
+
+def _row_size(inputs: Any, axes: Axes) -> int:
+    """Elements of one token, in all sequences."""
+    return sum(t.numel() // max(axes.length, 1) for t in tensors_of(inputs) if id(t) in axes.tokens)
 
 
 def _scaled(made: Any, axes: Axes, inputs: Any) -> Any:
@@ -275,6 +285,9 @@ def _other_mask(given: list[Tensor]) -> Callable[[Any], Any]:
 
 
 def _of_gradients(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Trial]:
+    if _row_size(inputs, axes) * _SEVERAL <= _LARGE and _weights(module) * _SEVERAL <= _MOST_PRODUCTS // 8:
+        several = _taken(inputs, axes, range(_SEVERAL), sequences=1)
+        yield Trial(f"for {_SEVERAL} rows", _scaled(several, axes, inputs), How())
     wants = ("layer", "arguments") if module is not None else ("first", "all")
     for number, wanted in enumerate(wants):
         kind = ("expanded", "strided")[number]
