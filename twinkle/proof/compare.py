@@ -49,7 +49,7 @@ def compare(
     backward: bool = False,
     rows: int | None = None,
     traced: bool = False,
-    brief: bool = False,
+    extent: str = "full",
     flips: bool = True,
 ) -> Verdict:
     """Run a kernel and its original on copies of the same inputs.
@@ -65,7 +65,7 @@ def compare(
         rows: At most so many tokens of at most two sequences, where that can be told from the inputs;
             see :func:`twinkle.proof.inputs.fewer`.
         traced: A compiler's trace asks: see :func:`twinkle.proof.room.reason_against`.
-        brief: Leave out what a GPU would have to compile the kernel anew for.
+        extent: How much is derived from the call: see :func:`twinkle.proof.trials.trials`.
         flips: The kernel is to be right in training and in inference.
 
     Returns:
@@ -81,7 +81,7 @@ def compare(
                 dtype, device = dtype_of(inputs, module), _device_type(inputs)
             given = Given(inputs, module, plain_class, dtype, device, backward, generators)
             with torch._C.DisableTorchFunctionSubclass():
-                more = [*trials(inputs, module, backward=backward, brief=brief, flips=flips)]
+                more = [*trials(inputs, module, backward=backward, extent=extent, flips=flips)]
             return _compare(original, kernel, given, more)
     except NotNow as reason:
         return Verdict.not_yet(reason)
@@ -238,7 +238,9 @@ def _judge(
 def _noise(nudged_result: Result, exact: Result) -> list[Any]:
     pairs = zip(nudged_result.outputs, exact.outputs, strict=True)
     return [
-        row_norms(a - b) if isinstance(b, torch.Tensor) and b.is_floating_point() and b.ndim else None
+        row_norms(torch.nan_to_num(a - b, 0.0, 0.0, 0.0))
+        if isinstance(b, torch.Tensor) and b.is_floating_point() and b.ndim
+        else None
         for a, b in pairs
     ]
 

@@ -221,8 +221,7 @@ def prove(
         backward=backward,
         rows=_tokens((tuple(args), dict(kwargs)), module) if embedded else None,
         traced=traced,
-        # They are compared with other shapes and strides by `twinkle verify` and the tests of each op.
-        brief=embedded and not _on_cpu((tuple(args), dict(kwargs)), module),
+        extent=_extent((tuple(args), dict(kwargs)), module) if embedded else "full",
         flips=flips,
     )
     if key is not None:
@@ -234,8 +233,10 @@ def _tokens(inputs: Any, module: nn.Module | None) -> int:
     return proof_tokens(_tensors_at_hand(inputs, module))
 
 
-def _on_cpu(inputs: Any, module: nn.Module | None) -> bool:
-    return all(tensor.device.type == "cpu" for tensor in _tensors_at_hand(inputs, module))
+def _extent(inputs: Any, module: nn.Module | None) -> str:
+    """How much is derived from the call of an embedded kernel: `twinkle verify` and its tests do the rest."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors_at_hand(inputs, module))
+    return "light" if on_cpu else "brief"
 
 
 def _tensors_at_hand(inputs: Any, module: nn.Module | None) -> list[torch.Tensor]:

@@ -9,6 +9,8 @@ norm, the further two of them are apart by chance. A row counts as many numbers 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -29,9 +31,10 @@ SLACK = {torch.bfloat16: 2e-3, torch.float16: 1e-3, torch.float32: 2e-6, torch.f
 """What a kernel may add to twice the original's error, as a share of the result's norm."""
 _ROW_FACTOR = 2.0
 """How much further off than the whole a single row may be."""
-_OUTLIER = 10.0
+_OUTLIER = 100.0
 """Numbers larger than so many times the median are left out in the look past the outliers."""
 _SAMPLE = 4096
+_PIECE = 1 << 15
 _NOISE = 64
 """Rounding errors in a number that is none but these; inputs and gradients of results are about one."""
 
@@ -63,151 +66,201 @@ def worst(
     for number, (mine, other, reference) in enumerate(zip(ours, theirs, exact, strict=True)):
         if not isinstance(other, Tensor) or not (other.is_floating_point() or other.is_complex()):
             continue
-        given = _wide(what, mine, other, reference)
-        if given.mine.numel() == 0:
+        if other.numel() == 0:
             continue
-        own_slack = max(SLACK.get(other.dtype, 0.0), slack)
-        if _is_noise(given):
-            continue
+        given = _Given(what, *(_real(tensor.detach()) for tensor in (mine, other, reference)))
+        allowed = _Allowed(max(SLACK.get(other.dtype, 0.0), slack), torch.finfo(other.dtype).eps)
+        norms = _Norms(given)
         if noise is None:
-            largest = max(largest, _check_whole(what, given, own_slack))
-        rows = noise[number] if noise is not None else None
-        _check_rows(what, given, own_slack, rows, of_sums=what == "gradient")
-        if noise is None:
-            _check_past_outliers(what, given, own_slack)
+            if norms.is_noise(allowed.eps):
+                continue
+            largest = max(largest, _check_whole(given, norms, allowed))
+            _check_past_outliers(given, norms, allowed)
+        if other.ndim > 1:
+            rows = None if noise is None else noise[number]
+            _check_rows(given, norms, allowed, rows, of_sums=what == "gradient")
     return largest
 
 
-class _Wide(NamedTuple):
-    """One result in higher precision, zero where it is not compared because it is not finite."""
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
-    mine: Tensor
-    other: Tensor
+
+class _Given:
+    """One result of each.
+
+    Attributes:
+        what: ``result`` or ``gradient``.
+        mine, other, exact: As they came.
+    """
+
+    def __init__(self, what: str, mine: Tensor, other: Tensor, exact: Tensor) -> None:
+        self.what = what
+        self.mine, self.other = mine, other
+        self.exact = exact if exact.dtype == torch.float64 else exact.float()
+
+    @functools.cached_property
+    def wide(self) -> _Wide:
+        """How far both are off, in higher precision."""
+        return _wide(self.what, self.mine, self.other, self.exact)
+
+
+class _Wide(NamedTuple):
+    """How far both are off, and the exact result; zero where it is not compared because it is not finite."""
+
+    off: Tensor
+    own: Tensor
     exact: Tensor
+
+
+class _Allowed(NamedTuple):
+    """What a kernel may add to its original's error."""
+
+    slack: float
     eps: float
+
+    def share(self, few: Any) -> Any:
+        """The share of a norm, carried by so few numbers as :func:`_few` says."""
+        return self.slack + _SCATTER * self.eps * few
+
+
+_SCATTER = 1.5
+"""Spacings of numbers that two roundings of one may be apart, where the original's own is hit by chance."""
 
 
 def _wide(what: str, mine: Tensor, other: Tensor, exact: Tensor) -> _Wide:
-    eps = torch.finfo(other.dtype).eps
-    if other.is_complex():
-        mine, other, exact = (torch.view_as_real(tensor) for tensor in (mine, other, exact))
-    wide = torch.float64 if exact.dtype == torch.float64 else torch.float32
+    off, own = mine - exact, other - exact
+    if bool((torch.isfinite(off) & torch.isfinite(own)).all()):
+        return _Wide(off, own, exact)
     largest = torch.finfo(other.dtype).max
-    mine, other, exact = (tensor.detach().to(wide) for tensor in (mine, other, exact))
-    finite = torch.isfinite(mine)
-    theirs = torch.isfinite(other)
+    finite, theirs = torch.isfinite(mine), torch.isfinite(other)
     known = torch.isfinite(exact) & (exact.abs() <= largest)
-    if bool((finite & theirs & known).all()):
-        return _Wide(mine, other, exact, eps)
     # Where one is not finite, the kernel may be the better one; it may not be worse, nor hide what is none.
     same = (mine == other) | ((mine != mine) & (other != other))
-    hidden = finite & ~theirs & ~known
     if bool((~finite & ~same & (theirs | known)).any()):
         raise Rejected(f"{what} off by nan or infinity, where the original is finite")
-    if bool(hidden.any()):
+    if bool((finite & ~theirs & ~known).any()):
         raise Rejected(f"{what} is finite where the original's is not")
     compared = finite & known
-    mine, exact = (torch.where(compared, tensor, 0.0) for tensor in (mine, exact))
-    return _Wide(mine, torch.where(compared & theirs, other, exact), exact, eps)
+    off, exact = (torch.where(compared, tensor, 0.0) for tensor in (off, exact))
+    return _Wide(off, torch.where(compared & theirs, own, 0.0), exact)
 
 
-def _check_whole(what: str, given: _Wide, slack: float) -> tuple[float, float]:
-    norm = torch.linalg.vector_norm(given.exact)
-    offs = [torch.linalg.vector_norm(value - given.exact) for value in (given.mine, given.other)]
-    few = _few(torch.linalg.vector_norm(given.exact.square()), norm)
-    numbers = torch.stack([norm, *offs, few.to(norm.dtype)]).tolist()  # one wait for the device
-    error, own = (off / numbers[0] if numbers[0] > 0 else off for off in numbers[1:3])
-    few_of = numbers[3]
-    if not error <= (2 + 2 * few_of) * own + slack + _scatter(given.eps) * few_of:
-        raise Rejected(f"{what} off by {error:.1e}, where the original is off by {own:.1e}")
-    return error, own
+class _Norms:
+    """The norms of the rows of a result, and of the whole.
 
-
-def _is_noise(given: _Wide) -> bool:
-    """Whether all there is are rounding errors of sums that cancel out, as in the gradient of a softmax's sum."""
-    norm = torch.linalg.vector_norm(given.exact)
-    mine = torch.linalg.vector_norm(given.mine - given.exact)
-    root = given.exact.numel() ** 0.5
-    floor = _NOISE * root * torch.finfo(given.exact.dtype).eps
-    return bool((norm > 0) & (norm <= floor) & (mine <= _NOISE * root * given.eps))
-
-
-def _scatter(eps: float) -> float:
-    """How far two roundings of one number may be apart, where the original's own is hit by chance."""
-    return 1.5 * eps
-
-
-def _few(squares: Tensor, norm: Tensor) -> Tensor:
-    """One over the root of how many numbers carry a norm: 1 for a single one, near 0 for many.
-
-    Args:
-        squares: The norm of the squares of the numbers.
-        norm: Their norm.
+    Attributes:
+        rows: Of the exact result, of how far the kernel is off, and of how far the original is.
+        whole: The same three for all rows together.
+        largest: The largest number of the exact result.
     """
-    return torch.where(norm > 0, squares / norm.square().clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
+
+    def __init__(self, given: _Given) -> None:
+        made = self._in_pieces(given)
+        # Not finite in one number shows here; most results have nothing of the kind.
+        if not all(map(math.isfinite, self._sums(made))):
+            wide = given.wide
+            made = [*(row_norms(tensor) for tensor in (wide.exact, wide.off, wide.own)), wide.exact.abs()]
+        self.rows = made[:3]
+        *self.whole, self.largest = self._sums(made)
+        self._root = given.exact.numel() ** 0.5
+        self._eps = torch.finfo(given.exact.dtype).eps
+
+    @staticmethod
+    def _in_pieces(given: _Given) -> list[Tensor]:
+        """The norms, piece by piece: on a CPU new memory for whole weights costs more than the arithmetic."""
+        shape = given.exact.shape
+        width = shape[-1] if shape else 1
+        step = max(1, _PIECE // max(width, 1)) if given.exact.device.type == "cpu" else given.exact.numel()
+        pieces = [tensor.reshape(-1, width).split(step) for tensor in (given.mine, given.other, given.exact)]
+        found: list[list[Tensor]] = [[], [], [], []]
+        for mine, other, exact in zip(*pieces, strict=True):
+            for norms, tensor in zip(found, (exact, mine - exact, other - exact), strict=False):
+                norms.append(torch.linalg.vector_norm(tensor, dim=-1))
+            found[3].append(torch.linalg.vector_norm(exact, math.inf, dim=-1))
+        return [torch.cat(norms).reshape(shape[:-1]) for norms in found]
+
+    @staticmethod
+    def _sums(made: list[Tensor]) -> list[float]:
+        sums = [torch.linalg.vector_norm(norms) for norms in made[:3]]
+        figures: list[float] = torch.stack([*sums, made[3].max()]).tolist()  # one wait for the device
+        return figures
+
+    def is_noise(self, eps: float) -> bool:
+        """Whether all are rounding errors of sums that cancel out, as in the gradient of a softmax's sum."""
+        norm, off, _ = self.whole
+        return 0 < norm <= _NOISE * self._root * self._eps and off <= _NOISE * self._root * eps
 
 
 def row_norms(tensor: Tensor) -> Tensor:
     """The norm of each row, which is what lies along the last axis."""
-    return torch.linalg.vector_norm(torch.nan_to_num(tensor, 0.0, 0.0, 0.0), dim=-1)
+    return torch.linalg.vector_norm(tensor, dim=-1) if tensor.ndim else tensor.abs()
 
 
-def _check_rows(what: str, given: _Wide, slack: float, noise: Tensor | None, *, of_sums: bool) -> None:
+def _few(values: Tensor, norms: Tensor, *, rows: bool) -> Tensor:
+    """One over the root of how many numbers carry each norm: 1 for a single one, near 0 for many."""
+    squares = torch.linalg.vector_norm(values.square(), dim=-1 if rows and values.ndim else None)
+    return torch.where(norms > 0, squares / norms.square().clamp_min(torch.finfo(norms.dtype).tiny), 1.0)
+
+
+def _check_whole(given: _Given, norms: _Norms, allowed: _Allowed) -> tuple[float, float]:
+    norm = norms.whole[0]
+    error, own = (off / norm if norm > 0 else off for off in norms.whole[1:])
+    if not error <= 2 * own + allowed.slack:
+        exact = given.wide.exact
+        few = float(_few(exact, torch.linalg.vector_norm(exact), rows=False))
+        if not error <= (2 + 2 * few) * own + allowed.share(few):
+            raise Rejected(f"{given.what} off by {error:.1e}, where the original is off by {own:.1e}")
+    return error, own
+
+
+def _check_rows(
+    given: _Given, norms: _Norms, allowed: _Allowed, noise: Tensor | None, *, of_sums: bool
+) -> None:
     """Compare row by row.
 
     Args:
-        what: For messages.
         given: The result.
-        slack: That of its dtype.
+        norms: Its norms.
+        allowed: How far it may be off.
         noise: See :func:`worst`.
         of_sums: A row of a weight's gradient is a few inputs times a number for each, which is small where
             others cancel out in it: one number's error is that of the row, and its size that of other rows.
     """
-    mine, other, exact, eps = given
-    if mine.ndim < 2:
+    sizes, off, own = norms.rows
+    if bool((off <= _ROW_FACTOR * (2 * own + allowed.slack * sizes)).all()):
         return
-    norms = row_norms(exact)
-    off, own = row_norms(mine - exact), row_norms(other - exact)
-    few = _few(torch.linalg.vector_norm(exact.square(), dim=-1), norms)
-    sizes = norms
+    few: Any = 1.0
     if of_sums:
-        few = torch.ones_like(few)
-        sizes, own = (torch.maximum(values, values.median()) for values in (norms, own))
-    share = slack + _scatter(eps) * few
-    allowed = _ROW_FACTOR * ((2 + 2 * few) * own + share * sizes)
+        sizes, own = (torch.maximum(values, values.median()) for values in (sizes, own))
+    else:
+        few = _few(given.wide.exact, sizes, rows=True)
+    bound = _ROW_FACTOR * ((2 + 2 * few) * own + allowed.share(few) * sizes)
     # A row of zeros is as good as sums of others that cancel out.
-    empty = norms == 0
-    if bool(empty.any()):
-        allowed = torch.where(empty, allowed + slack * (norms.sum() / (~empty).sum().clamp_min(1)), allowed)
+    empty = sizes == 0
+    bound = torch.where(empty, bound + allowed.slack * sizes.sum() / (~empty).sum().clamp_min(1), bound)
     if noise is not None:
-        allowed = allowed + 4 * noise
-    bad = ~(off <= allowed)
+        bound = bound + 4 * noise
+    bad = ~(off <= bound)
     if bool(bad.any()):
         at = int(bad.flatten().nonzero()[0])
-        figures = (off, own, norms)
-        error, their, norm = (float(values.flatten()[at]) for values in figures)
+        norm, error, their = (float(values.flatten()[at]) for values in norms.rows)
         norm = norm or 1.0
         raise Rejected(
-            f"{what} off by {error / norm:.1e} in row {at}, where the original is off by {their / norm:.1e}"
+            f"{given.what} off by {error / norm:.1e} in row {at}, "
+            f"where the original is off by {their / norm:.1e}"
         )
 
 
-def _check_past_outliers(what: str, given: _Wide, slack: float) -> None:
-    mine, other, exact, eps = given
-    sizes = exact.flatten().abs()
-    step = max(1, sizes.numel() // _SAMPLE)
-    sample = sizes[::step]
-    median = sample[sample > 0].median() if bool((sample > 0).any()) else sizes.max()
-    common = sizes <= _OUTLIER * median
-    if bool(common.all()):
+def _check_past_outliers(given: _Given, norms: _Norms, allowed: _Allowed) -> None:
+    sample = given.exact.flatten()[:: max(1, given.exact.numel() // _SAMPLE)].abs()
+    sample = sample[(sample > 0) & torch.isfinite(sample)]
+    if sample.numel() == 0 or norms.largest <= (limit := _OUTLIER * float(sample.median())):
         return
-    exact = torch.where(common, exact.flatten(), 0.0)
-    norm = torch.linalg.vector_norm(exact)
-    offs = (torch.where(common, value.flatten() - exact, 0.0) for value in (mine, other))
-    off, own = (torch.linalg.vector_norm(value) for value in offs)
-    few = _few(torch.linalg.vector_norm(exact.square()), norm)
-    if not bool(off <= _ROW_FACTOR * ((2 + 2 * few) * own + (slack + _scatter(eps) * few) * norm)):
-        error, their = float(off / norm), float(own / norm)
-        raise Rejected(
-            f"{what} off by {error:.1e} past its outliers, where the original is off by {their:.1e}"
-        )
+    common = given.wide.exact.abs() <= limit
+    off, own, exact = (torch.where(common, values, 0.0) for values in given.wide)
+    norm, error, their = (torch.linalg.vector_norm(values) for values in (exact, off, own))
+    few = _few(exact, norm, rows=False)
+    if not bool(error <= _ROW_FACTOR * ((2 + 2 * few) * their + allowed.share(few) * norm)):
+        ours, theirs = (f"{float(value / norm):.1e}" for value in (error, their))
+        raise Rejected(f"{given.what} off by {ours} past its outliers, where the original is off by {theirs}")

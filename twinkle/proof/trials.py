@@ -29,6 +29,8 @@ _MOST_ELEMENTS = 1 << 19
 """Elements of the largest trial."""
 _MOST_PRODUCTS = 1 << 26
 """Multiplications by weights in the largest trial."""
+_HEAVY = 1 << 18
+"""Weights whose gradients take longer to compare than all the rest of a trial."""
 _MANY = 4099
 """Rows of the largest trial where these bounds allow it."""
 _SEVERAL, _LARGE = 67, 1 << 16
@@ -55,7 +57,7 @@ class Trial(NamedTuple):
 
 
 def trials(
-    inputs: Any, module: nn.Module | None, *, backward: bool, brief: bool, flips: bool
+    inputs: Any, module: nn.Module | None, *, backward: bool, extent: str, flips: bool
 ) -> Iterator[Trial]:
     """Derive calls from one.
 
@@ -63,35 +65,38 @@ def trials(
         inputs: The arguments and keyword arguments of the call, cut to a few rows already where that is done.
         module: The layer, for a layer.
         backward: Gradients are compared.
-        brief: Leave out what kernels of a GPU would be compiled anew for: other strides, numbers of rows
-            and widths.
+        extent: ``full``; ``light`` for kernels whose tests go through sizes, which are to cost a first step
+            next to nothing; ``brief`` leaves out what kernels of a GPU would be compiled anew for as well:
+            other strides, numbers of rows and widths.
         flips: The kernel is for training and for inference.
     """
     given = tensors_of(inputs)
     if not given or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in given):
         return
-    axes = _axes(inputs)
+    axes, brief = _axes(inputs), extent == "brief"
+    heavy = extent != "full" and _weights(module) > _HEAVY
     few = _taken(inputs, axes, range(_ROWS), sequences=1) if axes is not None and not brief else inputs
-    yield Trial("after its values changed in place", few, How(gradients=False, again=True))
+    if not heavy:
+        yield Trial("after its values changed in place", few, How(gradients=False, again=True))
     if axes is not None:
         yield from _of_values(inputs, axes, brief)
-    if module is not None and flips:
-        training = "in inference" if module.training else "in training"
-        yield Trial(training, few, How(gradients=False, flipped=True))
     other = _mapped(_other_mask(given), few)
     if any(a is not b for a, b in zip(tensors_of(other), tensors_of(few), strict=True)):
         yield Trial("for other masks or indices", other)
     if brief:
         return
+    wants = "all" if not heavy else "arguments"
+    yield Trial("with gaps between rows", _mapped(_gapped, few), How(True, wants, "strided", poisoned=True))
     if axes is not None:
-        yield from _of_sizes(inputs, axes, module)
-        if backward:
-            yield from _of_gradients(inputs, axes, module)
-    for name, change, kind in (
-        ("with gaps between rows", _gapped, "strided"),
-        ("transposed in memory", _turned, "dense"),
-    ):
-        yield Trial(name, _mapped(change, few), How(cotangents=kind, poisoned=kind == "strided"))
+        yield from _of_sizes(inputs, axes, module, _MOST_ELEMENTS if extent == "full" else _LARGE)
+    if extent != "full":
+        return
+    yield Trial("transposed in memory", _mapped(_turned, few))
+    if axes is not None and backward:
+        yield from _of_gradients(inputs, axes, module)
+    if module is not None and flips:
+        training = "in inference" if module.training else "in training"
+        yield Trial(training, few, How(gradients=False, flipped=True))
     if module is None:
         yield from _of_widths(few)
 
@@ -140,15 +145,15 @@ def _taken(inputs: Any, axes: Axes, rows: Any, *, sequences: int = 0) -> Any:
     return _mapped(take, inputs)
 
 
-def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Trial]:
+def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None, most: int) -> Iterator[Trial]:
     yield Trial("for one row", _taken(inputs, axes, [0], sequences=1), How(gradients=False, poisoned=True))
     weights, a_row = _weights(module), _row_size(inputs, axes)
     sequences = max(axes.batch, 1)
-    rows = min(_MANY, _MOST_ELEMENTS // max(a_row, 1), _MOST_PRODUCTS // max(weights * sequences, 1))
+    rows = min(_MANY, most // max(a_row, 1), _MOST_PRODUCTS // max(weights * sequences, 1))
     if rows > axes.length:
         rows -= 1 - rows % 2
         yield Trial(f"for {rows} rows", _scaled(_taken(inputs, axes, range(rows)), axes, inputs))
-    if axes.batch and (axes.batch * 2 + 1) * _ROWS * a_row <= _MOST_ELEMENTS:
+    if most == _MOST_ELEMENTS and axes.batch and (axes.batch * 2 + 1) * _ROWS * a_row <= most:
         more = axes.batch * 2 + 1
         yield Trial(f"for {more} sequences", _taken(inputs, axes, range(3), sequences=more))
 
@@ -328,6 +333,10 @@ def _of_widths(few: Any) -> Iterator[Trial]:
 
         def widen(value: Any, index: Tensor = index) -> Any:
             fits = isinstance(value, Tensor) and value.ndim and value.shape[-1] == width
-            return value.detach().index_select(-1, index.to(value.device)) if fits else value
+            if not fits:
+                return value
+            made = value.detach().index_select(-1, index.to(value.device))
+            # So that no two are the same: the largest of them is to be the same for both.
+            return made * torch.linspace(0.9, 1.1, len(index)).to(made) if made.is_floating_point() else made
 
         yield Trial(f"for rows of {wanted}", _mapped(widen, few))
