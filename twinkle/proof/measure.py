@@ -214,9 +214,7 @@ def _check_whole(given: _Given, norms: _Norms, allowed: _Allowed) -> tuple[float
     return error, own
 
 
-def _check_rows(
-    given: _Given, norms: _Norms, allowed: _Allowed, noise: Tensor | None, *, of_sums: bool
-) -> None:
+def _check_rows(given: _Given, norms: _Norms, allowed: _Allowed, noise: Any, *, of_sums: bool) -> None:
     """Compare row by row.
 
     Args:

@@ -73,8 +73,9 @@ def trials(
     given = tensors_of(inputs)
     if not given or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in given):
         return
+    inputs = _small(inputs)
     axes, brief = _axes(inputs), extent == "brief"
-    heavy = extent != "full" and _weights(module) > _HEAVY
+    heavy = extent != "full" and _weights(inputs, axes, module) > _HEAVY
     few = _taken(inputs, axes, range(_ROWS), sequences=1) if axes is not None and not brief else inputs
     if not heavy:
         yield Trial("after its values changed in place", few, How(gradients=False, again=True))
@@ -88,9 +89,13 @@ def trials(
     wants = "all" if not heavy else "arguments"
     yield Trial("with gaps between rows", _mapped(_gapped, few), How(True, wants, "strided", poisoned=True))
     if axes is not None:
-        yield from _of_sizes(inputs, axes, module, _MOST_ELEMENTS if extent == "full" else _LARGE)
+        yield Trial(
+            "for one row", _taken(inputs, axes, [0], sequences=1), How(gradients=False, poisoned=True)
+        )
     if extent != "full":
         return
+    if axes is not None:
+        yield from _of_sizes(inputs, axes, module)
     yield Trial("transposed in memory", _mapped(_turned, few))
     if axes is not None and backward:
         yield from _of_gradients(inputs, axes, module)
@@ -113,6 +118,15 @@ def _mapped(change: Callable[[Any], Any], inputs: Any) -> Any:
         return made[id(value)]
 
     return tree_map(once, inputs)
+
+
+def _small(inputs: Any) -> Any:
+    """The inputs with fewer of what is neither sequences, rows nor columns, of a lone tensor."""
+    wide = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 1]
+    if len(wide) != 1 or wide[0].ndim < 4 or wide[0].layout is not torch.strided:
+        return inputs
+    cut = (slice(None), *[slice(_ROWS)] * (wide[0].ndim - 3))
+    return _mapped(lambda value: value.detach()[cut].clone() if value is wide[0] else value, inputs)
 
 
 def _axes(inputs: Any) -> Axes | None:
@@ -145,21 +159,23 @@ def _taken(inputs: Any, axes: Axes, rows: Any, *, sequences: int = 0) -> Any:
     return _mapped(take, inputs)
 
 
-def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None, most: int) -> Iterator[Trial]:
-    yield Trial("for one row", _taken(inputs, axes, [0], sequences=1), How(gradients=False, poisoned=True))
-    weights, a_row = _weights(module), _row_size(inputs, axes)
+def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Trial]:
+    weights, a_row = _weights(inputs, axes, module), _row_size(inputs, axes)
     sequences = max(axes.batch, 1)
-    rows = min(_MANY, most // max(a_row, 1), _MOST_PRODUCTS // max(weights * sequences, 1))
+    rows = min(_MANY, _MOST_ELEMENTS // max(a_row, 1), _MOST_PRODUCTS // max(weights * sequences, 1))
     if rows > axes.length:
         rows -= 1 - rows % 2
         yield Trial(f"for {rows} rows", _scaled(_taken(inputs, axes, range(rows)), axes, inputs))
-    if most == _MOST_ELEMENTS and axes.batch and (axes.batch * 2 + 1) * _ROWS * a_row <= most:
+    if axes.batch and (axes.batch * 2 + 1) * _ROWS * a_row <= _MOST_ELEMENTS:
         more = axes.batch * 2 + 1
         yield Trial(f"for {more} sequences", _taken(inputs, axes, range(3), sequences=more))
 
 
-def _weights(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+def _weights(inputs: Any, axes: Axes | None, module: nn.Module | None) -> int:
+    """Elements of what is no row: the parameters of a layer, and the weights among the arguments."""
+    own = 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    rows = {} if axes is None else axes.tokens
+    return own + sum(tensor.numel() for tensor in tensors_of(inputs) if id(tensor) not in rows)
 
 
 def _row_size(inputs: Any, axes: Axes) -> int:
@@ -290,7 +306,10 @@ def _other_mask(given: list[Tensor]) -> Callable[[Any], Any]:
 
 
 def _of_gradients(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Trial]:
-    if _row_size(inputs, axes) * _SEVERAL <= _LARGE and _weights(module) * _SEVERAL <= _MOST_PRODUCTS // 8:
+    if (
+        _row_size(inputs, axes) * _SEVERAL <= _LARGE
+        and _weights(inputs, axes, module) * _SEVERAL <= _MOST_PRODUCTS // 8
+    ):
         several = _taken(inputs, axes, range(_SEVERAL), sequences=1)
         yield Trial(f"for {_SEVERAL} rows", _scaled(several, axes, inputs), How())
     wants = ("layer", "arguments") if module is not None else ("first", "all")
