@@ -23,7 +23,7 @@ from twinkle.proof.inputs import fewer, tensors_of
 from twinkle.proof.measure import HIGHER_PRECISION, SLACK, row_norms, worst
 from twinkle.proof.results import Parts, check_alike, check_memory, detached, equal, taken_apart
 from twinkle.proof.room import NotNow, clean_room
-from twinkle.proof.runs import Given, Result, copied, exactly, run
+from twinkle.proof.runs import Exactly, Given, Result, copied, exactly, run
 from twinkle.proof.trials import Trial, nudged, trials
 from twinkle.proof.twin import Held, Twin
 from twinkle.proof.verdict import Rejected, Undecided, Verdict, in_a_line
@@ -139,9 +139,7 @@ def _compare(
     return Verdict(True, text, errors=(*outputs, *gradients))
 
 
-def _in_higher_precision(
-    original: Callable[..., Any], given: Given, held: Held
-) -> tuple[Result, Callable[..., Result]]:
+def _in_higher_precision(original: Callable[..., Any], given: Given, held: Held) -> tuple[Result, Exactly]:
     """The original's run in higher precision, and the way in which it was made."""
     error: Exception | None = None
     for way in exactly(original, given.dtype):
@@ -181,7 +179,7 @@ def _check_written(ours: Result, theirs: Result, exact: Result, slack: float) ->
     if wrote:
         states = [[result.state[number] for number in wrote] for result in (ours, theirs, exact)]
         check_alike("tensor it writes to", Parts([], states[0]), Parts([], states[1]))
-        worst("tensor it writes to", *states, slack)
+        worst("tensor it writes to", states[0], states[1], states[2], slack)
     if ours.held is not None and theirs.held is not None and exact.held is not None:
         check_alike("tensor in its arguments", ours.held, theirs.held)
         worst("tensor in its arguments", ours.held.leaves, theirs.held.leaves, exact.held.leaves, slack)
@@ -211,9 +209,7 @@ def _tried(
     return ours, theirs
 
 
-def _judge(
-    trial: Trial, ours: Result, theirs: Result, way: Callable[..., Result], given: Given, held: Held
-) -> None:
+def _judge(trial: Trial, ours: Result, theirs: Result, way: Exactly, given: Given, held: Held) -> None:
     """Compare what both gave for derived inputs."""
     derived = given._replace(inputs=trial.inputs, how=trial.how)
     slack = SLACK[given.dtype]
@@ -235,7 +231,7 @@ def _judge(
 
 
 def _judge_uneven(
-    given: Given, ours: Result, theirs: Result, exact: Result, way: Callable[..., Result], held: Held
+    given: Given, ours: Result, theirs: Result, exact: Result, way: Exactly, held: Held
 ) -> None:
     """Compare row by row; what a change by a rounding error changes in the exact result is not counted."""
     slack = SLACK[given.dtype]

@@ -163,7 +163,7 @@ class _Norms:
             made = [*(row_norms(tensor) for tensor in (wide.exact, wide.off, wide.own)), wide.exact.abs()]
         self.rows = made[:3]
         *self.whole, self.largest = self._sums(made)
-        self._root = given.exact.numel() ** 0.5
+        self._root = math.sqrt(given.exact.numel())
         self._eps = torch.finfo(given.exact.dtype).eps
 
     @staticmethod
@@ -189,7 +189,7 @@ class _Norms:
     def is_noise(self, eps: float) -> bool:
         """Whether all are rounding errors of sums that cancel out, as in the gradient of a softmax's sum."""
         norm, off, _ = self.whole
-        return 0 < norm <= _NOISE * self._root * self._eps and off <= _NOISE * self._root * eps
+        return bool(0 < norm <= _NOISE * self._root * self._eps and off <= _NOISE * self._root * eps)
 
 
 def row_norms(tensor: Tensor) -> Tensor:

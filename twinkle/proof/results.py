@@ -9,7 +9,6 @@ in one dense piece.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -193,7 +192,7 @@ def check_memory(ours: Any, theirs: Any, *, dense: bool) -> None:
         if ours_at is None or theirs_at is None:
             continue
         differs = ours_at != theirs_at
-        if differs and (_contiguous(other) or (dense and _is_dense(theirs_at, other))):
+        if differs and (other.is_contiguous() or (dense and _is_dense(theirs_at, other))):
             raise Rejected(f"a result has strides {ours_at}, the original's {theirs_at}")
 
 
@@ -204,10 +203,6 @@ def strides_of(leaf: Any) -> tuple[int, ...] | None:
     return tuple(stride for stride, size in zip(leaf.stride(), leaf.shape, strict=True) if size > 1)
 
 
-def _contiguous(tensor: Tensor) -> bool:
-    return tensor.is_contiguous()
-
-
 def _is_dense(strides: tuple[int, ...], tensor: Tensor) -> bool:
     """Whether the elements lie in one piece without gaps, in some order of the axes."""
     sizes = [size for size in tensor.shape if size > 1]
@@ -216,4 +211,4 @@ def _is_dense(strides: tuple[int, ...], tensor: Tensor) -> bool:
         if stride != reach:
             return False
         reach *= size
-    return reach == math.prod(sizes)
+    return True

@@ -215,9 +215,10 @@ class Generators:
         if random.getstate() != self._python:
             return True
         # The algorithm's name, its numbers, where it is in them, and a number kept for the next call.
-        return self._numpy is not None and any(
+        numbers = self._numpy.get_state() if self._numpy is not None else ()
+        return any(
             str(now) != str(then) if not hasattr(now, "tobytes") else now.tobytes() != then.tobytes()
-            for now, then in zip(self._numpy.get_state(), self._of_numpy, strict=True)
+            for now, then in zip(numbers, self._of_numpy or (), strict=True)
         )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from twinkle.proof.room import Generators
 
-__all__ = ["Given", "How", "Result", "copied", "exactly", "run"]
+__all__ = ["Exactly", "Given", "How", "Result", "copied", "exactly", "run"]
 
 
 class How(NamedTuple):
@@ -194,7 +194,7 @@ def copied(
     return twin, (layer,), copies
 
 
-def exactly(original: Callable[..., Any], dtype: torch.dtype) -> Iterator[Callable[..., Result]]:
+def exactly(original: Callable[..., Any], dtype: torch.dtype) -> Iterator[Exactly]:
     """Ways to run the original on inputs and a layer in the higher precision, the best first.
 
     Casts to float32 within go to float64 with the rest, where float32 made in another way does not get into
@@ -204,14 +204,17 @@ def exactly(original: Callable[..., Any], dtype: torch.dtype) -> Iterator[Callab
     higher = HIGHER_PRECISION[dtype]
     for function in dict.fromkeys((original, inspect.unwrap(original))):
         for wide in (True, False) if higher == torch.float64 else (False,):
-            yield _Exactly(function, wide)
+            yield Exactly(function, wide)
 
 
-class _Exactly(NamedTuple):
+class Exactly(NamedTuple):
+    """A way to run the original in higher precision; see :func:`exactly`."""
+
     function: Callable[..., Any]
     wide: bool
 
     def __call__(self, given: Given, held: Held) -> Result:
+        """Run it; see :func:`run`."""
         with _Float32ToFloat64() if self.wide else contextlib.nullcontext():
             return run(self.function, given, held, exact=True)
 
@@ -305,5 +308,5 @@ def _differs(before: Tensor, after: Tensor) -> bool:
     with torch._C.DisableTorchFunctionSubclass():
         before = before.detach().to(after.dtype)
         if before.shape != after.shape or torch.equal(before, after):
-            return before.shape != after.shape
+            return bool(before.shape != after.shape)
         return not equal([before], [after.detach()])

@@ -173,9 +173,10 @@ def _of_sizes(inputs: Any, axes: Axes, module: nn.Module | None) -> Iterator[Tri
 
 def _weights(inputs: Any, axes: Axes | None, module: nn.Module | None) -> int:
     """Elements of what is no row: the parameters of a layer, and the weights among the arguments."""
-    own = 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
+    own = [] if module is None else [*module.parameters()]
     rows = {} if axes is None else axes.tokens
-    return own + sum(tensor.numel() for tensor in tensors_of(inputs) if id(tensor) not in rows)
+    weights = [*own, *(tensor for tensor in tensors_of(inputs) if id(tensor) not in rows)]
+    return sum(tensor.numel() for tensor in weights)
 
 
 def _row_size(inputs: Any, axes: Axes) -> int:
