@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rounding import rounding_bound
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -404,3 +405,22 @@ def test_import_needs_no_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.startswith("1.098"), result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_that_held_something_else_changes_nothing(dtype: torch.dtype) -> None:
+    """Products in bfloat16 on a CPU read past the ends of rows; a NaN that is left there makes NaN of zero."""
+    hidden = torch.randn(21, 64).to(dtype).requires_grad_()
+    weight, labels = torch.randn(50, 64).to(dtype), torch.randint(50, (21,))
+
+    class Poison(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made = func(*args, **(kwargs or {}))
+            if func is torch.Tensor.new_empty:
+                made.fill_(float("nan"))
+            return made
+
+    with Poison():
+        linear_cross_entropy(hidden, weight, labels).backward()
+    assert hidden.grad is not None
+    assert torch.isfinite(hidden.grad).all()

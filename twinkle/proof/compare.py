@@ -13,6 +13,7 @@ was: results or saved tensors that live in a buffer shared by all calls are over
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from twinkle.proof.inputs import fewer, tensors_of
 from twinkle.proof.measure import HIGHER_PRECISION, SLACK, row_norms, worst
 from twinkle.proof.results import Parts, check_alike, check_memory, detached, equal, taken_apart
 from twinkle.proof.room import NotNow, clean_room
-from twinkle.proof.runs import Exactly, Given, Result, copied, exactly, run
+from twinkle.proof.runs import Exactly, Given, Result, copied, exactly, on_another_stream, run
 from twinkle.proof.trials import Trial, nudged, trials
 from twinkle.proof.twin import Held, Twin
 from twinkle.proof.verdict import Rejected, Undecided, Verdict, in_a_line
@@ -193,12 +194,15 @@ def _tried(
     A kernel that raises gives no wrong number: the original makes up for it when it comes to that.
     """
     derived = given._replace(inputs=trial.inputs, how=trial.how)
+    stream = on_another_stream if trial.how.aside else contextlib.nullcontext
     try:
-        theirs = run(original, derived, held)
+        with stream():
+            theirs = run(original, derived, held)
     except Exception:
         return None
     try:
-        ours = run(kernel, derived, held)
+        with stream():
+            ours = run(kernel, derived, held)
         if trial.how.flipped and theirs.random and ours.random:
             return None  # each has random numbers of its own
         _check_writes(ours, theirs)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from twinkle.proof.room import Generators
 
-__all__ = ["Exactly", "Given", "How", "Result", "copied", "exactly", "run"]
+__all__ = ["Exactly", "Given", "How", "Result", "copied", "exactly", "on_another_stream", "run"]
 
 
 class How(NamedTuple):
@@ -34,6 +34,7 @@ class How(NamedTuple):
         flipped: The layer is in training where it is not in the program, and the other way round.
         again: The results are those of a second call, before which arguments and weights changed in place.
         poisoned: New memory is full of NaN.
+        aside: On another stream of the GPU than the current one, which is late with the inputs.
     """
 
     gradients: bool = True
@@ -42,6 +43,7 @@ class How(NamedTuple):
     flipped: bool = False
     again: bool = False
     poisoned: bool = False
+    aside: bool = False
 
 
 class Given(NamedTuple):
@@ -177,6 +179,17 @@ def _written(
     ]
 
 
+@contextlib.contextmanager
+def on_another_stream() -> Iterator[None]:
+    """Work on another stream, which is busy for a while: what a kernel launches elsewhere comes too early."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(_CYCLES)
+        yield
+    stream.synchronize()
+
+
 def copied(
     given: Given, held: Held, *, exact: bool = False, negated: bool = False
 ) -> tuple[Twin, tuple[nn.Module, ...], Any]:
@@ -231,6 +244,8 @@ class _Float32ToFloat64(TorchFunctionMode):
         return func(*args, **wider)
 
 
+_CYCLES = 2_000_000
+"""About a millisecond."""
 _EMPTY = frozenset(
     (torch.empty, torch.empty_like, torch.empty_strided, torch.Tensor.new_empty, torch.empty_permuted)
 )

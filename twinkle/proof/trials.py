@@ -84,6 +84,8 @@ def trials(
     other = _mapped(_other_mask(given), few)
     if any(a is not b for a, b in zip(tensors_of(other), tensors_of(few), strict=True)):
         yield Trial("for other masks or indices", other)
+    if given[0].is_cuda:
+        yield Trial("on another stream", few, How(gradients=False, aside=True))
     if brief:
         return
     wants = "all" if not heavy else "arguments"
