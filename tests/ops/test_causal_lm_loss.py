@@ -409,7 +409,7 @@ def test_import_needs_no_triton():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_that_held_something_else_changes_nothing(dtype: torch.dtype) -> None:
-    """Products in bfloat16 on a CPU read past the ends of rows: zero times a NaN that is left there is NaN."""
+    """Products in bfloat16 on a CPU read past the ends of rows, and zero times a NaN there is NaN."""
     hidden, weight = torch.randn(21, 64).to(dtype), torch.randn(50, 64).to(dtype)
 
     class Poison(TorchFunctionMode):

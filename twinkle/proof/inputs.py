@@ -86,6 +86,14 @@ def fewer(inputs: Any, tokens: int) -> Any:
         for key in found.sequences:
             cuts.setdefault(key, {})[0] = _SEQUENCES
 
+    wide = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 1]
+    if len(wide) == 1:  # rows of heads, say, of tokens: each axis between counts rows
+        between = range(1, wide[0].ndim - 2)
+        more = {
+            axis: fewer_of(wide[0].shape[axis], tokens) for axis in between if wide[0].shape[axis] > tokens
+        }
+        cuts.setdefault(id(wide[0]), {}).update(more)
+
     def cut(value: Any) -> Any:
         found = cuts.get(id(value)) if isinstance(value, Tensor) else None
         return _cut(value, found) if found else value

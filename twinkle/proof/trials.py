@@ -65,13 +65,16 @@ def trials(
         inputs: The arguments and keyword arguments of the call, cut to a few rows already where that is done.
         module: The layer, for a layer.
         backward: Gradients are compared.
-        extent: ``full``; ``light`` for kernels whose tests go through sizes, which are to cost a first step
+        extent: ``full``; ``none``;
+            ``light`` for kernels whose tests go through sizes, which are to cost a first step
             next to nothing; ``brief`` leaves out what kernels of a GPU would be compiled anew for as well:
             other strides, numbers of rows and widths.
         flips: The kernel is for training and for inference.
     """
     given = tensors_of(inputs)
     if not given or any(type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in given):
+        return
+    if extent == "none":
         return
     inputs = _small(inputs)
     axes, brief = _axes(inputs), extent == "brief"
