@@ -43,10 +43,10 @@ class Wrong(nn.Module):
 
 
 class WrongFromTheThirdCall(nn.Module):
-    calls = 0
+    factor = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * x * (1.0 if x.sum() == 0 else 1.01)
+        return self.weight * x * WrongFromTheThirdCall.factor
 
 
 X = torch.rand(4, 8) + 1
@@ -86,11 +86,14 @@ def test_the_users_word_is_taken_for_what_was_bound_by_name(
     assert clean_registry.bindings[0].proof == "unproven"
 
 
-def test_always_goes_on_comparing_and_quarantines(clean_registry: Registry) -> None:
+def test_always_goes_on_comparing_and_quarantines(
+    clean_registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = kernelized(WrongFromTheThirdCall, "always")
-    model(X * 0)
-    model(X * 0)
+    model(X)
+    model(X)
     assert clean_registry.bindings[0].state == "active"
+    monkeypatch.setattr(WrongFromTheThirdCall, "factor", 1.01)
     with pytest.warns(TwinkleWarning, match="does not compute the same"):
         out = model(X)
     assert torch.equal(out, X * model.weight)

@@ -117,7 +117,8 @@ def test_another_dtype_is_compared_again(device: torch.device, counted: dict[str
         before = counted["residual_norm"]
         block.to(dtype)(x.to(dtype))
         runs.append(counted["residual_norm"] - before)
-    assert runs == [3, 3, 1, 1]  # a comparison calls the kernel twice
+    assert min(runs[:2]) > 3, "a comparison calls the kernel several times"
+    assert runs[2:] == [1, 1]
 
 
 def test_a_users_own_module(device: torch.device, clean_registry: Registry, counted: dict[str, int]) -> None:
@@ -126,10 +127,12 @@ def test_a_users_own_module(device: torch.device, clean_registry: Registry, coun
     expected = torch.autograd.grad(block(x).sin().sum(), [x, *block.parameters()])
     kernelize_layers(block)
     for _ in range(2):
+        before = counted["residual_norm"]
         found = torch.autograd.grad(block(x).sin().sum(), [x, *block.parameters()])
         for ours, theirs in zip(found, expected, strict=True):
             close(ours, theirs)
-    assert counted["residual_norm"] == 4  # the proof twice, for what a second call does, and two calls
+    assert before > 3, "the proof calls the kernel several times"
+    assert counted["residual_norm"] == before + 1
     [binding] = clean_registry.bindings
     assert (binding.target.rpartition(":")[2], binding.kernel, binding.state) == (
         "Block",

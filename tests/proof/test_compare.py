@@ -141,7 +141,8 @@ def test_strides_of_the_input_are_kept() -> None:
         return x * 1
 
     compare(original, original, (torch.randn(8, 4).t(),), {})
-    assert set(seen) == {(1, 4)}
+    assert seen[0] == (1, 4)
+    assert seen.count((1, 4)) > 3, "both, and in higher precision"
 
 
 def test_rows_bound_the_work() -> None:
@@ -152,4 +153,5 @@ def test_rows_bound_the_work() -> None:
         return Norm.forward(self, x)
 
     assert judged(kernel, torch.float32, rows=7).ok
-    assert set(seen) == {torch.Size([2, 7, 64])}
+    assert seen[:2] == [torch.Size([2, 7, 64])] * 2
+    assert max(shape.numel() for shape in seen) <= 1 << 19, "and no derived call is large"

@@ -129,7 +129,7 @@ def _whole(
     def kernel(hidden: Tensor) -> Tensor:
         return linear_cross_entropy(hidden, weight, labels, bias=bias)
 
-    return compare(original, kernel, (hidden,), {}, backward=backward, traced=traced)
+    return compare(original, kernel, (hidden,), {}, backward=backward, traced=traced, extent="none")
 
 
 def _part(
@@ -158,7 +158,7 @@ def _part(
         return linear_cross_entropy(hidden, weight, near, bias=bias, scale=scale, softcap=softcap)
 
     few = (hidden, weight[:columns], None if bias is None else bias[:columns])
-    return compare(original, kernel, few, {}, backward=backward, traced=traced)
+    return compare(original, kernel, few, {}, backward=backward, traced=traced, extent="none")
 
 
 def _loss(logits: Tensor, labels: Tensor) -> Tensor:

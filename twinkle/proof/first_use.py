@@ -42,6 +42,7 @@ class Subject(NamedTuple):
         layers: Those layers.
         recall: A kept verdict will do.
         chosen_by_twinkle: The kernel is an embedded one, and not the choice of a user.
+        every_mode: It runs in training and in inference.
     """
 
     source: Any
@@ -51,6 +52,7 @@ class Subject(NamedTuple):
     layers: Sequence[nn.Module] = ()
     recall: bool = False
     chosen_by_twinkle: bool = False
+    every_mode: bool = True
 
 
 def prove_at_call(subject: Subject, args: Sequence[Any], kwargs: Mapping[str, Any], *, grad: bool) -> Verdict:
@@ -150,6 +152,7 @@ def _prove(
         backward=backward,
         recall=subject.recall,
         traced=traced,
+        flips=subject.every_mode,
     )
 
 
@@ -172,6 +175,7 @@ def prove(
     backward: bool = False,
     recall: bool = False,
     traced: bool = False,
+    flips: bool = True,
 ) -> Verdict:
     """Compare a kernel with its original on given inputs, or recall a verdict.
 
@@ -189,6 +193,7 @@ def prove(
         backward: Compare the gradients of the inputs and parameters as well.
         recall: Take a kept verdict where there is one.
         traced: The inputs are made up for a compiler's trace.
+        flips: The kernel is to be right in training and in inference.
 
     Returns:
         The verdict, with its date when it is a kept one; a pending one where no comparison can be made now.
@@ -205,6 +210,7 @@ def prove(
         known = proofs().recall(key)
         if known is not None:
             return known
+    embedded = source.kind == "embedded"
     verdict = compare(
         original,
         kernel,
@@ -213,8 +219,10 @@ def prove(
         module=module,
         plain_class=plain_class,
         backward=backward,
-        rows=_tokens((tuple(args), dict(kwargs)), module) if source.kind == "embedded" else None,
+        rows=_tokens((tuple(args), dict(kwargs)), module) if embedded else None,
         traced=traced,
+        extent=_extent((tuple(args), dict(kwargs)), module) if embedded else "full",
+        flips=flips,
     )
     if key is not None:
         proofs().keep(key, verdict)
@@ -222,7 +230,17 @@ def prove(
 
 
 def _tokens(inputs: Any, module: nn.Module | None) -> int:
-    return proof_tokens(tensors_of(inputs) or (list(module.parameters()) if module is not None else []))
+    return proof_tokens(_tensors_at_hand(inputs, module))
+
+
+def _extent(inputs: Any, module: nn.Module | None) -> str:
+    """How much is derived from the call of an embedded kernel: `twinkle verify` and its tests do the rest."""
+    on_cpu = all(tensor.device.type == "cpu" for tensor in _tensors_at_hand(inputs, module))
+    return "light" if on_cpu else "brief"
+
+
+def _tensors_at_hand(inputs: Any, module: nn.Module | None) -> list[torch.Tensor]:
+    return tensors_of(inputs) or (list(module.parameters()) if module is not None else [])
 
 
 def proof_tokens(tensors: Iterable[torch.Tensor]) -> int:

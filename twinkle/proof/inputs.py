@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
-__all__ = ["duplicate", "fewer", "fewer_of", "tensors_of"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Axes", "axes_of", "duplicate", "fewer", "fewer_of", "tensors_of"]
 
 # Two, so that a kernel which takes all sequences for the first one is seen.
 _SEQUENCES = 2
@@ -38,11 +41,22 @@ def duplicate(value: Tensor, *, dtype: torch.dtype | None = None) -> tuple[Tenso
         whole = whole[tuple(slice(0, 1) if is_spread else slice(None) for is_spread in spread)]
     dtype = dtype or value.dtype
     try:
-        leaf = torch.empty_strided(whole.shape, whole.stride(), dtype=dtype, device=value.device)
+        leaf = _empty(whole.shape, whole.stride(), dtype, value.device)
         leaf.copy_(whole)
     except RuntimeError:  # its elements overlap in memory
         leaf = whole.to(dtype, copy=True, memory_format=torch.contiguous_format)
     return leaf, leaf.expand(value.shape) if any(spread) else leaf
+
+
+def _empty(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory for a tensor; what lies between its elements is zero.
+
+    Products in bfloat16 on a CPU read past the ends of rows, and zero times a NaN that is left there is NaN.
+    """
+    made = torch.empty_strided(shape, strides, dtype=dtype, device=device)
+    if made.untyped_storage().nbytes() > made.nbytes:
+        torch.empty(0, dtype=dtype, device=device).set_(made.untyped_storage()).zero_()
+    return made
 
 
 def fewer_of(length: int, tokens: int) -> int:
@@ -60,34 +74,71 @@ def fewer(inputs: Any, tokens: int) -> Any:
     would span the memory of the whole. Lengths that 16 divides stay so, and others do not become so,
     because triton compiles a kernel anew for them.
     """
-    given = tensors_of(inputs)
-    wide = [tensor for tensor in given if tensor.ndim > 1]
-    if not wide or any(tensor.layout is not torch.strided for tensor in given):
+    found = axes_of(inputs, tokens)
+    if found is None:
         return inputs
-    cuts: dict[int, dict[int, int]] = {id(tensor): {} for tensor in wide}
-    if len(wide) == 1:
-        axes: list[int] | None = [wide[0].ndim - 2]
-    else:
-        axes = _shared(wide, tokens)
-    if axes is not None:
-        length = wide[0].shape[axes[0]]
-        if length > tokens:
-            for tensor, axis in zip(wide, axes, strict=True):
-                cuts[id(tensor)][axis] = fewer_of(length, tokens)
-    batch = wide[0].shape[0]
-    leads = [tensor for tensor in wide if 0 not in cuts[id(tensor)] and tensor.ndim > 2]
-    # Three may as well be the sections of a multimodal table: time, height and width.
-    several = batch > _SEQUENCES and batch != 3 and len(leads) == len(wide)
-    if several and all(tensor.shape[0] in (1, batch) for tensor in leads):
-        for tensor in leads:
-            if tensor.shape[0] == batch:
-                cuts[id(tensor)][0] = _SEQUENCES
+    cuts: dict[int, dict[int, int]] = {
+        key: {axis: fewer_of(found.length, tokens)}
+        for key, axis in found.tokens.items()
+        if found.length > tokens
+    }
+    if found.batch > _SEQUENCES:
+        for key in found.sequences:
+            cuts.setdefault(key, {})[0] = _SEQUENCES
+
+    wide = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 1]
+    if len(wide) == 1:  # rows of heads, say, of tokens: each axis between counts rows
+        between = range(1, wide[0].ndim - 2)
+        more = {
+            axis: fewer_of(wide[0].shape[axis], tokens) for axis in between if wide[0].shape[axis] > tokens
+        }
+        cuts.setdefault(id(wide[0]), {}).update(more)
 
     def cut(value: Any) -> Any:
         found = cuts.get(id(value)) if isinstance(value, Tensor) else None
         return _cut(value, found) if found else value
 
     return tree_map(cut, inputs)
+
+
+class Axes(NamedTuple):
+    """Where the tokens and sequences of a call are.
+
+    Attributes:
+        tokens: The axis of the tokens, by the id of each tensor that has some.
+        length: How many there are.
+        sequences: The ids of the tensors whose first axis is that of sequences.
+        batch: How many there are; 0 where that cannot be told.
+    """
+
+    tokens: dict[int, int]
+    length: int
+    sequences: set[int]
+    batch: int
+
+
+def axes_of(inputs: Any, over: int = 0) -> Axes | None:
+    """Where tokens and sequences are in the inputs of a call; None where there is nothing to tell it by.
+
+    Args:
+        inputs: The arguments of the call.
+        over: Fewer tokens than this plus one are not looked for.
+    """
+    given = tensors_of(inputs)
+    wide = [tensor for tensor in given if tensor.ndim > 1]
+    if not wide or any(tensor.layout is not torch.strided for tensor in given):
+        return None
+    axes: list[int] | None = [wide[0].ndim - 2] if len(wide) == 1 else _shared(wide, over)
+    tokens = {} if axes is None else {id(t): axis for t, axis in zip(wide, axes, strict=True)}
+    length = 0 if axes is None else wide[0].shape[axes[0]]
+    cut = length > over
+    batch = wide[0].shape[0]
+    leads = [tensor for tensor in wide if not (cut and tokens.get(id(tensor)) == 0) and tensor.ndim > 2]
+    # Three may as well be the sections of a multimodal table: time, height and width.
+    several = batch > 1 and batch != 3 and len(leads) == len(wide)
+    if not several or not all(tensor.shape[0] in (1, batch) for tensor in leads):
+        return Axes(tokens, length, set(), 0)
+    return Axes(tokens, length, {id(tensor) for tensor in leads if tensor.shape[0] == batch}, batch)
 
 
 def _shared(tensors: list[Tensor], over: int) -> list[int] | None:
@@ -116,7 +167,6 @@ def _cut(value: Tensor, cuts: dict[int, int]) -> Tensor:
         view = view.narrow(axis, 0, size)
     with torch.inference_mode(False):
         try:
-            made = torch.empty_strided(view.shape, strides, dtype=value.dtype, device=value.device)
-            return made.copy_(view)
+            return _empty(view.shape, strides, value.dtype, value.device).copy_(view)
         except RuntimeError:  # expanded
             return view

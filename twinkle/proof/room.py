@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["NotNow", "clean_room", "comparing", "reason_against"]
+__all__ = ["Generators", "NotNow", "clean_room", "comparing", "reason_against"]
 
 _autograd: Any = torch._C._autograd
 _ACCELERATORS = ("cuda", "xpu", "mps")
@@ -109,7 +109,7 @@ def _mode_in_force() -> str | None:
 
 
 @contextlib.contextmanager
-def clean_room(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) -> Iterator[Callable[[], None]]:
+def clean_room(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) -> Iterator[Generators]:
     """Hold a comparison, or made-up inputs for one, apart from the program.
 
     Hooks on saved tensors, modes, profilers and traces of Python do not see what happens inside. The random
@@ -121,7 +121,7 @@ def clean_room(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) ->
         traced: See :func:`reason_against`.
 
     Yields:
-        A function that brings all random generators back to where they were at the start.
+        The random generators, which can be brought back to where they were at the start.
 
     Raises:
         NotNow: No comparison can be made now.
@@ -135,7 +135,7 @@ def clean_room(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) ->
     with contextlib.ExitStack() as stack:
         stack.enter_context(_occupying())
         stack.enter_context(_unseen())
-        generators = _Generators()
+        generators = Generators()
         stack.callback(generators.rewind)
         stack.callback(_flags())
         stack.enter_context(torch.inference_mode(False))
@@ -143,7 +143,7 @@ def clean_room(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) ->
             stack.enter_context(torch.cuda.device(device))
         # It would keep casts of the copies' weights until the program's own autocast ends.
         torch.set_autocast_cache_enabled(False)
-        yield generators.rewind
+        yield generators
 
 
 @contextlib.contextmanager
@@ -184,7 +184,7 @@ def _itself(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-class _Generators:
+class Generators:
     """The states of all random generators that a program shares with its layers."""
 
     def __init__(self) -> None:
@@ -207,6 +207,19 @@ class _Generators:
         random.setstate(self._python)
         if self._numpy is not None:
             self._numpy.set_state(self._of_numpy)
+
+    def moved(self) -> bool:
+        """Whether random numbers were drawn since they were last at these states."""
+        if any(not torch.equal(generator.get_state(), state) for generator, state in self._torch):
+            return True
+        if random.getstate() != self._python:
+            return True
+        # The algorithm's name, its numbers, where it is in them, and a number kept for the next call.
+        numbers = self._numpy.get_state() if self._numpy is not None else ()
+        return any(
+            str(now) != str(then) if not hasattr(now, "tobytes") else now.tobytes() != then.tobytes()
+            for now, then in zip(numbers, self._of_numpy or (), strict=True)
+        )
 
 
 def _flags() -> Callable[[], None]:

@@ -20,7 +20,7 @@ from twinkle.proof.inputs import duplicate
 from twinkle.proof.room import NotNow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 __all__ = ["Held", "Twin"]
 
@@ -76,6 +76,11 @@ class Held:
             self._copies[id(tensor)] = tensor, made, made._version
         return made.detach()
 
+    def forget(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Copy these tensors of the program anew for the next run: the last one wrote to their copies."""
+        for tensor in tensors:
+            self._copies.pop(id(tensor), None)
+
 
 def _is_there(tensor: torch.Tensor) -> bool:
     """Whether a tensor has values; one of a class of its own says that nowhere."""
@@ -110,6 +115,8 @@ class Twin:
         grad: Floating arguments, and what requires gradients in the layer, require gradients.
         dtype: Arguments of this dtype are cast to that of ``held``; None casts none.
         negated: The first floating argument is negated.
+        wants: What gets gradients: ``all``, only the ``layer``, only the ``arguments``, or only the
+            ``first`` of these.
 
     Attributes:
         leaves: The copies that require gradients, in the order they were met.
@@ -118,7 +125,13 @@ class Twin:
     """
 
     def __init__(
-        self, held: Held, *, grad: bool, dtype: torch.dtype | None = None, negated: bool = False
+        self,
+        held: Held,
+        *,
+        grad: bool,
+        dtype: torch.dtype | None = None,
+        negated: bool = False,
+        wants: str = "all",
     ) -> None:
         self.leaves: list[torch.Tensor] = []
         self.hooked: list[_Call] = []
@@ -126,6 +139,7 @@ class Twin:
         self._grad = grad
         self._dtype = dtype
         self._negates = negated
+        self._wants = wants
         self._in_layer = False
         self._memo: dict[int, Any] = {}
         self._met: list[Any] = []  # A key of the memo is an id, which lasts as long as its object.
@@ -184,7 +198,7 @@ class Twin:
                 leaf = made = self._held.copy_of(value)
                 if isinstance(value, nn.Parameter) and type(made) is torch.Tensor:
                     leaf = made = nn.Parameter(made, requires_grad=False)
-                wanted = value.requires_grad
+                wanted = value.requires_grad and self._wants in ("all", "layer")
             else:
                 cast = self._held.dtype if value.dtype == self._dtype else None
                 leaf, made = duplicate(value, dtype=cast)
@@ -192,6 +206,7 @@ class Twin:
                 if self._negates and wanted:
                     self._negates = False
                     leaf.neg_()
+                wanted = wanted and self._wants != "layer" and not (self._wants == "first" and self.leaves)
         if self._grad and wanted:
             leaf.requires_grad_()
             if leaf is not made:

@@ -260,6 +260,7 @@ class Dispatch:
             layers=self.modules(),
             recall=candidate.recall,
             chosen_by_twinkle=candidate.kernel.chosen_by == "twinkle",
+            every_mode=candidate.mode is None,
         )
 
     def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
