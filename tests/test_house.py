@@ -162,6 +162,30 @@ def undocumented(path: str, text: str) -> list[str]:
     return [] if private or ast.get_docstring(ast.parse(text)) else [f"{path}: no docstring"]
 
 
+_LOCK_MODULES = ("_thread", "threading", "multiprocessing", "os")
+_LOCKS = {"Lock", "RLock", "Condition", "Semaphore", "BoundedSemaphore", "register_at_fork"}
+
+
+def locks_of_their_own(path: str, text: str) -> list[str]:
+    """Locks that ``forks.lock`` has not made: held at a fork, they would be held in the child for ever."""
+    if path == "forks.py":
+        return []
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        names: list[str] = []
+        if isinstance(node, ast.ImportFrom) and node.module in (
+            "_thread",
+            "threading",
+            "multiprocessing",
+            "os",
+        ):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [node.attr] if node.value.id in _LOCK_MODULES else []
+        found += [f"{path}:{node.lineno}: {name}" for name in names if name in _LOCKS]
+    return found
+
+
 def private_names_in_tests(path: str, text: str) -> list[str]:
     """Private names of our modules that a test imports, reads, or replaces through ``setattr``.
 
@@ -220,6 +244,7 @@ CHECKS = (
     own_type_checking,
     op_targets_read,
     undocumented,
+    locks_of_their_own,
 )
 
 PLANTED = {
@@ -255,6 +280,12 @@ PLANTED = {
         ("fit/test_planted.py", "patch.setattr('twinkle.proof.cache_key._PACKAGE', 1)\n"),
     ],
     undocumented: [("fit/planted.py", "x = 1\n"), ("fit/__init__.py", "")],
+    locks_of_their_own: [
+        ("fit/planted.py", "import threading\nlock = threading.RLock()\n"),
+        ("fit/planted.py", "from _thread import RLock\nlock = RLock()\n"),
+        ("fit/planted.py", "from threading import Condition as C\n"),
+        ("fit/planted.py", "import os\nos.register_at_fork(after_in_child=print)\n"),
+    ],
 }
 
 
@@ -303,6 +334,7 @@ def test_tests_reach_into_no_private_names_of_modules() -> None:
         (private_names_in_tests, "doors/test_planted.py", "from twinkle import _start\n_start.main()\n"),
         (private_names_in_tests, "doors/test_planted.py", "'twinkle._bootstrap' in sys.modules\n"),
         (undocumented, "apply/_planted.py", "x = 1\n"),
+        (locks_of_their_own, "fit/planted.py", "import threading\nthreading.get_ident()\n"),
     ],
 )
 def test_what_is_allowed_is_not_found(check: Callable[[str, str], list[str]], path: str, text: str) -> None:

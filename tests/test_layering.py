@@ -14,12 +14,15 @@ PACKAGE = Path(twinkle.__file__).parent
 
 GROUND = (
     "_version",
+    "forks",
     "errors",
     "codegen",
     "_environment",
+    "files",
     "modes",
     "devices",
     "targets",
+    "where",
     "records",
     "registry",
     "options",

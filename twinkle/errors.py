@@ -17,6 +17,7 @@ __all__ = [
     "SourceError",
     "TwinkleError",
     "TwinkleWarning",
+    "printable",
     "say",
     "suggest",
     "warn",
@@ -54,7 +55,7 @@ class TwinkleError(Exception):
         super().__init__(what, where, found, expected, fix)
 
     def __str__(self) -> str:
-        lines = [self.what]
+        lines = [_lines(self.what)]
         for label, text in (
             ("where", self.where),
             ("found", self.found),
@@ -62,7 +63,7 @@ class TwinkleError(Exception):
             ("fix", self.fix),
         ):
             if text is not None:
-                lines.append(f"  {label + ':':<10}{text}")
+                lines.append(f"  {label + ':':<10}{printable(text)}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -76,7 +77,7 @@ class TwinkleError(Exception):
             parts.append(f"found {self.found}")
         if self.expected is not None:
             parts.append(f"expected {self.expected}")
-        return "; ".join(parts)
+        return printable("; ".join(parts))
 
 
 def _rebuild(
@@ -122,6 +123,22 @@ def suggest(word: str, known: tuple[str, ...] | list[str]) -> str | None:
     return f"did you mean {close[0]!r}?" if close else None
 
 
+def printable(text: str) -> str:
+    """``text`` with what a terminal or a log could not take escaped.
+
+    These are control characters and with them the sequences of a terminal, line ends, marks that turn the
+    direction of writing, and lone surrogates.
+    """
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _lines(text: str) -> str:
+    """``text`` as :func:`printable` has it, line by line."""
+    return text if text.isprintable() else "\n".join(map(printable, text.split("\n")))
+
+
 def say(text: str, *, end: str = "\n") -> None:
     """Print a line on stderr, where there is one; the one way of every word of Twinkle.
 
@@ -129,10 +146,12 @@ def say(text: str, *, end: str = "\n") -> None:
     and a full disk lose the line and leave the exit code of the program as it is.
 
     Args:
-        text: The line.
-        end: What ends it.
+        text: The line, or several; what a terminal would act on is escaped.
+        end: What ends it, written as it is.
     """
     import sys
+
+    text = _lines(text) + end
 
     stream = getattr(sys, "stderr", None)
     if stream is None:  # print() would take stdout
@@ -140,11 +159,14 @@ def say(text: str, *, end: str = "\n") -> None:
     try:
         raw = getattr(getattr(stream, "buffer", None), "raw", None)
         if raw is None:  # the program's own, or a notebook's
-            stream.write(text + end)
+            try:
+                stream.write(text)
+            except UnicodeError:
+                stream.write(text.encode("ascii", "backslashreplace").decode())
             stream.flush()
             return
         stream.flush()  # what the program has written comes first
-        left = memoryview((text + end).encode(stream.encoding, "backslashreplace"))
+        left = memoryview(text.encode(stream.encoding, "backslashreplace"))
         # Not through the buffer, which Python flushes at exit: what cannot be written would end it with 120.
         while left:
             left = left[raw.write(left) or len(left) :]
@@ -166,6 +188,7 @@ def warn(text: str) -> None:
         frame = frame.f_back
     # Not by a stack level: warn() leaves out the frames of imports when it counts.
     names, code = frame.f_globals, frame.f_code
+    text = _lines(text)
     registry = names.setdefault("__warningregistry__", {})
     module = str(names.get("__name__", "<unknown>"))
     try:

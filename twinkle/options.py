@@ -7,10 +7,21 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from twinkle.modes import Mode
+    from twinkle.where import Where
 
 __all__ = ["Options"]
 
-SETTINGS = ("mode", "device", "use_fallback", "strict", "verify", "kernels", "sizes", "trust_remote_code")
+SETTINGS = (
+    "mode",
+    "device",
+    "use_fallback",
+    "strict",
+    "verify",
+    "kernels",
+    "sizes",
+    "trust_remote_code",
+    "where",
+)
 """The settings that are in force for a process, named as in ``[twinkle]``."""
 
 
@@ -27,6 +38,7 @@ class Options:
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
         trust_remote_code: Whose code from the Hub may run, where a registration does not say.
+        where: The places in models that embedded kernels are for; ``None`` for every place.
     """
 
     def __init__(self) -> None:
@@ -39,6 +51,7 @@ class Options:
         self.kernels: str | Collection[str] = "off"
         self.sizes = "auto"
         self.trust_remote_code: bool | Collection[str] = False
+        self.where: Where | None = None
 
     def take(self, settings: object, *, given: Collection[str] | None = None) -> None:
         """Bring settings into force.

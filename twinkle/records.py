@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from twinkle.modes import Mode
     from twinkle.targets import Target
+    from twinkle.where import Where
 
     ChosenBy = Literal["user", "twinkle"]
     Registered = TypeVar("Registered", bound="Kernel")
@@ -138,16 +139,22 @@ class LayerTarget:
         target: Which classes.
         kernel_name: The name whose kernels replace them.
         origin: Where it was registered.
+        where: The places in a model that it is for; ``None`` for every place.
         met: A class was met for it under another name; the records are that class's now.
+        classes: The classes that were met for it, as the report writes them.
     """
 
-    __slots__ = ("kernel_name", "met", "origin", "target")
+    __slots__ = ("classes", "kernel_name", "met", "origin", "target", "where")
 
-    def __init__(self, target: Target, kernel_name: str, *, origin: str = "") -> None:
+    def __init__(
+        self, target: Target, kernel_name: str, *, origin: str = "", where: Where | None = None
+    ) -> None:
         self.target = target
         self.kernel_name = kernel_name
         self.origin = origin
+        self.where = where
         self.met = False
+        self.classes: set[str] = set()
 
 
 class FunctionKernel(Kernel):

@@ -5,8 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-from _thread import RLock
-
+from twinkle import forks
 from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 
 TYPE_CHECKING = False
@@ -27,7 +26,7 @@ class Registry:
     """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._lock = forks.lock()
         self.layer_kernels: tuple[LayerKernel, ...] = ()
         self.layer_targets: tuple[LayerTarget, ...] = ()
         self.function_kernels: tuple[FunctionKernel, ...] = ()
@@ -45,7 +44,8 @@ class Registry:
         """Register all of it at once.
 
         A kernel registered again for the same name, device and mode takes the place of the first;
-        so does a function kernel for the same target, device and mode.
+        so does a function kernel for the same target, device and mode, and a layer target for the same
+        class and places.
         """
         with self._lock:
             for kernel in layer_kernels:
@@ -54,13 +54,15 @@ class Registry:
                 self._replaced(set(self.layer_kernels).difference(kept))
                 self.layer_kernels = (*kept, kernel)
             for target in layer_targets:
-                same = [t for t in self.layer_targets if t.target != target.target]
-                self.layer_targets = (*same, target)
+                others = [
+                    t for t in self.layer_targets if (t.target, t.where) != (target.target, target.where)
+                ]
+                self.layer_targets = (*others, target)
             for function in function_kernels:
                 at = (function.target, function.device, function.mode)
-                others = [f for f in self.function_kernels if (f.target, f.device, f.mode) != at]
-                self._replaced(set(self.function_kernels).difference(others))
-                self.function_kernels = (*others, function)
+                left = [f for f in self.function_kernels if (f.target, f.device, f.mode) != at]
+                self._replaced(set(self.function_kernels).difference(left))
+                self.function_kernels = (*left, function)
 
     def kernels_named(self, name: str) -> tuple[LayerKernel, ...]:
         """The layer kernels registered under ``name``, in registration order."""

@@ -5,9 +5,7 @@ Standard library only: this module is imported at interpreter start.
 
 from __future__ import annotations
 
-import os
-from _thread import RLock
-
+from twinkle import forks
 from twinkle.options import Options
 from twinkle.registry import Registry
 from twinkle.session import Session
@@ -45,7 +43,7 @@ class Runtime:
     """
 
     def __init__(self) -> None:
-        self._lock = RLock()
+        self._lock = forks.lock()
         self._begin()
 
     def _begin(self) -> None:
@@ -54,10 +52,6 @@ class Runtime:
         self.options = Options()
         self.session = Session()
         self._states: dict[type, object] = {}
-
-    def _in_child(self) -> None:
-        # The thread that held the lock, if any did, is not in this process.
-        self._lock = RLock()
 
     def of(self, kind: type[State]) -> State:
         """The one object of that class in this runtime; made, without arguments, at the first question."""
@@ -87,5 +81,3 @@ class Runtime:
 
 
 runtime = Runtime()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=runtime._in_child)

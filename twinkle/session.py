@@ -12,7 +12,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["JOB", "Ends", "Session", "job_folder"]
+__all__ = ["JOB", "Ends", "Session", "job_folder", "job_folders"]
 
 JOB = "_TWINKLE_JOB"
 """The variable that tells the processes of a job which of them was first: its process id, and when."""
@@ -48,9 +48,19 @@ class Ends:
 
 def job_folder() -> str:
     """Where the processes of a job without a report file leave theirs for the first one."""
+    return f"{job_folders()}{os.environ.get(JOB, '')}"
+
+
+def job_folders() -> str:
+    """How the paths of these folders begin: of this user, and where process ids mean what they do here."""
     root = os.environ.get("TMPDIR") or ("/tmp" if os.name == "posix" else os.environ.get("TEMP", os.curdir))
     user = os.getuid() if hasattr(os, "getuid") else ""
-    return os.path.join(root, f"twinkle-{user}-{os.environ.get(JOB, '')}")
+    machine = os.uname().nodename if hasattr(os, "uname") else ""
+    try:
+        numbers: object = os.stat("/proc/self/ns/pid").st_ino  # a container has process ids of its own
+    except OSError:
+        numbers = ""
+    return os.path.join(root, f"twinkle-{user}-{machine}-{numbers}-")
 
 
 class Session:

@@ -10,7 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from twinkle.kernel import kernelize_model, register_kernels
+from twinkle.deferred.forward import reason_against
+from twinkle.kernel import (
+    kernelize_model,
+    register_external_layer,
+    register_kernels,
+    register_layer_kernel,
+)
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -208,3 +214,62 @@ def test_a_pruned_weight_keeps_its_kernel(norm: Any) -> None:
     x = torch.randn(2, 4)
     prune.l1_unstructured(norm[0], "scale", 0.5)
     assert kernel_ran(norm, x)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("mode", [None, "inference", "train"])
+def test_the_newest_forward_of_a_class_counts_for_a_kernel_that_was_bound_by_name(
+    clean_registry: Registry, late: bool, mode: str | None
+) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Below(Layer):
+        pass
+
+    register_layer_kernel("mine", layer_impl=MarkedMLP, verify="off")
+    register_external_layer(Layer, "mine")
+    model = kernelize_model(nn.Sequential(Layer(), Below()), mode)
+    x, before = torch.randn(2, 4), Layer.forward
+    if late:
+        assert kernel_ran(model[0], x)
+        assert kernel_ran(model[1], x)
+    Layer.forward = lambda self, x: before(self, x) + 1  # type: ignore[assignment]
+    for layer in model:
+        assert torch.equal(layer(x), x + 1)
+    assert note(clean_registry).endswith("its forward changed since it was recognised: the original runs")
+    Layer.forward = before  # type: ignore[method-assign]
+    assert kernel_ran(model[0], x)
+    assert kernel_ran(model[1], x)
+
+
+def test_a_head_is_not_deferred_past_another_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = nn.Linear(4, 4)
+    assert reason_against(head) is None
+    plain = nn.Linear.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Linear, "forward", lambda self, x: plain(self, x) * 0.9)
+        assert "was replaced" in str(reason_against(head))
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "linear", lambda x, weight, bias=None: x)
+        assert "was replaced" in str(reason_against(head))
+    assert reason_against(head) is None
+
+
+def test_the_newest_forward_counts_where_a_kernel_was_rejected(clean_registry: Registry) -> None:
+    class Layer(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    class Raising(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError
+
+    register_layer_kernel("mine", layer_impl=Raising, verify="off")
+    register_external_layer(Layer, "mine")
+    model = kernelize_model(nn.Sequential(Layer()))
+    x = torch.randn(2, 4)
+    assert torch.equal(model(x), x)
+    Layer.forward = lambda self, x: x + 1  # type: ignore[assignment]
+    assert torch.equal(model(x), x + 1)

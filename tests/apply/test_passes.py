@@ -11,7 +11,8 @@ from torch import nn
 
 from twinkle.apply.bound import Bound
 from twinkle.apply.layers import kernelize_layers
-from twinkle.apply.matching import match
+from twinkle.apply.matching import Rules, match
+from twinkle.apply.places import Names
 from twinkle.kernel import kernelize_model, register_kernels, unkernelize_model
 from twinkle.runtime import runtime
 from twinkle.swap.layers import candidates_of, placed
@@ -262,7 +263,7 @@ def test_matching_finds_modules_and_changes_neither_them_nor_the_records(
     model: nn.Module, clean_registry: Registry
 ) -> None:
     before, records = state_of(model), [(b.target, b.state) for b in clean_registry.bindings]
-    found = match(model, None)
+    found = match(model.modules(), Rules(None), Names(model))
     names = {module: name for name, module in model.named_modules()}
     assert [names[one.module] for one in found] == [
         f"model.{name}"

@@ -54,7 +54,17 @@ def test_a_usual_file_is_read_with_modules_of_ours_alone(path: Path) -> None:
 
 def test_of_ours_only_the_rooms_that_checking_needs_are_imported(path: Path) -> None:
     rooms = {name.split(".")[1] for name in loaded(path) if name.startswith("twinkle.")}
-    assert rooms == {"_environment", "config", "devices", "errors", "modes", "op_names", "sources", "targets"}
+    assert rooms == {
+        "_environment",
+        "config",
+        "devices",
+        "errors",
+        "modes",
+        "op_names",
+        "sources",
+        "targets",
+        "where",
+    }
     assert {name for name in loaded(path) if name.startswith("twinkle.sources.")} == {
         "twinkle.sources.code",
         "twinkle.sources.spec",

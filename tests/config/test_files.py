@@ -218,10 +218,16 @@ def test_a_group_of_the_owner_alone_may_write(folder: Path, monkeypatch: pytest.
 
 
 @posix_only
-def test_root_reads_what_a_user_mounted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = written(folder, "a = 1")
+def test_root_reads_what_the_owner_of_the_program_mounted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, program = written(folder, "a = 1"), folder / "program.py"
     monkeypatch.setattr(files.os, "geteuid", lambda: 0)
     monkeypatch.setattr(files.os, "fstat", fstat_of(os.fstat, uid=4243))
+    assert "belongs to another user" in refused(path).what
+    program.write_text("")
+    monkeypatch.setattr(files.os, "stat", fstat_of(os.stat, uid=4243))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-W", "ignore", "-u", str(program), "argument"])
     assert read(path)[0] == {"a": 1}
 
 

@@ -9,14 +9,13 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from causal_models import causal_model, deferring, tokens_and_labels
 from rounding import rounding_bound
 from torch.profiler import ProfilerActivity, profile
 
 transformers = pytest.importorskip("transformers")
 
-from twinkle.deferred.install import install  # noqa: E402
 from twinkle.deferred.logits import DeferredLogits  # noqa: E402
-from twinkle.match.structure import recognise  # noqa: E402
 from twinkle.ops.causal_lm_loss import chunks  # noqa: E402
 from twinkle.ops.plain import at_every_size  # noqa: E402
 
@@ -26,39 +25,11 @@ VOCAB = 64
 
 
 def build(family="llama", **more):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        family,
-        **{
-            "hidden_size": 16,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 8,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 128,
-            "pad_token_id": 0,
-            "eos_token_id": 2,
-            "query_pre_attn_scalar": 8,
-            **more,
-        },
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-
-
-def deferring(model):
-    made = install(model, recognise(type(model)))
-    assert not isinstance(made, str), made
-    return model
+    return causal_model(family, **{"vocab_size": VOCAB, "max_position_embeddings": 128, **more})
 
 
 def batch(rows=2, tokens=12):
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (rows, tokens))
-    labels = ids.clone()
-    labels[0, :4] = -100
-    return {"input_ids": ids, "labels": labels}
+    return tokens_and_labels(VOCAB, rows, tokens)
 
 
 def gradients(model):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from causal_models import causal_model, deferring, tokens_and_labels
 from rounding import assert_near as near
 from rounding import rounding_bound, terms
 from torch._dynamo.backends.common import aot_autograd
 
 transformers = pytest.importorskip("transformers")
 
-from twinkle.deferred.install import install  # noqa: E402
 from twinkle.deferred.logits import DeferredLogits  # noqa: E402
-from twinkle.match.structure import recognise  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -23,34 +22,11 @@ OPERATIONS = 400 + 2 * terms(VOCAB)
 
 
 def build(family="llama", **more):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(
-        family,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        vocab_size=VOCAB,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        query_pre_attn_scalar=8,
-        **more,
-    )
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-
-
-def deferring(model):
-    made = install(model, recognise(type(model)))
-    assert not isinstance(made, str), made
-    return model
+    return causal_model(family, vocab_size=VOCAB, **more)
 
 
 def batch():
-    torch.manual_seed(1)
-    ids = torch.randint(3, VOCAB, (1, TOKENS))
-    return {"input_ids": ids, "labels": ids.clone()}
+    return tokens_and_labels(VOCAB, 1, TOKENS, ignored=0)
 
 
 def gradients(model, loss):

@@ -6,63 +6,21 @@ import copy
 import io
 import pickle
 import warnings
-import weakref
+from multiprocessing.reduction import ForkingPickler
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
+from one_head import OPERATIONS, VOCAB, OneHead, flat
 from rounding import assert_near
 
-from twinkle.deferred.forward import defer
-from twinkle.deferred.head import LiveHeads
 from twinkle.deferred.logits import DeferredLogits
-from twinkle.runtime import runtime
-
-VOCAB = 37
-
-
-# Products over the width, the vocabulary and the rows, and some twenty operations of the loss.
-OPERATIONS = 16 + VOCAB + 18 + 20
-
-
-class Case:
-    """A head with its input, and logits of it, deferred or not."""
-
-    def __init__(self, *, bias=False):
-        torch.manual_seed(0)
-        self.linear = torch.nn.Linear(16, VOCAB, bias=bias)
-        self.hidden = torch.randn(2, 9, 16, requires_grad=True)
-        self.labels = torch.randint(0, VOCAB, (2, 9))
-        self.labels[0, :3] = -100
-
-    def plain(self):
-        return self.linear(self.hidden)
-
-    def deferred(self):
-        return defer(self.linear, self.hidden)
-
-    def outcome(self, function, logits):
-        value = function(logits, self.labels)
-        leaves = [self.hidden, *self.linear.parameters()]
-        return [value, *torch.autograd.grad(value.sum(), leaves)]
-
-    def compare(self, function):
-        """The logits the function was given, after the comparison."""
-        logits = self.deferred()
-        for found, expected in zip(
-            self.outcome(function, logits), self.outcome(function, self.plain()), strict=True
-        ):
-            assert_near(found, expected, OPERATIONS)
-        return logits
 
 
 @pytest.fixture
 def case():
-    return Case()
-
-
-def flat(logits, labels, **options):
-    return F.cross_entropy(logits.view(-1, VOCAB), labels.reshape(-1), **options)
+    return OneHead()
 
 
 LOSSES = {
@@ -126,7 +84,7 @@ def test_anything_else_computes_them(case, name):
 
 @pytest.mark.parametrize("name", ["transformers", "softcap", "each row", "label smoothing"])
 def test_head_with_a_bias(name):
-    assert Case(bias=True).compare(LOSSES[name]).is_deferred
+    assert OneHead(bias=True).compare(LOSSES[name]).is_deferred
 
 
 def test_it_is_a_tensor_of_the_same_shape_dtype_and_device(case):
@@ -363,42 +321,33 @@ def test_loss_of_a_compiled_function(case):
     assert_near(compiled(case.deferred(), case.labels), flat(case.plain(), case.labels), OPERATIONS)
 
 
-def test_copies_of_a_weight_are_shared_between_waiting_logits(case):
-    waiting = case.deferred(), case.deferred()
-    expected = case.plain().detach()
-    optimizer = torch.optim.SGD(case.linear.parameters(), lr=1.0)
-    case.linear.weight.grad = torch.ones_like(case.linear.weight)
-    optimizer.step()
-    one, other = (logits.node.head for logits in waiting)
-    assert one.weight is other.weight
-    assert one.weight is not case.linear.weight
-    assert torch.equal(waiting[0].detach(), expected)
+MEMORY = {
+    "numpy": lambda z: torch.from_numpy(numpy.asarray(z)),
+    "numpy of dlpack": lambda z: torch.from_numpy(numpy.from_dlpack(z)),
+    "dlpack": torch.from_dlpack,
+    "storage": lambda z: torch.empty(0).set_(z.untyped_storage(), 0, z.shape),
+    "pickle": lambda z: pickle.loads(pickle.dumps(z)),
+    "another process": lambda z: pickle.loads(ForkingPickler.dumps(z)),
+    "list": lambda z: torch.tensor(z.tolist()),
+}
 
 
-def test_weight_is_not_copied_once_the_logits_are_gone(case):
-    logits = case.deferred()
-    head = weakref.ref(logits.node.head)
-    assert head() in runtime.of(LiveHeads).heads
-    del logits
-    assert head() is None
+@pytest.mark.parametrize("reader", MEMORY)
+def test_who_asks_for_memory_gets_the_values(case, reader):
+    with torch.no_grad():
+        logits = case.deferred()
+    found = MEMORY[reader](logits)
+    assert type(found) is torch.Tensor
+    assert torch.equal(found, case.plain())
+    if "dlpack" in reader or reader == "storage":
+        with torch.no_grad():
+            found.zero_()
+        assert not logits.any()
 
 
-def test_a_weight_is_kept_for_logits_that_wait_while_twinkle_begins_anew(case):
-    waiting = case.deferred()
-    expected = case.plain().detach()
-    runtime.reset()
-    optimizer = torch.optim.SGD(case.linear.parameters(), lr=1.0)
-    case.linear.weight.grad = torch.ones_like(case.linear.weight)
-    optimizer.step()
-    assert torch.equal(waiting.detach(), expected)
-
-
-def test_no_optimizer_asks_for_heads_once_twinkle_began_anew_without_any():
-    from torch.optim import optimizer
-
-    runtime.reset()
-    before = len(optimizer._global_optimizer_pre_hooks)
-    runtime.of(LiveHeads)
-    assert len(optimizer._global_optimizer_pre_hooks) == before + 1
-    runtime.reset()
-    assert len(optimizer._global_optimizer_pre_hooks) == before
+def test_a_pointer_taken_past_python_is_an_error(case):
+    with torch.no_grad():
+        logits = case.deferred()
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(logits)
+    assert torch.equal(torch.from_dlpack(torch.utils.dlpack.to_dlpack(logits + 0)), case.plain())

@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from causal_models import causal_model, deferring, tokens_and_labels
 from rounding import rounding_bound
 
 transformers = pytest.importorskip("transformers")
@@ -23,12 +24,7 @@ SMALL = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "vocab_size": 99,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 OPERATIONS = 1000
 """Behind a number of a model and its gradients: 16 products over 8 to 99 terms, there and back."""
@@ -52,22 +48,11 @@ FAMILIES: dict[str, dict[str, object]] = {
 
 
 def build(family="llama", **more):
-    torch.manual_seed(0)
-    given = {**SMALL, **FAMILIES.get(family, {}), **more}
-    config = transformers.AutoConfig.for_model(family, **given)
-    dropouts = "attention_dropout hidden_dropout resid_pdrop embd_pdrop attn_pdrop dropout activation_dropout"
-    for name in dropouts.split():
-        if getattr(config, name, None):
-            setattr(config, name, 0.0)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return causal_model(family, **{**SMALL, **FAMILIES.get(family, {}), **more})
 
 
 def batch(rows=2, tokens=12):
-    torch.manual_seed(1)
-    ids = torch.randint(3, 99, (rows, tokens))
-    labels = ids.clone()
-    labels[0, :4] = -100
-    return {"input_ids": ids, "labels": labels}
+    return tokens_and_labels(99, rows, tokens)
 
 
 def step(model, **inputs):
@@ -76,12 +61,6 @@ def step(model, **inputs):
     output.loss.backward()
     gradients = torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
     return output, output.loss.detach().float(), gradients
-
-
-def deferring(model):
-    made = install(model, recognise(type(model)))
-    assert not isinstance(made, str), made
-    return model
 
 
 def distance(a, b):
@@ -245,15 +224,6 @@ def test_logits_read_after_the_optimizer_are_those_of_the_step():
     optimizer.step()
     assert torch.equal(output.logits.detach(), expected)
     assert not torch.equal(model(input_ids=inputs["input_ids"]).logits, expected)
-
-
-def test_weight_changed_otherwise_is_told():
-    model, inputs = build(), batch()
-    output = deferring(model)(**inputs)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(2)
-    with pytest.raises(RuntimeError, match="changed in place"):
-        output.logits.sum()
 
 
 def test_two_models_and_uninstall():

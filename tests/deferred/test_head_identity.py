@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+from causal_models import causal_model, deferring
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -23,19 +24,7 @@ IDS = torch.arange(12).reshape(2, 6)
 
 @pytest.fixture
 def model():
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    made = transformers.LlamaForCausalLM(config)
-    installed = install(made, recognise(type(made)))
-    assert not isinstance(installed, str), installed
-    return made
+    return deferring(causal_model(vocab_size=64))
 
 
 def deferred(model):

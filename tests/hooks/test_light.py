@@ -12,6 +12,7 @@ LIGHT = {
     "__future__",
     "twinkle",
     "twinkle.errors",
+    "twinkle.forks",
     "twinkle.hooks",
     "twinkle.hooks.finder",
     "twinkle.hooks.guard",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,23 @@ WIDE = True
 
 def root(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def made_with(eps: float) -> tuple[Any, Any]:
+    """A helper that has a number from the function around it, and what changes the number."""
+
+    def normed(x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+    def change(value: float) -> None:
+        nonlocal eps
+        eps = value
+
+    return normed, change
+
+
+normed, set_eps = made_with(1e-6)
+TABLE = [F.silu, F.gelu]
 
 
 class Norm(nn.Module):
@@ -89,6 +107,25 @@ def here() -> Any:
 
 def other(*given: Any, **named: Any) -> Any:
     raise AssertionError("never called")
+
+
+@contextmanager
+def eps_of(value: float) -> Iterator[None]:
+    set_eps(value)
+    try:
+        yield
+    finally:
+        set_eps(1e-6)
+
+
+@contextmanager
+def item(owner: Any, at: Any, value: Any) -> Iterator[None]:
+    before = owner[at]
+    owner[at] = value
+    try:
+        yield
+    finally:
+        owner[at] = before
 
 
 NORM: dict[str, Callable[[Norm], Any]] = {
@@ -252,3 +289,77 @@ def test_a_shape_of_numbers_is_a_fact_and_one_that_is_computed_is_not() -> None:
     check(facts_of(Fused()).handed_guard, Fused(), put(here(), "SHAPE", 2))
     assert not recognise(Computed)
     assert not recognise(OfAttributes)
+
+
+class Closing(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * normed(x)
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(TABLE[0](self.gate(x)) * self.up(x))
+
+
+def test_a_number_of_the_function_around_a_helper_is_watched() -> None:
+    norm = Closing()
+    check(facts_of(norm).handed_guard, norm, eps_of(0.5))
+
+
+def test_an_item_of_a_list_in_a_global_is_watched() -> None:
+    mlp = Choosing()
+    guard = facts_of(mlp).handed_guard
+    check(guard, mlp, item(TABLE, 0, F.relu))
+    TABLE.append(F.relu)
+    try:
+        assert not guard.holds(mlp, Choosing)
+    finally:
+        TABLE.pop()
+
+
+def test_the_implementation_of_experts_is_watched_and_so_is_the_table_it_is_looked_up_in() -> None:
+    moe = pytest.importorskip("transformers.integrations.moe")
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config: Any = Qwen3MoeConfig(hidden_size=8, moe_intermediate_size=8, num_experts=2)
+    table = moe.ALL_EXPERTS_FUNCTIONS
+    for name, home in (("eager", table._local_mapping), ("grouped_mm", table._global_mapping)):
+        config._experts_implementation = name
+        layer = Qwen3MoeExperts(config)
+        guard = facts_of(layer).handed_guard
+        check(guard, layer, put(config, "_experts_implementation", "batched_mm"))
+        before = dict(home)
+        home[name] = other
+        try:
+            assert "the table of" in str(guard.changed(layer, Qwen3MoeExperts))
+        finally:
+            home.clear()
+            home.update(before)
+        assert guard.holds(layer, Qwen3MoeExperts)
+
+
+def test_a_property_of_the_class_counts_for_a_number() -> None:
+    norm = Norm()
+    guard = facts_of(norm).guard
+    Norm.eps = property(lambda self: 0.5)  # type: ignore[assignment, method-assign]
+    try:
+        assert guard.changed(norm, Norm) == "eps"
+    finally:
+        del Norm.eps
+    assert guard.holds(norm, Norm)
+
+
+def test_a_guard_reads_no_global_or_builtin_of_the_function_it_stands_in() -> None:
+    layers: tuple[nn.Module, ...] = (Norm(), MLP(), nn.LayerNorm(4))
+    for layer in layers:
+        facts = facts_of(layer)
+        for guard in (facts.guard, facts.handed_guard):
+            text, names = guard.of(type(layer)).inline("self", "_tw_guard0_")
+            known = {"_tw_compiling", "_tw_type", "_tw_kept", "self", *names}
+            free = {n.id for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Name)}
+            assert all(n.startswith(("_tw_at_", "_tw_forward", "_tw_state")) for n in free - known), free

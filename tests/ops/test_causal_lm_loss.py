@@ -404,3 +404,22 @@ def test_import_needs_no_triton():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.startswith("1.098"), result.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("rows", "vocab"), [(24, 99), (512, 99), (512, 501), (100, 64)])
+def test_nothing_comes_of_memory_that_was_not_written(rows, vocab, dtype):
+    """oneDNN reads behind the rows of logits; torch fills new memory with NaN in this mode."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 32).to(dtype).requires_grad_()
+    weight = torch.randn(vocab, 32).to(dtype).requires_grad_()
+    labels = torch.randint(0, vocab, (rows,))
+    labels[:3] = -100
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        loss = linear_cross_entropy(hidden, weight, labels)
+        found = torch.autograd.grad(loss, [hidden, weight])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert all(t.isfinite().all() for t in (loss, *found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -114,6 +115,31 @@ def test_what_ran_in_a_worker_is_no_line(run: Run, tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "[2]\n", "")
     assert list(tmp_path.glob("twinkle-*")) == []  # the folder of the job is gone
+
+
+KILLED = """
+    import lib, os, signal
+    child = os.fork()
+    if child == 0:
+        lib.f(1)
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and signals")
+def test_the_folder_of_a_job_that_was_killed_is_removed_by_the_next(run: Run, tmp_path: Path) -> None:
+    folders = tmp_path / "temporary"
+    folders.mkdir()
+    assert run(KILLED, "lib:f", TMPDIR=str(folders)).returncode == -signal.SIGKILL
+    (left,) = folders.iterdir()
+    name, pid, began = left.name.rsplit("-", 2)
+    kept = [folders / f"{name}-{os.getpid()}-{began}", folders / f"{name}x-{pid}-{began}", folders / "other"]
+    for folder in kept:  # of a job that runs, of another machine, of another program
+        folder.mkdir()
+    run("import lib; lib.f(1)", "lib:f", TMPDIR=str(folders))
+    assert sorted(folders.iterdir()) == sorted(kept)
 
 
 def test_report_of_a_job_says_what_its_workers_did(run: Run, tmp_path: Path) -> None:

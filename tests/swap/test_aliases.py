@@ -167,7 +167,6 @@ def test_the_originals_that_twinkle_keeps_are_left(original):
     ours.kept = original
     try:
         assert places(aliases.find(original)) == NAMES
-        assert places(aliases.stale(original)) == ["tw_takes.Holder.method (default)"]
     finally:
         del sys.modules["twinkle.tw_keeps"]
 
@@ -202,31 +201,12 @@ def test_no_lazy_module_is_loaded_and_no_attribute_is_looked_up(original, write)
     sys.modules["tw_object"] = object()
     try:
         found = aliases.find(original)
-        aliases.stale(original)
     finally:
         for name in ("tw_touchy", "tw_none", "tw_object", "tw_lazy"):
             del sys.modules[name]
         del sys.modules["tw_takes"].Touchy
     assert len(found) == len(NAMES) + 1
     assert type(lazy).__name__ == "_LazyModule"
-
-
-def test_what_keeps_the_object_otherwise_is_reported_and_left(original):
-    importlib.import_module("tw_keeps")
-    aliases.rebind(original, replacement)
-    assert places(aliases.stale(original)) == [
-        "tw_keeps.closure (default)",
-        "tw_keeps.default (default)",
-        "tw_keeps.group (container)",
-        "tw_keeps.inside (partial)",
-        "tw_keeps.kept_in (closure)",
-        "tw_keeps.keyword (default)",
-        "tw_keeps.pair (container)",
-        "tw_keeps.part (partial)",
-        "tw_keeps.row (container)",
-        "tw_keeps.table (container)",
-        "tw_takes.Holder.method (default)",
-    ]
 
 
 def test_a_module_under_two_names_counts_once(original):

@@ -83,6 +83,7 @@ def torch_has_come(module: ModuleType, name: str) -> None:
     state = runtime.of(Arrivals)
     state.torch = True
     _watch_classes()
+    _watch_places()
     waiting, state.waiting = state.waiting, []
     for subject, act in waiting:
         _guarded(subject, act)
@@ -308,11 +309,28 @@ def _watch_classes() -> None:
     )
 
 
+def _watch_places() -> None:
+    """Decide about layers again as they are put into others, where something is registered for places."""
+    entries = runtime.registry.layer_targets
+    if runtime.options.where is None and all(entry.where is None for entry in entries):
+        return
+    from twinkle.apply.layers import place_again
+    from twinkle.apply.places import watch_places
+    from twinkle.hooks.construction import under_construction
+
+    def building() -> bool:
+        models = runtime.of(Arrivals).models
+        return models is not None and any(map(models.is_in, under_construction()))
+
+    watch_places(place_again, building=building, owner=OWNER, strict=runtime.options.raises)
+
+
 def ask_again(new: Iterable[LayerTarget]) -> None:
     """Something was registered: classes that were constructed before are asked about once more."""
     state = runtime.of(Arrivals)
     if not state.torch:
         return
+    _watch_places()
     if state.classes is None:
         _watch_classes()
         return
@@ -326,6 +344,9 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
 
 
 def _reconsider(cls: type) -> None:
+    from twinkle.apply.matching import classes_have_come
+
+    classes_have_come()
     classes = runtime.of(Arrivals).classes
     if classes is not None:
         classes.reconsider(cls)
@@ -351,17 +372,17 @@ def _is_wanted(cls: type) -> bool:
 
 
 def _on_instance(layer: Any) -> None:
-    on_model(layer)
+    on_model(layer, whole=False)
     state = runtime.of(Arrivals)
     if state.classes is not None and type(layer) in state.for_functions:
         state.for_functions.discard(type(layer))
         state.classes.forget(type(layer))
 
 
-def on_model(model: Any) -> None:
+def on_model(model: Any, *, whole: bool = True) -> None:
     """Kernelize a model, or a layer by itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
     from twinkle.apply.unseen import Constructed
 
     runtime.of(Constructed).add(model)
-    kernelize_layers(model)
+    kernelize_layers(model, whole=whole)

@@ -14,7 +14,7 @@ from twinkle.devices import absent_reason, parse_device
 from twinkle.errors import ApplyError, TwinkleError, warn
 from twinkle.modes import Mode, rank
 from twinkle.runtime import runtime
-from twinkle.swap import aliases
+from twinkle.swap import aliases, holders
 from twinkle.swap.candidate import FunctionCandidate, explain
 from twinkle.swap.decorated import caches, redecorated, undecorated
 from twinkle.swap.functions import dispatcher, function_at, put
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
     from twinkle.records import FunctionKernel
+    from twinkle.swap.functions import Placement
 
 __all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modules", "unapply"]
 
@@ -34,6 +35,9 @@ __all__ = ["Change", "FunctionPlan", "apply", "commit", "plan", "registered_modu
 # What a target raises that cannot be read or replaced: a lazy module that needs another package, a frozen
 # class, an immutable type, a read-only module. The others are put in place all the same.
 _REFUSALS = (TwinkleError, AttributeError, ImportError, TypeError)
+
+# How often a kernel is chosen anew because another function came to stand there.
+_MOST_CHOICES = 10
 
 
 class Change:
@@ -243,11 +247,9 @@ class FunctionPlan:
             TwinkleError: ``strict``, and a kernel cannot be loaded or does not fit.
         """
         self._strict = strict
-        placed = runtime.of(Placements).by_target.get(self.target)
-        if placed is not None and self._has_gone(placed):
-            placed = None  # the module was reloaded, or someone replaced ours: theirs is the original now
+        self.implementation, self.chosen = None, []
         try:
-            self.standing = placed.placement.original if placed else function_at(self.module, self.name)
+            self.standing = self._stands()
             original = undecorated(self.standing, self.target)
         except _REFUSALS as error:
             self._fail(error)
@@ -266,8 +268,38 @@ class FunctionPlan:
         else:
             self._decide(original, usable, strict=strict)
 
+    def _stands(self) -> Any:
+        """What stands in the place without Twinkle; raises one of ``_REFUSALS``."""
+        placements = runtime.of(Placements)
+        with placements.lock:
+            placed = placements.by_target.get(self.target)
+            if placed is not None and not self._has_gone(placed):
+                return placed.placement.original
+            # The module was reloaded, or someone replaced ours: theirs is the original now.
+            return function_at(self.module, self.name)
+
     def commit(self, change: Change) -> None:
-        """Put the kernel in place, or the original back where there is none."""
+        """Put the kernel in place, or the original back where there is none.
+
+        Raises:
+            TwinkleError: ``strict``, and it cannot be put there.
+        """
+        lock = runtime.of(Placements).lock
+        for _ in range(_MOST_CHOICES):
+            with lock:
+                try:
+                    same = self.implementation is None or self._stands() is self.standing
+                except _REFUSALS as error:
+                    self._fail(error)
+                    return
+                if same:
+                    self._commit(change)
+                    return
+            # Another thread, or code that the loading of a kernel ran, put something else there meanwhile.
+            self.choose(strict=self._strict)
+        self._fail(ApplyError(f"what stands at {self.target} changes again and again"))
+
+    def _commit(self, change: Change) -> None:
         placements = runtime.of(Placements)
         placed = placements.by_target.get(self.target)
         former = None
@@ -316,16 +348,7 @@ class FunctionPlan:
         """
         whole = redecorated(self.standing, implementation)
         placement = put(self.module, self.name, whole, check=False)
-        target = _home(placement.original)
-        rebound = []
-        if "." not in self.name:
-            keep = [own for candidate in self.chosen for own in candidate.own]
-            rebound = aliases.rebind(placement.original, placement.implementation, target=target, keep=keep)
-            if former is not None:
-                rebound += aliases.rebind(former, placement.implementation, keep=keep)
-        # Asked of every function in the process: too much for what nobody named.
-        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
-        stale = aliases.stale(placement.original, target=target) if named else []
+        rebound, left = self._put_in_copies(placement, former)
         dispatch = dispatch_behind(implementation)
         if dispatch is not None:
             dispatch.caches = caches(whole)
@@ -334,12 +357,35 @@ class FunctionPlan:
         )
         for candidate in self.chosen:
             candidate.binding.count(1 + len(rebound))
-            for alias in stale:
-                candidate.binding.note(f"{alias.where} still holds the original")
+            for where in left:
+                candidate.binding.note(f"{where} still holds the original")
             if candidate.loaded:
                 candidate.mark_active()
             else:
                 candidate.mark_pending()
+
+    def _put_in_copies(
+        self, placement: Placement, former: Any
+    ) -> tuple[list[aliases.Alias | holders.Held], list[str]]:
+        """Put the implementation where else the function is held; returns these places, and those left."""
+        keep = [own for candidate in self.chosen for own in candidate.own]
+        # Every object of the process is asked: too much for what nobody named.
+        named = any(candidate.kernel.chosen_by == "user" for candidate in self.chosen)
+        if "." in self.name and not named:
+            return [], []
+        new = placement.function
+        rebound: list[aliases.Alias | holders.Held] = []
+        left: list[str] = []
+        home = _home(placement.original)
+        for original in [placement.original, *([] if former is None else [former])]:
+            since = home if original is placement.original else None
+            rebound += aliases.rebind(original, new, target=since, keep=keep)
+            if named:
+                kernels = [getattr(candidate.kernel.source, "in_hand", None) for candidate in self.chosen]
+                homes = {getattr(kernel, "__module__", None) for kernel in kernels} - {"__main__", home}
+                held, more = holders.rebind(original, new, keep=keep, kernels=kernels, homes=homes)
+                rebound, left = [*rebound, *held], [*left, *more]
+        return rebound, left
 
     def _reason_against(self, kernel: FunctionKernel) -> str | None:
         if not {kernel.name, self.target, self.target.replace(":", ".", 1)}.isdisjoint(

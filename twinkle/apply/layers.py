@@ -14,7 +14,8 @@ from torch import nn
 from twinkle.apply import functions
 from twinkle.apply.bindings import layer_binding, settle_target
 from twinkle.apply.functions import Change
-from twinkle.apply.matching import match
+from twinkle.apply.matching import Rules, match, rules_in_force
+from twinkle.apply.places import Decided, Names, Parents
 from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
 from twinkle.modes import Mode, rank
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
 
     from twinkle.apply.bound import Bound
     from twinkle.apply.functions import FunctionPlan
+    from twinkle.apply.selection import Selection
     from twinkle.deferred.install import DeferralPlan
     from twinkle.records import LayerKernel
 
-__all__ = ["kernelize", "kernelize_layers", "unkernelize", "usable"]
+__all__ = ["kernelize", "kernelize_layers", "place_again", "unkernelize", "usable"]
 
 
 class _Candidates:
@@ -70,9 +72,23 @@ class Wanted:
 
 
 def kernelize(
-    model: nn.Module | None, *, mode: object, device: object, use_fallback: bool, where: str
+    model: nn.Module | None,
+    *,
+    mode: object,
+    device: object,
+    use_fallback: bool,
+    where: str,
+    only: Selection | None = None,
 ) -> Change:
     """Put the registered kernels in place of layers and of functions, or nothing.
+
+    Args:
+        model: None for functions alone.
+        mode: As it was given.
+        device: As it was given.
+        use_fallback: Keep the original where a kernel cannot be used.
+        where: The call, for messages.
+        only: Which of the layers that kernels are registered for are to have them; None is all.
 
     Raises:
         ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
@@ -88,7 +104,12 @@ def kernelize(
     function_device = wanted_device
     if model is not None:
         wanted = Wanted(wanted_mode, wanted_device, use_fallback=use_fallback, load=True)
-        layers = plan(match(model, None), wanted, model)
+        names = Names(model)
+        bound = match(model.modules(), Rules(None), names)
+        if only is not None:
+            bound = only.of(model, bound, names, use_fallback=use_fallback)
+        layers = plan(bound, wanted, model)
+        _decided_by_program(model)
         _recognised_functions(model, None)
         function_device = wanted_device or _device_of(model, None)
     function_plans = [
@@ -101,11 +122,15 @@ def kernelize(
     return _commit(layers, function_plans)
 
 
-def kernelize_layers(model: nn.Module) -> Change:
+def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
     """Put layer kernels in place as the settings in force say; they load at the first forward.
 
     The embedded kernels come last: what was bound by name or by structure goes first. With them come the
     functions beside the layers that were recognised, and the loss, which is neither function nor layer.
+
+    Args:
+        model: A model, or a layer.
+        whole: It is a model: classes in it that nothing was for are asked about again.
     """
     options = runtime.options
     wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
@@ -114,9 +139,14 @@ def kernelize_layers(model: nn.Module) -> Change:
         from twinkle.apply import embedded
 
         embedded.offer()
-    layers = plan(match(model, embedded_on), wanted, model)
+    names = Names(model)
+    layers = plan(match(model.modules(), rules_in_force(embedded_on, fresh=whole), names), wanted, model)
     if embedded_on is not None:
-        layers.deferral = embedded.plan_deferral(model, layers.include)
+        deferral = embedded.plan_deferral(model, layers.include)
+        if deferral is not None and (
+            options.where is None or options.where.includes(names.of(deferral.head))
+        ):
+            layers.deferral = deferral
     function_plans = [
         made
         for module, asked_for in _recognised_functions(model, embedded_on).items()
@@ -138,6 +168,47 @@ def unkernelize(model: nn.Module | None) -> None:
         return
     for module in model.modules():
         swap.swap_out(module)
+    _decided_by_program(model)
+
+
+def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> None:
+    """Decide anew about the layers of a model whose places have changed, or are about to.
+
+    Args:
+        model: Is looked at as a whole.
+        arrival: A parent, a name and the module that is about to stand there.
+    """
+    options = runtime.options
+    embedded_on = _embedded_device() if runtime.options.where is not None else None
+    rules, names, decided = rules_in_force(embedded_on), Names(model, arrival), runtime.of(Decided)
+    moved = []
+    for module in model.modules():
+        if not rules.by_place(type(module)):
+            continue
+        before = decided.get(module, _UNMET)
+        # What was taken out of its model, or a copy of it, keeps what it had there.
+        kept = swap.placed(module) is not None if before is _UNMET else decided.was_taken_out(module)
+        if before is False or (kept and not rules.speak_of(module, names)):
+            continue
+        rule = rules.choose(module, names)
+        if before is _UNMET or before is not (rule and rule.where):
+            moved.append(module)
+    if moved:
+        for module in moved:
+            swap.swap_out(module)
+        wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
+        _commit(plan(match(moved, rules, names), wanted, model), ())
+
+
+_UNMET = object()
+
+
+def _decided_by_program(model: nn.Module) -> None:
+    """Leave the layers of a model as the program has made them, wherever they come."""
+    decided = runtime.of(Decided)
+    if runtime.of(Parents).watching:
+        for module in model.modules():
+            decided.set(module, False, model)
 
 
 def _embedded_device() -> str | None:

@@ -158,14 +158,14 @@ class _Progress:
         text = f"{number}/{total}  {time.perf_counter() - self._started:.0f} s  {'  '.join(about)}"
         if self._terminal:
             text += f"  {part.variant.name}  {part.dtype}"
-            say(f"\r{text[:78]:<78}", end="")
+            say("", end=f"\r{text[:78]:<78}")
         elif about != self._said:
             say(text)
         self._said = about
 
     def clear(self) -> None:
         if self._terminal:
-            say(f"\r{'':<78}\r", end="")
+            say("", end=f"\r{'':<78}\r")
 
 
 def _worst(rows: list[Row]) -> list[Row]:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from twinkle.config.entries import Entry, FunctionEntry, LayerEntry, Records
     from twinkle.modes import Mode
+    from twinkle.where import Where
 
 __all__ = ["Checked", "Settings", "load", "validate"]
 
@@ -51,6 +52,7 @@ class Settings:
         disable: Names of kernels, ops and functions to leave alone.
         log: ``off``, ``warning``, ``info`` or ``debug``.
         report: The absolute path of the JSON report, or ``None``.
+        where: The places in models that embedded kernels are for; ``None`` for every place.
         layers, functions: The entries of all documents, the later one where two are the same.
         origins: Where each setting that was given stands.
         paths: The absolute paths of the files read.
@@ -68,6 +70,7 @@ class Settings:
     plugins: tuple[str, ...]
     log: str
     report: str | None
+    where: Where | None
 
     def __init__(
         self,
@@ -90,6 +93,7 @@ class Settings:
         self.plugins = ()
         self.log = "warning"
         self.report = None
+        self.where = None
         self.off = off
         self.disable = tuple(disable)
         self.paths = tuple(paths)

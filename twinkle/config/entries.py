@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from twinkle.modes import Mode
     from twinkle.records import FunctionKernel, LayerKernel, LayerTarget, Source
     from twinkle.targets import Target
+    from twinkle.where import Where
 
     Records = tuple[tuple[LayerKernel, ...], tuple[LayerTarget, ...], tuple[FunctionKernel, ...]]
 
@@ -135,14 +136,16 @@ class LayerEntry(Entry):
     Attributes:
         targets: The layer classes that the kernel is for.
         attributes: What the kernel reads and its target lacks.
+        where: The places in a model that it is for; ``None`` for every place.
     """
 
-    __slots__ = ("attributes", "targets")
+    __slots__ = ("attributes", "targets", "where")
 
     kind = "layer"
 
     targets: tuple[Target, ...]
     attributes: Mapping[str, object]
+    where: Where | None
 
     @property
     def key(self) -> Hashable:
@@ -227,7 +230,7 @@ def records_of(
 
     errors: list[ConfigError] = []
     layer_kernels: list[LayerKernel] = []
-    layer_targets: dict[tuple[Target, str], LayerTarget] = {}
+    layer_targets: dict[tuple[Target, str, Where | None], LayerTarget] = {}
     function_kernels: list[FunctionKernel] = []
     for layer in layers:
         if not layer.enabled:
@@ -237,8 +240,10 @@ def records_of(
                 if isinstance(target, Op):
                     check_op(target.op, layer)
                 # The registry keeps the last of two records for one target.
+                where = None if layer.where is None else layer.where.anew()
                 layer_targets.setdefault(
-                    (target, layer.name), LayerTarget(target, layer.name, origin=layer.origin)
+                    (target, layer.name, where),
+                    LayerTarget(target, layer.name, origin=layer.origin, where=where),
                 )
             layer_kernels.append(
                 LayerKernel(

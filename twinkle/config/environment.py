@@ -40,6 +40,7 @@ _SETTINGS = {
     "TWINKLE_STRICT": ("strict", "boolean"),
     "TWINKLE_TRUST_REMOTE_CODE": ("trust_remote_code", "boolean or list"),
     "TWINKLE_VERIFY": ("verify", "word"),
+    "TWINKLE_WHERE": ("where", "places"),
 }
 _TABLES = {"TWINKLE_FUNCTIONS": "functions", "TWINKLE_LAYERS": "layers"}
 
@@ -213,6 +214,8 @@ def _read(variable: str, text: str, form: str) -> object:
     if form == "boolean or list":
         word = text.lower()
         return word in TRUE if word in TRUE or word in FALSE else _listed(text)
+    if form == "places":
+        return _listed(text)
     if form == "word or list":
         return text if text in ("auto", "off") else _listed(text)
     return text

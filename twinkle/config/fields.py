@@ -13,6 +13,7 @@ from twinkle.errors import ConfigError, suggest
 from twinkle.modes import Mode
 from twinkle.op_names import hint
 from twinkle.targets import Class, parse_target
+from twinkle.where import EXPECTED, parse_where
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -381,6 +382,14 @@ def _match(value: object, objects: bool) -> object:
     return value
 
 
+def _where(value: object, objects: bool) -> object:
+    """A place in a model or a list of them."""
+    try:
+        return parse_where(value)
+    except ConfigError as error:
+        raise WrongError(error.what, EXPECTED, error.fix or "", found=error.found) from None
+
+
 def _module(value: object, objects: bool) -> object:
     expected = 'the module that defines the function, such as "my_pkg.activations"'
     if not isinstance(value, str):
@@ -438,6 +447,7 @@ LAYER_KEYS: dict[str, Check] = {
     "layer_name": _layer_name,
     "match": _match,
     "target": _target,
+    "where": _where,
 }
 
 FUNCTION_KEYS: dict[str, Check] = {
@@ -461,4 +471,5 @@ SETTING_KEYS: dict[str, Check] = {
     "trust_remote_code": _trust,
     "use_fallback": _boolean,
     "verify": _choice(*VERIFY),
+    "where": _where,
 }

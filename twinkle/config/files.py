@@ -249,54 +249,59 @@ def _similar(path: str) -> str | None:
 
 
 def _check_owner(path: str, name: str, status: os.stat_result) -> None:
-    _refuse_others(path, name, status, "the configuration file")
-    # Whoever can write the directory can put another file in its place; with a symbolic link that
-    # holds for the directory of the link and for that of the file.
-    folders = [os.path.dirname(path) or os.curdir, os.path.dirname(os.path.realpath(path))]
-    for folder in dict.fromkeys(folders):
-        try:
-            state = os.stat(folder)
-        except OSError:
-            continue
-        _refuse_others(folder, name, state, "the directory of the configuration file")
+    try:
+        if _is_plainly_closed(path, status):
+            return
+        from twinkle.sources.permissions import advice, doubt_about, quoted
 
-
-def _refuse_others(path: str, name: str, status: os.stat_result, what: str) -> None:
-    mode = status.st_mode
-    sticky = stat.S_ISDIR(mode) and mode & stat.S_ISVTX
-    writers = [who for who, bit in (("its group", stat.S_IWGRP), ("everyone", stat.S_IWOTH)) if mode & bit]
-    if writers == ["its group"] and _is_private(status):
-        writers = []
-    # Root in a container reads what a user of the host has mounted, and runs their program anyway.
-    foreign = status.st_uid not in (0, os.geteuid()) and os.geteuid() != 0
-    if not foreign and (sticky or not writers):
+        doubt = doubt_about(path, status)
+    except OSError as error:  # it went away meanwhile
+        raise ConfigError(
+            "the configuration file cannot be read",
+            where=name,
+            found=printable(str(error)),
+            expected="a TOML file whose directories this user may look at",
+            fix="try again, or copy the file to another place",
+        ) from None
+    if doubt is None:
         return
-    from twinkle.sources.permissions import advice, is_read_only, quoted, vouched_for
-
-    if vouched_for(path):
-        return
-    folder = path if stat.S_ISDIR(mode) else os.path.dirname(os.path.abspath(path))
-    shown = printable(path)
-    if writers and not sticky and not is_read_only(path):
+    shown = printable(doubt.path)
+    is_file = doubt.path in (path, os.path.realpath(path))
+    what = "the configuration file" if is_file else "a directory of the configuration file"
+    if doubt.owner is None:
+        folder = os.path.dirname(os.path.abspath(path)) if is_file else doubt.path
         raise ConfigError(
             f"{what} can be written by others, who could have their code run",
             where=name,
-            found=f"{shown} is writable by {' and '.join(writers)} (mode {stat.S_IMODE(mode):04o})",
+            found=f"{shown} is writable by {' and '.join(doubt.writers)} (mode {doubt.mode:04o})",
             expected="only its owner may write it",
             fix=f"chmod go-w {quoted(shown)}" + advice(printable(folder)),
         )
-    if foreign:
-        raise ConfigError(
-            f"{what} belongs to another user, who could have their code run",
-            where=name,
-            found=f"{shown} is owned by user {status.st_uid}; this process runs as user {os.geteuid()}",
-            expected="a file and a directory of this user or of root",
-            fix=f"chown {os.geteuid()} {quoted(shown)}, or copy the configuration to a place of your own",
-        )
+    raise ConfigError(
+        f"{what} belongs to another user, who could have their code run",
+        where=name,
+        found=f"{shown} is owned by user {doubt.owner}; this process runs as user {os.geteuid()}",
+        expected="a file and directories of this user, of root, or of the owner of the program",
+        fix=f"chown {os.geteuid()} {quoted(shown)}, or copy the configuration to a place of your own"
+        + advice(printable(os.path.dirname(os.path.abspath(path)))),
+    )
 
 
-def _is_private(status: os.stat_result) -> bool:
-    """Whether the group has no member but the owner, as umask 002 supposes."""
-    from twinkle.sources.permissions import is_private_group
+def _is_plainly_closed(path: str, status: os.stat_result) -> bool:
+    """Whether no link is on the way, and all of it belongs to this user or root and is closed to others.
 
-    return is_private_group(status.st_uid, status.st_gid)
+    This is the usual case, which leaves :mod:`twinkle.sources.permissions` with the whole rule unread.
+    """
+    own = (0, os.geteuid())
+    here = path if os.path.isabs(path) else os.path.join(os.getcwd(), path)
+    if os.pardir in here.split(os.sep) or stat.S_ISLNK(os.lstat(here).st_mode):
+        return False
+    if status.st_uid not in own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return False
+    while here != os.path.dirname(here):
+        here = os.path.dirname(here)
+        found = os.lstat(here)
+        is_open = found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX
+        if found.st_uid not in own or is_open or not stat.S_ISDIR(found.st_mode):
+            return False
+    return True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from twinkle.errors import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,10 +73,3 @@ def dotted(path: Path) -> str:
         word = key if key and _PLAIN.issuperset(key) else repr(key)
         text += f".{word}" if text else word
     return text
-
-
-def printable(text: str) -> str:
-    """``text`` with what a terminal or a log could not take (line ends, lone surrogates) escaped."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

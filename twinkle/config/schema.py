@@ -70,6 +70,9 @@ _EXAMPLE = {
 }
 
 
+_LAYERS_ONLY = {"where": "functions have no place in a model: where is for layers"}
+
+
 def validate(
     document: object,
     *,
@@ -213,6 +216,15 @@ class _Validation:
         kept = {}
         for key, value in table.items():
             check = keys.get(key) if isinstance(key, str) else None
+            if check is None and section == "functions" and key in _LAYERS_ONLY:
+                self.wrong(
+                    (*path, key),
+                    _LAYERS_ONLY[key],
+                    found=f"{key} = {shown(value)}",
+                    expected=", ".join(sorted(keys)),
+                    fix="remove the key",
+                )
+                continue
             if check is None:
                 self.unknown(path, key, value, tuple(sorted(keys)), _SYNONYMS[section])
                 continue
@@ -387,6 +399,15 @@ class _Validation:
         if "match" in kept:
             targets = (*targets, Op(kept["match"]))
         entry.targets = targets
+        entry.where = kept.get("where")
+        if entry.where is not None and not targets and not {"target", "match"} & given.keys():
+            self.wrong(
+                (*path, "where"),
+                "where without a target",
+                found=keys_of(given),
+                expected="target or match beside where",
+                fix="add target, or move where to the entry that has the target",
+            )
         entry.attributes = kept.get("attributes", {})
         return entry
 
@@ -445,7 +466,7 @@ class _Validation:
         first: dict[object, LayerEntry] = {}
         for entry in layers:
             for target in entry.targets if entry.enabled else ():
-                known = first.setdefault(target, entry)
+                known = first.setdefault((target, entry.where), entry)
                 if known.name == entry.name:
                     continue
                 self.errors.append(
@@ -453,7 +474,7 @@ class _Validation:
                         "one target is bound to two kernel names",
                         where=entry.origin,
                         found=f"{target} is bound to {known.name!r} at {known.origin}",
-                        expected="one kernel name for a target; devices and modes add up under it",
+                        expected="one kernel name for a target and place; devices and modes add up under it",
                         fix=f"put both under one name: [[layers.{known.name}]] twice, with device or mode",
                     )
                 )

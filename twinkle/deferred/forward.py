@@ -73,6 +73,8 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     name = f"{type(head).__module__}.{type(head).__qualname__}"
     if not isinstance(head, nn.Linear) or type(head).forward not in (nn.Linear.forward, _head_forward):
         return f"its head is a {name} with a forward of its own (an adapter on the head, a quantised head)"
+    if nn.Linear.forward.__module__ != nn.Linear.__module__ or F.linear is not torch._C._nn.linear:
+        return "the forward of torch.nn.Linear, or torch.nn.functional.linear, was replaced"
     if "forward" in vars(head):
         return "the forward of its head is wrapped (accelerate's offloading does that)"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -109,11 +111,14 @@ def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Labe
     rows, used, added = as_autocast(hidden, weight, bias)
     if rows.dtype != used.dtype or (added is not None and added.dtype != used.dtype):
         return F.linear(hidden, weight, bias)
-    given = weight if used is weight else None
-    head = Head(rows, used, added, given=given, counted=counted, fresh=bool(_calls.heads))
+    private = (rows is not hidden, used is not weight, added is not bias or bias is None)
+    head = Head(rows, used, added, private=private, counted=counted, fresh=bool(_calls.heads))
+    # As `F.linear` saves a view of its weight, of which `weight.data = other` is no part.
+    logits: Tensor = DeferredHead.apply(rows, torch.ops.aten.alias(used), added, head)
     if head.fresh:
         _calls.made.append(head)
-    logits: Tensor = DeferredHead.apply(rows, used, added, head)
+    else:
+        head.keep()
     return logits
 
 
@@ -255,9 +260,10 @@ def _are_few(head: Any, labels: Any) -> bool:
 def _end() -> None:
     head, _ = _calls.heads.pop()
     switch_off(head)
-    for made in _calls.made:
-        made.fresh = False
-    _calls.made.clear()
+    made, _calls.made = _calls.made, []
+    for one in made:
+        one.keep()
+        one.fresh = False
 
 
 def _finish(output: Any) -> Any:

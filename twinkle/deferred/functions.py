@@ -112,12 +112,15 @@ def _cross_entropy(
 ) -> Any:
     if not isinstance(input, DeferredLogits) or not input.is_deferred or input.gradient is not None:
         return NotImplemented
-    if any(given is not None for given in (weight, size_average, reduce)) or input.dim() != 2:
-        return NotImplemented
     if torch.is_autocast_enabled(input.device.type) and input.dtype in (torch.float16, torch.bfloat16):
         input = input.float()
     head, options = input.node.head, LossOptions(ignore_index, reduction, label_smoothing)
-    factors = _factors(input.node.pointwise, target, input, options, (head.weight, head.bias))
+    if torch.is_grad_enabled() and input.requires_grad and not (head.fresh or head.has_current_weight()):
+        # The gradient of hidden states is that of the weight as it is in the backward.
+        return NotImplemented
+    needing_logits = weight, size_average, reduce
+    rows, operands = tuple(input.shape[:-1]), (head.weight, head.bias)
+    factors = _factors(input.node.pointwise, rows, operands, target, options, needing_logits)
     if factors is None:
         return NotImplemented
     target = target.long()
@@ -137,12 +140,28 @@ def _check_labels(target: Tensor, vocab: int, ignore_index: int) -> None:
 
 
 def _factors(
-    pointwise: Any, target: Any, logits: Any, options: LossOptions, head: tuple[Tensor, Tensor | None]
+    pointwise: Any,
+    rows: tuple[int, ...],
+    head: tuple[Tensor, Tensor | None],
+    target: Any,
+    options: LossOptions,
+    needing_logits: tuple[Any, ...],
 ) -> tuple[float, float, bool] | None:
-    """The factors that :func:`fold` finds, where the loss can be computed without logits; else None."""
-    if type(target) is not torch.Tensor or target.dim() != 1 or target.shape[0] != logits.shape[0]:
+    """The factors that :func:`fold` finds, where the loss can be computed without logits; else None.
+
+    Args:
+        pointwise: What was done to the logits after the head.
+        rows: The shape of the logits without the last dimension.
+        head: Its weight and bias.
+        target: The labels.
+        options: Of the loss.
+        needing_logits: Arguments of ``F.cross_entropy`` that may not be given.
+    """
+    if any(given is not None for given in needing_logits) or len(rows) != 1:
         return None
-    if target.dtype not in (torch.int64, torch.uint8) or target.device != logits.device:
+    if type(target) is not torch.Tensor or target.dim() != 1 or target.shape[0] != rows[0]:
+        return None
+    if target.dtype not in (torch.int64, torch.uint8) or target.device != head[0].device:
         return None
     folded = fold(pointwise)
     if folded is None or options.reduction not in ("mean", "sum", "none"):
@@ -183,18 +202,13 @@ def cross_entropy(
         label_smoothing: From 0 to 1.
     """
     hidden, head_weight, bias = operands
-    if any(given is not None for given in (weight, size_average, reduce)):
-        return NotImplemented
-    if hidden.dim() != 2 or target.dim() != 1 or target.shape[0] != hidden.shape[0]:
-        return NotImplemented
-    if target.dtype not in (torch.int64, torch.uint8) or target.device != hidden.device:
-        return NotImplemented
     if hidden.dtype != head_weight.dtype or (bias is not None and bias.dtype != hidden.dtype):
         return NotImplemented
-    folded = fold(pointwise)
-    if folded is None or reduction not in ("mean", "sum", "none"):
-        return NotImplemented
-    if folded[2] and not softcap_verified(head_weight, bias, hidden.shape[0]):
+    options = LossOptions(ignore_index, reduction, label_smoothing)
+    needing_logits = weight, size_average, reduce
+    rows = tuple(hidden.shape[:-1])
+    folded = _factors(pointwise, rows, (head_weight, bias), target, options, needing_logits)
+    if folded is None:
         return NotImplemented
     loss = of_rows(
         hidden,

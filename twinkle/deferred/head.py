@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from twinkle.runtime import runtime
+from twinkle.deferred.weights import Operands, Weights, same_bits
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
     from typing import Any
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount", "LiveHeads"]
+__all__ = ["Head", "LabelCount"]
 
-_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_NO_MEMORY = (RuntimeError, MemoryError, OSError)
 
 
 class LabelCount:
@@ -59,15 +59,16 @@ class LabelCount:
 class Head:
     """Hidden states, weight and bias of one call of a head, as they were then.
 
-    Logits belong to the weight they were computed with. A copy of it is kept where it may be about to
-    change while somebody can still ask for logits: at the start of the head's backward, and before the
-    step of an optimizer. What was changed unseen is noticed by a sample of one element of each row.
+    Before the forward that made them returns they are copied for the logits that are still deferred, so
+    that whatever the program does with its tensors changes no logits. The copies belong to these logits:
+    they are freed once the last of them is computed or gone, those that a loss refers to until its backward
+    begins among them.
 
     Args:
         hidden: ``[..., hidden]``.
         weight: ``[vocab, hidden]``, of the same dtype.
         bias: ``[vocab]`` or None.
-        given: The weight that optimizers know; None where ``weight`` is a copy that nobody else has.
+        private: Which of the three nobody else has: they need no copy.
         counted: How many labels of the call count, or None.
         fresh: Whether the forward that made it is still running, in which no weight changes.
 
@@ -82,22 +83,34 @@ class Head:
         weight: Tensor,
         bias: Tensor | None,
         *,
-        given: Tensor | None,
+        private: tuple[bool, bool, bool] = (False, False, False),
         counted: LabelCount | None = None,
         fresh: bool = False,
     ) -> None:
-        # Aliases: `param.data = other` leaves them what they are.
-        self.hidden, self.weight = hidden.detach(), weight.detach()
-        self.bias = None if bias is None else bias.detach()
         self.wants = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
         self.counted = counted
         self.fresh = fresh
         self.readers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-        self._given = (given, bias) if given is not None else ()
-        self._frozen = given is None
+        # Aliases: `param.data = other` leaves them what they are.
+        self._given = Operands(hidden.detach(), Weights(weight, bias))
+        self._private = private
         self._versions = self._now()
-        self._samples = [_sample(tensor) for tensor in self._tensors()]
-        runtime.of(LiveHeads).heads.add(self)
+        self._copies: Callable[[], Operands | None] = _nothing
+
+    @property
+    def hidden(self) -> Tensor:
+        """Hidden states of the call, ``[..., hidden]``."""
+        return self._operands().hidden
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the call, ``[vocab, hidden]``."""
+        return self._operands().weights.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the call, ``[vocab]`` or None."""
+        return self._operands().weights.bias
 
     def operands(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows of hidden states, ``[..., hidden]``, with the weight and bias of the call.
@@ -110,97 +123,66 @@ class Head:
 
     def logits(self, rows: Tensor) -> Tensor:
         """The logits of rows of hidden states, without gradients; for weights that are checked."""
+        weight = self.weight
         # In inference mode as well they are to serve a backward that comes after it.
-        inference = torch.is_inference_mode_enabled() and self.weight.is_inference()
+        inference = torch.is_inference_mode_enabled() and weight.is_inference()
         device = rows.device.type
         with torch.inference_mode(inference), torch.no_grad(), torch.autocast(device, enabled=False):
-            return F.linear(rows, self.weight, self.bias)
+            return F.linear(rows, weight, self.bias)
 
-    def freeze(self, but: Any = None) -> None:
-        """Keep copies of weight and bias as they are, where others than ``but`` may still ask for logits."""
-        waiting = any(r is not but and r.is_deferred for r in list(self.readers.values()))
-        if self._frozen or not waiting or self._now() != self._versions:
+    def keep(self) -> None:
+        """Copy what others may change for the logits that are still deferred.
+
+        Without memory for a copy they are computed at once.
+        """
+        waiting = [reader for reader in list(self.readers.values()) if reader.is_deferred]
+        if not waiting or all(self._private):
             return
-        twin = next((other for other in runtime.of(LiveHeads).heads if self._as_kept_by(other)), None)
-        source = self if twin is None else twin
-        with torch.inference_mode(False), torch.no_grad():
-            kept = [t if twin else t.clone() for t in (source.weight, source.bias) if t is not None]
-        self.weight, self.bias = kept[0], kept[1] if len(kept) > 1 else None
-        self._frozen = True
+        try:
+            copies = self._given.copy(self._private)
+        except _NO_MEMORY:
+            for reader in waiting:
+                with contextlib.suppress(*_NO_MEMORY):
+                    reader.shared()
+            return
+        self._copies = weakref.ref(copies)
+        for reader in waiting:
+            reader.kept = copies
 
-    def belongs_to(self, parameters: Iterable[Tensor]) -> bool:
-        """Whether weight or bias are among parameters."""
-        known = {id(parameter) for parameter in parameters}
-        return any(id(given) in known for given in self._given)
+    def copies(self) -> object:
+        """What logits hold on to while they are deferred, or None where there is no copy."""
+        return self._copies()
 
-    def _as_kept_by(self, other: Head) -> bool:
-        """Whether another head has copies of the same numbers."""
-        if other is self or not other._frozen or list(map(id, other._given)) != list(map(id, self._given)):
-            return False
-        return all(map(_same, self._samples[1:], other._samples[1:]))
+    def has_current_weight(self) -> bool:
+        """Whether the memory that the head's backward will read still has the numbers of the call."""
+        copies = self._copies()
+        if copies is None or self._private[1]:
+            return True
+        given = self._given.weights.weight
+        return given.untyped_storage().size() > 0 and same_bits(given, copies.weights.weight)
 
     def check(self) -> None:
         """Raise where the numbers of the call are no longer at hand.
 
         Raises:
-            RuntimeError: Weight or hidden states were changed or freed.
+            RuntimeError: Weight or hidden states were changed or freed, and there is no copy.
         """
-        if self.fresh:
+        if self.fresh or self._copies() is not None:
             return
-        if not self._frozen and any(t.untyped_storage().size() == 0 and t.numel() for t in self._tensors()):
-            raise RuntimeError(_gone("the head's weight was freed (a sharded one)"))
-        if not self._frozen and self._now() != self._versions:
-            raise RuntimeError(_gone("the head's weight or its input was changed in place"))
-        if not all(_same(a, _sample(b)) for a, b in zip(self._samples, self._tensors(), strict=True)):
+        freed = any(t.untyped_storage().size() == 0 and t.numel() for t in self._given.tensors())
+        if freed or self._now() != self._versions:
             raise RuntimeError(
-                _gone("the head's weight or its input was changed in place (by way of `.data`)")
+                "deferred logits are computed after the head's weight or its input was "
+                f"{'freed (a sharded one)' if freed else 'changed in place'}, and there was no memory for a "
+                "copy; with TWINKLE_DISABLE=causal_lm_loss logits are computed at once"
             )
 
-    def _tensors(self) -> list[Tensor]:
-        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+    def _operands(self) -> Operands:
+        return self._copies() or self._given
 
     def _now(self) -> list[int | None]:
-        return [None if t.is_inference() else t._version for t in self._tensors()]
+        return [None if t.is_inference() else t._version for t in self._given.tensors()]
 
 
-def _gone(reason: str) -> str:
-    return (
-        f"deferred logits are read after {reason}; read them before, or keep outputs.logits.clone() + 0; "
-        "with TWINKLE_DISABLE=causal_lm_loss they are computed at once"
-    )
-
-
-def _sample(tensor: Tensor) -> Tensor:
-    """One element of each row, of varying columns."""
-    if tensor.dim() < 2 or not tensor.is_contiguous():
-        return tensor.detach().clone() if tensor.dim() < 2 else tensor.detach().select(-1, 0).clone()
-    return tensor.detach().view(-1)[:: max(1, tensor.shape[-1] - 1)].clone()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two samples are the same bits: NaN is NaN."""
-    kind = _INTEGERS[one.element_size()]
-    return bool(torch.equal(one.view(kind), other.view(kind)))
-
-
-class LiveHeads:
-    """The heads of logits that may still be deferred, and the hook that optimizers call before a step."""
-
-    def __init__(self) -> None:
-        self.heads: weakref.WeakSet[Head] = weakref.WeakSet()
-        self._hook = register_optimizer_step_pre_hook(self.before_step)
-
-    def close(self) -> None:
-        """Take the hook out, unless heads are left that still need it to keep their weights."""
-        if not self.heads:
-            self._hook.remove()
-
-    def before_step(self, optimizer: Any, *_: object) -> None:
-        """Keep the weights that the optimizer is about to change for the logits that need them."""
-        waiting = list(self.heads)
-        if not waiting:
-            return
-        changed = [p for group in optimizer.param_groups for p in group["params"]]
-        for head in waiting:
-            if head.belongs_to(changed):
-                head.freeze()
+def _nothing() -> None:
+    return None

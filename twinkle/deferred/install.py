@@ -6,6 +6,7 @@ import inspect
 import weakref
 from typing import TYPE_CHECKING
 
+from twinkle.deferred.compiled import tell_dynamo
 from twinkle.deferred.forward import DeferringForward, module_at, reason_against
 from twinkle.deferred.frames import leave_to_python
 from twinkle.records import Binding, LayerKernel
@@ -123,6 +124,7 @@ def plan_deferral(
     if isinstance(made, str) or why is not None:
         return str(why)
     _take_calls(made)
+    tell_dynamo()
     return DeferralPlan(Installed(model, path, candidate.binding), head, made)
 
 

@@ -49,7 +49,13 @@ class Memory:
         """The values, computed at the first call."""
         if self.base is None:
             self.base = self._compute().contiguous()
+            self.forget_copies()
         return self.base
+
+    def forget_copies(self) -> None:
+        """Let go of the head's copies: nothing is computed of them any more."""
+        for member in list(self.members.values()):
+            member.kept = None
 
 
 class DeferredLogits(torch.Tensor):
@@ -59,15 +65,18 @@ class DeferredLogits(torch.Tensor):
         node: Which logits: those themselves, or those that this is the gradient of.
         gradient: Of which loss this is the gradient; None for logits.
         memory: What it shares with its views.
+        kept: The copies that the head made of its weight for these logits, while they are deferred.
     """
 
     node: Node
     gradient: LossGradient | None
     memory: Memory
+    kept: object
     # How it is made of the values of its memory; what was made of them; of its own rows alone.
     _views: tuple[Callable[[Any], Any], ...]
     _real: Tensor | None
     _part: Tensor | None
+    _plain: tuple[Any, Tensor] | None
 
     @staticmethod
     def make(
@@ -97,10 +106,11 @@ class DeferredLogits(torch.Tensor):
         )
         # An extension in C++ that takes its memory raises, in the place of reading what is not there.
         torch._C._set_throw_on_mutable_data_ptr(made)
-        made.node, made.gradient, made._real, made._part = node, gradient, None, None
+        made.node, made.gradient, made._real, made._part, made._plain = node, gradient, None, None, None
         made._views = () if view_of is None else (*view_of[0]._views, view_of[1])
         made.memory = Memory(compute or node.compute, like.numel()) if view_of is None else view_of[0].memory
         made.memory.members[id(made)] = made
+        made.kept = node.head.copies() if made.is_deferred else None
         node.head.readers[id(made)] = made
         return made
 
@@ -133,6 +143,21 @@ class DeferredLogits(torch.Tensor):
             self._part = self.node.compute()
         return self._part
 
+    @property
+    def plain(self) -> Tensor:
+        """They as a tensor of no subclass: the same memory, and a gradient that goes on to the head."""
+        from twinkle.deferred.functions import with_memory
+
+        # The same object for all that ask, unless the logits have been changed in place.
+        state = (self.grad_fn, self._real)
+        if self._plain is None or any(a is not b for a, b in zip(state, self._plain[0], strict=True)):
+            made = with_memory(self)
+            for name, value in vars(self).items():
+                if name.startswith("_dynamo"):  # mark_dynamic
+                    setattr(made, name, value)
+            self._plain = ((self.grad_fn, self._real), made)
+        return self._plain[1]
+
     def become(self, node: Node) -> None:
         """Stand for other logits of the same shape and dtype; nothing else shares their memory."""
         self.node, self._views, self._part = node, (), None
@@ -154,7 +179,7 @@ class DeferredLogits(torch.Tensor):
             )
         self.become(self.node)
         self.memory.base = values.detach()
-        self._real = None
+        self._real, self.kept = None, None
 
     def as_subclass(self, cls: Any) -> Any:
         """As of ``torch.Tensor``, which asks neither of the two below."""

@@ -72,7 +72,10 @@ class DeferredHead(torch.autograd.Function):
             head: Of the three.
         """
         root = Node(head, tuple(hidden.shape[:-1]), weight.dtype)
-        ctx.save_for_backward(hidden, weight, bias)
+        # As the plain head does, so that autograd finds the same changes in place.
+        ctx.save_for_backward(
+            hidden if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None
+        )
         ctx.set_materialize_grads(False)
         ctx.root = weakref.ref(root)
         return DeferredLogits.make(root, torch.empty(root.shape, dtype=root.dtype, device="meta"))
@@ -82,23 +85,21 @@ class DeferredHead(torch.autograd.Function):
         """Gradients of hidden states, weight and bias."""
         if grad is None:
             return (None,) * 4
+        hidden, weight = ctx.saved_tensors
         root = ctx.root()
         if root is not None:
-            # Weights may change from here on: by a hook that updates them, by what frees a sharded one.
-            root.head.freeze(grad)
             # What it has with it are constants: not for a gradient that is to be differentiated again.
             ours = isinstance(grad, DeferredLogits) and grad.gradient is not None and grad.node is root
             if ours and not torch.is_grad_enabled():
                 carried = grad.gradient.take(ctx.needs_input_grad[:3])
                 if carried is not None:
                     return (*carried, None)
-        hidden, weight, bias = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         rows = grad.reshape(-1, grad.shape[-1])
         return (
             grad @ weight if wanted[0] else None,
             rows.t() @ hidden.reshape(-1, hidden.shape[-1]) if wanted[1] else None,
-            rows.sum(0) if bias is not None and wanted[2] else None,
+            rows.sum(0) if wanted[2] else None,
             None,
         )
 
@@ -170,7 +171,8 @@ class FusedLoss(torch.autograd.Function):
             operands = node.head.operands(node.rows)
             found = gradients_of_each_row(grad, *operands, target, *ctx.numbers, *ctx.wanted)
             gradients = [g if wanted else None for g, wanted in zip(found, ctx.wanted, strict=True)]
-        loss = LossGradient(node, target, grad, ctx.options, gradients, ctx.wanted)
+        values = None if logits.is_deferred or logits._version != ctx.version else logits.shared()
+        loss = LossGradient(node, target, grad, ctx.options, gradients, ctx.wanted, values)
         return loss.at(node), *rest
 
 
@@ -190,6 +192,7 @@ class LossGradient:
         options: Of the loss.
         gradients: Of rows of hidden states ``[rows, hidden]``, weight and bias.
         wanted: Which of them were computed.
+        values: The logits, where they have been computed.
     """
 
     is_nothing = False
@@ -202,6 +205,7 @@ class LossGradient:
         options: LossOptions,
         gradients: _Gradients,
         wanted: tuple[bool, bool, bool],
+        values: Tensor | None = None,
     ) -> None:
         self.leaf = leaf
         self.target = target
@@ -209,6 +213,8 @@ class LossGradient:
         self.options = options
         self._gradients: _Gradients | None = gradients
         self._wanted = wanted
+        self._values = values
+        self._version = None if values is None or values.is_inference() else values._version
 
     def at(self, node: Node) -> DeferredLogits:
         """The gradient with respect to the logits at a node, on the way from the loss to the head."""
@@ -222,8 +228,10 @@ class LossGradient:
     def compute(self, node: Node) -> Tensor:
         """The values at a node."""
         with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
-            logits = self.leaf.compute()
-            found = gradient_of_logits(logits, self.target, self.grad, self.options)
+            values = self._values
+            if values is None or values.is_inference() or values._version != self._version:
+                values = self.leaf.compute()
+            found = gradient_of_logits(values, self.target, self.grad, self.options)
             current = self.leaf
             while current is not node:
                 found = current.back(found)

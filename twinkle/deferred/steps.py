@@ -218,7 +218,7 @@ class Node:
         dtype: Theirs.
         previous: What they were before the last step; None for those that come out of the head.
         step: The last step.
-        rows: Their hidden states, where they are at hand.
+        rows: Their hidden states, where these have a memory of their own.
     """
 
     def __init__(
@@ -243,13 +243,14 @@ class Node:
     @property
     def rows(self) -> Tensor:
         """Their hidden states, ``[..., hidden]``."""
-        if self._rows is None:
-            if self.previous is None or self.step is None:
-                self._rows = self.head.hidden
-            else:
-                with torch.inference_mode(self.head.hidden.is_inference()), torch.no_grad():
-                    self._rows = self.step.rows(self.previous.rows)
-        return self._rows
+        if self._rows is not None:
+            return self._rows
+        # Not kept: what is a view now is one of a copy later.
+        if self.previous is None or self.step is None:
+            return self.head.hidden
+        rows = self.previous.rows
+        with torch.inference_mode(rows.is_inference()), torch.no_grad():
+            return self.step.rows(rows)
 
     def compute(self, rows: Tensor | None = None) -> Tensor:
         """Their values, without gradients.

@@ -8,10 +8,10 @@ there the model's forward is traced with a stand-in for the model that differs i
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import TYPE_CHECKING
 
+from twinkle import forks
 from twinkle.deferred.traced import TracedLogits
 from twinkle.runtime import runtime
 from twinkle.swap.class_tree import set_class
@@ -34,7 +34,7 @@ class _Switched:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.running: dict[int, int] = {}
         self.classes: weakref.WeakKeyDictionary[type, type] = weakref.WeakKeyDictionary()
 

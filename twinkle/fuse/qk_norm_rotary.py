@@ -9,7 +9,7 @@ import torch
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, norm_variant, numbers_of
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
-from twinkle.match.reads import CHANGED, Guard, Read
+from twinkle.match.reads import CHANGED, Guard
 from twinkle.match.structure import recognise
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.qk_norm_rotary import triton_backend as op
@@ -75,7 +75,7 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
     pair = _pair(q, k, rotation.name, between)
     if isinstance(pair, str):
         return pair
-    of_k = (Read(r.text.replace("{self}", "{cls}"), r.objects, r.what) for r in k.guard.reads)
+    of_k = (read.at("{cls}") for read in k.guard.reads)
     return pair._replace(guard=Guard((*q.guard.reads, *of_k, *recognise(plain_rotation(function)).reads)))
 
 

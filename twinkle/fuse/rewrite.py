@@ -16,6 +16,7 @@ import linecache
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+from twinkle.codegen import compile_tree
 from twinkle.fuse.places import RotatedPair, SumThenLayer, find_places
 from twinkle.match.symbolic import source
 
@@ -262,7 +263,7 @@ def _compiled(
     for node in module.body:
         ast.copy_location(node, tree)
     ast.fix_missing_locations(module)
-    made = compile(module, code.co_filename, "exec", flags=code.co_flags & _FUTURES, dont_inherit=True)
+    made = compile_tree(module, code.co_filename, code.co_flags & _FUTURES)
     inside = _code_in(_code_in(made, "outer"), tree.name)
     changes: dict[str, Any] = {"co_firstlineno": code.co_firstlineno}
     if hasattr(code, "co_qualname"):  # from Python 3.11

@@ -10,9 +10,10 @@ Neither torch nor transformers is imported by this module.
 from __future__ import annotations
 
 import operator
-from _thread import RLock, _local
+from _thread import _local
 from types import FunctionType, MethodType
 
+from twinkle import forks
 from twinkle.hooks import guard
 from twinkle.hooks.finder import own_dict
 from twinkle.hooks.imports import watch_module
@@ -39,6 +40,7 @@ __all__ = [
     "is_observed",
     "observed",
     "put_back",
+    "under_construction",
     "watch_class",
     "watch_pretrained",
     "watched_classes",
@@ -162,11 +164,16 @@ class _Thread(_local):
 _thread = _Thread()
 
 
+def under_construction() -> list[object]:
+    """What the constructors that are observed are making now, in this thread."""
+    return list(_thread.building.values())
+
+
 class Families:
     """Who watches which family of classes."""
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock = forks.lock()
         self.watches: dict[type, tuple[ConstructionWatch, ...]] = {}
         # Asked at the end of each observed construction: those of single classes, without their families.
         self.singles: list[Callable[[object, list[object]], None]] = []

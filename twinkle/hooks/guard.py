@@ -21,32 +21,36 @@ class Failure:
     Attributes:
         owner: Who registered it.
         subject: What it was called for, in words: ``module x`` or ``model x:Class``.
-        error: What it raised.
+        kind: The class of what it raised.
+        text: What that said.
+
+    The exception itself is not kept: its frames hold what the callback was called for, a model for instance.
     """
 
-    __slots__ = ("error", "owner", "subject")
+    __slots__ = ("kind", "owner", "subject", "text")
 
     def __init__(self, owner: str, subject: str, error: Exception) -> None:
         self.owner = owner
         self.subject = subject
-        self.error = error
+        self.kind = type(error)
+        self.text = str(error)
 
     def __str__(self) -> str:
-        kind = type(self.error).__name__
-        return f"a hook of {self.owner or 'unknown owner'} on {self.subject} raised {kind}: {self.error}"
+        owner = self.owner or "unknown owner"
+        return f"a hook of {owner} on {self.subject} raised {self.kind.__name__}: {self.text}"
 
 
 class _Failures:
     """The callbacks that raised, and who is told of them."""
 
     def __init__(self) -> None:
-        self.seen: list[Failure] = []
+        self.seen: dict[str, Failure] = {}
         self.handlers: list[Callable[[Failure], object]] = []
 
 
 def failures() -> tuple[Failure, ...]:
-    """Every callback that raised so far, oldest first."""
-    return tuple(runtime.of(_Failures).seen)
+    """Every callback that raised so far, oldest first; one that said the same again is there once."""
+    return tuple(runtime.of(_Failures).seen.values())
 
 
 def on_failure(handler: Callable[[Failure], object]) -> None:
@@ -67,7 +71,7 @@ def failed(error: Exception, *, owner: str, subject: str, strict: bool) -> None:
     """
     failure = Failure(owner, subject, error)
     state = runtime.of(_Failures)
-    state.seen.append(failure)
+    state.seen.setdefault(str(failure), failure)
     for handler in tuple(state.handlers):
         try:
             handler(failure)

@@ -8,10 +8,9 @@ after torch). Standard library only: this module is imported at interpreter star
 
 from __future__ import annotations
 
-import os
 import sys
-from _thread import RLock
 
+from twinkle import forks
 from twinkle.hooks import guard
 from twinkle.hooks.finder import Finder, is_lazy, spec_of, when_initialized
 from twinkle.hooks.patterns import Patterns
@@ -141,7 +140,7 @@ class Watches:
     """
 
     def __init__(self) -> None:
-        self.lock = RLock()
+        self.lock = forks.lock()
         self.all: tuple[Watch, ...] = ()
         self.finder = Finder(_loaded)
         self.bypassed: dict[str, str] = {}
@@ -171,8 +170,7 @@ class Watches:
         self.finder.watch(exact, patterns)
 
     def after_fork(self) -> None:
-        """In a child: other threads hold locks there for ever, and search for nothing."""
-        self.lock = RLock()
+        """In a child, other threads search for nothing."""
         self.finder.forget_threads()
 
 
@@ -390,5 +388,4 @@ def _after_fork() -> None:
     _watches().after_fork()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+forks.in_child(_after_fork)

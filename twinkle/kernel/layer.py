@@ -10,13 +10,15 @@ from twinkle.kernel._calling import caller, given, moment, register_document
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     import torch
     from torch import nn
 
     from twinkle.apply.functions import Change
     from twinkle.targets import Target
+
+    Only = str | Sequence[str] | Callable[[str, nn.Module], bool]
 
 __all__ = [
     "kernelize_model",
@@ -86,7 +88,9 @@ def register_layer_kernel(
     register_document({"layers": {kernel_name: spec}}, where=caller())
 
 
-def register_external_layer(layer: type | str, kernel_name: str) -> None:
+def register_external_layer(
+    layer: type | str, kernel_name: str, *, where: str | Sequence[str] | None = None
+) -> None:
     """Bind a layer class to a kernel name.
 
     The kernels of that name may be registered later. A name that has none when a model is kernelized, and a
@@ -96,35 +100,39 @@ def register_external_layer(layer: type | str, kernel_name: str) -> None:
         layer: A class, ``"module:Class"`` (bound when that module is imported), or a pattern such
             as ``"transformers.models.*.modeling_*:*MLP"``.
         kernel_name: The name whose kernels replace it.
+        where: The places in a model that it is for, such as ``"model.layers.*.mlp"`` or
+            ``"!model.layers.[-1]"``; every place when not given.
 
     Raises:
-        ConfigError: ``layer`` is no ``nn.Module`` class and no target in words.
+        ConfigError: ``layer`` is no ``nn.Module`` class and no target in words, or ``where`` is no place.
     """
     from twinkle.apply.activation import watch_new
     from twinkle.errors import ConfigError
     from twinkle.records import LayerTarget
     from twinkle.runtime import runtime
     from twinkle.targets import Class, parse_target
+    from twinkle.where import parse_where
 
-    where = caller()
+    origin = caller()
     target: Target
     if isinstance(layer, str):
-        target = parse_target(layer, where=where)
+        target = parse_target(layer, where=origin)
     else:
         from torch import nn
 
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise ConfigError(
                 "not a layer class",
-                where=where,
+                where=origin,
                 found=repr(layer),
                 expected='an nn.Module class, or "module:Class"',
                 fix="pass the class itself, not an instance" if isinstance(layer, nn.Module) else None,
             )
         target = Class(layer)
     if not isinstance(kernel_name, str) or not kernel_name:
-        raise ConfigError("not a kernel name", where=where, found=repr(kernel_name), expected="a string")
-    runtime.registry.add(layer_targets=(LayerTarget(target, kernel_name, origin=where),))
+        raise ConfigError("not a kernel name", where=origin, found=repr(kernel_name), expected="a string")
+    places = None if where is None else parse_where(where, where=origin)
+    runtime.registry.add(layer_targets=(LayerTarget(target, kernel_name, origin=origin, where=places),))
     watch_new()
 
 
@@ -133,6 +141,8 @@ def kernelize_model(
     mode: str = "inference",
     device: str | torch.device | None = None,
     use_fallback: bool = True,
+    *,
+    only: Only | None = None,
 ) -> Model:
     """Put the registered kernels in place: layers of ``model``, then functions.
 
@@ -146,15 +156,21 @@ def kernelize_model(
         device: The device to start on; ``TWINKLE_DEVICE``, else that of the model, when not given.
         use_fallback: Keep the original where a kernel cannot be used; otherwise, and under
             ``TWINKLE_STRICT``, raise and leave everything as it was.
+        only: The layers that are to have kernels; the others stay as they are, and functions do not depend
+            on it. Places such as ``"model.layers.*.mlp"`` or ``["model.layers", "!model.layers.[-1]"]``,
+            as ``where`` in a configuration takes them, or a callable that is given the name of a layer in
+            ``model`` and the layer, and answers whether it is one.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: ``mode`` or ``device`` is unknown, or ``model`` is no ``nn.Module``.
-        ApplyError: ``use_fallback=False`` and a layer or function has no kernel that can be used.
+        ConfigError: ``mode`` or ``device`` is unknown, ``model`` is no ``nn.Module``, or ``only`` is no
+            place.
+        ApplyError: ``use_fallback=False`` and a layer or function has no kernel that can be used, or
+            ``only`` means no layer that a kernel is registered for.
     """
-    _kernelize(model, mode, device, use_fallback, caller())
+    _kernelize(model, mode, device, use_fallback, only, caller())
     return model
 
 
@@ -176,12 +192,14 @@ def kernelized(
     mode: str = "inference",
     device: str | torch.device | None = None,
     use_fallback: bool = True,
+    *,
+    only: Only | None = None,
 ) -> Iterator[Model]:
     """:func:`kernelize_model` for the length of a ``with`` block.
 
     What was in place before the block is in place after it, whatever happens inside.
     """
-    change = _kernelize(model, mode, device, use_fallback, caller())
+    change = _kernelize(model, mode, device, use_fallback, only, caller())
     try:
         yield model
     finally:
@@ -189,11 +207,17 @@ def kernelized(
 
 
 def _kernelize(
-    model: nn.Module | None, mode: str, device: str | torch.device | None, use_fallback: bool, where: str
+    model: nn.Module | None,
+    mode: str,
+    device: str | torch.device | None,
+    use_fallback: bool,
+    only: Only | None,
+    where: str,
 ) -> Change:
     """Put kernels in place of layers and functions; what is off leaves everything as it is."""
     from twinkle.apply.functions import Change
     from twinkle.apply.layers import kernelize
+    from twinkle.apply.selection import Selection
     from twinkle.errors import ApplyError, KernelError, SourceError
     from twinkle.runtime import runtime
 
@@ -202,12 +226,14 @@ def _kernelize(
     fallback = use_fallback and not runtime.options.strict
     _refuse_what_cannot_be(where, raises=not fallback)
     wanted = moment(device, mode, where)
+    chosen = None if only is None else Selection(only, where=where)
     try:
-        return kernelize(model, mode=mode, device=wanted, use_fallback=fallback, where=where)
+        change = kernelize(model, mode=mode, device=wanted, use_fallback=fallback, where=where, only=chosen)
     except (KernelError, SourceError) as error:  # under strict a kernel raises by itself
         raise ApplyError(
             "a kernel that was asked for cannot be used", where=where, found=error.reason, fix=error.fix
         ) from error
+    return change
 
 
 def _refuse_what_cannot_be(where: str, *, raises: bool) -> None:

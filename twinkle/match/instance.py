@@ -146,6 +146,17 @@ class Instance:
         self.facts.rest_on(reads.same(reads.place_of(self.module, path), value, (), path))
         return value
 
+    def rest_on_choice(self, path: str) -> Any:
+        """The value at a path by which a wrapper of the forward chooses what runs; and what it would find.
+
+        A wrapper asks a table that is in its closure, as those of transformers are: a mapping on top of
+        another one that all tables of the class have.
+        """
+        chosen = self.rest_on(path)
+        for table in filter(None, map(_table_of, _closures(own_forward(type(self.module))))):
+            self.facts.rest_on(*(reads.of_entry(mapping, chosen, path) for mapping in table))
+        return chosen
+
     def number(self, path: str) -> Any:
         """The value at a path, or the number that the path is."""
         return float(path) if re.fullmatch(r"-?[\d.e+-]+", path) else self.get(path)
@@ -181,6 +192,24 @@ class Instance:
         return attribute_path(term.args[0])
 
 
+def _closures(function: Any) -> list[Any]:
+    """What stands in the closures of a function and of those that it wraps."""
+    found = []
+    while function is not None:
+        for cell in getattr(function, "__closure__", None) or ():
+            try:
+                found.append(cell.cell_contents)
+            except ValueError:
+                continue
+        function = getattr(function, "__wrapped__", None)
+    return found
+
+
+def _table_of(value: Any) -> tuple[dict[Any, Any], dict[Any, Any]] | None:
+    own, everyones = (getattr(value, name, None) for name in ("_local_mapping", "_global_mapping"))
+    return (own, everyones) if isinstance(own, dict) and isinstance(everyones, dict) else None
+
+
 def read_path(module: Any, path: str) -> Any:
     """The value at a path such as ``config.get_text_config().scales[0]``.
 
@@ -188,11 +217,20 @@ def read_path(module: Any, path: str) -> Any:
         AttributeError: There is no such attribute.
     """
     value = module
-    for name, suffix in re.findall(r"(\w+)((?:\(\)|\[-?\d+\])*)", path):
+    for name, parts in _steps(path):
         value = getattr(value, name)
-        for part in re.findall(r"\(\)|\[-?\d+\]", suffix):
+        for part in parts:
             value = value() if part == "()" else value[int(part[1:-1])]
     return value
+
+
+@functools.lru_cache(maxsize=1024)
+def _steps(path: str) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The attributes on a path, each with the calls and the indices that follow it."""
+    return tuple(
+        (name, tuple(re.findall(r"\(\)|\[-?\d+\]", suffix)))
+        for name, suffix in re.findall(r"(\w+)((?:\(\)|\[-?\d+\])*)", path)
+    )
 
 
 class _Reader:
@@ -226,7 +264,7 @@ class _Reader:
             rest_on(reads.same(place, value, (), path))
             return tuple(value)
         if role == "flag":
-            rest_on(Read(f"bool({place}) is {bool(value)}", (), path))
+            rest_on(Read(f"(not {place}) is {not value}", (), path))
             return bool(value)
         if value is None and argument in self.may_be_none:
             rest_on(reads.same(place, None, (), path))
@@ -254,7 +292,7 @@ class _Reader:
         handed = None
         if re.fullmatch(r"[\w.]+", path):
             self.instance.facts.paths[argument] = path
-            handed = (Read(f"type({place}) is {{0}}", (type(value),), path),)
+            handed = (Read(f"_tw_type({place}) is {{0}}", (type(value),), path),)
         self.instance.facts.rest_on(reads.same(place, value, (), path), handed=handed)
         return number
 

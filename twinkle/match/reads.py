@@ -6,18 +6,20 @@ joins them into one expression, which the function in the place of the target ev
 is false the program has changed something since, and its own code runs. Nobody lists by hand what a kernel
 depends on.
 
-Reading an attribute of a module from Python's ``__getattr__`` takes a quarter of a microsecond, hence the
-look-ups in ``_modules`` and ``_parameters``.
+Each call pays for each test, so the expressions go the quick way: a parameter or a layer is looked up in
+its dict (through ``__getattr__`` it takes a quarter of a microsecond), and what is read again has a name.
 """
 
 from __future__ import annotations
 
+import ast
 import functools
+import inspect
 import math
 import re
 import sys
 from functools import cached_property
-from types import FunctionType, MethodType, ModuleType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,18 +27,22 @@ from torch import nn
 from torch.nn.modules import module as _torch
 
 from twinkle.codegen import compile_source
+from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 __all__ = [
     "CHANGED",
+    "KEPT",
     "Guard",
     "Read",
     "absent",
     "bare",
     "of_attribute",
+    "of_cell",
     "of_code",
+    "of_entry",
     "of_forward",
     "of_global",
     "of_method",
@@ -46,6 +52,8 @@ __all__ = [
 
 CHANGED = "changed since it was recognised: the original runs"
 """What the report says of it."""
+KEPT = object.__getattribute__
+"""Reads an attribute past what a class defines for it."""
 _EVERYWHERE = (
     _torch._global_forward_hooks,
     _torch._global_forward_pre_hooks,
@@ -53,6 +61,9 @@ _EVERYWHERE = (
     _torch._global_backward_pre_hooks,
 )
 """The very dicts that torch's functions for hooks on all modules write to."""
+_USUAL: tuple[Any, ...] = (object.__getattribute__, ModuleType.__getattribute__, type.__getattribute__)
+_AT = "_tw_at_"
+"""What the names of layers begin with that :func:`bare` looked at; with ``_state`` it is the ``__dict__``."""
 _OWN = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -60,8 +71,9 @@ class Read:
     """A test of one thing that recognised code reads.
 
     Attributes:
-        text: An expression. In it ``{self}`` is the layer, ``{cls}`` its class without Twinkle, and ``{0}``,
-            ``{1}`` … are ``objects``.
+        text: An expression. In it ``{self}`` is the layer, ``{own}`` its ``__dict__``, ``{cls}`` its class
+            without Twinkle, and ``{0}``, ``{1}`` … are ``objects``. Names begin with ``_tw_``: a global or a
+            builtin may be something else where it stands.
         objects: Python objects, compared by identity.
         what: The thing in words.
     """
@@ -90,7 +102,7 @@ class Read:
     @property
     def of_layer(self) -> bool:
         """Whether it is of the layer itself, not of its class or something beside it."""
-        return "{self}" in self.text
+        return "{self}" in self.text or "{own}" in self.text
 
     def inside(self, place: str, cls: type, what: str = "") -> Read:
         """The same read of a layer that stands at a place, in another one or beside it.
@@ -100,8 +112,14 @@ class Read:
             cls: Its class.
             what: Its name, in words.
         """
-        text = self.text.replace("{cls}", f"{{{len(self.objects)}}}").replace("{self}", place)
+        moved = self.at(place)
+        text = moved.text.replace("{cls}", f"{{{len(self.objects)}}}")
         return Read(text, (*self.objects, cls), f"{what}.{self.what}".lstrip("."))
+
+    def at(self, place: str) -> Read:
+        """The same read of the layer that an expression gives."""
+        text = self.text.replace("{own}", _state_of(place)).replace("{self}", place)
+        return Read(text, self.objects, self.what)
 
 
 class Guard:
@@ -128,15 +146,42 @@ class Guard:
     def holds(self) -> Callable[..., bool]:
         """Says whether all would be read as before, of a layer and its class; of nothing for a function."""
         # No `__name__` in these globals: dynamo would look the objects up in the module of that name.
-        names: dict[str, Any] = {"_tw_compiling": torch.compiler.is_compiling}
-        parts = []
-        for read in self.reads:
-            called = [_named(value, names) for value in read.objects]
-            parts.append(read.text.format(*called, self="layer", cls="cls"))
-        text = "def holds(layer=None, cls=None):\n    try:\n        return {}\n    except Exception:\n"
-        compile_source(text.format(" and ".join(parts) or True) + "        return False\n", "guard", names)
+        text, names = self.inline("layer", "_tw_read")
+        names |= {"_tw_compiling": torch.compiler.is_compiling, "_tw_type": type, "_tw_kept": KEPT}
+        text = f"def holds(layer=None, cls=None):\n    try:\n        return {text}\n    except Exception:\n"
+        compile_source(text + "        return False\n", "guard", names)
         holds: Callable[..., bool] = names["holds"]
         return holds
+
+    def inline(self, layer: str, prefix: str) -> tuple[str, dict[str, Any]]:
+        """The expression, to stand in the text of a function.
+
+        It may raise any exception, which says that something is otherwise. Besides the names below it reads
+        ``_tw_compiling`` (``torch.compiler.is_compiling``), ``_tw_type``, ``_tw_kept`` (:data:`KEPT`) and,
+        for a guard that was not made by :meth:`of`, ``cls``.
+
+        Args:
+            layer: The expression of the layer.
+            prefix: What the names of objects begin with.
+
+        Returns:
+            The text, and what the names in it stand for.
+        """
+        names: dict[int, str] = {}
+        objects: dict[str, Any] = {}
+        parts = []
+        for read in self.reads:
+            for value in read.objects:
+                name = names.setdefault(id(value), f"{prefix}{len(names)}")
+                objects[name] = value
+            called = [names[id(value)] for value in read.objects]
+            parts.append(read.text.format(*called, self=layer, cls="cls", own="{own}"))
+        text = " and ".join(parts) or "True"
+        if text.count("{own}") == 1:
+            text = re.sub(r"\{own\}\['(\w+)'\]", rf"{layer}.\1", text)
+        else:
+            text = text.replace("{own}", f"(_tw_state := {layer}.__dict__)", 1).replace("{own}", "_tw_state")
+        return text.replace("{own}", f"{layer}.__dict__"), objects
 
     def changed(self, layer: Any = None, cls: Any = None) -> str | None:
         """In words the first thing that would be read otherwise; None where all is as before."""
@@ -146,15 +191,6 @@ class Guard:
             if not Guard(self.reads[: at + 1]).holds(layer, cls):  # one may name what the next goes on with
                 return read.what
         return None
-
-
-def _named(value: Any, names: dict[str, Any]) -> str:
-    for name, known in names.items():
-        if known is value and name.startswith("_tw_read"):
-            return name
-    name = f"_tw_read{sum(known.startswith('_tw_read') for known in names)}"
-    names[name] = value
-    return name
 
 
 def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
@@ -174,7 +210,7 @@ def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
     if isinstance(value, functools.partial) and not value.args:  # layers have one each
         given = _literal([*value.keywords.items()])
     if given is not None:
-        test = f"type({place}) is {{{len(objects)}}} and {place}.func is {{{len(objects) + 1}}}"
+        test = f"_tw_type({place}) is {{{len(objects)}}} and {place}.func is {{{len(objects) + 1}}}"
         return Read(
             f"{test} and not {place}.args and [*{place}.keywords.items()] == {given}",
             (*objects, functools.partial, value.func),
@@ -182,6 +218,10 @@ def same(place: str, value: Any, objects: Sequence[Any], what: str) -> Read:
         )
     if isinstance(value, MethodType):
         return Read(f"{place}.__func__ is {{{len(objects)}}}", (*objects, value.__func__), what)
+    if isinstance(value, list):  # what is in it may be replaced in place
+        tests = [f"{place}.__len__() == {len(value)}"]
+        tests += [f"{place}[{at}] is {{{len(objects) + at}}}" for at in range(len(value))]
+        return Read(" and ".join(tests), (*objects, *value), what)
     return Read(f"{place} is {{{len(objects)}}}", (*objects, value), what)
 
 
@@ -210,6 +250,18 @@ def of_global(function: FunctionType, name: str, value: Any) -> Read | None:
     if isinstance(module, ModuleType) and vars(module) is scope:
         return same(f"{{0}}.{name}", value, (module,), what)
     return same(f"{{0}}[{name!r}]", value, (scope,), what)
+
+
+def of_cell(function: FunctionType, name: str, cell: CellType) -> Read:
+    """The read of a name that a function has from the one around it."""
+    return same("{0}.cell_contents", cell.cell_contents, (cell,), f"{function.__qualname__}.{name}")
+
+
+def of_entry(mapping: dict[Any, Any], key: Any, what: str) -> Read:
+    """The read of what a dict has under a key, or that it has nothing there."""
+    if key not in mapping:
+        return Read(f"{key!r} not in {{0}}", (mapping,), f"the table of {what}")
+    return same(f"{{0}}[{key!r}]", mapping[key], (mapping,), f"the table of {what}")
 
 
 def of_attribute(owner: Any, name: str, value: Any) -> Read | None:
@@ -252,7 +304,7 @@ def of_forward(cls: type) -> Read:
 
 def of_method(name: str, function: Any) -> tuple[Read, Read]:
     """The reads of a method: the class has it, and the layer nothing of its own under that name."""
-    return same(f"{{cls}}.{name}", function, (), name), Read(f"{name!r} not in {{self}}.__dict__", (), name)
+    return same(f"{{cls}}.{name}", function, (), name), Read(f"{name!r} not in {{own}}", (), name)
 
 
 def place_of(layer: Any, path: str, place: str = "{self}") -> str:
@@ -281,19 +333,47 @@ def place_of(layer: Any, path: str, place: str = "{self}") -> str:
 def _attribute_place(owner: Any, name: str, place: str) -> str:
     if isinstance(owner, nn.Module) and name not in owner.__dict__:
         if name in owner._modules:
-            return f"{place}._modules[{name!r}]"
+            return f"{_state_of(place)}['_modules'][{name!r}]"
         if name in owner._parameters:
             # A hook may keep it as a mere attribute from now on (pruning, weight norm, FSDP's views).
-            return f"{place}._parameters.get({name!r}, {place})"
+            return f"{_state_of(place)}['_parameters'].get({name!r}, {place})"
+    if type(owner).__getattribute__ not in _USUAL and (kept := _kept_as(owner, name)) is not None:
+        return f"_tw_kept({place}, {kept!r})"
     return f"{place}.{name}"
+
+
+def _kept_as(owner: Any, name: str) -> str | None:
+    """The name under which an object that looks attributes up in a way of its own has the value of one.
+
+    A config of transformers takes three microseconds to say which implementation of experts was chosen.
+    """
+    state, value = object.__getattribute__(owner, "__dict__"), getattr(owner, name)
+    getter = inspect.getattr_static(type(owner), name, None)
+    if isinstance(getter, property):
+        try:
+            *_, last = source.parse(getter.fget).body if isinstance(getter.fget, FunctionType) else (None,)
+        except source.NoSource:
+            return None
+        given = last.value if isinstance(last, ast.Return) else None
+        if not (isinstance(given, ast.Attribute) and isinstance(given.value, ast.Name)):
+            return None
+        name = given.attr
+    return name if name in state and state[name] is value else None
+
+
+def _state_of(place: str) -> str:
+    """The expression of the ``__dict__`` of a layer."""
+    if place == "{self}":
+        return "{own}"
+    return f"{place}_state" if place.isidentifier() and place.startswith(_AT) else f"{place}.__dict__"
 
 
 def absent(layer: Any, name: str) -> Read:
     """The read that a layer has no such attribute."""
-    homes = (
-        ("__dict__", "_parameters", "_modules", "_buffers") if isinstance(layer, nn.Module) else ("__dict__",)
-    )
-    return Read(" and ".join(f"{name!r} not in {{self}}.{home}" for home in homes), (), name)
+    homes = ["{own}"]
+    if isinstance(layer, nn.Module):
+        homes += [f"{{own}}['{home}']" for home in ("_parameters", "_modules", "_buffers")]
+    return Read(" and ".join(f"{name!r} not in {home}" for home in homes), (), name)
 
 
 def bare(place: str, layer: nn.Module, what: str) -> tuple[str, tuple[Read, ...]]:
@@ -308,14 +388,14 @@ def bare(place: str, layer: nn.Module, what: str) -> tuple[str, tuple[Read, ...]
         A shorter expression of the layer, for what is read of it after these, and the reads.
     """
     cls: Any = type(layer)
-    here = "_tw_at_" + re.sub(r"\W+", "_", what)
-    first, *others = _OWN
+    here = _AT + re.sub(r"\W+", "_", what)
+    state, (first, *others) = _state_of(here), _OWN
     own = " or ".join(
-        (f"({here}_state := {here}.__dict__)[{first!r}]", *(f"{here}_state[{name!r}]" for name in others))
+        (f"({state} := {here}.__dict__)[{first!r}]", *(f"{state}[{name!r}]" for name in others))
     )
     everywhere = " or ".join(f"{{{at}}}" for at in range(len(_EVERYWHERE)))
     return here, (
-        Read(f"type({here} := {place}) is {{0}}", (cls,), what),
-        Read(f"not ({own} or 'forward' in {here}_state)", (), f"the hooks of {what}"),
+        Read(f"_tw_type({here} := {place}) is {{0}}", (cls,), what),
+        Read(f"not ({own} or 'forward' in {state})", (), f"the hooks of {what}"),
         Read(f"not ({everywhere})", _EVERYWHERE, "the hooks on all modules"),
     )

@@ -72,6 +72,7 @@ class Op:
         self.roles = dict(roles or {})
         self.layers = dict(layers or {})
         self.functions = dict(functions or {})
+        self._hooks: dict[str, Callable[..., Any] | None] = {}
         modules = backends if isinstance(backends, dict) else {backend: backend for backend in backends}
         self.backends = tuple(
             Backend(name, backend, f"{_PACKAGE}.{name}.{module}") for backend, module in modules.items()
@@ -106,7 +107,10 @@ class Op:
 
     def hook(self, name: str) -> Callable[..., Any] | None:
         """A function of its ``recognition.py``, or None: see :mod:`twinkle.match` for what is asked."""
-        return getattr(self.module("recognition"), name, None) if self.has("recognition") else None
+        if name not in self._hooks:
+            module = self.module("recognition") if self.has("recognition") else None
+            self._hooks[name] = getattr(module, name, None)
+        return self._hooks[name]
 
     @property
     def variants(self) -> tuple[Any, ...]:
@@ -117,7 +121,8 @@ class Op:
 
 def all_ops() -> tuple[Op, ...]:
     """Every op, in the order of their ranks."""
-    path = tuple(import_module(_PACKAGE).__path__)
+    package = sys.modules.get(_PACKAGE) or import_module(_PACKAGE)
+    path = tuple(package.__path__)
     if path not in _records:
         _records[path] = _walk(path)
     return _records[path]

@@ -1,63 +1,70 @@
-"""The verdicts of earlier proofs on this machine, in one small JSON file a user.
+"""The verdicts of earlier proofs on this machine: one small file a verdict, in a directory of the user's own.
 
-The file is ``proofs.json`` in the directory that ``TWINKLE_CACHE`` names, by default ``twinkle`` in the
-cache directory of the user (``XDG_CACHE_HOME``, else ``~/.cache``). ``TWINKLE_CACHE=off`` does without.
-It is replaced as a whole, so that a reader never sees half of one; of two processes that write at once one
-may lose its entry, which is then proven again. A file that cannot be read is as good as none.
+The directory is ``proofs`` in the one that ``TWINKLE_CACHE`` names (:func:`twinkle.files.cache_directory`).
+Each file is named by the digest of its key and written whole, so that processes which write at once lose
+nothing and need no lock.
+
+A kept verdict spares a proof, and is believed only where nobody but the user can have written it: the
+directory is theirs and closed to others, and the file is signed with a secret that lies in it. Anything odd
+about a file means proving again. Only verdicts that a kernel is right are kept: no file can switch one off.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
 import logging
 import math
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twinkle._environment import is_switch, variables
+from twinkle._environment import variables
+from twinkle.files import cache_directory, read_bounded, write_whole
 from twinkle.proof.compare import Verdict
 from twinkle.runtime import runtime
+from twinkle.sources.permissions import believable, check_own
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
-__all__ = ["MOST", "SCHEMA", "ProofCache", "cache_file", "proofs"]
+__all__ = ["DAYS", "MOST", "SCHEMA", "ProofCache", "cache_folder", "proofs"]
 
-SCHEMA = 1
-"""The format of the file; one of another format is read as empty."""
+SCHEMA = 2
+"""The format of a file; one of another format is none."""
 MOST = 8192
-"""Entries that are kept; the oldest go first."""
+"""Verdicts that are kept; the oldest go first."""
+DAYS = 180
+"""Days for which a verdict is believed."""
+
+_BYTES = 1 << 16
+_SECRET = "secret"
+_FIELDS = {"schema", "key", "text", "errors", "date", "about", "mac"}
+LOOK_EVERY = 256
 _log = logging.getLogger("twinkle.proof")
 
 
-def cache_file(environ: Mapping[str, str]) -> Path | None:
-    """Where the verdicts are kept, or None where the user wants no such file."""
-    given = environ.get("TWINKLE_CACHE", "").strip()
-    if is_switch(given):  # "1" is an error of the configuration, and no directory either
-        return None
-    if given:
-        return Path(given).expanduser() / "proofs.json"
-    home = environ.get("XDG_CACHE_HOME", "").strip()
-    # The XDG specification has relative paths ignored.
-    base = Path(home) if os.path.isabs(home) else Path("~/.cache").expanduser()
-    return base / "twinkle" / "proofs.json"
+def cache_folder(environ: Mapping[str, str]) -> Path | None:
+    """Where the verdicts are kept, or None where the user wants none or has no home."""
+    directory = cache_directory(environ)
+    return None if directory is None else Path(directory, "proofs")
 
 
 class ProofCache:
-    """Verdicts by their cache keys (:func:`twinkle.proof.cache_key.cache_key`).
+    """Verdicts by their cache keys (:func:`twinkle.proof.cache_key.cache_key`); no method of it raises.
 
     Args:
-        path: The file; without one nothing is found and nothing is kept.
+        path: The directory; without one nothing is found and nothing is kept.
     """
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self._known: dict[str, Any] | None = None
+        self._known: dict[str, Verdict] = {}
+        self._secret: bytes | None = None
         self._complained = False
+        self._written = 0
 
     def recall(self, key: Mapping[str, Any]) -> Verdict | None:
         """The verdict kept for a cache key, or for the stricter one with gradients."""
@@ -67,107 +74,187 @@ class ProofCache:
         """The verdict kept for that very cache key, if there is one."""
         if self.path is None:
             return None
-        if self._known is None:
-            self._known = self._read()
-        entry = self._known.get(_digest(key), {})
-        try:
-            errors = [math.nan if number is None else float(number) for number in entry["errors"]]
-            a, b, c, d = errors
-            return Verdict(
-                bool(entry["ok"]), str(entry["text"]), errors=(a, b, c, d), date=str(entry["date"])
-            )
-        except (TypeError, KeyError, ValueError):  # nothing there, or not ours
-            return None
+        with self._guarded("read"):
+            digest = _digest(key)
+            if digest not in self._known:
+                verdict = self._read(digest)
+                if verdict is None:
+                    return None
+                self._known[digest] = verdict
+            return self._known[digest]
+        return None
 
     def keep(self, key: Mapping[str, Any], verdict: Verdict) -> None:
-        """Add a verdict under its cache key, unless it is inconclusive."""
+        """Add a verdict under its cache key, unless it is inconclusive; a rejection for this process only."""
         self.keep_all([(key, verdict)])
 
     def keep_all(self, verdicts: list[tuple[Mapping[str, Any], Verdict]]) -> None:
         """Add several verdicts at once, as :meth:`keep` does."""
-        new = {
-            _digest(key): {
-                "ok": verdict.ok,
-                "text": verdict.text,
-                "errors": [None if math.isnan(number) else number for number in verdict.errors],
-                "date": datetime.date.today().isoformat(),
-                "about": " ".join(str(key.get(part)) for part in ("op", "variant", "dtype", "device")),
-            }
-            for key, verdict in verdicts
-            if verdict.conclusive
-        }
-        if self.path is None or not new:
+        if self.path is None:
             return
-        # Read again: other processes write as well.
-        entries = {**self._read(), **new}
-        if len(entries) > MOST:
-            oldest = sorted(entries, key=lambda name: str(entries[name].get("date")), reverse=True)
-            entries = {name: entries[name] for name in oldest[:MOST]}
-        self._known = entries
-        self._write({"schema": SCHEMA, "proofs": entries})
+        with self._guarded("written"):
+            for key, verdict in verdicts:
+                if not verdict.conclusive:
+                    continue
+                digest, today = _digest(key), datetime.date.today().isoformat()
+                self._known[digest] = Verdict(verdict.ok, verdict.text, errors=verdict.errors, date=today)
+                if verdict.ok:
+                    self._write(digest, key, self._known[digest])
 
     def clear(self) -> int:
-        """Remove the file; returns how many verdicts it had."""
-        count = len(self._read())
-        self._known = None
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
+        """Remove the verdicts and the secret that signs them; returns how many there were."""
+        self._known.clear()
+        self._secret = None
+        count = 0
+        with self._guarded("cleared"):
+            for entry in self._entries():
+                entry.unlink(missing_ok=True)
+                count += 1
+            if self.path is not None:
+                (self.path / _SECRET).unlink(missing_ok=True)
         return count
 
     def __len__(self) -> int:
-        return len(self._read())
+        with self._guarded("read"):
+            return len(self._entries())
+        return 0
 
-    def _read(self) -> dict[str, Any]:
-        if self.path is None:
-            return {}
-        try:
-            document = json.loads(self.path.read_text("utf-8"))
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, RecursionError) as error:
-            self._complain("read", error)
-            return {}
-        found = document.get("proofs") if isinstance(document, dict) else None
-        if not isinstance(found, dict) or document.get("schema") != SCHEMA:
-            self._complain("read", "it is of another format")
-            return {}
-        return {name: entry for name, entry in found.items() if isinstance(entry, dict)}
+    # -- one file ----------------------------------------------------------------------------------
 
-    def _write(self, document: object) -> None:
+    def _read(self, digest: str) -> Verdict | None:
         assert self.path is not None
-        temporary = None
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor, temporary = tempfile.mkstemp(prefix=".proofs-", dir=self.path.parent)
-            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump(document, file, separators=(",", ":"))
-            os.replace(temporary, self.path)
-        except OSError as error:
-            self._complain("written", error)
-            if temporary is not None:
-                Path(temporary).unlink(missing_ok=True)
+        file = self.path / f"{digest}.json"
+        if not file.exists():
+            return None
+        self._check_folder(self.path)
+        data = _read_own(file, _BYTES)
+        document = json.loads(data, parse_constant=_no_number)
+        secret = self._signing()
+        if not isinstance(document, dict) or set(document) != _FIELDS or document["schema"] != SCHEMA:
+            raise ValueError(f"{file.name} is of another format")
+        if secret is None or document["mac"] != _mac(secret, document) or document["key"] != digest:
+            raise ValueError(f"{file.name} is not what was written")
+        date = datetime.date.fromisoformat(document["date"])
+        if not 0 <= (datetime.date.today() - date).days + 1 <= DAYS:
+            return None
+        a, b, c, d = (math.nan if number is None else float(number) for number in document["errors"])
+        return Verdict(True, str(document["text"]), errors=(a, b, c, d), date=document["date"])
 
-    def _complain(self, what: str, why: object) -> None:
-        if not self._complained:
-            self._complained = True
-            _log.warning("%s cannot be %s, so kernels are proven anew: %s", self.path, what, why)
+    def _write(self, digest: str, key: Mapping[str, Any], verdict: Verdict) -> None:
+        assert self.path is not None
+        if not self.path.is_dir():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(mode=0o700, exist_ok=True)
+        self._check_folder(self.path)
+        document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "key": digest,
+            "text": verdict.text[:4096],
+            "errors": [None if math.isnan(number) else number for number in verdict.errors],
+            "date": verdict.date,
+            "about": " ".join(str(key.get(part)) for part in ("op", "variant", "dtype", "device"))[:512],
+        }
+        document["mac"] = _mac(self._signing(make=True) or b"", document)
+        write_whole(self.path / f"{digest}.json", json.dumps(document, indent=1).encode(), mode=0o600)
+        if self._written % LOOK_EVERY == 0:
+            self._prune()
+        self._written += 1
+
+    def _signing(self, *, make: bool = False) -> bytes | None:
+        """The secret of this user's verdicts, made by the first process that keeps one."""
+        assert self.path is not None
+        if self._secret is None:
+            file = self.path / _SECRET
+            if make and not file.exists():
+                # Written whole and then linked: of several processes all get the secret of the first.
+                own = self.path / f".{_SECRET}.{os.urandom(8).hex()}.tmp"
+                write_whole(own, os.urandom(32), mode=0o600)
+                try:
+                    os.link(own, file)
+                except FileExistsError:
+                    pass
+                except OSError:  # a file system without hard links
+                    os.replace(own, file)
+                own.unlink(missing_ok=True)
+            secret = _read_own(file, 32)
+            if len(secret) != 32:
+                raise ValueError("the secret is damaged: remove it, or run `twinkle verify --clear`")
+            self._secret = secret
+        return self._secret
+
+    # -- the directory -----------------------------------------------------------------------------
+
+    def _check_folder(self, folder: Path) -> None:
+        """Raise where somebody else may write in the directory, or put another in its place."""
+        check_own(str(folder), os.lstat(folder))
+        reason = believable(str(folder))
+        if reason is not None:
+            raise PermissionError(f"others could have written them: {reason}")
+
+    def _entries(self) -> list[Path]:
+        if self.path is None or not self.path.is_dir():
+            return []
+        return [path for path in self.path.iterdir() if path.suffix == ".json" and path.name[0] != "."]
+
+    def _prune(self) -> None:
+        """Remove the oldest verdicts beyond ``MOST``, and what writers that were killed have left."""
+        assert self.path is not None
+        aged = []
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    aged.append((entry.stat(follow_symlinks=False).st_mtime, entry.path))
+        now = datetime.datetime.now().timestamp()
+        for when, path in aged:
+            if path.endswith(".tmp") and now - when > 3600:
+                Path(path).unlink(missing_ok=True)
+        kept = sorted((when, path) for when, path in aged if path.endswith(".json"))
+        for _, path in kept[: max(0, len(kept) - MOST)]:
+            Path(path).unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Nothing that is wrong with the cache is an error of the program; the first is a line in the log."""
+        try:
+            yield
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            if not self._complained:
+                self._complained = True
+                _log.warning("%s cannot be %s, so kernels are proven anew: %s", self.path, what, error)
+
+
+def _read_own(file: Path, limit: int) -> bytes:
+    """The content of a file that is this user's own."""
+    return read_bounded(file, limit, follow=False, check=lambda status: check_own(str(file), status))
+
+
+def _no_number(text: str) -> float:
+    raise ValueError(f"{text} is no error")
+
+
+def _mac(secret: bytes, document: Mapping[str, Any]) -> str:
+    told = {name: value for name, value in document.items() if name != "mac"}
+    text = json.dumps(told, sort_keys=True)
+    return hashlib.blake2b(text.encode(), key=secret, digest_size=32).hexdigest()
 
 
 def _digest(key: Mapping[str, Any]) -> str:
     text = json.dumps(key, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class _Caches:
-    """The caches that were opened, by their files."""
+    """The caches that were opened, by their directories."""
 
     def __init__(self) -> None:
         self.by_path: dict[Path | None, ProofCache] = {}
 
 
 def proofs() -> ProofCache:
-    """The cache of verdicts in the file that the environment names."""
-    path = cache_file(variables())
+    """The cache of verdicts in the directory that the environment names."""
+    path = cache_folder(variables())
     caches = runtime.of(_Caches).by_path
     if path not in caches:
         caches[path] = ProofCache(path)

@@ -36,6 +36,7 @@ def changed(ends: Ends) -> None:
 def at_exit(ends: Ends) -> None:
     """Write and say what was asked for; nothing of it fails the program but ``strict``."""
     first = job.is_first()
+    job.remove_left_behind()
     data = snapshot()
     others = job.others(ends.path) if first else []
     if others:
@@ -71,16 +72,9 @@ def write_json(data: dict[str, Any], path: str) -> None:
     """Write ``data`` to ``path`` in one step: a reader sees the old file or the new one, whole."""
     import json
 
-    temporary = f"{path}.{os.getpid()}.tmp"
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=2)
-            file.write("\n")
-        os.replace(temporary, path)
-    except OSError:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
-        raise
+    from twinkle.files import write_whole
+
+    write_whole(path, json.dumps(data, indent=2).encode() + b"\n")
 
 
 def _end_with_an_error(number: int) -> None:

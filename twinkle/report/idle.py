@@ -6,6 +6,7 @@ import sys
 
 from twinkle._environment import switched_off, variables
 from twinkle.errors import ConfigError, suggest
+from twinkle.report import where
 from twinkle.runtime import runtime
 from twinkle.targets import Name, Op, Pattern, parse_target
 
@@ -27,6 +28,9 @@ _UNMADE = object()
 
 def waits_for(binding: Binding) -> str:
     """Why a binding that no layer and no function was met for waits, as things are now."""
+    elsewhere = where.reason(binding)
+    if elsewhere is not None:
+        return elsewhere
     noun = "layer" if binding.scope == "layer" else "function"
     try:
         target = parse_target(binding.target)
@@ -122,6 +126,10 @@ def lines(data: Mapping[str, Any]) -> list[str]:
             f"{binding['target']} keeps its original, kernel {binding['kernel']!r} did nothing: "
             f"{binding['reason']} ({binding['origin']})"
         )
+    if runtime.session.door:
+        for target, kernel, line in where.lines():
+            if (target, kernel) not in said:
+                said[target, line] = line
     found = list(said.values())
     if len(found) > _SHOWN:
         found[_SHOWN:] = [f"and {len(found) - _SHOWN} more did nothing; TWINKLE_LOG=info prints all of them"]

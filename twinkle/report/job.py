@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 
-from twinkle.session import JOB, job_folder
+from twinkle.session import JOB, job_folder, job_folders
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["add_others", "is_first", "others", "path_of_this_process"]
+__all__ = ["add_others", "is_first", "others", "path_of_this_process", "remove_left_behind"]
 
 
 def is_first() -> bool:
@@ -53,6 +53,8 @@ def others(path: str | None) -> list[dict[str, Any]]:
     import json
     from glob import escape, glob
 
+    from twinkle.files import DOCUMENT, read_bounded
+
     if path is not None:
         stem, suffix = os.path.splitext(path)
         files = sorted(glob(f"{escape(stem)}.*{escape(suffix)}"))
@@ -61,17 +63,31 @@ def others(path: str | None) -> list[dict[str, Any]]:
     found = []
     for file in files:
         try:
-            with open(file, encoding="utf-8") as text:
-                data = json.load(text)
+            data = json.loads(read_bounded(file, DOCUMENT, check=_check_own))
             if data["process"]["job"] == os.environ.get(JOB):  # else it is left of an earlier job
                 found.append({**data, "file": file})
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue
     if path is None:
         import shutil
 
         shutil.rmtree(folder, ignore_errors=True)
     return found
+
+
+def remove_left_behind() -> None:
+    """Remove the folders of jobs whose first process was killed, and so read and removed nothing."""
+    root, prefix = os.path.split(job_folders())
+    try:
+        names = [name for name in os.listdir(root) if name.startswith(prefix)]
+    except OSError:
+        return
+    for name in names:
+        folder, pid = os.path.join(root, name), name.removeprefix(prefix).partition("-")[0]
+        if pid.isdecimal() and not _is_running(pid) and _is_ours(folder):
+            import shutil
+
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def add_others(data: dict[str, Any], found: list[dict[str, Any]]) -> None:
@@ -105,6 +121,12 @@ def _is_same(its: dict[str, Any], binding: dict[str, Any], ours: set[str]) -> bo
 def _is_ours(folder: str) -> bool:
     """Whether a folder in a place where everybody may write is this user's."""
     return os.path.isdir(folder) and (not hasattr(os, "getuid") or os.lstat(folder).st_uid == os.getuid())
+
+
+def _check_own(status: os.stat_result) -> None:
+    """Raise for a file that another user has put among those of this job."""
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
+        raise PermissionError(f"it belongs to user {status.st_uid}")
 
 
 def _is_running(pid: str) -> bool:

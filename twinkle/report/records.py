@@ -6,7 +6,7 @@ import os
 import sys
 
 from twinkle._version import __version__
-from twinkle.report import idle
+from twinkle.report import idle, where
 from twinkle.runtime import runtime
 from twinkle.session import JOB
 
@@ -70,7 +70,7 @@ def _binding(binding: Binding) -> dict[str, Any]:
         "most_instances": max(binding.most_instances, instances),
         "proof": binding.proof,
         "load_seconds": binding.load_seconds,
-        "notes": list(binding.notes),
+        "notes": [*binding.notes, *where.note(binding)],
         "origin": binding.origin,
     }
 

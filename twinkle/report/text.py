@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import textwrap
 
+from twinkle.errors import printable
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -26,12 +28,12 @@ def render(snapshot: Mapping[str, Any], *, width: int = 120) -> str:
     bindings: Sequence[Mapping[str, Any]] = snapshot["bindings"]
     lines = [f"twinkle {snapshot['twinkle']}: {summary(snapshot)}"]
     if snapshot["configs"]:
-        lines.append(f"  config: {', '.join(map(_near, snapshot['configs']))}")
+        lines.append(f"  config: {', '.join(printable(_near(path)) for path in snapshot['configs'])}")
     if bindings:
         lines += ["", *_table(bindings, width)]
     if snapshot["remarks"]:
         lines.append("")
-        lines += [f"  note: {remark}" for remark in snapshot["remarks"]]
+        lines += [f"  note: {printable(remark)}" for remark in snapshot["remarks"]]
     return "\n".join(lines) + "\n"
 
 
@@ -50,9 +52,9 @@ def _table(bindings: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     rows = [
         (
             f"{_MARKS.get(binding['state'], '!')} {binding['state']}",
-            binding["target"],
-            binding["kernel"],
-            _near(binding["source"]),
+            printable(binding["target"]),
+            printable(binding["kernel"]),
+            printable(_near(binding["source"])),
             f"{binding['device']}/{binding['mode']}",
             _count(binding),
         )
@@ -69,7 +71,7 @@ def _table(bindings: Sequence[Mapping[str, Any]], width: int) -> list[str]:
         lines.append(_line(row, widths))
         for text in _remarks(binding):
             lines += textwrap.wrap(
-                text, width=max(40, width), initial_indent="    ", subsequent_indent="      "
+                printable(text), width=max(40, width), initial_indent="    ", subsequent_indent="      "
             )
     return lines
 

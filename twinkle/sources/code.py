@@ -84,6 +84,11 @@ class CodeSource(LoadedOnce):
 
     kind = "code"
 
+    @property
+    def in_hand(self) -> object:
+        """The class or the callable; None where the name of one was given."""
+        return None if isinstance(self._given, str) else self._given
+
     def __init__(
         self,
         implementation: object,

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from twinkle.codegen import parse_source
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -29,7 +31,7 @@ def made_in_init(cls: type) -> dict[str, Made]:
             continue
         init = vars(klass)["__init__"]
         try:
-            tree = ast.parse(textwrap.dedent(inspect.getsource(init)))
+            tree = parse_source(textwrap.dedent(inspect.getsource(init)))
             defaults = {
                 name: parameter.default
                 for name, parameter in inspect.signature(init).parameters.items()

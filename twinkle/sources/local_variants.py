@@ -13,6 +13,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.errors import MissingDependencyError, SourceError, suggest
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.sources import packages, variants
 
 if TYPE_CHECKING:
@@ -192,14 +193,13 @@ def _check_metadata(variant: str, described: str, where: str | None) -> str | No
     """
     path = os.path.join(variant, "metadata.json")
     try:
-        with open(path, "rb") as file:
-            metadata: Any = json.load(file)
+        metadata: Any = json.loads(read_bounded(path, DOCUMENT))
         name, depends = metadata.get("name"), metadata.get("python-depends", [])
         if not (name is None or isinstance(name, str)) or not isinstance(depends, list):
             raise ValueError("name is no string, or python-depends no list")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise SourceError(
             f"{described}: metadata.json cannot be read",
             where=where,

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
-
-from twinkle.runtime import runtime
+from twinkle import forks
 
 __all__ = ["NamedLocks"]
 
@@ -14,17 +11,9 @@ class NamedLocks:
     """The locks of this process by their names: a repository of the Hub, the directory of a variant."""
 
     def __init__(self) -> None:
-        self._locks: dict[str, threading.RLock] = {}
+        self._locks: dict[str, forks.Lock] = {}
 
-    def of(self, name: str) -> threading.RLock:
+    def of(self, name: str) -> forks.Lock:
         """The lock of that name; the same one for all threads."""
         # One step for the interpreter: of two threads, both get the lock of the first.
-        return self._locks.setdefault(name, threading.RLock())
-
-    def let_go(self) -> None:
-        """Begin anew: whoever holds a lock is not in this process."""
-        self._locks.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: runtime.of(NamedLocks).let_go())
+        return self._locks.setdefault(name, forks.lock())

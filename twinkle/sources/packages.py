@@ -20,9 +20,11 @@ import importlib.util
 import json
 import os
 import sys
-import threading
 from typing import TYPE_CHECKING
 
+from twinkle import forks
+from twinkle.codegen import compile_tree, parse_source
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.runtime import runtime
 from twinkle.sources.permissions import refuse_writable
 
@@ -35,6 +37,9 @@ __all__ = ["Imports", "directory_of", "generation", "importing", "name_of", "res
 
 # A module with a __path__ is a package: its submodules are found by the finder below.
 __path__: list[str] = []
+
+SOURCE = 64 << 20
+"""The most bytes of a module's source."""
 
 _PREFIX = __name__ + "."
 _ESCAPES = {"_": "__", "/": "_s", ".": "_d", "-": "_h"}
@@ -51,13 +56,12 @@ class Imports:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = forks.lock()
         self.threads: dict[str, int] = {}
         self.generations: dict[str, int] = {}
 
     def in_child(self) -> None:
         """Begin anew after a fork: of the threads only the forking one lives on."""
-        self.lock = threading.Lock()
         self.threads.clear()
 
 
@@ -179,13 +183,13 @@ class _KernelLoader(importlib.machinery.SourceFileLoader):
 
     def get_code(self, fullname: str) -> CodeType:
         path = self.get_filename(fullname)
-        source = self.get_data(path)
+        source = read_bounded(path, SOURCE)
         package = _package_of(self.name)
         own_name = _own_name(package)
-        tree: Any = source
         if own_name and own_name.encode() in source:
-            tree = ast.fix_missing_locations(_OwnImports(own_name, package).visit(ast.parse(source, path)))
-        code: CodeType = compile(tree, path, "exec", dont_inherit=True)
+            tree = _OwnImports(own_name, package).visit(parse_source(source, path))
+            return compile_tree(ast.fix_missing_locations(tree), path)
+        code: CodeType = compile(source, path, "exec", dont_inherit=True)
         return code
 
 
@@ -235,9 +239,9 @@ def _own_name(package: str) -> str | None:
     if first.startswith("repo_"):
         return name
     try:
-        with open(os.path.join(directory_of(package), "metadata.json"), "rb") as file:
-            written = json.load(file)["name"]
-    except (OSError, ValueError, LookupError, TypeError):
+        path = os.path.join(directory_of(package), "metadata.json")
+        written = json.loads(read_bounded(path, DOCUMENT))["name"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     return written.replace("-", "_") if isinstance(written, str) else None
 
@@ -311,5 +315,4 @@ def _install() -> None:
 
 
 _install()
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=lambda: runtime.of(Imports).in_child())
+forks.in_child(lambda: runtime.of(Imports).in_child())

@@ -19,7 +19,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from twinkle.errors import ConfigError, SourceError, suggest
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.sources import lookup
+from twinkle.sources.permissions import advice, doubt_about
 
 __all__ = ["GROUP", "Plugin", "PluginInfo", "available", "find", "load"]
 
@@ -137,9 +139,9 @@ def _from_file(info: PluginInfo, package: str, resource: str) -> Plugin:
     try:
         if directory is None:
             raise FileNotFoundError(f"no package {package!r}")
-        with open(path, "rb") as file:
-            document = _toml().load(file)
-    except (OSError, ValueError) as error:
+        data = read_bounded(path, DOCUMENT, check=lambda status: _refuse_others(info, path, status))
+        document = _toml().loads(data.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise SourceError(
             f"{info.where} cannot be read",
             found=f"{type(error).__name__}: {error}",
@@ -150,6 +152,9 @@ def _from_file(info: PluginInfo, package: str, resource: str) -> Plugin:
 
 
 def _from_code(info: PluginInfo, module_name: str, attribute: str) -> Plugin:
+    place = _file_of(module_name)
+    if place is not None:
+        _refuse_others(info, place)
     try:
         module = importlib.import_module(module_name)
         found = lookup.find(module, attribute, homes=("",)) if attribute else lookup.MISSING
@@ -170,6 +175,33 @@ def _from_code(info: PluginInfo, module_name: str, attribute: str) -> Plugin:
     file = getattr(module, "__file__", None)
     base_dir = os.path.dirname(os.path.abspath(file)) if file else os.getcwd()
     return Plugin(dict(found), base_dir, info.where, info)
+
+
+def _refuse_others(info: PluginInfo, path: str, status: os.stat_result | None = None) -> None:
+    """Raise where somebody else could have written the document or code of a plugin.
+
+    Raises:
+        SourceError: With the command that ends it.
+    """
+    doubt = doubt_about(path, status)
+    if doubt is not None:
+        raise SourceError(
+            f"{info.where}: a plugin that others can write is not used",
+            found=str(doubt),
+            expected="files and directories of this user, of root, or of the owner of Python",
+            fix=doubt.fix + advice(os.path.dirname(path)),
+        )
+
+
+def _file_of(module: str) -> str | None:
+    """The file of the package a module is in, without running any of it; None where there is none."""
+    top = module.partition(".")[0]
+    try:
+        spec = sys.modules[top].__spec__ if top in sys.modules else importlib.util.find_spec(top)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    places = [spec.origin, *(spec.submodule_search_locations or ())] if spec is not None else []
+    return next((place for place in places if place and os.path.exists(place)), None)
 
 
 def _directory_of(package: str) -> str | None:

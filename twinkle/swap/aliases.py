@@ -1,14 +1,9 @@
 """References to a function that other modules took: finding them, and putting another function there.
 
 ``from target import f`` copies a reference, so a module that did so before ``target.f`` was
-replaced goes on with the original. The places are found by identity:
-
-- found and rebound: the globals of every imported module, under any name, and the attributes of
-  classes (bare or in a ``staticmethod``; not of those that ``gc.freeze`` has hidden);
-- found and reported by :func:`stale`, never changed: default arguments and closures of functions
-  and methods, ``functools.partial``, and dicts, lists, tuples, sets and frozensets, each where it
-  stands in the globals of a module or (functions) in a class there;
-- not found: anything deeper (a list in an instance, a closure in a closure, C structures).
+replaced goes on with the original. Found, by identity, and rebound are the globals of every imported module,
+under any name, and the attributes of classes (bare or in a ``staticmethod``; not of those that ``gc.freeze``
+has hidden). What else holds the function is the matter of :mod:`twinkle.swap.holders`.
 
 No attribute of a module or class is looked up: only dictionaries are read, so that no lazy module
 loads and no descriptor runs. Names that are taken after the replacement need nothing.
@@ -16,34 +11,31 @@ loads and no descriptor runs. Names that are taken after the replacement need no
 
 from __future__ import annotations
 
-import functools
 import gc
 import sys
-from types import CellType, FunctionType, MappingProxyType, ModuleType
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from twinkle.hooks.finder import spec_of
-from twinkle.swap.scope import is_generated
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
     from typing import Any
 
-__all__ = ["Alias", "being_imported", "find", "modules_since", "rebind", "restore", "stale"]
+    from twinkle.swap.holders import Held
 
-# A mapping or sequence with more entries is data, not a table of functions.
-_LARGEST_CONTAINER = 4096
+__all__ = ["Alias", "being_imported", "find", "modules_since", "rebind", "restore"]
+
 _OURS = __name__.partition(".")[0]
 
 
 class Alias:
-    """A name, or a container under a name, that holds an object.
+    """A name that holds an object.
 
     Attributes:
         holder: The module or class whose name it is.
         name: The name there.
-        place: ``module``, ``class``, ``staticmethod``; for :func:`stale` what keeps the object:
-            ``default``, ``closure``, ``partial`` or ``container``.
+        place: ``module``, ``class`` or ``staticmethod``.
         original: The object that was found there.
         replacement: What was put there, once it was.
     """
@@ -59,12 +51,10 @@ class Alias:
 
     @property
     def where(self) -> str:
-        """``module.name`` or ``module.Class.name``, and the place where that is not plain."""
+        """``module.name`` or ``module.Class.name``."""
         if isinstance(self.holder, type):
-            path = f"{self.holder.__module__}.{self.holder.__qualname__}.{self.name}"
-        else:
-            path = f"{_name_of(self.holder)}.{self.name}"
-        return path if self.place in ("module", "class", "staticmethod") else f"{path} ({self.place})"
+            return f"{self.holder.__module__}.{self.holder.__qualname__}.{self.name}"
+        return f"{_name_of(self.holder)}.{self.name}"
 
     def _replace(self, old: object, new: object) -> bool:
         """Put ``new`` where ``old`` stands; ``False`` when something else stands there."""
@@ -83,6 +73,10 @@ class Alias:
             wrapped = staticmethod(new) if unbound else new  # type: ignore[arg-type]
             type.__setattr__(self.holder, self.name, wrapped)
         return True
+
+    def put_back(self) -> bool:
+        """Put the original back; false where something else stands there by now."""
+        return self._replace(self.replacement, self.original)
 
     def __repr__(self) -> str:
         return f"<Alias {self.where}>"
@@ -161,79 +155,9 @@ def rebind(
     return changed
 
 
-def restore(aliases: list[Alias]) -> list[Alias]:
+def restore(aliases: Sequence[Alias | Held]) -> list[Alias | Held]:
     """Put the originals back; returns the places that someone else has changed since, left alone."""
-    return [alias for alias in aliases if not alias._replace(alias.replacement, alias.original)]
-
-
-def stale(original: object, *, target: str | None = None) -> list[Alias]:
-    """Find where an object is held by no name, so that it cannot be replaced there."""
-    since = being_imported(original, target)
-    found = []
-    for module, namespace in modules_since(since):
-        for name, value in list(namespace.items()):
-            keep = _KEEPERS.get(type(value))
-            if keep is not None and value is not original and (place := keep(value, original)):
-                found.append(Alias(module, name, place, original))
-    for cls in _classes(since):
-        for name, value in list(_namespace(cls).items()):
-            function = value.__func__ if type(value) in (staticmethod, classmethod) else value
-            if type(function) is FunctionType and function is not original:
-                place = _keeps_in_function(function, original)
-                if place:
-                    found.append(Alias(cls, name, place, original))
-    return found
-
-
-def _keeps_in_function(function: FunctionType, original: object) -> str:
-    if is_generated(function):
-        return ""
-    for default in function.__defaults__ or ():
-        if default is original:
-            return "default"
-    for default in (function.__kwdefaults__ or {}).values():
-        if default is original:
-            return "default"
-    for cell in function.__closure__ or ():
-        if _cell(cell) is original:
-            return "closure"
-    return ""
-
-
-def _keeps_in_values(table: Any, original: object) -> str:
-    if len(table) > _LARGEST_CONTAINER:
-        return ""
-    return "container" if id(original) in map(id, tuple(table.values())) else ""
-
-
-def _keeps_in_items(items: Any, original: object) -> str:
-    if len(items) > _LARGEST_CONTAINER:
-        return ""
-    return "container" if id(original) in map(id, tuple(items)) else ""
-
-
-def _keeps_in_partial(partial: Any, original: object) -> str:
-    held = (partial.func, *partial.args, *partial.keywords.values())
-    return "partial" if id(original) in map(id, held) else ""
-
-
-_KEEPERS: dict[type, Callable[[Any, object], str]] = {
-    FunctionType: _keeps_in_function,
-    functools.partial: _keeps_in_partial,
-    dict: _keeps_in_values,
-    MappingProxyType: _keeps_in_values,
-    list: _keeps_in_items,
-    tuple: _keeps_in_items,
-    set: _keeps_in_items,
-    frozenset: _keeps_in_items,
-}
-
-
-def _cell(cell: CellType) -> object:
-    try:
-        return cell.cell_contents
-    except ValueError:  # empty
-        return None
+    return [alias for alias in reversed(aliases) if not alias.put_back()]
 
 
 def being_imported(original: object, target: str | None) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import time
 import traceback
 import weakref
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
+from twinkle import forks
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_layer
 from twinkle.runtime import runtime
@@ -68,7 +68,7 @@ class BaseCandidate:
         self.device: str | None = kernel.device
         self.mode: Mode | None = kernel.mode
         self._loaded: Any = _UNLOADED
-        self._lock = threading.RLock()
+        self._lock = forks.lock()
         self._loading = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
 

@@ -7,10 +7,10 @@ goes below these, so that they keep what they do.
 from __future__ import annotations
 
 import sys
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from twinkle import forks
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ class _Rebased:
     """The generated classes over another core, by the class that torch made and that core."""
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.classes: weakref.WeakValueDictionary[tuple[type, type], type] = weakref.WeakValueDictionary()
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from twinkle import forks
 from twinkle.codegen import compile_source
-from twinkle.match.reads import CHANGED
+from twinkle.match.reads import CHANGED, KEPT
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
 from twinkle.swap.candidate import explain
@@ -85,7 +86,7 @@ class Dispatch:
         self.original = original
         self.fixed_training = training
         self.fixed_compiling = compiling
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.entries = [
             Entry(candidate, index, self.target)
             for index, candidate in enumerate(candidates)
@@ -111,8 +112,9 @@ class Dispatch:
             # The globals are the original's, where these may be something else.
             getattr=getattr,
             Exception=Exception,
+            type=type,
+            kept=KEPT,
         )
-        self._set(**{f"guard{e.index}": e.guard.holds for e in self.entries if e.guard is not None})
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
@@ -122,6 +124,10 @@ class Dispatch:
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
         )
+        for entry in self.entries:
+            if entry.guard is not None:
+                for name, value in self._code.inlined(entry, entry.guard)[1].items():
+                    self.names[name] = value
         self.function = self._new_function()
         for candidate in candidates:
             candidate.used_by(self)
@@ -139,10 +145,9 @@ class Dispatch:
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
         if self._minds_the_gpu():
             names.append("current")
-        guarded = [f"guard{entry.index}" for entry in self.entries if entry.guard is not None]
         # A function that is pickled by value takes its cells along: they hold nothing of the program then.
-        if guarded and self.target is not None:
-            names += ["target", *guarded]
+        if any(entry.guard is not None for entry in self.entries):
+            names += ["target", "type"] if self.standing[1] else ["type"]
         return [f"_tw_{name}" for name in dict.fromkeys(names)]
 
     def _set(self, **values: Any) -> None:

@@ -117,7 +117,7 @@ class DispatchCode:
                 yield from self._lines(branch, pad + "    ", {**known, tree.name: value})
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
-            yield f"{pad}return _tw_original({self.form.arguments})"
+            yield f"{pad}return {self.standing}({self.form.arguments})"
         elif tree.entry.guard is not None and "guard" not in known:
             yield from self._guard_lines(tree.entry, tree.entry.guard, pad)
             yield from self._lines(tree, pad, {**known, "guard": True})
@@ -138,12 +138,23 @@ class DispatchCode:
         """The lines that run what stands now where the kernel was made for something else."""
         tests = [self.standing_test] if self.standing_test else []
         if guard.reads:
-            tests.append(f"_tw_guard{entry.index}({self.form.first})")
+            tests.append(self.inlined(entry, guard)[0])
         if not tests:
             return
-        yield f"{pad}if not ({' and '.join(tests)}):"
+        if guard.reads:
+            yield f"{pad}try:"
+            yield f"{pad}    _tw_holds = {' and '.join(tests)}"
+            yield f"{pad}except _tw_Exception:"
+            yield f"{pad}    _tw_holds = False"
+            yield f"{pad}if not _tw_holds:"
+        else:
+            yield f"{pad}if not {tests[0]}:"
         yield f"{pad}    _tw_changed({entry.index})"
         yield f"{pad}    return {self.standing}({self.form.arguments})"
+
+    def inlined(self, entry: Entry, guard: Guard) -> tuple[str, dict[str, Any]]:
+        """The expression of what an entry rests on, and what the names in it stand for."""
+        return guard.inline(self.form.first, f"_tw_guard{entry.index}_")
 
     def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
         if known.get("device", "cuda") in (None, "cuda") and self.several_gpus:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinkle.devices import torch_type
+from twinkle.match.reads import Guard
 from twinkle.modes import rank
 from twinkle.swap.dtype_keys import ANY
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twinkle.match.reads import Guard
     from twinkle.swap.candidate import BaseCandidate
     from twinkle.swap.dtype_keys import DtypeKey
 
@@ -52,7 +52,8 @@ class Entry:
     Attributes:
         state: ``new`` (not loaded), ``ready`` (loaded and checked, never run), ``live`` (ran once).
         function: What to call, once loaded.
-        guard: What the kernel rests on, which each call asks first; None for nothing.
+        guard: What the kernel rests on, which each call asks first; None for nothing. One in the place of a
+            class's forward rests on that one at least: whoever gives the class another one later means it.
         guard_failed: Some call found it otherwise.
     """
 
@@ -66,7 +67,6 @@ class Entry:
         "has_backward",
         "index",
         "mode",
-        "same_signature",
         "state",
     )
 
@@ -79,8 +79,9 @@ class Entry:
         self.function: Callable[..., Any] | None = None
         self.can_torch_compile: bool | None = None
         self.has_backward: bool | None = None
-        self.same_signature = False
         guard: Guard | None = getattr(candidate.kernel.source, "guard", None)
+        if guard is None and target is not None:
+            guard = Guard(())
         self.guard = None if guard is None else guard.of(target)
         self.guard_failed = False
 

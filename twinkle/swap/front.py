@@ -14,12 +14,12 @@ from __future__ import annotations
 import re
 import secrets
 import sys
-import threading
 import weakref
 from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from twinkle import forks
 from twinkle.swap.code import CallForm
 from twinkle.swap.scope import Scope
 from twinkle.targets import own_forward
@@ -62,11 +62,12 @@ class Front:
         self.slots: list[LayerDispatch | None] = []
         self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
         self.on_code: Callable[[Any], None] | None = None
-        self._lock = threading.RLock()
+        self._lock = forks.lock()
         self._form = CallForm(self.original, 1)
         self._self = self._form.first
-        self._scope = Scope(self.original, ["_tw_original"])
+        self._scope = Scope(self.original, ["_tw_original", "_tw_type"])
         self._scope["_tw_original"] = self.original
+        self._scope["_tw_type"] = type
         self.function: Any = self._scope.function(self._text(), self.original.__qualname__)
         self._form.dress(self.function, self.original)
         self.function.__dict__.pop("__signature__", None)
@@ -141,7 +142,7 @@ class Front:
 
 def _in_slot(text: str, number: int) -> str:
     """The names of a dispatch, in a text or as such, for one of several dispatches in a function."""
-    return re.sub(r"\b_tw_", f"_tw{number}_", text)
+    return re.sub(r"\b_tw_(?!type\b)", f"_tw{number}_", text)
 
 
 def new_mark() -> str:

@@ -59,6 +59,11 @@ class Placement:
         self._before = before
 
     @property
+    def function(self) -> Any:
+        """What stands there now, without the ``staticmethod`` or ``classmethod`` around it."""
+        return _inner(self.placed)
+
+    @property
     def displaced(self) -> bool:
         """Whether someone else has replaced it since."""
         standing = vars(self.owner).get(self.name, _MISSING)

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import copyreg
 import functools
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from twinkle import forks
 from twinkle.runtime import runtime
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
 from twinkle.swap.copies import Maker, reduced_as
-from twinkle.swap.dispatch import Dispatch, in_trace
+from twinkle.swap.dispatch import Dispatch
 from twinkle.swap.front import MARK, Front, dispatch_marked, new_mark, owner_of_forward
 from twinkle.swap.members import adopt
 from twinkle.targets import own_forward
@@ -56,7 +56,7 @@ class _Classes:
     """
 
     def __init__(self) -> None:
-        self.lock = threading.RLock()
+        self.lock = forks.lock()
         self.known: weakref.WeakValueDictionary[Any, type] = weakref.WeakValueDictionary()
         self.fronts: weakref.WeakKeyDictionary[type, weakref.ref[Front]] = weakref.WeakKeyDictionary()
 
@@ -272,7 +272,6 @@ class LayerDispatch(Dispatch):
         entry.function = function
         entry.can_torch_compile = kernel.can_torch_compile
         entry.has_backward = kernel.has_backward
-        entry.same_signature = kernel.same_signature
         entry.state = "ready"
         return None
 
@@ -281,16 +280,12 @@ class LayerDispatch(Dispatch):
         return bool(args[0].training)
 
     def rebuilt(self, only: Entry | None) -> None:
-        """Put the kernel itself in the class where it takes every call: not even a call is lost."""
+        """Write the function of the marked modules' class anew, or put this one in the generated class."""
         if self.front is not None and self in self.front.slots:
             self.front.rewrite()
         if self.cls is None:
             return
         function: Any = self.function
-        if only is not None and only.same_signature:
-            function = only.function
-        elif not in_trace() and all(entry.candidate.rejected is not None for entry in self.entries):
-            function = self.original
         if function not in self.functions:
             self.functions.append(function)
         if vars(self.cls).get("forward") is not function:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twinkle import forks
 from twinkle.runtime import runtime
 from twinkle.swap import aliases
 from twinkle.swap.functions import Placement, take_out
@@ -11,6 +12,7 @@ from twinkle.swap.scope import dispatch_behind
 
 if TYPE_CHECKING:
     from twinkle.swap.candidate import FunctionCandidate
+    from twinkle.swap.holders import Held
 
 __all__ = ["Placed", "PlacedAs", "Placements", "placed_as"]
 
@@ -24,7 +26,7 @@ class Placed:
     def __init__(
         self,
         placement: Placement,
-        rebound: list[aliases.Alias],
+        rebound: list[aliases.Alias | Held],
         chosen: list[FunctionCandidate],
         implementation: object,
     ) -> None:
@@ -46,10 +48,13 @@ class Placements:
     """The kernels in the place of functions in this process.
 
     Attributes:
+        lock: Held from the look at what stands in a place until something else stands there. Never while a
+            kernel is loaded: its import may wait for a thread whose import waits for this lock.
         by_target: By ``module:function``.
     """
 
     def __init__(self) -> None:
+        self.lock = forks.lock()
         self.by_target: dict[str, Placed] = {}
 
     def close(self) -> None:
@@ -59,8 +64,9 @@ class Placements:
 
     def let_go(self, target: str) -> Any:
         """Give up a placement that someone else has replaced; returns the original it had."""
-        placed = self.by_target.pop(target)
-        aliases.restore(placed.rebound)
+        with self.lock:
+            placed = self.by_target.pop(target)
+            aliases.restore(placed.rebound)
         for candidate in placed.chosen:
             candidate.binding.count(-1 - len(placed.rebound))
         return placed.placement.original
@@ -72,11 +78,12 @@ class Placements:
             target: ``module:function``.
             reason: Why, in words, for the report.
         """
-        placed = self.by_target.pop(target, None)
-        if placed is None:
-            return
-        aliases.restore(placed.rebound)
-        ours = take_out(placed.placement)
+        with self.lock:
+            placed = self.by_target.pop(target, None)
+            if placed is None:
+                return
+            aliases.restore(placed.rebound)
+            ours = take_out(placed.placement)
         for candidate in placed.chosen:
             candidate.binding.count(-1 - len(placed.rebound))
             if not ours:

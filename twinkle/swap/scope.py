@@ -8,9 +8,11 @@ the cells of the original, whose file, line and name its code bears, and Twinkle
 from __future__ import annotations
 
 import ast
+import re
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+from twinkle.codegen import compile_tree, parse_source
 from twinkle.match.symbolic.source import function_of_callable
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Scope", "dispatch_behind", "is_generated"]
 
 _REST = "_tw"
+_OF_PROGRAM = re.compile(r"_tw\d*_guard")
+"""The names of objects that guards compare with: a function that is pickled leaves them behind."""
 
 
 class Scope:
@@ -70,15 +74,15 @@ class Scope:
 
         All cells are its free variables, whichever it reads. What it names is set already.
         """
-        tree = ast.parse(text)
+        tree = parse_source(text)
         function: Any = tree.body[0]
         # Never reached: it makes the names free variables, whichever of them the text reads.
-        function.body.append(ast.parse(f"({', '.join(self._cells)},)").body[0])
-        outer: Any = ast.parse(f"def scope({', '.join(self._cells)}): pass").body[0]
+        function.body.append(parse_source(f"({', '.join(self._cells)},)").body[0])
+        outer: Any = parse_source(f"def scope({', '.join(self._cells)}): pass").body[0]
         outer.body = [_Names(self, self._line).visit(function)]
         tree.body = [ast.fix_missing_locations(outer)]
         like = self.original.__code__ if self.original is not None else None
-        code = compile(tree, like.co_filename if like else f"<twinkle {title}>", "exec", dont_inherit=True)
+        code = compile_tree(tree, like.co_filename if like else f"<twinkle {title}>")
         for _ in range(2):
             code = next(constant for constant in code.co_consts if isinstance(constant, CodeType))
         if like is None:
@@ -108,6 +112,8 @@ class _Rest:
         original = self._original
         names: dict[str, Any] = dict.fromkeys(vars(self), lambda *values: 0)
         for name, value in vars(self).items():
+            if _OF_PROGRAM.match(name):
+                continue
             if value is original or name.startswith("_tw_traced_"):
                 names[name] = original
             elif isinstance(value, (set, frozenset)):

@@ -155,7 +155,7 @@ def test_disk_full_while_the_listing_is_written(hub, source, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(hub_cache.tempfile, "mkstemp", full)
+        patch.setattr(hub_cache, "write_whole", full)
         with pytest.raises(SourceError, match="the disk is full"):
             source(version=1).load()
     assert source(version=1).load().label == "v1"

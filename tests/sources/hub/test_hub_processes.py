@@ -106,6 +106,25 @@ def test_process_killed_in_mid_download_leaves_nothing_torn(hub, cache, program,
     assert source(version=1).load().label == "v1"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+def test_ctrl_c_in_a_download_is_answered_at_once(hub, cache, program):
+    hub.repos["acme/my-kernel"] = Repo({"v1": kernel_files(files={"data.txt": "x" * 100_000})})
+    hub.fault(r"GET .*/resolve/.*data\.txt", "stall", 60, times=1)
+    body = LOAD.replace("\n", "\n    ")
+    process = program(f"try:{body}\nexcept KeyboardInterrupt:\n    print('caught', flush=True)")
+    deadline = time.monotonic() + 60
+    while not hub.count(r"GET .*/resolve/.*data\.txt") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "caught\n"
+    assert time.monotonic() - interrupted < 1.0
+    # Taking torch apart is what is left: the download is not waited for at the end either.
+    assert process.wait(30) == 0
+    assert time.monotonic() - interrupted < 10.0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are of POSIX")
 def test_disk_that_takes_no_more(hub, cache, program, source):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from loopback_hub import Repo, kernel_files
@@ -394,6 +397,90 @@ def test_lock_that_is_malformed_locks_everything(project, text):
         sources(project)[0].load()
     assert raised.value.where.endswith("twinkle.lock")
     assert "twinkle lock" in raised.value.fix
+
+
+def _entry(**changes):
+    entry = {"repo_id": "a/b", "requested": "x", "commit": "a" * 40, "variants": {"v": {"f": "0" * 64}}}
+    return {**entry, **changes}
+
+
+def _lock(*entries):
+    return json.dumps({"format": 1, "kernels": list(entries)})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        _lock(_entry(), _entry()),
+        '{"format": 1, "kernels": [], "kernels": []}',
+        _lock(_entry()).replace('"f":', '"f": "' + "1" * 64 + '", "f":'),
+        _lock(_entry(variants={"v": {"/f": "0" * 64}})),
+        _lock(_entry(variants={"v": {"a/../../f": "0" * 64}})),
+        _lock(_entry(variants={"v": {"a//f": "0" * 64}})),
+        _lock(_entry(variants={"v": {"C:f": "0" * 64}})),
+        _lock(_entry(variants={"v": {"f\0": "0" * 64}})),
+        _lock(_entry(variants={"v/w": {"f": "0" * 64}})),
+        _lock(_entry(variants={"v": {"f": 7}})),
+        "[" * 200_000,
+        '{"format": ' + "1" * 5000 + "}",
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
+)
+def test_lock_that_says_two_things_or_leads_elsewhere_locks_everything(project, text):
+    data = text if isinstance(text, bytes) else text.encode()
+    (project / "twinkle.lock").write_bytes(data)
+    with pytest.raises(SourceError, match=r"the lock (is malformed|cannot be read)"):
+        sources(project)[0].load()
+
+
+@pytest.mark.parametrize("odd", ["pipe", "device", "folder", "huge", "loop", "dangling"])
+def test_lock_that_is_no_file_locks_everything_at_once(project, odd):
+    lock = project / "twinkle.lock"
+    if odd == "pipe":
+        os.mkfifo(lock)
+    elif odd == "folder":
+        lock.mkdir()
+    elif odd == "huge":
+        lock.touch()
+        os.truncate(lock, 1 << 40)
+    else:
+        lock.symlink_to({"device": "/dev/zero", "loop": lock.name, "dangling": "nowhere"}[odd])
+    with pytest.raises(SourceError, match="the lock cannot be read"):
+        sources(project)[0].load()
+
+
+def test_variant_that_holds_a_link_to_a_directory_is_refused(project, cache, tmp_path):
+    run(lock_command)
+    assert sources(project)[0].load().label == "v1"
+    runtime.reset()
+    (layers,) = cache.rglob("layers.py")
+    planted = tmp_path / "planted"
+    planted.mkdir()
+    (planted / "__init__.py").write_text("raise SystemExit")
+    (layers.parent / "layers").symlink_to(planted)
+    with pytest.raises(SourceError, match="layers: not in the lock"):
+        sources(project)[0].load()
+
+
+def test_variant_that_became_a_pipe_is_refused_at_once(project, cache):
+    run(lock_command)
+    (layers,) = cache.rglob("layers.py")
+    variant = layers.parent
+    shutil.rmtree(variant)
+    os.mkfifo(variant)
+    with pytest.raises(SourceError):
+        sources(project)[0].load()
+
+
+def test_locked_kernel_is_not_taken_from_the_kernels_package(project, cache, monkeypatch):
+    """What that imported, it did not check."""
+    registry = getattr(pytest.importorskip("kernels.importer"), "_loaded_kernels", None)
+    if registry is None:
+        pytest.skip("this version of kernels has no table of what it loaded")
+    run(lock_command)
+    (layers,) = cache.rglob("layers.py")
+    monkeypatch.setitem(registry, layers.parent, SimpleNamespace(module=sys))
+    assert sources(project)[0].load().label == "v1"
 
 
 def test_lock_that_others_can_write_is_refused(project):

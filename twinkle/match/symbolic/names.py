@@ -148,9 +148,11 @@ class Names:
             return self.env[name]
         if name in self.free:
             try:
-                return self.run.embed(self.free[name].cell_contents)
+                value = self.free[name].cell_contents
             except ValueError:
                 return self.run.unknown(f"{name} (empty cell)")
+            self.run.reads[reads.of_cell(self.function, name, self.free[name])] = None
+            return self.run.embed(value)
         if name in self.function.__globals__:
             value = self.function.__globals__[name]
             self.run.reads[reads.of_global(self.function, name, value)] = None

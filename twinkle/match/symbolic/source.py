@@ -13,6 +13,7 @@ import textwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any
 
+from twinkle.codegen import parse_source
 from twinkle.runtime import runtime
 
 __all__ = ["NoSource", "function_of_callable", "parse", "size_of", "unwrap"]
@@ -69,7 +70,7 @@ def _parse(function: FunctionType, code: CodeType) -> ast.FunctionDef:
     start = code.co_firstlineno - 1
     for text in _blocks(lines, start, code):
         try:
-            tree = ast.parse(textwrap.dedent(text))
+            tree = parse_source(textwrap.dedent(text))
         except (SyntaxError, ValueError):
             continue
         for node in tree.body:

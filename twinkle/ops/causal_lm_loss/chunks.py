@@ -119,7 +119,10 @@ def in_chunks(
     sums = _WeightSum(weight, one_chunk=rows <= size) if wanted.weight else None
     kernel = _row_kernel(hidden, row_loss)
     # Rows on whole cache lines: matrix products and the pass between them want aligned rows.
-    buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64), dtype=dtype)[:, :vocab]
+    buffer = hidden.new_empty((min(size, rows), -(-vocab // 64) * 64), dtype=dtype)
+    # oneDNN's bfloat16 products on AMX multiply what lies behind a row by zero, and NaN times zero is NaN.
+    buffer[:, vocab:] = 0
+    buffer = buffer[:, :vocab]
     for start in range(0, rows, size):
         stop = min(start + size, rows)
         part, logits = hidden[start:stop].to(dtype), buffer[: stop - start]

@@ -22,4 +22,4 @@ def check(instance: Any) -> None:
     if instance.rest_on("_is_expert_parallel", False):
         instance.refuse("its experts are spread over several devices")
     # transformers may run another implementation of the same sum than the one in the source.
-    facts["implementation"] = instance.rest_on("config._experts_implementation")
+    facts["implementation"] = instance.rest_on_choice("config._experts_implementation")

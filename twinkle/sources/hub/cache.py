@@ -14,16 +14,17 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from twinkle.files import DOCUMENT, read_bounded, write_whole
 from twinkle.sources.hub.request import Ref
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 __all__ = [
+    "LARGEST",
     "HubFile",
     "RepoCache",
     "cache_root",
@@ -33,7 +34,10 @@ __all__ = [
     "write_atomically",
 ]
 
-_CHUNK = 1 << 20
+LARGEST = 16 << 30
+"""The most bytes of one file of a kernel."""
+
+_REF = 1 << 10
 
 # Seconds to wait for another process to finish its download of the same repository.
 LOCK_PATIENCE = 1800.0
@@ -90,18 +94,17 @@ def _git_blob(path: Path, size: int) -> str:
 
 
 def _digest(path: Path, digest: Any) -> str:
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    read_bounded(path, LARGEST, each=digest.update)
     return str(digest.hexdigest())
 
 
 def files_of(variant_dir: Path) -> list[str]:
-    """The files of a variant on disk, without bytecode, sorted."""
+    """The files of a variant on disk, without bytecode, sorted; a link to a directory counts as a file."""
     found: list[str] = []
     for folder, folders, names in os.walk(variant_dir):
         folders[:] = [name for name in folders if name != "__pycache__"]
-        found.extend((Path(folder) / name).relative_to(variant_dir).as_posix() for name in names)
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        found.extend((Path(folder) / name).relative_to(variant_dir).as_posix() for name in (*names, *links))
     return sorted(path for path in found if not is_bytecode(path))
 
 
@@ -114,7 +117,7 @@ def cache_root() -> Path:
     """Where kernels are cached: ``KERNELS_CACHE``, else the cache of ``huggingface_hub``."""
     from huggingface_hub import constants
 
-    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE).expanduser()
+    return Path(os.path.expanduser(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE))
 
 
 class RepoCache:
@@ -144,14 +147,14 @@ class RepoCache:
             return []
         for path in paths:
             with contextlib.suppress(OSError, UnicodeDecodeError):
-                found.append(Ref(path.relative_to(base).as_posix(), path.read_text().strip()))
+                found.append(Ref(path.relative_to(base).as_posix(), _ref(path)))
         return found
 
     def remember_ref(self, name: str, commit: str) -> None:
         """Write ``refs/<name>`` for the same request offline; a read-only cache is left as it is."""
         path = self.folder / "refs" / name
         with contextlib.suppress(OSError):
-            if not path.exists() or path.read_text().strip() != commit:
+            if not path.exists() or _ref(path) != commit:
                 write_atomically(path, commit)
 
     def variants_dir(self, commit: str) -> Path:
@@ -243,10 +246,14 @@ class RepoCache:
             yield
 
 
+def _ref(path: Path) -> str:
+    return read_bounded(path, _REF).decode().strip()
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        document = json.loads(read_bounded(path, DOCUMENT))
+    except (OSError, ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None
 
@@ -254,13 +261,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that readers see the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    write_whole(path, text.encode("utf-8"), mode=0o644)

@@ -6,10 +6,11 @@ import inspect
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from twinkle import forks
 from twinkle._version import __version__
 from twinkle.errors import SourceError
 from twinkle.runtime import runtime
@@ -133,9 +134,10 @@ class HubClient:
 
         total = sum(file.size or 0 for file in files)
         bar = _bar(total, f"{repo_id} {variant}")
+        stop = threading.Event()
         options: dict[str, Any] = {}
         if "tqdm_class" in inspect.signature(hf_hub_download).parameters:
-            options["tqdm_class"] = _part_of(bar)
+            options["tqdm_class"] = _part_of(bar, stop)
 
         def fetch(file: HubFile) -> None:
             what = f"downloading build/{variant}/{file.path} of {repo_id} at {commit[:12]}"
@@ -158,13 +160,8 @@ class HubClient:
             except Exception as error:
                 raise explain(error, what, self.where) from error
 
-        with bar, ThreadPoolExecutor(_WORKERS, thread_name_prefix="twinkle-download") as pool:
-            try:
-                for done in [pool.submit(fetch, file) for file in files]:
-                    done.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        with bar:
+            _for_each(files, fetch, stop)
 
     def _get(self, path: str, what: str) -> dict[str, Any]:
         document, _ = self._get_page(path, what)
@@ -208,9 +205,62 @@ def _bar(total: int, description: str) -> Any:
     )
 
 
-def _part_of(bar: Any) -> Callable[..., Any]:
-    """A stand-in for the bar of one file: what it is told, the bar of the whole download shows."""
-    lock = threading.Lock()
+class _Stopped(Exception):
+    """Nobody waits for the download any longer."""
+
+
+def _for_each(files: list[HubFile], fetch: Callable[[HubFile], None], stop: threading.Event) -> None:
+    """Fetch files in several threads that end with the process; an interrupt does not wait for them.
+
+    The threads of a pool are joined by the interpreter at its end: Ctrl-C would take as long as the download.
+
+    Raises:
+        Exception: That of the first file that failed.
+    """
+    waiting: SimpleQueue[HubFile] = SimpleQueue()
+    ended: SimpleQueue[Exception | None] = SimpleQueue()
+
+    def work() -> None:
+        while not stop.is_set():
+            try:
+                fetch(waiting.get_nowait())
+            except Empty:
+                return
+            except Exception as error:
+                ended.put(error)
+            else:
+                ended.put(None)
+
+    for file in files:
+        waiting.put(file)
+    threads = [
+        threading.Thread(target=work, name=f"twinkle-download-{number}", daemon=True)
+        for number in range(min(_WORKERS, len(files)))
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in files:
+            error = ended.get()
+            if error is not None:
+                raise error
+    except Exception:
+        stop.set()
+        for thread in threads:  # what they write, the next attempt would write as well
+            thread.join()
+        raise
+    finally:
+        stop.set()
+
+
+def _part_of(bar: Any, stop: threading.Event) -> Callable[..., Any]:
+    """A stand-in for the bar of one file: what it is told, the bar of the whole download shows.
+
+    Args:
+        bar: The bar of the whole download.
+        stop: Once it is set, the next part that arrives ends the download of the file.
+    """
+    lock = forks.lock()
 
     class Part:
         # The methods that the client calls on a bar that stands for many files.
@@ -218,6 +268,8 @@ def _part_of(bar: Any) -> Callable[..., Any]:
             self.update(options.get("initial") or 0)
 
         def update(self, n: float | None = 1) -> None:
+            if stop.is_set():
+                raise _Stopped
             with lock:
                 bar.update(n)
 

@@ -7,12 +7,14 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder, SourceFileLoader
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES, ExtensionFileLoader, FileFinder
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from twinkle.errors import MissingDependencyError, SourceError
 from twinkle.runtime import runtime
 from twinkle.sources.hub.kernels_package import read_metadata
+from twinkle.sources.hub.verified import ExtensionLoader, SourceLoader
 from twinkle.sources.locks import NamedLocks
 
 if TYPE_CHECKING:
@@ -20,7 +22,19 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import ModuleType
 
-__all__ = ["import_variant"]
+__all__ = ["Locked", "import_variant"]
+
+
+class Locked(NamedTuple):
+    """What the private copy of a locked variant was made from.
+
+    Attributes:
+        origin: The variant in the cache.
+        digests: The SHA-256 of each of its files.
+    """
+
+    origin: Path
+    digests: Mapping[str, str]
 
 
 class _Imported:
@@ -30,22 +44,13 @@ class _Imported:
         self.modules: dict[str, ModuleType] = {}
 
 
-class _SourceOnly(SourceFileLoader):
-    """Runs the source that was verified: bytecode beside it is not read, and none is written there."""
-
-    def path_stats(self, path: Any) -> Any:
-        raise OSError("bytecode is not used")
-
-    def set_data(self, path: Any, data: Any, *, _mode: int = 0o666) -> None:
-        pass
-
-
 def import_variant(
     variant_dir: Path,
     *,
     dependencies: Mapping[str, ModuleType],
     what: str,
     where: str | None,
+    locked: Locked | None = None,
 ) -> ModuleType:
     """The module of a variant.
 
@@ -59,6 +64,8 @@ def import_variant(
         dependencies: The kernels it loads with ``kernels.get_kernel_dep``.
         what: The kernel, for messages.
         where: Where the registration stands.
+        locked: For the private copy of a locked variant, what it is a copy of. Such a one is never taken from
+            ``kernels``, which does not check what it imports.
 
     Raises:
         MissingDependencyError: It imports a module that is not installed.
@@ -67,15 +74,21 @@ def import_variant(
     key = str(variant_dir)
     modules = runtime.of(_Imported).modules
     with runtime.of(NamedLocks).of(f"variant {key}"):
-        module = modules.get(key) or _loaded_by_kernels(variant_dir)
+        module = modules.get(key)
+        if module is None and locked is None:
+            module = _loaded_by_kernels(variant_dir)
         if module is None:
-            module = _execute(variant_dir, dependencies, what, where)
+            module = _execute(variant_dir, dependencies, what, where, locked)
         modules[key] = module
         return module
 
 
 def _execute(
-    variant_dir: Path, dependencies: Mapping[str, ModuleType], what: str, where: str | None
+    variant_dir: Path,
+    dependencies: Mapping[str, ModuleType],
+    what: str,
+    where: str | None,
+    locked: Locked | None,
 ) -> ModuleType:
     metadata = read_metadata(variant_dir)
     init = variant_dir / "__init__.py"
@@ -89,11 +102,12 @@ def _execute(
             fix="take another version of the kernel, or tell its publisher",
         )
     name = _module_name(metadata, variant_dir)
-    _use_sources_only(variant_dir)
+    digests = None if locked is None else locked.digests
+    _use_sources_only(variant_dir, digests)
     spec = importlib.util.spec_from_file_location(
         name,
         init,
-        loader=_SourceOnly(name, str(init)),
+        loader=SourceLoader(name, str(init), variant_dir, digests),
         submodule_search_locations=[str(init.parent)],
     )
     if spec is None or spec.loader is None:
@@ -110,7 +124,7 @@ def _execute(
         if not isinstance(error, (Exception, SystemExit)):
             raise
         raise _import_failed(error, name, what, where) from error
-    _tell_kernels(variant_dir, module)
+    _tell_kernels(variant_dir if locked is None else locked.origin, module)
     return module
 
 
@@ -149,14 +163,17 @@ def _is_taken(name: str) -> bool:
     return False
 
 
-def _use_sources_only(variant_dir: Path) -> None:
-    """Let submodules of a variant, too, be compiled from their sources."""
+def _use_sources_only(variant_dir: Path, digests: Mapping[str, str] | None) -> None:
+    """Let submodules of a variant, too, be compiled from their sources, and checked where it is locked."""
+    extension: Any = ExtensionFileLoader
+    if digests is not None:
+        extension = partial(ExtensionLoader, root=variant_dir, digests=digests)
+    source = partial(SourceLoader, root=variant_dir, digests=digests)
     folders = [variant_dir, *(path for path in variant_dir.rglob("*") if path.is_dir())]
     for folder in folders:
         if folder.name != "__pycache__":
-            sys.path_importer_cache[str(folder)] = FileFinder(
-                str(folder), (ExtensionFileLoader, EXTENSION_SUFFIXES), (_SourceOnly, [".py"])
-            )
+            loaders: Any = ((extension, EXTENSION_SUFFIXES), (source, [".py"]))
+            sys.path_importer_cache[str(folder)] = FileFinder(str(folder), *loaders)
 
 
 def _loaded_by_kernels(variant_dir: Path) -> ModuleType | None:

@@ -14,6 +14,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from twinkle.errors import MissingDependencyError, SourceError
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def read_metadata(variant_dir: Path) -> dict[str, Any]:
     path = variant_dir / "metadata.json"
     if not path.exists():
         return {}
-    document = json.loads(path.read_text(encoding="utf-8"))
+    document = json.loads(read_bounded(path, DOCUMENT))
     if not isinstance(document, dict):
         raise ValueError("metadata.json is no table")
     return document

@@ -13,9 +13,9 @@ from twinkle.sources.hub.resolve import Resolved, resolve
 from twinkle.sources.locks import NamedLocks
 
 if TYPE_CHECKING:
-    import threading
     from types import ModuleType
 
+    from twinkle import forks
     from twinkle.sources.hub.lockfile import Lock
     from twinkle.sources.hub.trust import Trust
 
@@ -34,7 +34,7 @@ class _Loaded:
         self.by_request: dict[tuple[object, ...], tuple[Resolved, ModuleType]] = {}
 
 
-def repository_lock(repo_id: str) -> threading.RLock:
+def repository_lock(repo_id: str) -> forks.Lock:
     """The lock that a thread holds while it loads a kernel of a repository."""
     return runtime.of(NamedLocks).of(f"repository {repo_id}")
 
@@ -82,6 +82,7 @@ def load_kernel(request: HubRequest, trust: Trust, lock: Lock | None) -> tuple[R
                     dependencies=dict(modules),
                     what=f"{needed} ({resolved.variant_dir.name})",
                     where=needed.where,
+                    locked=resolved.locked,
                 )
             loaded[key] = resolved, modules[request.repo_id]
         return loaded[key]

@@ -22,11 +22,13 @@ is not in it is refused, and so is a file that is missing, added or of another d
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 
 from twinkle._environment import check_path, variables
 from twinkle.errors import SourceError
+from twinkle.files import DOCUMENT, read_bounded
 from twinkle.runtime import runtime
 from twinkle.sources.hub.request import is_commit
 
@@ -40,14 +42,15 @@ __all__ = ["LOCK_NAME", "Lock", "LockedKernel", "beside", "in_force", "named_loc
 
 LOCK_NAME = "twinkle.lock"
 _HEX = frozenset("0123456789abcdef")
+_FIX = "write it again with `twinkle lock`"
 
 
 class _InForce:
-    """The lock given for the whole process, and the locks that were read, by path, time and size."""
+    """The lock given for the whole process, and the locks that were read, by path and digest."""
 
     def __init__(self) -> None:
         self.given: str | None = None
-        self.read: dict[tuple[str, int, int], Lock] = {}
+        self.read: dict[tuple[str, bytes], Lock] = {}
 
 
 class LockedKernel:
@@ -112,12 +115,23 @@ class Lock:
         Raises:
             SourceError: It cannot be read or is malformed; a lock that cannot be read locks everything.
         """
-        fix = "write it again with `twinkle lock`"
         try:
-            with open(path, encoding="utf-8") as file:
-                document = json.load(file)
-        except (OSError, ValueError) as error:
-            raise SourceError("the lock cannot be read", where=path, found=str(error), fix=fix) from error
+            data = read_bounded(path, DOCUMENT)
+        except OSError as error:
+            raise SourceError("the lock cannot be read", where=path, found=str(error), fix=_FIX) from error
+        return cls.parse(path, data)
+
+    @classmethod
+    def parse(cls, path: str, data: bytes) -> Lock:
+        """The lock that the bytes of a file are.
+
+        Raises:
+            SourceError: It is malformed.
+        """
+        try:
+            document = json.loads(data, object_pairs_hook=_table)
+        except (ValueError, RecursionError) as error:
+            raise SourceError("the lock cannot be read", where=path, found=str(error), fix=_FIX) from error
         try:
             if document["format"] != 1:
                 raise SourceError(
@@ -125,12 +139,14 @@ class Lock:
                     where=path,
                     found=repr(document["format"]),
                     expected="1",
-                    fix=fix,
+                    fix=_FIX,
                 )
             kernels = [_entry(table) for table in document["kernels"]]
+            if len({kernel.key for kernel in kernels}) != len(kernels):
+                raise ValueError("two entries for one request")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise SourceError(
-                "the lock is malformed", where=path, found=f"{type(error).__name__}: {error}", fix=fix
+                "the lock is malformed", where=path, found=f"{type(error).__name__}: {error}", fix=_FIX
             ) from error
         return cls(path, {kernel.key: kernel for kernel in kernels})
 
@@ -165,6 +181,19 @@ class Lock:
         return kernel
 
 
+def _table(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        raise ValueError("a key stands twice in one table")
+    return table
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a path stays in its variant, whatever the system takes for a separator."""
+    parts = path.split("/")
+    return all(part not in ("", ".", "..") for part in parts) and not set(path) & {"\\", "\0", ":"}
+
+
 def _entry(table: Mapping[str, object]) -> LockedKernel:
     commit, variants = table["commit"], table["variants"]
     if not isinstance(commit, str) or not is_commit(commit):
@@ -175,7 +204,7 @@ def _entry(table: Mapping[str, object]) -> LockedKernel:
         for path, digest in files.items():
             if not isinstance(digest, str) or len(digest) != 64 or not _HEX.issuperset(digest):
                 raise ValueError(f"digest {digest!r} of {path}")
-            if any(part in ("", ".", "..") or "\\" in part for part in (*path.split("/"), *name.split("/"))):
+            if not _is_inside(path) or not _is_inside(name) or "/" in name:
                 raise ValueError(f"path {name}/{path}")
     repo_type = table.get("repo_type", "kernel")
     if repo_type not in ("kernel", "model"):
@@ -233,23 +262,26 @@ def in_force(directory: str | None) -> Lock | None:
     path = state.given or named_lock() or beside(directory)
     if path is None:
         return None
-    from twinkle.sources.permissions import advice, writable_by_others
-
     try:
-        facts = os.stat(path)
+        data = read_bounded(path, DOCUMENT, check=lambda status: _refuse_others(path, status))
     except OSError as error:
-        raise SourceError(
-            "the lock cannot be read", where=path, found=str(error), fix="write it again with `twinkle lock`"
-        ) from error
-    reason = writable_by_others(path)
-    if reason is not None:
+        raise SourceError("the lock cannot be read", where=path, found=str(error), fix=_FIX) from error
+    key = (os.path.abspath(path), hashlib.sha256(data).digest())
+    if key not in state.read:
+        state.read[key] = Lock.parse(path, data)
+    return state.read[key]
+
+
+def _refuse_others(path: str, status: os.stat_result) -> None:
+    """Raise where somebody else could have written the lock that was opened."""
+    from twinkle.sources.permissions import advice, doubt_about
+
+    doubt = doubt_about(path, status)
+    if doubt is not None:
         raise SourceError(
             "a lock that others can write is not used",
             where=path,
-            found=reason,
-            fix=f"chmod go-w {path}" + advice(os.path.dirname(os.path.abspath(path))),
+            found=str(doubt),
+            expected="a lock, and directories above it, of this user or of root",
+            fix=doubt.fix + advice(os.path.dirname(os.path.abspath(path))),
         )
-    key = (os.path.abspath(path), facts.st_mtime_ns, facts.st_size)
-    if key not in state.read:
-        state.read[key] = Lock.read(path)
-    return state.read[key]

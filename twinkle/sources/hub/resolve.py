@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from twinkle._environment import variables
 from twinkle.errors import SourceError
+from twinkle.files import cache_directory
 from twinkle.sources.hub import trust as trusting
 from twinkle.sources.hub.cache import HubFile, RepoCache, cache_root, files_of
 from twinkle.sources.hub.client import HubClient
 from twinkle.sources.hub.faults import Unreachable, explain
+from twinkle.sources.hub.importer import Locked
 from twinkle.sources.hub.kernels_package import kernels_package
 from twinkle.sources.hub.signature import signature_note
+from twinkle.sources.hub.verified import private_copy
+from twinkle.sources.permissions import refuse_writable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -41,16 +46,18 @@ class Resolved:
         commit: The commit, or ``None`` for a directory named by ``LOCAL_KERNELS``.
         repo_type: ``kernel`` or ``model``.
         version: The branch or tag it was found by.
+        locked: Where ``variant_dir`` is the private copy of a locked variant, what it is a copy of.
         notes: What the user should know: what was chosen for them, what could not be checked.
     """
 
-    __slots__ = ("commit", "notes", "repo_type", "variant_dir", "version")
+    __slots__ = ("commit", "locked", "notes", "repo_type", "variant_dir", "version")
 
     def __init__(self, variant_dir: Path, commit: str | None, repo_type: str, version: str | None) -> None:
         self.variant_dir = variant_dir
         self.commit = commit
         self.repo_type = repo_type
         self.version = version
+        self.locked: Locked | None = None
         self.notes: list[str] = []
 
 
@@ -112,9 +119,11 @@ def local_override(request: HubRequest) -> Resolved | None:
                 expected="publisher/name=/path, several joined with a colon",
             )
         if repo_id == request.repo_id:
-            path = Path(value).expanduser()
+            path = Path(os.path.expanduser(value))
     if path is None:
         return None
+    if path.is_dir():
+        refuse_writable(str(path), where=request.where or "environment (LOCAL_KERNELS)")
     kernels = kernels_package(request.where)
     reasons: dict[str, str] = {}
     for base in (path, path / "build"):
@@ -291,11 +300,21 @@ def _locked(request: HubRequest, locked: LockedKernel, lock_path: str) -> Resolv
             expected=f"the digests of {lock_path}",
             fix=f"find out who changed it, then delete {cache.folder} to fetch it again",
         )
-    resolved = Resolved(variant_dir, locked.commit, locked.repo_type, locked.requested)
+    digests = locked.variants[variant]
+    copy = private_copy(variant_dir, digests, _homes(cache), what=str(request), where=request.where)
+    resolved = Resolved(copy, locked.commit, locked.repo_type, locked.requested)
+    resolved.locked = Locked(variant_dir, digests)
     resolved.notes.append(f"locked at {locked.commit[:12]} by {lock_path}, and its digests are right")
     if note is not None:
         resolved.notes.append(note)
     return resolved
+
+
+def _homes(cache: RepoCache) -> list[Path]:
+    """Where private copies are kept: on the disk of the cache, else where Twinkle keeps its own things."""
+    homes = [cache.root.parent / "twinkle-verified"]
+    own = cache_directory(variables())
+    return homes if own is None else [*homes, Path(own, "verified")]
 
 
 def locked_problems(variant_dir: Path, files: list[HubFile]) -> list[str]:
