@@ -2,7 +2,7 @@
 
     python benchmarks/suites.py peft-0.21.2/tests/test_mixed.py -k lora --json peft.json
 
-Every path is run twice by pytest, plainly and with ``TWINKLE_CONFIG=auto TWINKLE_SIZES=all``, offline and in a
+Each path is run twice by pytest, plainly and with ``TWINKLE_CONFIG=auto TWINKLE_SIZES=all``, offline, in a
 process of its own. Ends with status 1 where a test differs, and 2 where a run told nothing.
 """
 
@@ -97,7 +97,7 @@ def run(paths: list[Path], options: list[str], limit: float, twinkle: dict[str, 
 
 
 def compare(plain: dict[str, Any], forced: dict[str, Any]) -> dict[str, Any]:
-    """The difference of two runs: tests that only fail with Twinkle, that only fail without, and slow ones."""
+    """The difference of two runs: failures only with Twinkle, only without, and slow tests."""
     before, after = plain["outcomes"], forced["outcomes"]
     both = [test for test in before if test in after]
 
