@@ -103,3 +103,28 @@ def test_ops_are_taken_one_by_one(program: Program) -> None:
     found = kernels_of(bindings)
     assert "rms_norm" not in {b["kernel"] for b in bindings}
     assert ("CohereLayerNorm", "embedded layer_norm (cohere), plain torch", "active", "proven") in found
+
+
+TWO_DTYPES = """
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+config = Qwen3Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+                     head_dim=16, intermediate_size=64, vocab_size=32)
+x = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+for dtype in ORDER:
+    torch.set_default_dtype(dtype)
+    model = Qwen3ForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    y = model.model.norm(x)
+    assert y.dtype is torch.float32
+"""
+
+
+@pytest.mark.parametrize("order", ["torch.float32, torch.bfloat16", "torch.bfloat16, torch.float32"])
+def test_layers_of_two_dtypes_are_each_proven_with_inputs_of_one(program: Program, order: str) -> None:
+    code = TWO_DTYPES.replace("ORDER", f"({order})")
+    bindings = program.bindings(code, **CPU, TWINKLE_SIZES="all", TWINKLE_CACHE="off")
+    proven = [
+        b for b in bindings if b["target"].endswith(":Qwen3RMSNorm") and b["proof"].startswith("proven")
+    ]
+    assert len(proven) == 2

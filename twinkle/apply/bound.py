@@ -62,7 +62,7 @@ def specialise(
         facts: What was read from the instance, or in words why it is not what its class promises.
         source: From the source of a kernel to that of the same kernel for these facts.
         device: What the kernels are for where their registration does not say.
-        sizes: Of the instance, where those of another size are to be told apart from it: each is proven at
+        sizes: Shapes and dtypes of the instance, where others are to be told apart from it: each is proven at
             its own first call, or never where it has none.
     """
     said = facts if isinstance(facts, str) else tuple(sorted((name, repr(it)) for name, it in facts.items()))

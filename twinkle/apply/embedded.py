@@ -114,7 +114,8 @@ def _as_recognised(
     def source(registered: Source) -> EmbeddedLayer:
         return EmbeddedLayer(str(found.op), found.variant, facts, backend.name, registered)
 
-    sizes = tuple(parameter.shape for parameter in module.parameters())
+    # Also by dtype: a verdict is for a dtype of the inputs, and weights may have another (float32 norms).
+    sizes = tuple((tensor.shape, tensor.dtype) for tensor in (*module.parameters(), *module.buffers()))
     made = specialise(cls, kernels, facts, source, device=where, sizes=sizes)
     return Bound(module, cls, cls, made, asked_for=False) if made else None
 
