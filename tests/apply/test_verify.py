@@ -100,12 +100,6 @@ def test_always_goes_on_comparing_and_quarantines(
     assert clean_registry.bindings[0].state == "quarantined"
 
 
-def test_a_kernel_that_is_not_compared_stands_there_itself() -> None:
-    model = kernelized(Same, "off")
-    model(X)
-    assert type(model).forward.__code__ is Same.forward.__code__
-
-
 @pytest.mark.parametrize("decided", [{"mode": "train"}, {}], ids=["decided once", "dispatched"])
 def test_a_wrong_function_is_rejected(
     decided: dict[str, Any], clean_registry: Registry, monkeypatch: pytest.MonkeyPatch

@@ -249,7 +249,7 @@ def test_recognised_layers_are_chosen_by_their_place(program: Program) -> None:
         "class RMSNorm(nn.Module):\n"
         "    def __init__(self):\n"
         "        super().__init__()\n"
-        "        self.weight = nn.Parameter(torch.ones(4))\n"
+        "        self.weight = nn.Parameter(torch.full((4,), 1.5))\n"  # not 1, which may come out below
         "    def forward(self, x):\n"
         "        variance = x.pow(2).mean(-1, keepdim=True)\n"
         "        return self.weight * (x * torch.rsqrt(variance + 1e-6))\n"

@@ -57,8 +57,10 @@ def test_half_precision_is_within_one_rounding(kernels, half, name, variant):
         gated.definition(g, u, name, *VARIANTS[variant]),
     )
     eps = torch.finfo(half).eps
-    # One step to a neighbour, which among the smallest numbers of all is a step of theirs.
-    room = eps + 2 * rounding_bound(torch.float32, OPERATIONS)
+    # One step to a neighbour, which among the smallest numbers of all is a step of theirs; where a factor is
+    # rounded in before, that step may be one more.
+    steps = 2 if variant == "scaled" else 1
+    room = steps * eps + 2 * rounding_bound(torch.float32, OPERATIONS)
     torch.testing.assert_close(y, y2, rtol=room, atol=2 * torch.finfo(half).tiny * eps)
     assert float((y != y2).float().mean()) < max(2 / y.numel(), across_a_boundary(half, OPERATIONS))
     for a, b in zip(gradients(y, (g, u)), gradients(y2, (g, u)), strict=True):
