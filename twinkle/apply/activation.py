@@ -15,6 +15,7 @@ from twinkle.apply.arrivals import (
     function_module,
     layer_module,
     look_at_program,
+    models_may_come,
     on_model,
     torch_has_come,
 )
@@ -137,6 +138,7 @@ def watch_new() -> None:
         runtime.session.remarks_at_report["models"] = _unseen_models
         models = runtime.of(Arrivals).models = watch_pretrained(on_model, owner=OWNER, strict=strict)
         state.watches.append(models)
+        watch("transformers.modeling_utils", models_may_come)
     if (in_models or functions) and not state.watches_torch:
         state.watches_torch = True
         watch("torch", torch_has_come)

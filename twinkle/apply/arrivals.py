@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from twinkle.hooks.classes import ClassWatch
     from twinkle.hooks.construction import ConstructionWatch
+    from twinkle.hooks.restored import RestoredWatch
     from twinkle.records import LayerTarget
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "function_module",
     "layer_module",
     "look_at_program",
+    "models_may_come",
     "on_model",
     "torch_has_come",
 ]
@@ -59,12 +61,14 @@ class Arrivals:
         suspended: The modules whose functions are left as they are for now, whatever arrives.
         models: The watch for models of transformers, which are kernelized as a whole.
         classes: The watch for classes of layers, once torch is there.
+        restored: The watch for models and layers from pickles, once torch is there.
     """
 
     def __init__(self) -> None:
         self.torch = False
         self.models: ConstructionWatch | None = None
         self.classes: ClassWatch | None = None
+        self.restored: RestoredWatch | None = None
         self.waiting: list[tuple[str, Callable[[], None]]] = []
         self.on_demand: dict[str, tuple[ModuleType, set[str]]] = {}
         self.in_program: dict[str, object] = {}
@@ -74,8 +78,9 @@ class Arrivals:
 
     def cancel(self) -> None:
         """Ask about no more classes."""
-        if self.classes is not None:
-            self.classes.cancel()
+        for watch in (self.classes, self.restored):
+            if watch is not None:
+                watch.cancel()
 
 
 def torch_has_come(module: ModuleType, name: str) -> None:
@@ -83,6 +88,7 @@ def torch_has_come(module: ModuleType, name: str) -> None:
     state = runtime.of(Arrivals)
     state.torch = True
     _watch_classes()
+    _watch_restored()
     _watch_places()
     waiting, state.waiting = state.waiting, []
     for subject, act in waiting:
@@ -307,6 +313,34 @@ def _watch_classes() -> None:
         instead=state.models,
         but=lambda cls: original_of(cls) is not cls,
     )
+
+
+def models_may_come(module: ModuleType, name: str) -> None:
+    """Models of transformers may come from pickles from now on."""
+    _watch_restored()
+
+
+def _watch_restored() -> None:
+    """Put kernels into what comes from a pickle as into what is constructed."""
+    from torch import nn
+
+    from twinkle.hooks.restored import watch_restored
+
+    state = runtime.of(Arrivals)
+    if state.restored is None:
+        state.restored = watch_restored(nn.Module, _on_restored, owner=OWNER, strict=runtime.options.raises)
+
+
+def _on_restored(instance: Any) -> None:
+    """Kernelize a model or a layer that has no construction, unless it came with kernels of this process."""
+    from twinkle.swap.layers import placed
+
+    state = runtime.of(Arrivals)
+    whole = state.models is not None and state.models.is_in(instance)
+    if not whole and (state.classes is None or not state.classes.wants(type(instance))):
+        return
+    if not (any(map(placed, instance.modules())) if whole else placed(instance)):
+        on_model(instance, whole=whole)
 
 
 def _watch_places() -> None:

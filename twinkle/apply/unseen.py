@@ -1,6 +1,7 @@
 """Models that came into the process ready-made: from a pickle, ``torch.load`` or the parent of a worker.
 
-Kernels are put in at the end of a construction, and there was none. The report says so.
+Kernels are put in at the end of a construction or of ``__setstate__`` (:mod:`twinkle.hooks.restored`). Where
+a class takes its state in another way, nobody sees its objects come. The report says so.
 """
 
 from __future__ import annotations

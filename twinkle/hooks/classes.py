@@ -85,6 +85,14 @@ class ClassWatch:
                 if type(init) is _Question or (type(init) is Init and cls in self.wanted):
                     put_back(cls, "__init__", None if _owner(init) is not None else _function(init))
 
+    def wants(self, cls: type) -> bool:
+        """Whether objects of a class are asked for, of which none was constructed perhaps."""
+        if self._fresh:
+            self._finish()
+        if not self._but(cls):
+            self._settle(cls)
+        return cls in self.wanted
+
     def reconsider(self, root: type) -> None:
         """Ask again about a class and those derived from it: something new was registered or found."""
         for cls in list(family(root)):

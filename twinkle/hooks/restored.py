@@ -1,0 +1,103 @@
+"""Watch for objects that come ready-made: from a pickle, ``torch.load``, or the parent of a worker.
+
+They have no construction. What gives them their state is ``__setstate__`` of the root of their family, or one
+of their own class: a callback runs when it is done. Copies within the process are no arrivals: what ``copy``
+makes has what its original has.
+
+Neither torch nor transformers is imported by this module.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from twinkle.hooks import guard
+from twinkle.hooks.construction import Init, families, hidden, put_back
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["RestoredWatch", "watch_restored"]
+
+
+class RestoredWatch:
+    """A callback, and the classes whose ``__setstate__`` tells it of their objects."""
+
+    def __init__(self, callback: Callable[[Any], object], *, owner: str, strict: bool) -> None:
+        self._callback = callback
+        self._owner = owner
+        self._strict = strict
+        self._classes: list[type] = []
+
+    def observe(self, cls: type) -> None:
+        """Call back for objects whose state is given by the ``__setstate__`` that this class defines."""
+        with families().lock:
+            given = cls.__dict__.get("__setstate__")
+            if given is None or type(given) is _SetState:
+                return
+            made = _SetState()
+            Init.function.__set__(made, given)  # type: ignore[attr-defined]
+            Init.owner.__set__(made, None)  # type: ignore[attr-defined]
+            _SetState.watch.__set__(made, self)  # type: ignore[attr-defined]
+            type.__setattr__(cls, "__setstate__", made)
+            self._classes.append(cls)
+
+    def cancel(self) -> None:
+        """Call back no more; the classes get their own functions back."""
+        with families().lock:
+            while self._classes:
+                cls = self._classes.pop()
+                given: Any = cls.__dict__.get("__setstate__")
+                if type(given) is _SetState and _watch(given) is self:
+                    put_back(cls, "__setstate__", _function(given))
+
+    def restored(self, instance: object) -> None:
+        """Call back; unless strict, what the callback raises does not leave this method."""
+        try:
+            self._callback(instance)
+        except Exception as error:
+            kind = type(instance)
+            subject = f"{kind.__module__}:{kind.__qualname__}"
+            guard.failed(error, owner=self._owner, subject=subject, strict=self._strict)
+
+
+class _SetState(Init):
+    """A ``__setstate__`` that tells of the object whose state it has set."""
+
+    __slots__ = ("watch",)
+
+    @hidden
+    def __call__(self, instance: Any, /, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            result = _function(self).__get__(instance, type(instance))(*arguments, **keywords)
+        except BaseException as error:
+            # As Init does it: a bare raise adds no frame.
+            if error.__traceback__ is not None:
+                error.__traceback__ = error.__traceback__.tb_next
+            raise
+        if sys._getframe(1).f_globals.get("__name__") != "copy":
+            _watch(self).restored(instance)
+        return result
+
+
+_function: Callable[[Init], Any] = Init.function.__get__  # type: ignore[attr-defined]
+_watch: Callable[[_SetState], RestoredWatch] = _SetState.watch.__get__  # type: ignore[attr-defined]
+
+
+def watch_restored(
+    root: type, callback: Callable[[Any], object], *, owner: str = "", strict: bool = False
+) -> RestoredWatch:
+    """Call ``callback(instance)`` when an object below ``root`` was given its state by ``__setstate__``.
+
+    Those inside another one are reported first.
+
+    Args:
+        root: A class that defines ``__setstate__``.
+        callback: Called in the thread that restores.
+        owner: Who asks, for messages.
+        strict: Let what the callback raises leave ``__setstate__``, instead of a warning.
+    """
+    watch = RestoredWatch(callback, owner=owner, strict=strict)
+    watch.observe(root)
+    return watch
