@@ -5,8 +5,9 @@
 The paths are run twice by pytest, plainly and with ``TWINKLE_CONFIG=auto TWINKLE_SIZES=all``, offline, in a
 process of its own, every test from the same seeds. A test that fails only with Twinkle is run alone both ways
 once more: only one that differs again is a new failure, the others are unsteady. The kernels that ran are
-counted from the report. ``--json`` keeps the suites that the file has already. Ends with status 1 where a
-test differs, and 2 where a run told nothing: no outcome, or no kernel that ran.
+counted from the report. ``TRITON_INTERPRET=1`` runs triton's kernels on a CPU, in both runs. ``--json`` keeps
+the suites that the file has already. Ends with status 1 where a test differs, and 2 where a run told nothing:
+no outcome, or no kernel that ran.
 """
 
 from __future__ import annotations
@@ -209,6 +210,7 @@ def main() -> int:
                 difference["unsteady"] = [test for test in found if test not in sure]
                 difference["new failures"] = sure
             name = f"{root.name} -k '{asked.only}'" if asked.only else root.name
+            name += ", triton interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else ""
             result["suites"][name] = {"paths": [os.path.relpath(path, root) for path in paths], **difference}
             good &= not difference["new failures"] and not difference["slower"]
             told &= all(one["outcomes"] and one["status"] in (0, 1) for one in runs)

@@ -35,6 +35,8 @@ _MIXTURE = {
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
 }
+# The loop over experts is what Twinkle replaces on a CPU; grouped_mm, the default, stays there.
+_LOOP = {"experts_implementation": "eager"}
 _HEAD = {"head_dim": 8}
 _FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -44,8 +46,8 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "Gemma": _HEAD,
     "Gemma2": {**_HEAD, "query_pre_attn_scalar": 8},
     "Gemma3Text": {**_HEAD, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16},
-    "Mixtral": _MIXTURE,
-    "Qwen3Moe": {**_MIXTURE, **_HEAD},
+    "Mixtral": {**_MIXTURE, **_LOOP},
+    "Qwen3Moe": {**_MIXTURE, **_HEAD, **_LOOP},
     "GptOss": {**_MIXTURE, **_HEAD},
     "Olmo2": {},
     "Cohere": {},
