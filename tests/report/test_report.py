@@ -75,6 +75,21 @@ def test_the_first_line_counts_the_states() -> None:
     assert render(snapshot(example())).splitlines()[0].endswith(": 1 active, 1 failed")
 
 
+@pytest.mark.parametrize("state", ["pending", "active"])
+def test_layers_that_are_gone_were_met(state: str) -> None:
+    """At the end of a program its models are gone: "no layer was met" was said of 5 layers that were."""
+    registry, layers = Registry(), [object(), object()]
+    binding = registry.bind(LayerKernel("FastMLP", InWords("my_kernels")), "collections:OrderedDict")
+    assert snapshot(registry)["bindings"][0]["reason"].startswith("no layer was met")
+    binding.lives_in(layers)
+    binding.set(state, "in place; loads at the first forward on a cpu tensor")
+    binding.ran = False
+    layers.clear()
+    (row,) = snapshot(registry)["bindings"]
+    assert (row["state"], row["instances"], row["most_instances"]) == ("pending", 0, 2)
+    assert row["reason"] == "was in place on 2 layers, now gone, and has not run"
+
+
 def test_an_empty_report_says_so() -> None:
     assert "nothing is bound" in render(snapshot(Registry()))
 

@@ -53,8 +53,10 @@ def _binding(binding: Binding) -> dict[str, Any]:
     state, reason, instances = binding.state, binding.reason, binding.instances
     if state == "active" and binding.ran is False:
         state, reason = "pending", "in place, and has not run yet"
-    elif state == "pending" and not instances:
-        reason = idle.waits_for(binding)
+    if state == "pending" and not instances:
+        most = binding.most_instances
+        met = f"was in place on {most} {binding.scope}{'' if most == 1 else 's'}, now gone, and has not run"
+        reason = met if most else idle.waits_for(binding)
     elif state == "failed" and not instances:
         reason = idle.mistake_in(binding.target) or reason  # it knows what was meant
     return {
