@@ -48,6 +48,7 @@ class BaseCandidate:
         rejected: Why its originals run instead, or ``None``.
         proofs: The comparisons with the original that it has passed, and those that are pending.
         recall: A kept verdict will do in the place of a comparison.
+        watch: Of so many calls one is looked at for NaN; 0 for none.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class BaseCandidate:
         strict: bool = False,
         proofs: int = 0,
         recall: bool = False,
+        watch: int = 0,
     ) -> None:
         self.proofs = Proofs(proofs)
+        self.watch = watch
         self.recall = recall
         self.kernel = kernel
         self.binding = binding

@@ -8,7 +8,7 @@ function (a wrapper, a bound method) has the newest, and what ``torch.compile`` 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -18,12 +18,14 @@ from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED, KEPT
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
+from twinkle.swap import rescue
+from twinkle.swap.backward import guard_backward
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
-from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
-from twinkle.swap.kinds import FIRST_RUNS, PLAIN
+from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow, is_checked
+from twinkle.swap.kinds import GUARDED_RUNS, PLAIN
 from twinkle.swap.scope import Scope
 from twinkle.swap.tensors import (
     call_there,
@@ -34,6 +36,7 @@ from twinkle.swap.tensors import (
     fits_this_build,
     on_another_gpu,
     several_gpus,
+    version_of,
 )
 from twinkle.targets import own_forward
 
@@ -99,6 +102,14 @@ class Dispatch:
             target=self.target,
             own=own_forward,
             pending=self.first_call,
+            failed=self._failed,
+            instead=self._instead,
+            odd=self._odd,
+            unversioned=self._unversioned,
+            random=rescue.random_state,
+            look=self._look,
+            guard_backward=self._guard_backward,
+            again=self._run_again,
             where=device_number,
             compiling=torch.compiler.is_compiling,
             grad=torch.is_grad_enabled,
@@ -113,6 +124,8 @@ class Dispatch:
             getattr=getattr,
             Exception=Exception,
             type=type,
+            tuple=tuple,
+            list=list,
             kept=KEPT,
         )
         self._text = ""
@@ -123,6 +136,7 @@ class Dispatch:
             standing=self.standing,
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
+            kind=self.kind,
         )
         for entry in self.entries:
             if entry.guard is not None:
@@ -139,7 +153,10 @@ class Dispatch:
         candidates = [entry.candidate for entry in self.entries]
         if any(candidate.mode is not None for candidate in candidates):
             names.append("grad")
-        if any(candidate.mode is not None and candidate.mode.compile for candidate in candidates):
+        if any(
+            (candidate.mode is not None and candidate.mode.compile) or is_checked(candidate)
+            for candidate in candidates
+        ):
             names.append("compiling")
         if any(candidate.proofs.number for candidate in candidates):
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
@@ -218,8 +235,7 @@ class Dispatch:
             return self.original(*args, **kwargs)
         if entry.is_live(moment):
             self.rebuild()
-            return call_there(entry.function, args, kwargs)
-        return self._first_run(entry, args, kwargs)
+        return self._run(entry, args, kwargs)
 
     def _moment(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
         return Moment(
@@ -263,41 +279,121 @@ class Dispatch:
             every_mode=candidate.mode is None,
         )
 
-    def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a kernel that never ran; one that raises is rejected, and the original runs."""
-        assert entry.function is not None
+    def _run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a kernel; the original, where it raises."""
         if self.kind != PLAIN:
-            return FIRST_RUNS[self.kind](self, entry, args, kwargs)
-        try:
-            result = call_there(entry.function, args, kwargs)
-        except Exception as error:
-            failure = self.excused(entry, error)
+            return GUARDED_RUNS[self.kind](self, entry, args, kwargs)
+        run = rescue.guarded_call if entry.state == "live" else rescue.first_run
+        return run(self, entry, args, kwargs)
+
+    # What the text comes to where a kernel that ran before fails (see twinkle.swap.rescue).
+
+    def _failed(
+        self,
+        index: int,
+        error: Exception,
+        before: tuple[Any, ...] | None,
+        after: tuple[Any, ...] | None,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> rescue.Failure:
+        """Excuse a kernel that raised, and put random numbers back; raises where the original cannot run."""
+        entry = self.entry(index)
+        written = entry.written(before, after)
+        failure = rescue.excuse(self, entry, error, args, kwargs, written=written)
+        rescue.put_back(state)
+        return failure
+
+    def _instead(
+        self, index: int, failure: rescue.Failure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return rescue.complete(self, self.entry(index), failure, args, kwargs)
+
+    def _odd(
+        self,
+        index: int,
+        result: Any,
+        before: tuple[Any, ...] | None,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Decide on a result that is not as those before it."""
+        entry = self.entry(index)
+        written = entry.written(before, self._versions(entry, args, kwargs))
+        return rescue.inspect_result(self, entry, result, written, state, args, kwargs)
+
+    def _unversioned(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """The versions of the arguments of a call where the text could not read them; it is written anew."""
+        entry, given = self.entry(index), self.given(args, kwargs)
+        habits = entry.habits
+        assert habits is not None
+        found = self._versions(entry, args, kwargs)
+        present = tuple(name for name in habits.tensors if isinstance(given.get(name), torch.Tensor))
+        inference = any(given[name].is_inference() for name in present)
+        if present != habits.tensors:
+            habits.tensors = present
         else:
-            self.ran(entry)
-            return result
-        # Outside the handler: what the original raises is the program's own affair.
-        result = self.original(*args, **kwargs)
-        self.turn_off(entry, failure)
-        return result
+            habits.blind = habits.blind or not inference
+        habits.inference = habits.inference or inference
+        self.rebuild()
+        return found
+
+    def _versions(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        given = self.given(args, kwargs)
+        names = entry.habits.tensors if entry.habits is not None else ()
+        return tuple(version_of(given.get(name)) for name in names)
+
+    def _look(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        entry = self.entry(index)
+        assert entry.watch is not None
+        return entry.watch.look(self, entry, result, args, kwargs)
+
+    def _guard_backward(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        guard_backward(self, self.entry(index), result, args, kwargs)
 
     def excused(self, entry: Entry, error: Exception) -> Exception:
-        """The error of a kernel that never ran, for which the original makes up; raises any other."""
-        # What a source lets through whose kernels have guards of their own is the program's affair.
-        guarded = getattr(entry.candidate.kernel.source, "guarded", False)
-        if entry.candidate.strict or guarded or _out_of_memory(error):
+        """The error of a kernel that is awaited or iterated, where the original may make up for it."""
+        if entry.candidate.strict:
             raise error
         return error
 
+    def turn_off(self, entry: Entry, failure: Exception) -> None:
+        """Reject a kernel that raised."""
+        when = "" if entry.state == "live" else " at its first call"
+        entry.candidate.reject("quarantined", f"raised{when}: {explain(failure)}")
+
+    def _run_again(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._run(self.entry(index), args, kwargs)
+
+    def entry(self, index: int) -> Entry:
+        """The entry of a number in the text."""
+        return next(entry for entry in self.entries if entry.index == index)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the expressions that name them in the text, without the layer."""
+        return self._call.given(args, kwargs)
+
+    @property
+    def first(self) -> str:
+        """The expression of the first argument in the text."""
+        return self._call.first
+
+    def standing_function(self) -> Callable[..., Any]:
+        """What would run without Twinkle."""
+        if self.target is not None and self.standing[1]:
+            return cast("Callable[..., Any]", self.target.forward)
+        return self.original
+
     def ran(self, entry: Entry) -> None:
         """Take note that a kernel ran to its end."""
+        if entry.state == "live":
+            return
         entry.state = "live"
         entry.candidate.mark_active()
         entry.candidate.binding.has_run()
         self.rebuild()
-
-    def turn_off(self, entry: Entry, failure: Exception) -> None:
-        """Reject a kernel that raised."""
-        entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
 
     def _load_for_trace(
         self, name: str, device: str | None, training: bool, grad: bool, dtype: torch.dtype | None = None
@@ -359,9 +455,14 @@ class Dispatch:
             for entry in self.entries:
                 if entry.function is not None:
                     self._set(**{f"k{entry.index}": entry.function})
+                if entry.habits is not None:
+                    self._set(**entry.habits.constants)
+                if entry.watch is not None:
+                    self._set(**{f"tick{entry.index}": entry.watch.tick})
             tree = self._tree()
             code = self._code
             code.devices, code.several_gpus = self._devices(), self._minds_the_gpu()
+            code.holds_layers = any(True for layer in self.modules()[:1] for _ in layer.children())
             text = code.text(tree)
             self._set(**code.constants)
             for variable in (f"_tw_traced_{name}" for name in code.traced):
@@ -447,8 +548,3 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
             _traces.depth -= 1
 
     return constant(run)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # The kernel is not to blame, and the original, which mostly needs more, would only fail too.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
