@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from twinkle.ops.failures import is_failure
 from twinkle.swap.candidate import explain
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class _Guarded:
         return gradients
 
     def _excused(self, error: Exception) -> str:
-        if self._entry.candidate.strict:
+        if self._entry.candidate.strict or not is_failure(error):
             raise error
         return f"raised in its backward: {explain(error)}"
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from twinkle import forks
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_layer
+from twinkle.ops.failures import Failures
 from twinkle.runtime import runtime
 from twinkle.swap.code import fitted
 from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
@@ -74,6 +75,8 @@ class BaseCandidate:
         self._lock = forks.lock()
         self._loading = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
+        if kernel.source.kind == "embedded":
+            runtime.of(Failures).listeners.add(self)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -154,6 +157,20 @@ class BaseCandidate:
             what = f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r}"
             where = f"\n  where:    {self.binding.origin}" if self.binding.origin else ""
             warn(f"{what} {state}: {reason}{where}")
+
+    def backward_failed(self, op: str, error: Exception) -> None:
+        """Reject an embedded kernel whose backward raised, while the definition gives the gradients.
+
+        Args:
+            op: The op it was of.
+            error: What it raised; it is raised again where the candidate is ``strict``.
+        """
+        ops = (getattr(self.kernel.source, "op", None), *self.kernel.name.split("+"))
+        if op not in ops or self.rejected is not None:
+            return
+        if self.strict:
+            raise error
+        self.reject("quarantined", f"{op} raised in its backward: {explain(error)}")
 
     def mark_pending(self) -> None:
         """Record that the kernel is in place and not loaded yet."""

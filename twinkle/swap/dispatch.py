@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
 from twinkle import forks
 from twinkle.codegen import compile_source
@@ -123,6 +124,8 @@ class Dispatch:
             # The globals are the original's, where these may be something else.
             getattr=getattr,
             Exception=Exception,
+            jit=torch._C._get_tracing_state,
+            fx=_symbolic_trace,
             type=type,
             tuple=tuple,
             list=list,
@@ -292,8 +295,8 @@ class Dispatch:
         self,
         index: int,
         error: Exception,
-        before: tuple[Any, ...] | None,
-        after: tuple[Any, ...] | None,
+        before: Any,
+        after: Any,
         state: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -314,7 +317,7 @@ class Dispatch:
         self,
         index: int,
         result: Any,
-        before: tuple[Any, ...] | None,
+        before: Any,
         state: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -324,12 +327,11 @@ class Dispatch:
         written = entry.written(before, self._versions(entry, args, kwargs))
         return rescue.inspect_result(self, entry, result, written, state, args, kwargs)
 
-    def _unversioned(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        """The versions of the arguments of a call where the text could not read them; it is written anew."""
+    def _unversioned(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the text written anew, which could not read the versions of the arguments of a call."""
         entry, given = self.entry(index), self.given(args, kwargs)
         habits = entry.habits
         assert habits is not None
-        found = self._versions(entry, args, kwargs)
         present = tuple(name for name in habits.tensors if isinstance(given.get(name), torch.Tensor))
         inference = any(given[name].is_inference() for name in present)
         if present != habits.tensors:
@@ -338,12 +340,14 @@ class Dispatch:
             habits.blind = habits.blind or not inference
         habits.inference = habits.inference or inference
         self.rebuild()
-        return found
 
-    def _versions(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def _versions(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the text reads before a call, but for the weights and buffers of a layer."""
         given = self.given(args, kwargs)
-        names = entry.habits.tensors if entry.habits is not None else ()
-        return tuple(version_of(given.get(name)) for name in names)
+        habits = entry.habits
+        assert habits is not None
+        found = tuple(version_of(given.get(name)) for name in habits.tensors)
+        return found[0] if len(found) == 1 and not habits.state else found
 
     def _look(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         entry = self.entry(index)

@@ -167,7 +167,9 @@ class DispatchCode:
         """The lines of a call of a kernel that ran before, and of what becomes of it where it fails."""
         call, index, packed = f"_tw_k{entry.index}({self.form.arguments})", entry.index, self.form.packed
         away = known.get("device", "cuda") in (None, "cuda") and self.several_gpus
-        if getattr(entry.candidate.kernel.source, "guarded", False):
+        source = entry.candidate.kernel.source
+        # Once it ran, what comes out of a forward that is the program's own in parts is the program's affair.
+        if getattr(source, "guarded", False) or getattr(source, "wraps", False):
             if away:
                 yield f"{pad}if _tw_away:"
                 yield f"{pad}    return _tw_there(_tw_k{index}, {packed})"
@@ -176,14 +178,13 @@ class DispatchCode:
         if self.kind != PLAIN:
             yield f"{pad}return _tw_again({index}, {packed})"
             return
-        traced = known.get("compiling")
-        # A graph break within `try` would leave all of the function to Python.
-        if traced is None and (self.holds_layers or is_checked(entry.candidate)):
-            yield f"{pad}if _tw_compiling():"
-            yield f"{pad}    return {call}"
-        elif traced is True and not self.always_compiling:
+        if known.get("compiling") is True and not self.always_compiling:
             yield f"{pad}return {call}"
             return
+        traced = self._traced_test(entry, known)
+        if traced:
+            yield f"{pad}if {traced}:"
+            yield f"{pad}    return {call}"
         if away:
             call = f"_tw_there(_tw_k{index}, {packed}) if _tw_away else {call}"
         habits = entry.habits
@@ -207,6 +208,19 @@ class DispatchCode:
             yield f"{pad}else:"
             yield from self._result_lines(entry, pad + "    ", test, before_then)
         yield f"{pad}return _tw_instead({index}, _tw_failure, {packed})"
+
+    def _traced_test(self, entry: Entry, known: dict[str, Any]) -> str:
+        """The test for calls whose code somebody follows, which go to the kernel as they are; or no text."""
+        if is_checked(entry.candidate):
+            # What the lines below read of tensors would be in the graphs of these tracers.
+            tests = ["_tw_jit() is not None", "_tw_fx._is_fx_tracing_flag"]
+        elif self.holds_layers:
+            tests = []
+        else:
+            return ""
+        # A graph break within `try` would leave all of the function to Python.
+        asked = known.get("compiling") is not False or self.always_compiling
+        return " or ".join((["_tw_compiling()"] if asked else []) + tests)
 
     def _result_lines(self, entry: Entry, pad: str, test: str, before: str) -> Iterator[str]:
         """The lines that look at a result before it is handed out."""

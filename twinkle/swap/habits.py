@@ -70,7 +70,8 @@ class Habits:
     @property
     def before(self) -> str:
         """The expression of the versions of all that it may write to; no text for nothing."""
-        return "" if self.blind else self._versions((*self.tensors, *self.state))
+        names = (*self.tensors, *self.state)
+        return "" if self.blind or not names else self._versions(names)
 
     @property
     def test(self) -> str:
@@ -80,14 +81,15 @@ class Habits:
         """
         tests = [" or ".join(f"({text})" for text in self.forms)] if self.forms else []
         if self.before and self.tensors and not self.writes:
-            part = f"[:{len(self.tensors)}]" if self.state else ""
+            part = f"[:{len(self.tensors)}]" if self.state and len(self.tensors) > 1 else ""
+            part = "[0]" if self.state and not part else part
             tests.append(f"{self._versions(self.tensors)} == _tw_before{part}")
         return " and ".join(f"({text})" for text in tests)
 
     def _versions(self, names: tuple[str, ...]) -> str:
         read = "None if {0}.is_inference() else {0}._version" if self.inference else "{0}._version"
         parts = [read.format(name) for name in names]
-        return f"({', '.join(parts)},)" if parts else ""
+        return f"({', '.join(parts)})"  # of one the number itself: a tuple of one takes 30 ns more
 
     def _form_of(self, result: Any, tensors: Mapping[str, Tensor]) -> str | None:
         if isinstance(result, Tensor):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from twinkle.errors import KernelError
+from twinkle.ops.failures import is_failure
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.results import Parts, taken_apart
 from twinkle.proof.room import Generators, clean_room, is_recomputing, reason_against
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Failure", "complete", "excuse", "first_run", "guarded_call", "inspect_result", "random_state"]
 
-_PASSING = frozenset({"_StopRecomputationError"})
-"""Exceptions by which torch ends a forward early (checkpoints): they are no failures."""
 _NO_MEMORY = (MemoryError, torch.OutOfMemoryError)
 _MOST_KEPT = 1 << 26
 """Bytes of weights and buffers that are kept at a first run; those of larger layers are looked at alone."""
@@ -82,7 +81,7 @@ def excuse(
     candidate = entry.candidate
     # What a source lets through whose kernels have guards of their own is the program's affair.
     guarded = getattr(candidate.kernel.source, "guarded", False)
-    if candidate.strict or guarded or type(error).__name__ in _PASSING:
+    if candidate.strict or guarded or not is_failure(error):
         raise error
     text = f"raised at its first call: {explain(error)}" if first else f"raised: {explain(error)}"
     if written:
