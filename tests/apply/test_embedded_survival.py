@@ -1,4 +1,4 @@
-"""Embedded kernels that raise long after they were proven, forward or backward: training goes on without them."""
+"""Embedded kernels that raise long after they were proven, forward or backward: training goes on."""
 
 from __future__ import annotations
 

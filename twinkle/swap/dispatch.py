@@ -101,35 +101,17 @@ class Dispatch:
         self._set(
             original=original,
             target=self.target,
-            own=own_forward,
             pending=self.first_call,
             failed=self._failed,
             instead=self._instead,
             odd=self._odd,
             unversioned=self._unversioned,
-            random=rescue.random_state,
             look=self._look,
             guard_backward=self._guard_backward,
             again=self._run_again,
-            where=device_number,
-            compiling=torch.compiler.is_compiling,
-            grad=torch.is_grad_enabled,
             load=_constant(self._load_for_trace),
             changed=_constant(self._changed),
-            autocast=autocasting,
-            dtype_key=dtype_key_of,
-            current=current_gpu,
-            there=call_there,
-            astray=on_another_gpu,
-            # The globals are the original's, where these may be something else.
-            getattr=getattr,
-            Exception=Exception,
-            jit=torch._C._get_tracing_state,
-            fx=_symbolic_trace,
-            type=type,
-            tuple=tuple,
-            list=list,
-            kept=KEPT,
+            **_FIXED_NAMES,
         )
         self._text = ""
         self._traced_texts: dict[str, str] = {}
@@ -552,3 +534,27 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
             _traces.depth -= 1
 
     return constant(run)
+
+
+_FIXED_NAMES: dict[str, Any] = {
+    "own": own_forward,
+    "random": rescue.random_state,
+    "where": device_number,
+    "compiling": torch.compiler.is_compiling,
+    "jit": torch._C._get_tracing_state,
+    "fx": _symbolic_trace,
+    "grad": torch.is_grad_enabled,
+    "autocast": autocasting,
+    "dtype_key": dtype_key_of,
+    "current": current_gpu,
+    "there": call_there,
+    "astray": on_another_gpu,
+    # The globals are the original's, where these may be something else.
+    "getattr": getattr,
+    "Exception": Exception,
+    "type": type,
+    "tuple": tuple,
+    "list": list,
+    "kept": KEPT,
+}
+"""What the text of every dispatch function names, without ``_tw_``."""

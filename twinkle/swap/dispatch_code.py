@@ -188,9 +188,10 @@ class DispatchCode:
         if away:
             call = f"_tw_there(_tw_k{index}, {packed}) if _tw_away else {call}"
         habits = entry.habits
-        state = "_tw_random()" if habits is not None and habits.draws else "None"
+        state = "_tw_state" if habits is not None and habits.draws else "None"
         before = habits.before if habits is not None else ""
-        yield f"{pad}_tw_state = {state}"
+        if state != "None":
+            yield f"{pad}{state} = _tw_random()"
         if before:
             yield f"{pad}try:"
             yield f"{pad}    _tw_before = {before}"
@@ -202,11 +203,11 @@ class DispatchCode:
         yield f"{pad}try:"
         yield f"{pad}    {'return' if bare else '_tw_result ='} {call}"
         yield f"{pad}except _tw_Exception as _tw_error:"
-        values = [str(index), "_tw_error", before_then, before or "None", "_tw_state", packed]
+        values = [str(index), "_tw_error", before_then, before or "None", state, packed]
         yield f"{pad}    _tw_failure = _tw_failed({', '.join(values)})"
         if not bare:
             yield f"{pad}else:"
-            yield from self._result_lines(entry, pad + "    ", test, before_then)
+            yield from self._result_lines(entry, pad + "    ", test, f"{before_then}, {state}")
         yield f"{pad}return _tw_instead({index}, _tw_failure, {packed})"
 
     def _traced_test(self, entry: Entry, known: dict[str, Any]) -> str:
@@ -222,8 +223,8 @@ class DispatchCode:
         asked = known.get("compiling") is not False or self.always_compiling
         return " or ".join((["_tw_compiling()"] if asked else []) + tests)
 
-    def _result_lines(self, entry: Entry, pad: str, test: str, before: str) -> Iterator[str]:
-        """The lines that look at a result before it is handed out."""
+    def _result_lines(self, entry: Entry, pad: str, test: str, then: str) -> Iterator[str]:
+        """The lines that look at a result before it is handed out; ``then`` is what was before the call."""
         index, packed = entry.index, self.form.packed
         if test:
             yield f"{pad}try:"
@@ -231,7 +232,7 @@ class DispatchCode:
             yield f"{pad}except _tw_Exception:"
             yield f"{pad}    _tw_holds = False"
             yield f"{pad}if not _tw_holds:"
-            yield f"{pad}    return _tw_odd({index}, _tw_result, {before}, _tw_state, {packed})"
+            yield f"{pad}    return _tw_odd({index}, _tw_result, {then}, {packed})"
         if entry.watch is not None:
             yield f"{pad}if _tw_tick{index}():"
             yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {packed})"

@@ -21,10 +21,7 @@ if TYPE_CHECKING:
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.entry import Entry
 
-__all__ = ["EVERY", "Watch"]
-
-EVERY = 16
-"""Of so many calls one is looked at, where nothing else is said: under a percent of a step."""
+__all__ = ["Watch"]
 
 
 class Watch:
