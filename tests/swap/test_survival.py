@@ -98,18 +98,18 @@ def kernel_that(fault: Callable[..., Any], at: int = FAILS_AT, draws: bool = Tru
 class Run:
     """A few steps of training: losses, weights, and where the random numbers are at the end."""
 
-    def __init__(self, kit: Any, kernel: type[nn.Module] | None, steps: int = 10) -> None:
+    def __init__(self, kit: Any, kernel: type[nn.Module] | None, watch: int = 0) -> None:
         torch.manual_seed(0)
         layer = Scale()
         self.net = nn.Sequential(nn.Linear(8, 8), layer, nn.Linear(8, 8))
         self.candidate = None
         if kernel is not None:
-            self.candidate = kit.candidate(kernel)
+            self.candidate = kit.candidate(kernel, watch=watch)
             kit.swap_in(layer, [self.candidate])
         optimizer = torch.optim.SGD(self.net.parameters(), 0.05)
         data = torch.Generator().manual_seed(1)
         self.losses = []
-        for _ in range(steps):
+        for _ in range(10):
             optimizer.zero_grad()
             loss = (self.net(torch.randn(4, 8, generator=data)) - 1).square().mean()
             loss.backward()
@@ -140,6 +140,15 @@ def test_training_goes_on_as_without_the_kernel(kit: Any, plain: Run, name: str,
     assert run.candidate is not None
     assert run.candidate.binding.state == "quarantined"
     assert len(caught) == 1
+
+
+def test_training_with_a_watched_kernel_goes_on_as_without_it(kit: Any, plain: Run) -> None:
+    def fault(x: Tensor, y: Tensor) -> Tensor:
+        return F.dropout(y, 0.1) * float("nan")
+
+    with pytest.warns(TwinkleWarning, match="gave NaN"):
+        run = Run(kit, kernel_that(fault), watch=1)
+    run.assert_same(plain)
 
 
 def test_a_failure_says_what_it_gave(kit: Any) -> None:

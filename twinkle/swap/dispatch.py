@@ -331,10 +331,20 @@ class Dispatch:
         found = tuple(version_of(given.get(name)) for name in habits.tensors)
         return found[0] if len(found) == 1 and not habits.state else found
 
-    def _look(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _look(
+        self, index: int, result: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Look at a result for NaN; that of the original where it has some."""
         entry = self.entry(index)
         assert entry.watch is not None
-        return entry.watch.look(self, entry, result, args, kwargs)
+        what = entry.watch.look(result, args, kwargs)
+        if what is None:
+            return result
+        entry.candidate.reject("quarantined", what.text)
+        if what.of_an_earlier_call:
+            return result
+        rescue.put_back(state)
+        return self.standing_function()(*args, **kwargs)
 
     def _guard_backward(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         guard_backward(self, self.entry(index), result, args, kwargs)

@@ -235,7 +235,7 @@ class DispatchCode:
             yield f"{pad}    return _tw_odd({index}, _tw_result, {then}, {packed})"
         if entry.watch is not None:
             yield f"{pad}if _tw_tick{index}():"
-            yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {packed})"
+            yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {then.split(', ')[-1]}, {packed})"
         if entry.habits is not None and entry.habits.own_backward is not None:
             yield f"{pad}if _tw_result.requires_grad:"
             yield f"{pad}    _tw_guard_backward({index}, _tw_result, {packed})"

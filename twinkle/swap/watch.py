@@ -9,7 +9,7 @@ looked at.
 from __future__ import annotations
 
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +18,19 @@ from torch.utils._pytree import tree_flatten
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from twinkle.swap.dispatch import Dispatch
-    from twinkle.swap.entry import Entry
+__all__ = ["Found", "Watch"]
 
-__all__ = ["Watch"]
+
+class Found(NamedTuple):
+    """A NaN that a kernel gave.
+
+    Attributes:
+        text: What and where.
+        of_an_earlier_call: The result at hand is not the one that has it.
+    """
+
+    text: str
+    of_an_earlier_call: bool
 
 
 class Watch:
@@ -40,48 +49,41 @@ class Watch:
         self._calls = 0
         self._answer: tuple[Tensor, Any, int] | None = None
 
-    def look(
-        self, dispatch: Dispatch, entry: Entry, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def look(self, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found | None:
         """Look at a result.
 
         Returns:
-            The result; that of the original where the kernel's has a NaN, and where this is known at once.
+            What was found in it, or in an earlier one whose answer has come; None for nothing.
         """
         self._calls += self.every
-        if self._told_before(entry) or torch._C._are_functorch_transforms_active():
-            return result
+        found = self._told_before()
+        if found is not None or torch._C._are_functorch_transforms_active():
+            return found
         results = _floating(result)
         if not results or any(t.is_meta or type(t) not in (Tensor, torch.nn.Parameter) for t in results):
-            return result
+            return None
         with torch.no_grad():
             bad = _bad(results, args, kwargs)
-            if bad.device.type == "cpu":
-                if not bool(bad):
-                    return result
-                self._take_out(entry, self._calls)
-                return dispatch.standing_function()(*args, **kwargs)
-            if not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
-                self._answer = (*_on_its_way(bad), self._calls)
-        return result
+        if bad.device.type == "cpu":
+            return Found(self._text(self._calls), False) if bool(bad) else None
+        if not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._answer = (*_on_its_way(bad), self._calls)
+        return None
 
-    def _told_before(self, entry: Entry) -> bool:
-        """Whether the answer on an earlier call has come, and says that there was a NaN."""
+    def _told_before(self) -> Found | None:
+        """What the answer on an earlier call says, once it has come."""
         if self._answer is None:
-            return False
+            return None
         answer, arrived, call = self._answer
         if arrived is not None and not arrived.query():
-            return False
+            return None
         self._answer = None
-        if not bool(answer):
-            return False
-        self._take_out(entry, call)
-        return True
+        return Found(self._text(call), True) if bool(answer) else None
 
-    def _take_out(self, entry: Entry, call: int) -> None:
+    def _text(self, call: int) -> str:
         what = f"gave NaN at about call {call}, where its arguments and weights are finite"
         since = f" (watched every {self.every} calls: those since the last one may have some as well)"
-        entry.candidate.reject("quarantined", what + (since if self.every > 1 else ""))
+        return what + (since if self.every > 1 else "")
 
 
 def _floating(values: Any) -> list[Tensor]:
