@@ -75,7 +75,7 @@ class BaseCandidate:
         self._lock = forks.lock()
         self._loading = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
-        if kernel.source.kind == "embedded":
+        if getattr(kernel.source, "kind", None) == "embedded":
             runtime.of(Failures).listeners.add(self)
 
     def __eq__(self, other: object) -> bool:
