@@ -560,3 +560,35 @@ def test_the_text_of_a_dispatch_reads_no_more_than_it_must(kit: Any) -> None:
     assert dispatch is not None
     assert dispatch.text.count("._version") == 3  # before, after, and where it raised
     assert "_tw_random" not in dispatch.text
+
+
+@pytest.mark.parametrize("given", ["expanded", "strided", "empty", "integers", "nan", "leaf", "buffer"])
+def test_arguments_of_any_kind_are_as_they_were_after_a_first_call(kit: Any, given: str) -> None:
+    class Pick(Scale):
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            return x * 2
+
+    class Kernel(nn.Module):
+        def forward(self, x: Tensor, more: Tensor) -> Tensor:
+            more.data.numpy()[...] = 7  # not counted by torch
+            raise RuntimeError("half done")
+
+    more = {
+        "expanded": torch.ones(1, 8).expand(4, 8),
+        "strided": torch.arange(32.0).view(8, 4).t(),
+        "empty": torch.ones(0, 3),
+        "integers": torch.arange(6),
+        "nan": torch.tensor([float("nan"), 1.0]),
+        "leaf": torch.ones(3, requires_grad=True),
+        "buffer": torch.zeros(3),
+    }[given]
+    if given == "expanded":  # numpy gives no way to write to it
+        more.data.numpy().setflags(write=False)
+    before = more.detach().clone()
+    layer, wanted = Pick(), kit.candidate(Kernel)
+    kit.swap_in(layer, [wanted])
+    x = torch.randn(4, 8)
+    with pytest.warns(TwinkleWarning):
+        assert torch.equal(layer(x, more), x * 2)
+    torch.testing.assert_close(more.detach(), before, equal_nan=True, rtol=0, atol=0)
+    assert wanted.binding.state == "quarantined"

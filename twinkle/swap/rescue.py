@@ -262,13 +262,18 @@ class _Kept:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._values: list[tuple[Tensor, Tensor, int | None]] = []
         self.given: tuple[tuple[Any, ...], dict[str, Any]] = self._call
-        if not copies:
-            return
+        if copies:
+            try:
+                self._copy(args)
+            except _NO_MEMORY:  # what was written to is seen by its version, and cannot be put back
+                self._twins, self._values, self.given = {}, [], self._call
+
+    def _copy(self, args: tuple[Any, ...]) -> None:
         tensors = {id(t): t for t in tree_flatten(self._call)[0] if isinstance(t, Tensor)}
         for tensor in tensors.values():
             if tensor.grad_fn is not None and torch.is_grad_enabled():
                 self._twins[id(tensor)] = tensor, tensor.clone()
-        layer = [*_state_of(args[0]).values()] if dispatch.target is not None else []
+        layer = [*_state_of(args[0]).values()] if self._dispatch.target is not None else []
         if sum(tensor.nbytes for tensor in layer) > _MOST_KEPT:
             layer = []
         plain = {id(t): t for t in (*tensors.values(), *layer) if id(t) not in self._twins}
@@ -281,10 +286,12 @@ class _Kept:
         """Put values and random numbers back; returns the names of what was written to and is not."""
         self._generators.rewind()
         for tensor, values, version in self._values:
+            if version_of(tensor) == version and torch.equal(tensor, values):
+                continue
             if tensor.grad_fn is not None:
                 tensor.detach_()
             with torch.no_grad():
-                tensor.data.copy_(values)
+                _once(tensor.data).copy_(_once(values, like=tensor))
             if version is not None:
                 _set_versions((tensor,), (version,))
         return self._versions.changed()
@@ -330,6 +337,12 @@ def _state_of(layer: Any) -> dict[str, Tensor]:
     if not isinstance(layer, nn.Module):
         return {}
     return {f"self.{name}": tensor for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def _once(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """A view in which each element of an expanded tensor (or of one ``like`` it) comes once."""
+    strides = tensor.stride() if like is None else like.stride()
+    return tensor[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)]
 
 
 def _original_on_copies(dispatch: Dispatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result | None:
