@@ -8,6 +8,7 @@ first run of a kernel that nobody compared nothing of it is known: arguments are
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -286,14 +287,17 @@ class _Kept:
         """Put values and random numbers back; returns the names of what was written to and is not."""
         self._generators.rewind()
         for tensor, values, version in self._values:
-            if version_of(tensor) == version and torch.equal(tensor, values):
-                continue
-            if tensor.grad_fn is not None:
-                tensor.detach_()
-            with torch.no_grad():
-                _once(tensor.data).copy_(_once(values, like=tensor))
-            if version is not None:
-                _set_versions((tensor,), (version,))
+            with contextlib.suppress(
+                RuntimeError
+            ):  # of a layout without strides, which is named if it changed
+                if version_of(tensor) == version and torch.equal(tensor, values):
+                    continue
+                if tensor.grad_fn is not None:
+                    tensor.detach_()
+                with torch.no_grad():
+                    _once(tensor.data).copy_(_once(values, like=tensor))
+                if version is not None:
+                    _set_versions((tensor,), (version,))
         return self._versions.changed()
 
     def handed_over(self, result: Any) -> Any:
