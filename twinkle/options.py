@@ -17,6 +17,7 @@ SETTINGS = (
     "use_fallback",
     "strict",
     "verify",
+    "watch",
     "kernels",
     "sizes",
     "trust_remote_code",
@@ -34,6 +35,7 @@ class Options:
         use_fallback: Keep the original where a kernel cannot be used; otherwise that is an error.
         strict: Every silent step is an error.
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
+        watch: ``off``, ``nan`` or ``nan:N``: results are looked at for NaN, at one of N calls.
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
@@ -47,6 +49,7 @@ class Options:
         self.use_fallback = True
         self.strict = False
         self.verify = "auto"
+        self.watch = "off"
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
         self.sizes = "auto"
@@ -91,5 +94,16 @@ class Options:
         """
         return (verify or self.verify) == "auto"
 
+    def watched(self, watch: str | None) -> int:
+        """Of how many calls of a kernel one is looked at for NaN; 0 for none.
+
+        Args:
+            watch: What was said for this kernel; ``None`` is the setting for all.
+        """
+        word, _, every = (watch or self.watch).partition(":")
+        return 0 if word == "off" else int(every or WATCHED_CALLS)
+
 
 SHADOWED_CALLS = 16
+WATCHED_CALLS = 16
+"""Of so many calls one is looked at, where nothing else is said."""

@@ -58,12 +58,13 @@ class Kernel:
         device: The device it is for, or ``None`` for any.
         mode: The mode it is for, or ``None`` for any.
         verify: ``auto``, ``off``, ``first-use``, ``always``, or ``None`` for the global setting.
+        watch: ``off``, ``nan``, ``nan:N``, or ``None`` for the global setting.
         origin: Where it was registered: ``file:line (key)`` or the calling line.
         chosen_by: Who chose it: a ``user`` who registered it, or ``twinkle``.
         recognised: Whether the target was recognised by its structure; otherwise it was named.
     """
 
-    __slots__ = ("chosen_by", "device", "mode", "name", "origin", "recognised", "source", "verify")
+    __slots__ = ("chosen_by", "device", "mode", "name", "origin", "recognised", "source", "verify", "watch")
 
     def __init__(
         self,
@@ -81,6 +82,7 @@ class Kernel:
         self.device = device
         self.mode = mode
         self.verify = verify
+        self.watch: str | None = None
         self.origin = origin
         self.chosen_by = chosen_by
         self.recognised = recognised
@@ -124,11 +126,13 @@ class LayerKernel(Kernel):
         mode: Mode | None = None,
         attributes: Mapping[str, object] | None = None,
         verify: str | None = None,
+        watch: str | None = None,
         origin: str = "",
         chosen_by: ChosenBy = "user",
         recognised: bool = False,
     ) -> None:
         super().__init__(name, source, device, mode, verify, origin, chosen_by, recognised)
+        self.watch = watch
         self.attributes = dict(attributes or {})
 
 
@@ -178,11 +182,13 @@ class FunctionKernel(Kernel):
         device: str | None = None,
         mode: Mode | None = None,
         verify: str | None = None,
+        watch: str | None = None,
         origin: str = "",
         chosen_by: ChosenBy = "user",
         recognised: bool = False,
     ) -> None:
         super().__init__(name, source, device, mode, verify, origin, chosen_by, recognised)
+        self.watch = watch
         self.target = target_module if isinstance(target_module, Op) else Name(target_module, name)
 
     @property

@@ -82,12 +82,13 @@ def candidate(
     strict: bool = False,
     attributes: dict[str, object] | None = None,
     kind: str = "code",
+    watch: int = 0,
 ) -> Candidate:
     """A candidate; with the kind ``embedded`` it is one of Twinkle's own, for which modules are marked."""
     parsed = Mode.parse(mode)
     kernel = LayerKernel("Kernel", Source(thing, kind), device=device, mode=parsed, attributes=attributes)
     binding = Binding("layer", "tests:Gate", "Kernel", repr(thing), device=device, mode=parsed)
-    return Candidate(kernel, binding, strict=strict)
+    return Candidate(kernel, binding, strict=strict, watch=watch)
 
 
 def function_candidate(

@@ -484,6 +484,7 @@ def _candidate(kernel: FunctionKernel, original: Any, standing: Any) -> Function
             strict=runtime.options.raises,
             proofs=proofs,
             recall=runtime.options.recalls(kernel.verify),
+            watch=runtime.options.watched(kernel.watch),
         )
         candidate.standing = standing
         known = candidates[key] = (kernel, original, candidate)

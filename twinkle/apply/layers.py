@@ -459,5 +459,6 @@ def _candidate(kernel: LayerKernel, target: type) -> Candidate:
             strict=runtime.options.raises,
             proofs=proofs,
             recall=runtime.options.recalls(kernel.verify),
+            watch=runtime.options.watched(kernel.watch),
         )
     return known

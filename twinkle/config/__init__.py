@@ -44,6 +44,7 @@ class Settings:
         use_fallback: Keep the original where a kernel cannot be put in place.
         strict: Raise instead.
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
+        watch: ``off``, ``nan`` or ``nan:N``.
         kernels: The embedded kernels: ``auto``, ``off`` or a tuple of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` or ``all``.
         trust_remote_code: ``True``, ``False`` or a tuple of repositories.
@@ -64,6 +65,7 @@ class Settings:
     use_fallback: bool
     strict: bool
     verify: str
+    watch: str
     kernels: str | tuple[str, ...]
     sizes: str
     trust_remote_code: bool | tuple[str, ...]
@@ -87,6 +89,7 @@ class Settings:
         self.use_fallback = True
         self.strict = False
         self.verify = "auto"
+        self.watch = "off"
         self.kernels = kernels
         self.sizes = "auto"
         self.trust_remote_code = False

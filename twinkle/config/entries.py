@@ -70,14 +70,14 @@ class Entry:
         kind: ``layer`` or ``function``.
         name: The kernel name, or the function's name in its module.
         device, mode: What it is for; ``None`` is any.
-        verify: As in the document; ``None`` is the global setting.
+        verify, watch: As in the document; ``None`` is the global setting.
         spec: The keys that say where the implementation comes from.
         base_dir: What a relative ``repo_path`` is relative to.
         enabled: ``False`` when the document turns it off.
         origin: ``file:line (key)``.
     """
 
-    __slots__ = ("base_dir", "device", "enabled", "mode", "name", "origin", "spec", "verify")
+    __slots__ = ("base_dir", "device", "enabled", "mode", "name", "origin", "spec", "verify", "watch")
 
     kind = ""
 
@@ -88,6 +88,7 @@ class Entry:
         device: str | None,
         mode: Mode | None,
         verify: str | None,
+        watch: str | None,
         spec: Mapping[str, object],
         base_dir: str | None,
         enabled: bool,
@@ -97,6 +98,7 @@ class Entry:
         self.device = device
         self.mode = mode
         self.verify = verify
+        self.watch = watch
         self.spec = spec
         self.base_dir = base_dir
         self.enabled = enabled
@@ -253,6 +255,7 @@ def records_of(
                     mode=layer.mode,
                     attributes=layer.attributes,
                     verify=layer.verify,
+                    watch=layer.watch,
                     origin=layer.origin,
                 )
             )
@@ -272,6 +275,7 @@ def records_of(
                     device=function.device,
                     mode=function.mode,
                     verify=function.verify,
+                    watch=function.watch,
                     origin=function.origin,
                 )
             )

@@ -40,6 +40,7 @@ _SETTINGS = {
     "TWINKLE_STRICT": ("strict", "boolean"),
     "TWINKLE_TRUST_REMOTE_CODE": ("trust_remote_code", "boolean or list"),
     "TWINKLE_VERIFY": ("verify", "word"),
+    "TWINKLE_WATCH": ("watch", "word"),
     "TWINKLE_WHERE": ("where", "places"),
 }
 _TABLES = {"TWINKLE_FUNCTIONS": "functions", "TWINKLE_LAYERS": "layers"}

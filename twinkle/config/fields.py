@@ -423,6 +423,16 @@ def _layer_name(value: object, objects: bool) -> object:
     return value
 
 
+def _watch(value: object, objects: bool) -> object:
+    expected = '"off", "nan", or "nan:N" to look at one of N calls'
+    if not isinstance(value, str):
+        raise _wrong_type(expected, 'write "nan"')
+    word, colon, every = value.partition(":")
+    if value != "off" and not (word == "nan" and (not colon or (every.isdecimal() and int(every) > 0))):
+        raise WrongError("nothing that can be watched for", expected, 'write "nan"')
+    return value
+
+
 _kernel_name = _text("a name for the kernel", 'a name such as "MyMLP"')
 
 _COMMON: dict[str, Check] = {
@@ -437,6 +447,7 @@ _COMMON: dict[str, Check] = {
     "trust_remote_code": _trust,
     "verify": _choice(*VERIFY),
     "version": _version,
+    "watch": _watch,
 }
 
 LAYER_KEYS: dict[str, Check] = {
@@ -471,5 +482,6 @@ SETTING_KEYS: dict[str, Check] = {
     "trust_remote_code": _trust,
     "use_fallback": _boolean,
     "verify": _choice(*VERIFY),
+    "watch": _watch,
     "where": _where,
 }

@@ -362,6 +362,7 @@ class _Validation:
             "device": kept.get("device"),
             "mode": kept.get("mode"),
             "verify": kept.get("verify"),
+            "watch": kept.get("watch"),
             "spec": source_spec(kept, kind),
             "base_dir": self.base_dir,
             "enabled": kept.get("enabled", True),

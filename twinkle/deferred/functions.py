@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.nodes import FusedLoss, LossOptions
-from twinkle.deferred.verification import softcap_verified
+from twinkle.deferred.verification import HeadType, loss_failed, softcap_verified
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
 
 if TYPE_CHECKING:
@@ -126,8 +126,12 @@ def _cross_entropy(
     target = target.long()
     _check_labels(target, input.shape[-1], ignore_index)
     most_rows = None if head.counted is None else head.counted.bound(target, ignore_index)
-    with torch.autocast(input.device.type, enabled=False):
-        return FusedLoss.apply(input, target, options, factors, most_rows, torch.is_grad_enabled())
+    try:
+        with torch.autocast(input.device.type, enabled=False):
+            return FusedLoss.apply(input, target, options, factors, most_rows, torch.is_grad_enabled())
+    except Exception as error:
+        loss_failed(HeadType.of(*operands), error)
+    return NotImplemented  # of the logits, which are computed now
 
 
 def _check_labels(target: Tensor, vocab: int, ignore_index: int) -> None:

@@ -182,9 +182,13 @@ class _Source:
 
     Args:
         kernel: The layer class.
+
+    Attributes:
+        wraps: True: the forward is the program's own, with the head's part deferred.
     """
 
     kind = "embedded"
+    wraps = True
 
     def __init__(self, kernel: type[nn.Module]) -> None:
         self._kernel = kernel

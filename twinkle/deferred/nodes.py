@@ -24,6 +24,8 @@ from twinkle.ops.causal_lm_loss.op import (
     loss_of_each_row,
     scaled_gradients,
 )
+from twinkle.ops.failures import Failures
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from typing import Any
@@ -169,7 +171,12 @@ class FusedLoss(torch.autograd.Function):
             gradients = scaled_gradients(ctx.wanted, saved[1:], grad * saved[0])
         elif any(ctx.wanted):
             operands = node.head.operands(node.rows)
-            found = gradients_of_each_row(grad, *operands, target, *ctx.numbers, *ctx.wanted)
+            try:
+                found = gradients_of_each_row(grad, *operands, target, *ctx.numbers, *ctx.wanted)
+            except Exception as error:
+                runtime.of(Failures).tell("causal_lm_loss", error)
+                with torch.no_grad():
+                    return gradient_of_logits(logits, target, grad, ctx.options), *rest
             gradients = [g if wanted else None for g, wanted in zip(found, ctx.wanted, strict=True)]
         values = None if logits.is_deferred or logits._version != ctx.version else logits.shared()
         loss = LossGradient(node, target, grad, ctx.options, gradients, ctx.wanted, values)

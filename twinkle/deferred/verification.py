@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from twinkle.deferred import proof
+from twinkle.ops.failures import is_failure
 from twinkle.runtime import runtime
+from twinkle.swap.candidate import explain
 from twinkle.swap.dtype_keys import ANY
 from twinkle.swap.layers import candidates_of
 from twinkle.swap.tensors import constant
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["HeadType", "Verifications", "loss_verified", "softcap_verified"]
+__all__ = ["HeadType", "Verifications", "loss_failed", "loss_verified", "softcap_verified"]
 
 
 class HeadType(NamedTuple):
@@ -153,6 +155,22 @@ def loss_verified(model: nn.Module, head: Any, tokens: int, *, softcapped: bool 
         verifications.verify(head_type, candidate, head.weight, head.bias, tokens, softcapped=branch)
         for branch in branches
     )
+
+
+def loss_failed(head: HeadType, error: Exception) -> None:
+    """Take the loss out, which raised after it was compared; the logits are to be computed.
+
+    Args:
+        head: The type of the head.
+        error: What the loss raised.
+
+    Raises:
+        Exception: ``error``, where the settings are strict, or where it is no failure of the loss.
+    """
+    candidate = runtime.of(Verifications).reporter(head)
+    if candidate is None or candidate.strict or not is_failure(error):
+        raise error
+    candidate.reject("quarantined", f"raised: {explain(error)}")
 
 
 def softcap_verified(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:

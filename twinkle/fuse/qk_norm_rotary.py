@@ -208,7 +208,13 @@ class PairStep(FusedStep):
             if u is not None and v is not None:
                 path = path_for(q, k, u[0], v[0], cos, sin, pair.variant)
                 if path is EAGER:
-                    return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.variant)
+                    try:
+                        return run(path, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.variant)
+                    except Exception as error:
+                        take_out = self.failed(owner, error)
+                    both = self.unfused(q, k, q_layer, k_layer, function, cos, sin)
+                    take_out()
+                    return both
         else:
             done = self.first_call(owner, key, q, k, q_layer, k_layer, cos, sin)
             if done is not None:

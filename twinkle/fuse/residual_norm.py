@@ -97,7 +97,13 @@ class SumStep(FusedStep):
                 variant = variants.variant if factor is None else variants.scaled
                 path = path_for(right, left, numbers[0], variant)
                 if path is EAGER:
-                    return run(path, right, left, numbers[0], numbers[1], variant, factor)
+                    try:
+                        return run(path, right, left, numbers[0], numbers[1], variant, factor)
+                    except Exception as error:
+                        take_out = self.failed(owner, error)
+                    both = unfused(left, right, layer, factor)
+                    take_out()
+                    return both
         return unfused(left, right, layer, factor)
 
     def traced(self, left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ forward around it may not run twice (it may write to a cache of keys and values,
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 from twinkle.fuse.norms import hooked, norm_of, numbers_of, unswapped
 from twinkle.fuse.rotations import plain_rotation
 from twinkle.match.symbolic.source import function_of_callable
+from twinkle.ops.failures import is_failure
 from twinkle.proof import first_use
 from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
@@ -125,7 +127,7 @@ class FusedStep:
         try:
             result = kernel()
         except Exception as error:
-            if candidate.strict or isinstance(error, MemoryError | torch.OutOfMemoryError):
+            if candidate.strict or not is_failure(error):
                 raise
             failure = error
         else:
@@ -153,6 +155,18 @@ class FusedStep:
             self.proven[key] = needs
             if grad:
                 self.proven_with_grad[key] = needs
+
+    def failed(self, owner: nn.Module, error: Exception) -> Callable[[], None]:
+        """Excuse a proven kernel that raised: the original steps are to run, and then what this returns.
+
+        Raises:
+            Exception: ``error``, where the candidate is ``strict``, or where it is no failure.
+        """
+        candidate = self.candidate(owner)
+        if not is_failure(error) or (candidate is not None and candidate.strict):
+            raise error
+        why = f"{self.op} raised: {explain(error)}"
+        return partial(candidate.reject, "quarantined", why) if candidate is not None else _nothing
 
     def note(self, owner: nn.Module, reason: str) -> None:
         """Say in the report why the original steps ran."""
@@ -215,6 +229,10 @@ def reason_against(layers: Sequence[nn.Module]) -> str | None:
 def tensor_text(tensor: Any) -> str:
     """The device, dtype and shape of a tensor, for a message."""
     return f"{tensor.device.type} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _nothing() -> None:
+    """Nobody is to be told: the forward was taken out by another call."""
 
 
 def _capturing() -> bool:

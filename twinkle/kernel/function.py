@@ -49,6 +49,7 @@ def register_function_kernel(
     repo_path: str | os.PathLike[str] | None = None,
     package_name: str | None = None,
     verify: str | None = None,
+    watch: str | None = None,
     trust_remote_code: bool | Sequence[str] | None = None,
 ) -> None:
     """Register an implementation of a function.
@@ -68,6 +69,8 @@ def register_function_kernel(
         repo_path: A directory that holds the package ``package_name``.
         package_name: The package in ``repo_path``; alone, an installed package.
         verify: ``auto``, ``off``, ``first-use`` or ``always`` for this kernel alone.
+        watch: ``off``, ``nan`` or ``nan:N`` for this kernel alone: at one of N calls (16 by default) its
+            result is looked at for NaN.
         trust_remote_code: Load a Hub repository whose publisher is not trusted.
 
     Raises:
@@ -85,6 +88,7 @@ def register_function_kernel(
         repo_path=repo_path,
         package_name=package_name,
         verify=verify,
+        watch=watch,
         trust_remote_code=trust_remote_code,
     )
     register_document({"functions": [{"func_name": func_name, **spec}]}, where=caller())

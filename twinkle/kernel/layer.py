@@ -45,6 +45,7 @@ def register_layer_kernel(
     *,
     attributes: Mapping[str, object] | None = None,
     verify: str | None = None,
+    watch: str | None = None,
     trust_remote_code: bool | Sequence[str] | None = None,
 ) -> None:
     """Register an implementation under a kernel name.
@@ -66,6 +67,8 @@ def register_layer_kernel(
             not given.
         attributes: Class attributes that the kernel reads and its target lacks.
         verify: ``auto``, ``off``, ``first-use`` or ``always`` for this kernel alone.
+        watch: ``off``, ``nan`` or ``nan:N`` for this kernel alone: at one of N calls (16 by default) its
+            result is looked at for NaN.
         trust_remote_code: Load a Hub repository whose publisher is not trusted.
 
     Raises:
@@ -83,6 +86,7 @@ def register_layer_kernel(
         mode=mode,
         attributes=attributes,
         verify=verify,
+        watch=watch,
         trust_remote_code=trust_remote_code,
     )
     register_document({"layers": {kernel_name: spec}}, where=caller())

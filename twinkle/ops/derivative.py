@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops.failures import Failures, is_failure, made_good
+from twinkle.runtime import runtime
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
@@ -124,6 +127,7 @@ def define_op(
     """
     keep, auxiliary = derivative.keep, derivative.auxiliary
     backward, gradients, again = derivative.backward, derivative.gradients, derivative.again
+    folder = forward.__module__.split(".")[2]
     op = _define(schema, forward, fake, setup=derivative.set_up, backward=derivative.of_op)
 
     def eager_forward(ctx: Any, *inputs: Any) -> Any:
@@ -134,7 +138,13 @@ def define_op(
     def eager_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return again(ctx, *cotangents)
-        return gradients(ctx, backward, *cotangents)
+        try:
+            return gradients(ctx, backward, *cotangents)
+        except Exception as error:
+            if not is_failure(error):
+                raise
+            runtime.of(Failures).tell(folder, error)
+        return made_good(again, ctx, *cotangents)
 
     members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
     return apply_of(type(torch.autograd.Function)(name, (torch.autograd.Function,), members)), op

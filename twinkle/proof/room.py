@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Generators", "NotNow", "clean_room", "comparing", "reason_against"]
+__all__ = ["Generators", "NotNow", "clean_room", "comparing", "is_recomputing", "reason_against"]
 
 _autograd: Any = torch._C._autograd
 _ACCELERATORS = ("cuda", "xpu", "mps")
@@ -66,7 +66,7 @@ def reason_against(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False
         return "inside torch.jit.trace"
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return "while a CUDA graph is captured"
-    if _recomputes():
+    if is_recomputing():
         return "while checkpointed activations are computed again"
     if not traced:
         if torch.compiler.is_compiling():
@@ -86,7 +86,7 @@ def reason_against(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False
     return None
 
 
-def _recomputes() -> bool:
+def is_recomputing() -> bool:
     """Whether backward computes again what a checkpoint dropped: forward ran the original, so this does.
 
     Torch compares what the two save for backward, and raises where a kernel comes between.

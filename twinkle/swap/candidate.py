@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from twinkle import forks
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_layer
+from twinkle.ops.failures import Failures
 from twinkle.runtime import runtime
 from twinkle.swap.code import fitted
 from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
@@ -48,6 +49,7 @@ class BaseCandidate:
         rejected: Why its originals run instead, or ``None``.
         proofs: The comparisons with the original that it has passed, and those that are pending.
         recall: A kept verdict will do in the place of a comparison.
+        watch: Of so many calls one is looked at for NaN; 0 for none.
     """
 
     def __init__(
@@ -58,8 +60,10 @@ class BaseCandidate:
         strict: bool = False,
         proofs: int = 0,
         recall: bool = False,
+        watch: int = 0,
     ) -> None:
         self.proofs = Proofs(proofs)
+        self.watch = watch
         self.recall = recall
         self.kernel = kernel
         self.binding = binding
@@ -71,6 +75,8 @@ class BaseCandidate:
         self._lock = forks.lock()
         self._loading = False
         self._users: weakref.WeakSet[Dispatch] = weakref.WeakSet()
+        if getattr(kernel.source, "kind", None) == "embedded":
+            runtime.of(Failures).listeners.add(self)
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -151,6 +157,20 @@ class BaseCandidate:
             what = f"{self.binding.target} keeps its original: kernel {self.binding.kernel!r}"
             where = f"\n  where:    {self.binding.origin}" if self.binding.origin else ""
             warn(f"{what} {state}: {reason}{where}")
+
+    def backward_failed(self, op: str, error: Exception) -> None:
+        """Reject an embedded kernel whose backward raised, while the definition gives the gradients.
+
+        Args:
+            op: The op it was of.
+            error: What it raised; it is raised again where the candidate is ``strict``.
+        """
+        ops = (getattr(self.kernel.source, "op", None), *self.kernel.name.split("+"))
+        if op not in ops or self.rejected is not None:
+            return
+        if self.strict:
+            raise error
+        self.reject("quarantined", f"{op} raised in its backward: {explain(error)}")
 
     def mark_pending(self) -> None:
         """Record that the kernel is in place and not loaded yet."""

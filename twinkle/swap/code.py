@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 __all__ = ["CallForm", "adapt", "fitted", "forwarding_function", "set_code"]
 
 
+_MOST_IN_A_TUPLE = 4
+
+
 class CallForm:
     """How the arguments of a function are taken and handed on, as source text.
 
@@ -103,6 +106,29 @@ class CallForm:
             return kwargs.get(self.probe) if self.probe else None
         at = self._names.index(self.probe)
         return args[at] if at < len(args) else None
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the expressions that name them in the text, without ``skip``.
+
+        Those in short tuples and lists stand beside these: ``x``, ``tables[0]``, ``args[1]``.
+        """
+        found: dict[str, Any] = {}
+        left, named = list(args), dict(kwargs)
+        for p in self.parameters:
+            if p.kind is Parameter.VAR_POSITIONAL:
+                found.update((f"{p.name}[{n}]", value) for n, value in enumerate(left))
+            elif p.kind is Parameter.VAR_KEYWORD:
+                found.update((f"{p.name}[{name!r}]", value) for name, value in named.items())
+            elif p.name in named:
+                found[p.name] = named.pop(p.name)
+            elif left and p.kind is not Parameter.KEYWORD_ONLY:
+                found[p.name] = left.pop(0)
+        for name in list(found)[: self.skip]:
+            del found[name]
+        for name, value in list(found.items()):
+            if type(value) in (tuple, list) and len(value) <= _MOST_IN_A_TUPLE:
+                found.update((f"{name}[{n}]", part) for n, part in enumerate(value))
+        return found
 
     def dress(self, function: FunctionType, original: Callable[..., Any]) -> None:
         """Make a generated function look like the original; without ``__wrapped__``, or others strip it."""

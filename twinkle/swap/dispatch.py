@@ -8,22 +8,25 @@ function (a wrapper, a bound method) has the newest, and what ``torch.compile`` 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 
 from twinkle import forks
 from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED, KEPT
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
+from twinkle.swap import rescue
+from twinkle.swap.backward import guard_backward
 from twinkle.swap.candidate import explain
 from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
-from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow
-from twinkle.swap.kinds import FIRST_RUNS, PLAIN
+from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow, is_checked
+from twinkle.swap.kinds import GUARDED_RUNS, PLAIN
 from twinkle.swap.scope import Scope
 from twinkle.swap.tensors import (
     call_there,
@@ -34,6 +37,7 @@ from twinkle.swap.tensors import (
     fits_this_build,
     on_another_gpu,
     several_gpus,
+    version_of,
 )
 from twinkle.targets import own_forward
 
@@ -97,23 +101,17 @@ class Dispatch:
         self._set(
             original=original,
             target=self.target,
-            own=own_forward,
             pending=self.first_call,
-            where=device_number,
-            compiling=torch.compiler.is_compiling,
-            grad=torch.is_grad_enabled,
+            failed=self._failed,
+            instead=self._instead,
+            odd=self._odd,
+            unversioned=self._unversioned,
+            look=self._look,
+            guard_backward=self._guard_backward,
+            again=self._run_again,
             load=_constant(self._load_for_trace),
             changed=_constant(self._changed),
-            autocast=autocasting,
-            dtype_key=dtype_key_of,
-            current=current_gpu,
-            there=call_there,
-            astray=on_another_gpu,
-            # The globals are the original's, where these may be something else.
-            getattr=getattr,
-            Exception=Exception,
-            type=type,
-            kept=KEPT,
+            **_FIXED_NAMES,
         )
         self._text = ""
         self._traced_texts: dict[str, str] = {}
@@ -123,6 +121,7 @@ class Dispatch:
             standing=self.standing,
             always_compiling=compiling,
             with_dtype=any(entry.candidate.proofs.number for entry in self.entries),
+            kind=self.kind,
         )
         for entry in self.entries:
             if entry.guard is not None:
@@ -139,7 +138,10 @@ class Dispatch:
         candidates = [entry.candidate for entry in self.entries]
         if any(candidate.mode is not None for candidate in candidates):
             names.append("grad")
-        if any(candidate.mode is not None and candidate.mode.compile for candidate in candidates):
+        if any(
+            (candidate.mode is not None and candidate.mode.compile) or is_checked(candidate)
+            for candidate in candidates
+        ):
             names.append("compiling")
         if any(candidate.proofs.number for candidate in candidates):
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
@@ -218,8 +220,7 @@ class Dispatch:
             return self.original(*args, **kwargs)
         if entry.is_live(moment):
             self.rebuild()
-            return call_there(entry.function, args, kwargs)
-        return self._first_run(entry, args, kwargs)
+        return self._run(entry, args, kwargs)
 
     def _moment(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
         return Moment(
@@ -263,41 +264,132 @@ class Dispatch:
             every_mode=candidate.mode is None,
         )
 
-    def _first_run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a kernel that never ran; one that raises is rejected, and the original runs."""
-        assert entry.function is not None
+    def _run(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a kernel; the original, where it raises."""
         if self.kind != PLAIN:
-            return FIRST_RUNS[self.kind](self, entry, args, kwargs)
-        try:
-            result = call_there(entry.function, args, kwargs)
-        except Exception as error:
-            failure = self.excused(entry, error)
+            return GUARDED_RUNS[self.kind](self, entry, args, kwargs)
+        run = rescue.guarded_call if entry.state == "live" else rescue.first_run
+        return run(self, entry, args, kwargs)
+
+    # What the text comes to where a kernel that ran before fails (see twinkle.swap.rescue).
+
+    def _failed(
+        self,
+        index: int,
+        error: Exception,
+        before: Any,
+        after: Any,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> rescue.Failure:
+        """Excuse a kernel that raised, and put random numbers back; raises where the original cannot run."""
+        entry = self.entry(index)
+        written = entry.written(before, after)
+        failure = rescue.excuse(self, entry, error, args, kwargs, written=written)
+        rescue.put_back(state)
+        return failure
+
+    def _instead(
+        self, index: int, failure: rescue.Failure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        return rescue.complete(self, self.entry(index), failure, args, kwargs)
+
+    def _odd(
+        self,
+        index: int,
+        result: Any,
+        before: Any,
+        state: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Decide on a result that is not as those before it."""
+        entry = self.entry(index)
+        written = entry.written(before, self._versions(entry, args, kwargs))
+        return rescue.inspect_result(self, entry, result, written, state, args, kwargs)
+
+    def _unversioned(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the text written anew, which could not read the versions of the arguments of a call."""
+        entry, given = self.entry(index), self.given(args, kwargs)
+        habits = entry.habits
+        assert habits is not None
+        present = tuple(name for name in habits.tensors if isinstance(given.get(name), torch.Tensor))
+        inference = any(given[name].is_inference() for name in present)
+        if present != habits.tensors:
+            habits.tensors = present
         else:
-            self.ran(entry)
+            habits.blind = habits.blind or not inference
+        habits.inference = habits.inference or inference
+        self.rebuild()
+
+    def _versions(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the text reads before a call, but for the weights and buffers of a layer."""
+        given = self.given(args, kwargs)
+        habits = entry.habits
+        assert habits is not None
+        found = tuple(version_of(given.get(name)) for name in habits.tensors)
+        return found[0] if len(found) == 1 and not habits.state else found
+
+    def _look(
+        self, index: int, result: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Look at a result for NaN; that of the original where it has some."""
+        entry = self.entry(index)
+        assert entry.watch is not None
+        what = entry.watch.look(result, args, kwargs)
+        if what is None:
             return result
-        # Outside the handler: what the original raises is the program's own affair.
-        result = self.original(*args, **kwargs)
-        self.turn_off(entry, failure)
-        return result
+        entry.candidate.reject("quarantined", what.text)
+        if what.of_an_earlier_call:
+            return result
+        rescue.put_back(state)
+        return self.standing_function()(*args, **kwargs)
+
+    def _guard_backward(self, index: int, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        guard_backward(self, self.entry(index), result, args, kwargs)
 
     def excused(self, entry: Entry, error: Exception) -> Exception:
-        """The error of a kernel that never ran, for which the original makes up; raises any other."""
-        # What a source lets through whose kernels have guards of their own is the program's affair.
-        guarded = getattr(entry.candidate.kernel.source, "guarded", False)
-        if entry.candidate.strict or guarded or _out_of_memory(error):
+        """The error of a kernel that is awaited or iterated, where the original may make up for it."""
+        if entry.candidate.strict:
             raise error
         return error
 
+    def turn_off(self, entry: Entry, failure: Exception) -> None:
+        """Reject a kernel that raised."""
+        when = "" if entry.state == "live" else " at its first call"
+        entry.candidate.reject("quarantined", f"raised{when}: {explain(failure)}")
+
+    def _run_again(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self._run(self.entry(index), args, kwargs)
+
+    def entry(self, index: int) -> Entry:
+        """The entry of a number in the text."""
+        return next(entry for entry in self.entries if entry.index == index)
+
+    def given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the expressions that name them in the text, without the layer."""
+        return self._call.given(args, kwargs)
+
+    @property
+    def first(self) -> str:
+        """The expression of the first argument in the text."""
+        return self._call.first
+
+    def standing_function(self) -> Callable[..., Any]:
+        """What would run without Twinkle."""
+        if self.target is not None and self.standing[1]:
+            return cast("Callable[..., Any]", self.target.forward)
+        return self.original
+
     def ran(self, entry: Entry) -> None:
         """Take note that a kernel ran to its end."""
+        if entry.state == "live":
+            return
         entry.state = "live"
         entry.candidate.mark_active()
         entry.candidate.binding.has_run()
         self.rebuild()
-
-    def turn_off(self, entry: Entry, failure: Exception) -> None:
-        """Reject a kernel that raised."""
-        entry.candidate.reject("quarantined", f"raised at its first call: {explain(failure)}")
 
     def _load_for_trace(
         self, name: str, device: str | None, training: bool, grad: bool, dtype: torch.dtype | None = None
@@ -359,9 +451,14 @@ class Dispatch:
             for entry in self.entries:
                 if entry.function is not None:
                     self._set(**{f"k{entry.index}": entry.function})
+                if entry.habits is not None:
+                    self._set(**entry.habits.constants)
+                if entry.watch is not None:
+                    self._set(**{f"tick{entry.index}": entry.watch.tick})
             tree = self._tree()
             code = self._code
             code.devices, code.several_gpus = self._devices(), self._minds_the_gpu()
+            code.holds_layers = any(True for layer in self.modules()[:1] for _ in layer.children())
             text = code.text(tree)
             self._set(**code.constants)
             for variable in (f"_tw_traced_{name}" for name in code.traced):
@@ -449,6 +546,25 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
     return constant(run)
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # The kernel is not to blame, and the original, which mostly needs more, would only fail too.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError))
+_FIXED_NAMES: dict[str, Any] = {
+    "own": own_forward,
+    "random": rescue.random_state,
+    "where": device_number,
+    "compiling": torch.compiler.is_compiling,
+    "jit": torch._C._get_tracing_state,
+    "fx": _symbolic_trace,
+    "grad": torch.is_grad_enabled,
+    "autocast": autocasting,
+    "dtype_key": dtype_key_of,
+    "current": current_gpu,
+    "there": call_there,
+    "astray": on_another_gpu,
+    # The globals are the original's, where these may be something else.
+    "getattr": getattr,
+    "Exception": Exception,
+    "type": type,
+    "tuple": tuple,
+    "list": list,
+    "kept": KEPT,
+}
+"""What the text of every dispatch function names, without ``_tw_``."""

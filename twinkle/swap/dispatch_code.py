@@ -5,14 +5,16 @@ global or a builtin: the globals are the original's, see :mod:`twinkle.swap.scop
 ``_tw_original``, ``_tw_k0`` … (the kernels by the index of their entry), ``_tw_pending`` (the first call),
 ``_tw_traced_…`` and ``_tw_load`` (calls under a compiler), the functions that look at the moment
 (``_tw_where``, ``_tw_grad``, ``_tw_compiling``, ``_tw_autocast``, ``_tw_dtype_key``, ``_tw_current``,
-``_tw_astray``), ``_tw_there`` (a call with another GPU as the current one), and the ``constants`` below.
+``_tw_astray``), ``_tw_there`` (a call with another GPU as the current one), what looks after kernels that
+fail (``_tw_failed``, ``_tw_instead``, ``_tw_odd``, ``_tw_look`` …), and the ``constants`` below.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from twinkle.swap.entry import Split
+from twinkle.swap.entry import Split, is_checked
+from twinkle.swap.kinds import PLAIN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,9 +39,11 @@ class DispatchCode:
         standing: The expression of what would run without Twinkle, and of the test that it is the original.
         always_compiling: Every call counts as one under a compiler.
         with_dtype: Kernels are proven by dtype, so that a trace has to say which it is for.
+        kind: What kind of function it is.
 
     Attributes:
         devices: The device types that there are kernels for; a call is on device 1, 2 … of them, or 0.
+        holds_layers: The layers it is for hold others, which run programs of their own.
         several_gpus: A tensor may lie on another GPU than the current one, where a kernel would be launched.
         constants: What the text needs besides functions, without ``_tw_``: dtypes, and sets of dtype keys.
         traced: The moments, in letters, for which the text calls a function ``_tw_traced_…``.
@@ -53,12 +57,15 @@ class DispatchCode:
         standing: tuple[str, str],
         always_compiling: bool,
         with_dtype: bool,
+        kind: str = PLAIN,
     ) -> None:
         self.form = form
         self.standing, self.standing_test = standing
         self.training = training
         self.always_compiling = always_compiling
         self.with_dtype = with_dtype
+        self.kind = kind
+        self.holds_layers = False
         self.devices: list[str] = []
         self.several_gpus = False
         self.constants: dict[str, Any] = {}
@@ -157,10 +164,82 @@ class DispatchCode:
         return guard.inline(self.form.first, f"_tw_guard{entry.index}_")
 
     def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        if known.get("device", "cuda") in (None, "cuda") and self.several_gpus:
-            yield f"{pad}if _tw_away:"
-            yield f"{pad}    return _tw_there(_tw_k{entry.index}, {self.form.packed})"
-        yield f"{pad}return _tw_k{entry.index}({self.form.arguments})"
+        """The lines of a call of a kernel that ran before, and of what becomes of it where it fails."""
+        call, index, packed = f"_tw_k{entry.index}({self.form.arguments})", entry.index, self.form.packed
+        away = known.get("device", "cuda") in (None, "cuda") and self.several_gpus
+        source = entry.candidate.kernel.source
+        # Once it ran, what comes out of a forward that is the program's own in parts is the program's affair.
+        if getattr(source, "guarded", False) or getattr(source, "wraps", False):
+            if away:
+                yield f"{pad}if _tw_away:"
+                yield f"{pad}    return _tw_there(_tw_k{index}, {packed})"
+            yield f"{pad}return {call}"
+            return
+        if self.kind != PLAIN:
+            yield f"{pad}return _tw_again({index}, {packed})"
+            return
+        if known.get("compiling") is True and not self.always_compiling:
+            yield f"{pad}return {call}"
+            return
+        traced = self._traced_test(entry, known)
+        if traced:
+            yield f"{pad}if {traced}:"
+            yield f"{pad}    return {call}"
+        if away:
+            call = f"_tw_there(_tw_k{index}, {packed}) if _tw_away else {call}"
+        habits = entry.habits
+        state = "_tw_state" if habits is not None and habits.draws else "None"
+        before = habits.before if habits is not None else ""
+        if state != "None":
+            yield f"{pad}{state} = _tw_random()"
+        if before:
+            yield f"{pad}try:"
+            yield f"{pad}    _tw_before = {before}"
+            yield f"{pad}except _tw_Exception:"
+            yield f"{pad}    _tw_before = _tw_unversioned({index}, {packed})"
+        before_then = "_tw_before" if before else "None"
+        test = habits.test if habits is not None else ""
+        bare = not test and entry.watch is None and (habits is None or habits.own_backward is None)
+        yield f"{pad}try:"
+        yield f"{pad}    {'return' if bare else '_tw_result ='} {call}"
+        yield f"{pad}except _tw_Exception as _tw_error:"
+        values = [str(index), "_tw_error", before_then, before or "None", state, packed]
+        yield f"{pad}    _tw_failure = _tw_failed({', '.join(values)})"
+        if not bare:
+            yield f"{pad}else:"
+            yield from self._result_lines(entry, pad + "    ", test, f"{before_then}, {state}")
+        yield f"{pad}return _tw_instead({index}, _tw_failure, {packed})"
+
+    def _traced_test(self, entry: Entry, known: dict[str, Any]) -> str:
+        """The test for calls whose code somebody follows, which go to the kernel as they are; or no text."""
+        if is_checked(entry.candidate):
+            # What the lines below read of tensors would be in the graphs of these tracers.
+            tests = ["_tw_jit() is not None", "_tw_fx._is_fx_tracing_flag"]
+        elif self.holds_layers:
+            tests = []
+        else:
+            return ""
+        # A graph break within `try` would leave all of the function to Python.
+        asked = known.get("compiling") is not False or self.always_compiling
+        return " or ".join((["_tw_compiling()"] if asked else []) + tests)
+
+    def _result_lines(self, entry: Entry, pad: str, test: str, then: str) -> Iterator[str]:
+        """The lines that look at a result before it is handed out; ``then`` is what was before the call."""
+        index, packed = entry.index, self.form.packed
+        if test:
+            yield f"{pad}try:"
+            yield f"{pad}    _tw_holds = {test}"
+            yield f"{pad}except _tw_Exception:"
+            yield f"{pad}    _tw_holds = False"
+            yield f"{pad}if not _tw_holds:"
+            yield f"{pad}    return _tw_odd({index}, _tw_result, {then}, {packed})"
+        if entry.watch is not None:
+            yield f"{pad}if _tw_tick{index}():"
+            yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {then.split(', ')[-1]}, {packed})"
+        if entry.habits is not None and entry.habits.own_backward is not None:
+            yield f"{pad}if _tw_result.requires_grad:"
+            yield f"{pad}    _tw_guard_backward({index}, _tw_result, {packed})"
+        yield f"{pad}return _tw_result"
 
     def _lines_for_keys(
         self, entry: Entry, keys: frozenset[DtypeKey], pad: str, known: dict[str, Any]

@@ -8,14 +8,16 @@ from twinkle.devices import torch_type
 from twinkle.match.reads import Guard
 from twinkle.modes import rank
 from twinkle.swap.dtype_keys import ANY
+from twinkle.swap.watch import Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from twinkle.swap.candidate import BaseCandidate
     from twinkle.swap.dtype_keys import DtypeKey
+    from twinkle.swap.habits import Habits
 
-__all__ = ["Entry", "Leaf", "Moment", "Split", "grow"]
+__all__ = ["Entry", "Leaf", "Moment", "Split", "grow", "is_checked"]
 
 
 class Moment:
@@ -55,6 +57,9 @@ class Entry:
         guard: What the kernel rests on, which each call asks first; None for nothing. One in the place of a
             class's forward rests on that one at least: whoever gives the class another one later means it.
         guard_failed: Some call found it otherwise.
+        habits: What was seen of the kernel at its first run; None for one that is not checked.
+        unsettled: How often nobody could say whether a result is right in form.
+        watch: Looks for NaN in results now and then; None where that is not asked for.
     """
 
     __slots__ = (
@@ -64,10 +69,13 @@ class Entry:
         "function",
         "guard",
         "guard_failed",
+        "habits",
         "has_backward",
         "index",
         "mode",
         "state",
+        "unsettled",
+        "watch",
     )
 
     def __init__(self, candidate: BaseCandidate, index: int, target: type | None = None) -> None:
@@ -84,6 +92,20 @@ class Entry:
             guard = Guard(())
         self.guard = None if guard is None else guard.of(target)
         self.guard_failed = False
+        self.habits: Habits | None = None
+        self.unsettled = 0
+        self.watch = Watch(candidate.watch) if candidate.watch else None
+
+    def written(self, before: Any, after: Any) -> list[str]:
+        """The arguments whose versions are not the same as before a call: a tuple, or a number for one."""
+        if self.habits is None or before is None or after is None:
+            return []
+        names = (*self.habits.tensors, *self.habits.state)
+        before = before if isinstance(before, tuple) else (before,)
+        after = after if isinstance(after, tuple) else (after,)
+        if len(before) != len(after):
+            return []  # another thread has had the text written anew in between
+        return [name for name, then, now in zip(names, before, after, strict=False) if then != now]
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
         """How well the candidate suits the moment: smaller first, ``None`` never."""
@@ -115,6 +137,11 @@ class Entry:
     def minds_gradients(self) -> bool:
         """Whether calls without gradients may go to the kernel where those with gradients do not."""
         return self.has_backward is False or self.dtype_keys(grad=False) != self.dtype_keys(grad=True)
+
+
+def is_checked(candidate: BaseCandidate) -> bool:
+    """Whether a kernel's results are looked at: not those of Twinkle's own, which their launchers make."""
+    return candidate.kernel.source.kind != "embedded"
 
 
 class Leaf:

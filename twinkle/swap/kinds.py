@@ -2,8 +2,8 @@
 
 A dispatch function is a plain one that gives what the kernel gives. Where the target is a coroutine
 function, a generator function or an asynchronous one, a function of that kind stands in front of it and
-awaits or iterates what it gives (:data:`FRONTS`). The first run of such a kernel is guarded to its end: when
-it raises, the original runs.
+awaits or iterates what it gives (:data:`FRONTS`). Every run of such a kernel is guarded to its end: when it
+raises, the original runs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.entry import Entry
 
-__all__ = ["FIRST_RUNS", "FRONTS", "PLAIN", "body_of", "check_kind", "kind_of"]
+__all__ = ["FRONTS", "GUARDED_RUNS", "PLAIN", "body_of", "check_kind", "kind_of"]
 
 PLAIN = "a plain function"
 COROUTINE = "a coroutine function (async def)"
@@ -97,8 +97,8 @@ def check_kind(implementation: Any, original: Callable[..., Any]) -> None:
         )
 
 
-async def _first_await(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Any:
-    """Await a kernel for the first time, and the original where that raises."""
+async def _guarded_await(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Any:
+    """Await a kernel, and the original where that raises."""
     assert entry.function is not None
     try:
         result = await entry.function(*args, **kwargs)
@@ -120,8 +120,10 @@ class _Relay:
         told: Something was sent or thrown into it.
     """
 
-    def __init__(self, generator: Any) -> None:
+    def __init__(self, generator: Any, first: bool) -> None:
         self._generator = generator
+        # Later runs remember nothing: it may be batches of data.
+        self._most = _MOST_ITEMS if first else 0
         self.items: list[Any] | None = []
         self.told = False
         self._thrown: object = None
@@ -177,7 +179,7 @@ class _Relay:
     def _gave(self, item: Any) -> Any:
         if self.items is not None:
             self.items.append(item)
-            if len(self.items) > _MOST_ITEMS:
+            if len(self.items) > self._most:
                 self.items = None
         return item
 
@@ -186,8 +188,8 @@ class _Relay:
         self._thrown = next((part for part in error if isinstance(part, BaseException)), None)
 
 
-def _first_items(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Generator[Any, Any, Any]:
-    """Iterate a kernel for the first time; the original goes on where that raises.
+def _guarded_items(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Generator[Any, Any, Any]:
+    """Iterate a kernel; the original goes on where that raises.
 
     The original begins anew, and has to give again what was handed out already: where it does not, or
     cannot, the program gets the kernel's error, and never items of two runs that do not belong together.
@@ -195,7 +197,7 @@ def _first_items(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Ge
     assert entry.function is not None
     relay = None
     try:
-        relay = _Relay(entry.function(*args, **kwargs))
+        relay = _Relay(entry.function(*args, **kwargs), entry.state != "live")
         result = yield from relay
     except GeneratorExit:
         dispatch.ran(entry)
@@ -219,14 +221,14 @@ def _first_items(dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any) -> Ge
     return result
 
 
-async def _first_async_items(
+async def _guarded_async_items(
     dispatch: Dispatch, entry: Entry, args: Any, kwargs: Any
 ) -> AsyncGenerator[Any, Any]:
-    """The same as :func:`_first_items` for asynchronous generators."""
+    """The same as :func:`_guarded_items` for asynchronous generators."""
     assert entry.function is not None
     relay = None
     try:
-        relay = _Relay(entry.function(*args, **kwargs))
+        relay = _Relay(entry.function(*args, **kwargs), entry.state != "live")
         item = await relay.__anext__()
         while True:
             try:
@@ -273,12 +275,12 @@ def _excused(
     return failure
 
 
-FIRST_RUNS: dict[str, Callable[..., Any]] = {
-    COROUTINE: _first_await,
-    GENERATOR: _first_items,
-    ASYNC_GENERATOR: _first_async_items,
+GUARDED_RUNS: dict[str, Callable[..., Any]] = {
+    COROUTINE: _guarded_await,
+    GENERATOR: _guarded_items,
+    ASYNC_GENERATOR: _guarded_async_items,
 }
-"""For each kind but the plain one what awaits or iterates a kernel that never ran."""
+"""For each kind but the plain one what awaits or iterates a kernel."""
 
 _END = object()
 

@@ -121,6 +121,9 @@ class _Rest:
             elif isinstance(value, (type, BuiltinFunctionType)):
                 names[name] = value
         names["_tw_pending"] = lambda args, kwargs: original(*args, **kwargs)
+        names["_tw_fx"] = SimpleNamespace(_is_fx_tracing_flag=False)
+        names["_tw_instead"] = lambda index, failure, args, kwargs: original(*args, **kwargs)
+        names["_tw_odd"] = lambda index, result, *rest: result
         names["_tw_there"] = lambda function, args, kwargs: function(*args, **kwargs)
         return SimpleNamespace, (), names
 

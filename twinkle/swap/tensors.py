@@ -17,6 +17,7 @@ __all__ = [
     "fits_this_build",
     "on_another_gpu",
     "several_gpus",
+    "version_of",
 ]
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -79,6 +80,13 @@ def fits_this_build(device: str | None) -> bool:
     if device in ("cuda", "rocm") and (torch.version.cuda or torch.version.hip):
         return (device == "rocm") == bool(torch.version.hip)
     return True
+
+
+def version_of(value: Any) -> int | None:
+    """How often a tensor was written to; None for one of inference, which does not count, and for others."""
+    if not isinstance(value, torch.Tensor) or value.is_inference():
+        return None
+    return int(value._version)
 
 
 def _current_gpu() -> int:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops.derivative import Derivative, apply_of, define_op, through_definition
+from twinkle.ops.failures import backward_survives
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layout import fresh, rows_of
 
@@ -217,6 +218,7 @@ class _GatedLinear(torch.autograd.Function):
         return F.linear(_forward(gate, up, *rest), weight, bias)
 
     @staticmethod
+    @backward_survives("gated_mlp")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         if torch.is_grad_enabled():

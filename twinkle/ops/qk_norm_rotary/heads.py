@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.derivative import apply_of
+from twinkle.ops.failures import backward_survives
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path
 from twinkle.ops.qk_norm_rotary import triton_backend
 
@@ -146,6 +147,7 @@ class _Heads(torch.autograd.Function):
         return triton_backend._forward(joined(q), joined(k), *rest)
 
     @staticmethod
+    @backward_survives("qk_norm_rotary")
     def backward(ctx: Any, dq_out: Tensor, dk_out: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             return triton_backend._again(ctx, dq_out, dk_out, laid_out=joined)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import through_definition
+from twinkle.ops.failures import backward_survives
 from twinkle.ops.layout import like, rows_of
 from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
@@ -176,6 +177,7 @@ class _RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @backward_survives("rms_norm")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, roots = ctx.saved_tensors
         if torch.is_grad_enabled():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops.failures import backward_survives
 from twinkle.ops.plain import pays, runs_eagerly
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
@@ -190,6 +191,7 @@ class _Rotary(torch.autograd.Function):
         return _forward(q, k, cos, sin, tokens_first, variant, query)
 
     @staticmethod
+    @backward_survives("rotary")
     def backward(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
         dk = dk if ctx.two else None
