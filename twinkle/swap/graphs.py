@@ -29,25 +29,23 @@ def forget_graphs(owner: type) -> int:
     frames = sys.modules.get("torch._dynamo.convert_frame")
     if frames is None:
         return 0
-    codes: Any = [one() for one in list(getattr(frames, "input_codes").seen)]
+    codes: Any = [one() for one in list(frames.input_codes.seen)]
     return sum(_forget_in(code, owner) for code in codes if code is not None)
 
 
 def _forget_in(code: Any, owner: type) -> int:
     """Forget the graphs of one function that was compiled."""
-    from torch._dynamo import reset_code
-    from torch._dynamo.eval_frame import _debug_get_cache_entry_list
-
-    entries = [entry for entry in _debug_get_cache_entry_list(code) if _may_run(entry, owner)]
+    dynamo: Any = sys.modules["torch._dynamo"]
+    listed = dynamo.eval_frame._debug_get_cache_entry_list(code)
+    entries = [entry for entry in listed if _may_run(entry, owner)]
     try:
-        from torch._dynamo.guards import DeletedGuardManagerWrapper
-
         for entry in entries:
-            gone = DeletedGuardManagerWrapper(f"{owner.__qualname__}.forward is another function")
+            reason = f"{owner.__qualname__}.forward is another function"
+            gone = dynamo.guards.DeletedGuardManagerWrapper(reason)
             entry.guard_manager.extra_state.invalidate(entry, gone)
-    except (ImportError, AttributeError, TypeError):
-        if entries:  # not the way of this version of torch: all graphs of the function go
-            reset_code(code)
+    except (AttributeError, TypeError):
+        if entries:  # another version of torch: all graphs of the function go
+            dynamo.reset_code(code)
     return len(entries)
 
 
@@ -70,6 +68,9 @@ def _kinds(guards: Any) -> Iterator[type]:
         if isinstance(kind, type):
             yield kind
         todo += guard.get_child_managers()
+        if hasattr(guard, "get_key_value_managers"):  # of a dict, such as the modules of an nn.Sequential
+            for pair in guard.get_key_value_managers().values():
+                todo += filter(None, pair)
 
 
 def called_by_dynamo(depth: int) -> bool:

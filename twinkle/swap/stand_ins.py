@@ -4,8 +4,8 @@ A marked module keeps its class, so two things are seen there that a generated c
 
 - ``train``, where a mode was asked for by name. It holds until the module's own mode is set, also to what it
   is already: nothing but the call tells.
-- Copies by a class's own ``__deepcopy__``, ``__copy__``, ``__reduce__`` or ``__getstate__``: they may leave the
-  mark behind. A class without one gets none: ``copy`` takes all of ``__dict__`` along.
+- Copies by a class's own ``__deepcopy__``, ``__copy__``, ``__reduce__`` or ``__getstate__``: they may leave
+  the mark behind. A class without one gets none: ``copy`` takes all of ``__dict__`` along.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Marked:
     """What a stand-in asks of a dispatch; see :class:`twinkle.swap.generated.LayerDispatch`."""
 
     target: type[nn.Module]
-    pin: object
+    pin: Any
 
     def unpin(self, module: nn.Module) -> None:
         """Let a module follow its own mode."""
