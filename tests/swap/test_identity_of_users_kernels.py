@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from twinkle.modes import Mode
-from twinkle.swap.layers import original_class, placed, swap_out
+from twinkle.swap.layers import original_class, placed, plan, swap_out
 
 X = torch.arange(1.0, 5.0)
 HALVES = """
@@ -304,6 +304,27 @@ def test_candidates_for_devices_and_modes(kit: Any, net: Any) -> None:
     assert type(module) is net.Halves
 
 
+def test_modules_of_a_class_in_other_states_share_no_plan(kit: Any, net: Any) -> None:
+    wanted = kit.candidate(times(2))
+    marked, plain, other = net.Halves(), net.Halves(), swapped(kit, net.Halves, times(3))
+    kit.swap_in(marked, [wanted])
+    for first, rest in ((marked, (plain, other)), (plain, (marked, other)), (other, (plain, marked))):
+        made = plan(first, [wanted])
+        assert not isinstance(made, str)
+        assert [made.also(module) for module in rest] == [False, False]
+
+
+def test_a_copy_is_counted_when_it_is_asked_for(kit: Any, net: Any) -> None:
+    wanted = kit.candidate(times(2))
+    module = net.Halves()
+    kit.swap_in(module, [wanted])
+    twin = copy.deepcopy(module)
+    kit.swap_in(twin, [wanted])
+    assert wanted.binding.instances == 2
+    del module
+    assert (wanted.binding.instances, factor(twin)) == (1, 2)
+
+
 def test_other_kernels_for_a_module_and_back(kit: Any, net: Any) -> None:
     module, other = swapped(kit, net.Halves), swapped(kit, net.Halves)
     for number in (3, 5, 7):
@@ -381,6 +402,21 @@ def test_a_kernel_that_needs_a_class_gets_one_when_that_is_known(kit: Any, net: 
         swap_out(one)
     assert dict(vars(module)).keys() == dict(vars(plain)).keys()
     assert [type(module), factor(module), "_tw" in vars(net.Halves)] == [net.Halves, 1, False]
+
+
+@pytest.mark.parametrize("kernel", [Around, WithMembers])
+def test_the_class_has_its_forward_back_once_all_modules_have_their_own(
+    kit: Any, net: Any, kernel: Any
+) -> None:
+    plain, wanted = net.Halves.forward, kit.candidate(kernel)
+    modules = [net.Halves() for _ in range(3)]
+    for module in modules:
+        kit.swap_in(module, [wanted])
+    twin = copy.deepcopy(modules[0])
+    factor(modules[0])
+    assert net.Halves.forward is not plain  # for the copy, which is known by its mark alone
+    assert factor(twin) == 2
+    assert net.Halves.forward is plain
 
 
 def test_only_the_modules_of_that_kernel_get_a_class(kit: Any, net: Any) -> None:

@@ -100,6 +100,7 @@ class Dispatch:
         self._set(
             original=original,
             target=self.target,
+            front=original,
             own=own_forward,
             pending=self.first_call,
             where=device_number,

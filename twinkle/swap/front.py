@@ -11,6 +11,8 @@ function but a module's ``forward``, goes on with its graphs. Whoever sets ``Cla
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import secrets
 import sys
@@ -104,23 +106,31 @@ class Front:
             type.__setattr__(self.owner, "forward", self.function)
         forget_graphs(self.owner)
 
-    def let_go(self) -> None:
-        """Forget what no module is marked with, and leave the class where nothing is left."""
+    def stands_in(self, core: type) -> bool:
+        """Whether the function is what a class has for its forward, or is inside a wrapper there."""
+        return _holds(getattr(core, "forward", None), self.function, 8)
+
+    def let_go(self, caller: LayerDispatch | None = None) -> None:
+        """Forget what no module is marked with, and leave the class where nothing is left.
+
+        Args:
+            caller: A dispatch that is asked in a call of the function, which holds the mark meanwhile.
+        """
         with self._lock:
-            if not self._sweep():
+            if not self._sweep(caller):
                 return
             self.rewrite()
             if not any(self.slots) and vars(self.owner).get("forward") is self.function:
                 type.__setattr__(self.owner, "forward", self.original)
                 type.__delattr__(self.owner, MARK)
 
-    def _sweep(self) -> bool:
+    def _sweep(self, caller: LayerDispatch | None = None) -> bool:
         swept = False
         for n, dispatch in enumerate(self.slots):
             if dispatch is None or dispatch.instances:
                 continue
             # A copy is not among the instances of the dispatch, but holds the very text of the mark.
-            if sys.getrefcount(dispatch.mark) <= dispatch.holders:
+            if sys.getrefcount(dispatch.mark) <= dispatch.holders + (dispatch is caller):
                 self.slots[n], swept = None, True
                 take_stand_ins(dispatch)
         return swept
@@ -163,6 +173,22 @@ def dispatch_marked(module: nn.Module) -> LayerDispatch | None:
     """The dispatch that a module is marked with; None without a mark that means something here."""
     mark = module.__dict__.get(MARK)
     return _marked.get(mark) if isinstance(mark, str) else None
+
+
+def _holds(wrapper: Any, wanted: Any, depth: int) -> bool:
+    """Whether a function is another one, or has it in its closure, defaults or attributes."""
+    if wrapper is wanted or depth == 0:
+        return wrapper is wanted
+    if isinstance(wrapper, functools.partial):
+        inside = [wrapper.func, *wrapper.args, *wrapper.keywords.values()]
+    elif isinstance(wrapper, FunctionType):
+        inside = [*(wrapper.__defaults__ or ()), *vars(wrapper).values()]
+        for cell in wrapper.__closure__ or ():
+            with contextlib.suppress(ValueError):  # empty
+                inside.append(cell.cell_contents)
+    else:
+        return False
+    return any(_holds(one, wanted, depth - 1) for one in inside)
 
 
 def owner_of_forward(core: type) -> type | None:

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from twinkle import forks
+from twinkle.errors import KernelError
+from twinkle.match.reads import CHANGED
 from twinkle.runtime import runtime
 from twinkle.swap import instance
 from twinkle.swap.candidate import Candidate
@@ -70,6 +72,10 @@ class _Classes:
         if found is None or found.original is not own_forward(core):
             found = Front(owner)
             self.fronts[owner] = weakref.ref(found)
+            for cls in list(self.known.values()):
+                dispatch: LayerDispatch = vars(cls)["__twinkle__"]
+                if dispatch.original is found.original:
+                    dispatch.names["_tw_front"] = found.function
         return found
 
 
@@ -127,6 +133,23 @@ class _Instance(weakref.ref[nn.Module]):
         super().__init__(module, _forget)  # type: ignore[call-arg]
 
 
+class _Instances(dict[int, "weakref.ref[nn.Module]"]):
+    """The modules of a dispatch, by id, and what the report has to say of them."""
+
+    __slots__ = ("dispatch",)
+
+    def __init__(self, dispatch: LayerDispatch) -> None:
+        super().__init__()
+        self.dispatch = weakref.ref(dispatch)
+
+    def changed(self) -> str | None:
+        """That the program has given the class another forward, where nothing of ours is called any more."""
+        dispatch = self.dispatch()
+        if not self or dispatch is None or dispatch.front is None:
+            return None
+        return None if dispatch.front.stands_in(dispatch.target) else f"its forward {CHANGED}"
+
+
 def _forget(reference: Any) -> None:
     if reference.home.get(reference.key) is reference:
         del reference.home[reference.key]
@@ -148,9 +171,11 @@ class LayerDispatch(Dispatch, Marked):
 
     training_text = "{}.training"
     # The program may give the class below another forward later, which is to run then.
+    # There may be a function for marked modules around it: looking behind that takes 150 ns.
     standing = (
         "_tw_target.forward",
-        "(_tw_target.forward is _tw_original or _tw_own(_tw_target) is _tw_original)",
+        "(_tw_target.forward is _tw_original or _tw_target.forward is _tw_front"
+        " or _tw_own(_tw_target) is _tw_original)",
     )
     target: type[nn.Module]
 
@@ -170,7 +195,7 @@ class LayerDispatch(Dispatch, Marked):
         self.cls: type | None = None
         self.functions: list[Any] = []
         self._members: dict[str, object] = {}
-        self.instances: dict[int, weakref.ref[nn.Module]] = {}
+        self.instances = _Instances(self)
         if front is not None:  # whoever gives the class another forward takes that of the front out
             self.standing = ("_tw_original", "")
         training, compiling = pin if pin is not None else (None, False)
@@ -192,21 +217,26 @@ class LayerDispatch(Dispatch, Marked):
         """Give modules the mark, or the class, below the classes that torch generated on top."""
         if self.front is not None:
             self.front.add(self)
-        instances = self.instances
         cls = rebase(wrappers, self.target if self.cls is None else self.cls)
         for module in modules:
             if type(module) is not cls:
                 set_class(module, cls)
             if self.front is not None:
                 module.__dict__[MARK] = self.mark
-            instances[id(module)] = _Instance(module, instances)
-        for candidate in self.candidates:
-            candidate.binding.lives_in(instances)
+        self.count(modules)
         for entry in self.entries:
             if entry.state == "new":
                 entry.candidate.mark_pending()
             else:
                 entry.candidate.mark_active()
+
+    def count(self, modules: Sequence[nn.Module]) -> None:
+        """Take modules for instances, also copies that came with the mark and were in no account."""
+        for module in modules:
+            if id(module) not in self.instances:
+                self.instances[id(module)] = _Instance(module, self.instances)
+        for candidate in self.candidates:
+            candidate.binding.lives_in(self.instances)
 
     def leave(self, module: nn.Module) -> None:
         """Stop counting a module that no longer has the class, and take the mark from it."""
@@ -270,7 +300,7 @@ class LayerDispatch(Dispatch, Marked):
             successor = class_for(self.target, self.candidates, self.pin)
         except TypeError as error:
             reason = f"it needs a class of its own, and {self.target.__name__} cannot be subclassed: {error}"
-            candidate.reject("failed", reason)
+            candidate.fail(KernelError(reason))
             return
         if successor.front is not None:  # rejected by another thread meanwhile
             return
@@ -291,7 +321,9 @@ class LayerDispatch(Dispatch, Marked):
 
     def succeeded(self, args: tuple[Any, ...]) -> Any:
         """What runs for a module since there is a successor, which has it from now on."""
-        self.hand_over(args[:1])
+        if self.hand_over(args[:1]) or not self.instances:
+            assert self.front is not None
+            self.front.let_go(self)
         now = dispatch_of(args[0]) if args and isinstance(args[0], nn.Module) else None
         return self.original if now is None or now is self else now.stands
 
@@ -362,6 +394,9 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
             dispatch: LayerDispatch = vars(known)["__twinkle__"]
             return dispatch
         dispatch = LayerDispatch(core, candidates, pin)
+        standing = Front.of(core)
+        if standing is not None:
+            dispatch.names["_tw_front"] = standing.function
         space: dict[str, Any] = {
             "__module__": core.__module__,
             "__qualname__": core.__qualname__,

@@ -61,6 +61,7 @@ class Plan:
         """Take another module into the plan if it can be swapped in the same way; models have many alike."""
         if (
             type(module) is not self._cls
+            or dispatch_of(module) is not self._before
             or module.training is not self._training
             or not self._simple
             or "forward" in module.__dict__
@@ -104,6 +105,7 @@ class Plan:
     def commit(self) -> bool:
         """Make the swap; false when there was nothing to change."""
         if not self.changes:
+            self._dispatch.count(self.modules)
             return False
         move(self.modules, self._dispatch)
         self.changes = False

@@ -194,7 +194,8 @@ def names_forward(kernel: Any) -> bool:
     Args:
         kernel: Its ``forward``; what it reads of ``self`` is not followed.
     """
-    walk = _ForwardsNamed(_UNKNOWN, _UNKNOWN, "", ())
+    nothing: Any = object()
+    walk = _ForwardsNamed(nothing, nothing, "", ())
     walk.run(kernel)
     return walk.found
 
