@@ -7,7 +7,9 @@ import functools
 import gc
 import inspect
 import io
+import os
 import pickle
+import subprocess
 import sys
 import threading
 import typing
@@ -225,6 +227,41 @@ def test_files_are_those_of_the_class(kit: Any, net: Any, name: str) -> None:
     assert [type(one) for one in loaded] == [cls, cls]
     swap_out(module)  # the marks mean nothing from now on, as in another process
     assert [factor(one) for one in loaded] == [1, 1]
+
+
+PROGRAM = """
+import sys, pickle, torch
+for module in pickle.load(open(sys.argv[1], "rb")):
+    assert module.train() is module
+    print(type(module).__name__, type(module).__module__, module(torch.ones(4)).sum().item())
+assert not any(name.partition(".")[0] == "twinkle" for name in sys.modules), "Twinkle was imported"
+"""
+
+
+@pytest.mark.parametrize("kind", ["code", "embedded"])
+def test_a_class_that_is_pickled_by_value_needs_nothing_of_twinkle(
+    kit: Any, net: Any, kind: str, tmp_path: Any
+) -> None:
+    cloudpickle = pytest.importorskip("cloudpickle")
+    classes = [getattr(net, name) for name in KINDS if name != "OfMeta"]
+    modules = [cls() for cls in classes for _ in range(3)]
+    for number, module in enumerate(modules):
+        wanted = [kit.candidate(times(3 + n), mode=mode, kind=kind) for n, mode in enumerate(("train", None))]
+        if number % 3:
+            kit.swap_in(module, wanted, pinned=Mode.parse("inference") if number % 3 == 2 else None)
+            factor(module)
+    cloudpickle.register_pickle_by_value(net)
+    try:
+        (tmp_path / "modules").write_bytes(cloudpickle.dumps(modules))
+    finally:
+        cloudpickle.unregister_pickle_by_value(net)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("TWINKLE_", "PYTHON"))}
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "modules")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shown = [line.split() for line in done.stdout.splitlines()]
+    assert shown == [[cls.__name__, "net_of_tests", "2.0"] for cls in classes for _ in range(3)]
 
 
 def test_a_file_opens_with_the_class_as_the_only_thing_allowed(kit: Any, net: Any) -> None:

@@ -10,6 +10,7 @@ A marked module keeps its class, so two things are seen there that a generated c
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import weakref
@@ -63,10 +64,15 @@ class StandIn:
         self._dispatch_of = dispatch_of
         self._users: weakref.WeakSet[Marked] = weakref.WeakSet()
         found = getattr(core, name)
-        callee = {"train": self._train, "__reduce_ex__": self._reduce}.get(name, self._copy)
-        self.function: Any = forwarding_function(found, callee)
+        called = {"train": self._train, "__reduce_ex__": self._reduce}.get(name, self._copy)
+        self.function: Any = forwarding_function(found, _Callee(called, found))
+        # That of a builtin has none, and who pickles it by value would look through all modules.
+        self.function.__module__ = getattr(found, "__module__", None) or object.__module__
         self.function.__dict__.pop("__signature__", None)
         self.function.__dict__.update({"__wrapped__": found, "__twinkle__": self})
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
 
     @classmethod
     def of(cls, core: type, name: str) -> StandIn | None:
@@ -109,12 +115,31 @@ class StandIn:
     def _reduce(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         value, dispatch = self._standing(module)(*args, **kwargs), self._dispatch_of(module)
         # Files are what they are without Twinkle: the caller of the function that stands in the class.
-        copying = sys._getframe(2).f_globals.get("__name__") == "copy"
+        copying = sys._getframe(3).f_globals.get("__name__") == "copy"
         if dispatch is None or not copying or not isinstance(value, tuple):
             return value
         make, *rest = value
         cls = type(module)
         return (Maker(make, lambda twin: dispatch.dress(twin) if type(twin) is cls else twin), *rest)
+
+
+class _Callee:
+    """What a stand-in calls; in a pickle of the class, which takes its functions along, the method itself.
+
+    Args:
+        called: The method of a stand-in.
+        found: What stood in the class.
+    """
+
+    def __init__(self, called: Callable[..., Any], found: Callable[..., Any]) -> None:
+        self.called = called
+        self.found = found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.called(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return functools.partial, (self.found,)
 
 
 def can_follow_mode(core: type) -> bool:
