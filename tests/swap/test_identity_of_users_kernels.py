@@ -545,9 +545,40 @@ def test_a_kernel_that_calls_the_original_by_its_class_comes_to_the_original(kit
             return 2 * net.Halves.forward(self, x, scale)
 
     marked = swapped(kit, net.Halves, times(3))
-    for kernel in (ByName, ByAnother, ByString, Below):
+    held = net.Halves.forward
+
+    class ByHeld(nn.Module):
+        def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
+            return 2 * held(self, x, scale)
+
+    for kernel in (ByName, ByAnother, ByString, Below, ByHeld):
         module = swapped(kit, net.Halves, kernel)
         assert [factor(module), factor(module), factor(marked)] == [2, 2, 3]
+
+
+class Tripled(torch.autograd.Function):
+    """What kernels are made of: its own ``forward`` is nobody's name."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 3 * x
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return 3 * gradients[0]
+
+
+def test_a_kernel_with_a_function_of_autograd_needs_no_class(kit: Any, net: Any) -> None:
+    class Kernel(nn.Module):
+        can_torch_compile = True
+        has_backward = True
+        weight: torch.Tensor
+
+        def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
+            return Tripled.apply(x * self.weight) * scale  # type: ignore[no-any-return, no-untyped-call]
+
+    module = swapped(kit, net.Halves, Kernel)
+    assert [factor(module), type(module)] == [3, net.Halves]
 
 
 def test_a_proof_compares_with_the_original(kit: Any, net: Any) -> None:

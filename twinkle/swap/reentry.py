@@ -187,6 +187,11 @@ class _ForwardsNamed(_Walk):
         if not self.found:
             super()._read(code, names)
 
+    def _meet(self, value: Any) -> None:
+        # One that stands in a class, which a module took for the original when it was imported.
+        self.found = self.found or (isinstance(value, FunctionType) and "__twinkle__" in vars(value))
+        super()._meet(value)
+
 
 def names_forward(kernel: Any) -> bool:
     """Whether a layer kernel may call a ``forward`` by name, which may be that of the class it is for.
