@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import TYPE_CHECKING
 
@@ -109,6 +110,27 @@ def test_kernelizing_twice_is_kernelizing_once(clean_registry: Registry) -> None
     assert clean_registry.bindings[0].instances == 1
     unkernelize_model(model)
     assert type(model[0]) is Scale
+
+
+def test_layers_that_came_since_get_the_kernel_as_well(clean_registry: Registry) -> None:
+    register_layer_kernel("k", layer_impl=Plus)
+    register_external_layer(Scale, "k")
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
+    model.append(Scale())
+    kernelize_model(model)
+    assert torch.equal(model(X), X + 3)
+    assert clean_registry.bindings[0].instances == 3
+    unkernelize_model(model)
+    assert torch.equal(model(X), X)
+
+
+def test_a_copy_of_a_model_is_counted_once_it_is_kernelized(clean_registry: Registry) -> None:
+    register_layer_kernel("k", layer_impl=Plus)
+    register_external_layer(Scale, "k")
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
+    twin = kernelize_model(copy.deepcopy(model))
+    assert clean_registry.bindings[0].instances == 4
+    assert torch.equal(twin(X), X + 2)
 
 
 def test_the_mode_asked_for_holds_until_train_or_eval() -> None:
