@@ -643,6 +643,11 @@ class Tanh(nn.Module):
         return torch.tanh(x) * self.weight * scale
 
 
+class Plus(nn.Module):
+    def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
+        return x + 100
+
+
 class TanhAround(nn.Module):
     def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
         return torch.tanh(super().forward(x, scale))
@@ -677,6 +682,51 @@ def test_a_model_that_was_compiled_before_sees_the_kernel(
     for module in model:
         swap_out(module)
     assert torch.equal(compiled(X), before[0])
+
+
+def test_a_compiled_model_sees_a_kernel_come_and_go_any_number_of_times(
+    kit: Any, net: Any, graphs: Graphs
+) -> None:
+    module, wanted = net.Halves(), kit.candidate(times(2))
+    compiled = graphs.compile(nn.Sequential(module))
+    for _ in range(12):
+        assert factor(compiled) == 1
+        kit.swap_in(module, [wanted])
+        assert factor(compiled) == 2
+        swap_out(module)
+    assert len(graphs) == 3  # without the mark, with it, and where it is asked for and not there
+
+
+def test_a_compiled_model_sees_kernels_for_many_classes(kit: Any, graphs: Graphs) -> None:
+    def made(number: int) -> Any:
+        def forward(self: Any, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
+            return x + number
+
+        return type(f"Layer{number}", (nn.Module,), {"forward": forward})()
+
+    model = nn.Sequential(*(made(number) for number in range(12)))
+    compiled = graphs.compile(model)
+    for module in model:
+        before = compiled(X)
+        kit.swap_in(module, [kit.candidate(Plus)])
+        torch.testing.assert_close(compiled(X), model(X))
+        assert not torch.equal(compiled(X), before)
+    assert len(graphs) == 13
+
+
+@pytest.mark.parametrize(
+    "lacking", ["guards.DeletedGuardManagerWrapper", "eval_frame._debug_get_cache_entry_list"]
+)
+def test_a_torch_with_another_inside_forgets_all_graphs(
+    kit: Any, net: Any, graphs: Graphs, lacking: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = net.Halves()
+    compiled = graphs.compile(nn.Sequential(module))
+    compiled(X)
+    with monkeypatch.context() as patch:
+        patch.delattr(f"torch._dynamo.{lacking}")
+        kit.swap_in(module, [kit.candidate(times(3))])
+    assert factor(compiled) == 3
 
 
 def test_a_single_layer_that_was_compiled_before_sees_the_kernel(kit: Any, net: Any, graphs: Graphs) -> None:

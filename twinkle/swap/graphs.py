@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 __all__ = ["begin_again", "called_by_dynamo", "forget_graphs"]
 
+_MOST_GONE = 3
+"""Graphs of one function that are forgotten one by one. They stay in its list and count, and dynamo gives up
+at eight. With more, all graphs of the function go, also those of other models."""
+
 
 def forget_graphs(owner: type) -> int:
     """Have dynamo trace anew what it traced through the ``forward`` of a class.
@@ -26,36 +30,38 @@ def forget_graphs(owner: type) -> int:
     Returns:
         How many graphs were forgotten.
     """
-    frames = sys.modules.get("torch._dynamo.convert_frame")
+    frames: Any = sys.modules.get("torch._dynamo.convert_frame")
     if frames is None:
         return 0
-    codes: Any = [one() for one in list(frames.input_codes.seen)]
-    return sum(_forget_in(code, owner) for code in codes if code is not None)
-
-
-def _forget_in(code: Any, owner: type) -> int:
-    """Forget the graphs of one function that was compiled."""
     dynamo: Any = sys.modules["torch._dynamo"]
-    listed = dynamo.eval_frame._debug_get_cache_entry_list(code)
-    entries = [entry for entry in listed if _may_run(entry, owner)]
     try:
-        for entry in entries:
-            reason = f"{owner.__qualname__}.forward is another function"
-            gone = dynamo.guards.DeletedGuardManagerWrapper(reason)
-            entry.guard_manager.extra_state.invalidate(entry, gone)
-    except (AttributeError, TypeError):
-        if entries:  # another version of torch: all graphs of the function go
-            dynamo.reset_code(code)
-    return len(entries)
+        codes = [one() for one in list(frames.input_codes.seen)]
+        return sum(_forget_in(dynamo, code, owner) for code in codes if code is not None)
+    except (AttributeError, TypeError):  # not the inside of the versions that are known: 2.13
+        dynamo.reset()
+        return 0
+
+
+def _forget_in(dynamo: Any, code: Any, owner: type) -> int:
+    """Forget the graphs of one function that was compiled."""
+    deleted = dynamo.guards.DeletedGuardManagerWrapper
+    entries = dynamo.eval_frame._debug_get_cache_entry_list(code)
+    found = [entry for entry in entries if not isinstance(entry.guard_manager, deleted)]
+    gone = len(entries) - len(found)
+    found = [entry for entry in found if _may_run(entry, owner)]
+    if found and gone + len(found) > _MOST_GONE:
+        dynamo.reset_code(code)
+        return len(found)
+    for entry in found:
+        reason = f"{owner.__qualname__}.forward is another function"
+        entry.guard_manager.extra_state.invalidate(entry, deleted(reason))
+    return len(found)
 
 
 def _may_run(entry: Any, owner: type) -> bool:
     """Whether a graph was made with a module that has its ``forward`` from a class."""
     forward = vars(owner)["forward"]
-    try:
-        kinds = set(_kinds(entry.guard_manager.root))
-    except AttributeError:  # a version of torch that does not say: take it for one
-        return True
+    kinds = set(_kinds(entry.guard_manager.root))
     return any(issubclass(kind, owner) and kind.forward is forward for kind in kinds)  # type: ignore[attr-defined]
 
 
