@@ -23,6 +23,7 @@ __all__ = ["Scope", "dispatch_behind", "is_generated"]
 _REST = "_tw"
 _OF_PROGRAM = re.compile(r"_tw\d*_guard")
 """The names of objects that guards compare with: a function that is pickled leaves them behind."""
+_OURS = re.compile(r"_tw\d*_")
 _KERNEL = re.compile(r"_tw\d*_(k\d+|traced_.*)")
 """The names of kernels, in whose place a function that is pickled takes the original."""
 _QUICK = ("_tw0_k0", "_tw0_k1", "_tw0_k2", "_tw0_k3", "_tw1_k0", "_tw1_k1")
@@ -164,7 +165,7 @@ class _Names(ast.NodeTransformer):
         return node
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id in self.scope._hot or not hasattr(self.scope._rest, node.id):
+        if not _OURS.match(node.id) or node.id in self.scope._hot or not hasattr(self.scope._rest, node.id):
             return node
         rest = ast.copy_location(ast.Name(_REST, ast.Load()), node)
         return ast.copy_location(ast.Attribute(rest, node.id, node.ctx), node)
