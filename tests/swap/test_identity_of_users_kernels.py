@@ -581,6 +581,19 @@ def test_a_kernel_with_a_function_of_autograd_needs_no_class(kit: Any, net: Any)
     assert [factor(module), type(module)] == [3, net.Halves]
 
 
+def test_the_forward_of_the_class_takes_what_is_like_a_module(kit: Any, net: Any) -> None:
+    class Like:
+        __slots__ = ("weight",)
+
+    module, like = swapped(kit, net.Halves), Like()
+    like.weight = module.weight
+    for _ in range(2):
+        assert torch.equal(net.Halves.forward(like, X), X / 2)
+        assert torch.equal(net.Halves.forward(module, X), X)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        net.Halves.forward(module)
+
+
 def test_a_proof_compares_with_the_original(kit: Any, net: Any) -> None:
     class Same(nn.Module):
         def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:

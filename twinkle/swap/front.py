@@ -75,6 +75,7 @@ class Front:
         self._scope = Scope(self.original, _HOT)
         self._scope["_tw_original"] = self.original
         self._scope["_tw_type"] = type
+        self._scope["_tw_Exception"] = Exception
         self.function: Any = self._scope.function(self._text(), self.original.__qualname__)
         self._form.dress(self.function, self.original)
         self.function.__dict__.pop("__signature__", None)
@@ -155,7 +156,9 @@ class Front:
     def _text(self) -> str:
         lines = [self._form.head("forward")]
         if any(self.slots):
-            lines += [f"    _tw_mark = {self._self}.{MARK}", "    if _tw_mark is None:"]
+            # Not every first argument is of the class: programs call `Class.forward` with what is like it.
+            lines += ["    try:", f"        _tw_mark = {self._self}.{MARK}"]
+            lines += ["    except _tw_Exception:", "        _tw_mark = None", "    if _tw_mark is None:"]
             lines += [f"        return _tw_original({self._form.arguments})"]
         for n, dispatch in enumerate(self.slots):
             if dispatch is not None:
