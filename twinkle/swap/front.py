@@ -35,10 +35,13 @@ if TYPE_CHECKING:
 
     from twinkle.swap.generated import LayerDispatch
 
-__all__ = ["MARK", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
+__all__ = ["MARK", "USERS", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
 
 MARK = "_tw"
 """The attribute of a module with a kernel, and of the class of its forward, where it is None."""
+
+USERS = "u"
+"""The end of marks for kernels that are not all Twinkle's own: fused steps leave such layers alone."""
 
 _HOT = ("_tw_original", "_tw_type", "_tw0_mark", "_tw1_mark")
 """The names that the function has a cell for."""
@@ -172,9 +175,13 @@ def _in_slot(text: str, number: int) -> str:
     return re.sub(r"\b_tw_(?!type\b)", f"_tw{number}_", text)
 
 
-def new_mark() -> str:
-    """A text that no other module of any process is marked with."""
-    return f"{_PROCESS}:{next(_numbers)}"
+def new_mark(end: str = "") -> str:
+    """A text that no other module of any process is marked with.
+
+    Args:
+        end: What it ends with; see :data:`USERS`.
+    """
+    return f"{_PROCESS}:{next(_numbers)}{end}"
 
 
 def dispatch_marked(module: nn.Module) -> LayerDispatch | None:

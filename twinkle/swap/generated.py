@@ -24,7 +24,7 @@ from twinkle.swap.candidate import Candidate
 from twinkle.swap.class_tree import check_layout, core_of, rebase, set_class
 from twinkle.swap.copies import Maker, reduced_as
 from twinkle.swap.dispatch import Dispatch
-from twinkle.swap.front import MARK, Front, dispatch_marked, new_mark, owner_of_forward
+from twinkle.swap.front import MARK, USERS, Front, dispatch_marked, new_mark, owner_of_forward
 from twinkle.swap.members import adopt
 from twinkle.swap.stand_ins import Marked, can_follow_mode
 from twinkle.targets import own_forward
@@ -188,7 +188,8 @@ class LayerDispatch(Dispatch, Marked):
     ) -> None:
         self.target = target
         self.front = front
-        self.mark = new_mark()
+        own = all(candidate.kernel.source.kind == "embedded" for candidate in candidates)
+        self.mark = new_mark("" if own else USERS)
         self.holders = 0
         self.candidates = candidates
         self.pin = pin
