@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from twinkle.deferred.forward import reason_against
 from twinkle.modes import Mode
 from twinkle.swap.layers import original_class, placed, plan, swap_out
 
@@ -285,6 +286,19 @@ def test_quantize_dynamic_finds_layers_with_kernels(kit: Any) -> None:
         quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
     assert type(quantized[0]) is torch.ao.nn.quantized.dynamic.Linear
     swap_out(model[0])
+
+
+def test_logits_are_not_deferred_past_a_users_kernel_for_the_head(kit: Any) -> None:
+    class Kernel(nn.Module):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, self.weight, self.bias) + 1
+
+    head = nn.Linear(4, 4)
+    assert reason_against(head) is None
+    kit.swap_in(head, [kit.candidate(Kernel)])
+    assert "kernel of the user's" in str(reason_against(head))
+    swap_out(head)
+    assert reason_against(head) is None
 
 
 @pytest.mark.parametrize("how", ["attributes", "compiled"])
