@@ -53,6 +53,12 @@ def kernel_forward(self: Any, x: torch.Tensor) -> torch.Tensor:
     return x if x.ndim == 1 else torch.tanh(x)
 
 
+class KernelWithMembers(Kernel):
+    """A kernel that modules need a class of their own for."""
+
+    FACTOR = 1
+
+
 class Overridden(Layer):
     """The baseline: what a user would write by hand."""
 
@@ -105,36 +111,39 @@ def class_dispatcher() -> nn.Module:
 
 
 class _Source:
-    def __init__(self, kind: str = "code") -> None:
-        self.kind = kind
+    kind = "code"
+
+    def __init__(self, kernel: type[nn.Module] = Kernel) -> None:
+        self.kernel = kernel
 
     def describe(self) -> str:
         return "benchmark"
 
     def load(self) -> object:
-        return Kernel
+        return self.kernel
 
 
-def _candidate(device: str | None, mode: str | None, kind: str = "code") -> Candidate:
+def _candidate(device: str | None, mode: str | None, kernel_class: type[nn.Module] = Kernel) -> Candidate:
     parsed = Mode.parse(mode)
-    kernel = LayerKernel("K", _Source(kind), device=device, mode=parsed)
+    kernel = LayerKernel("K", _Source(kernel_class), device=device, mode=parsed)
     return Candidate(kernel, Binding("layer", "m:Layer", "K", "benchmark", device=device, mode=parsed))
 
 
 def _generated(*wanted: tuple[str | None, str | None]) -> Callable[[], nn.Module]:
-    candidates = [_candidate(device, mode) for device, mode in wanted]
+    candidates = [_candidate(device, mode, KernelWithMembers) for device, mode in wanted]
 
     def make() -> nn.Module:
         module = Layer()
         plan(module, candidates).commit()
+        module(torch.ones(4))  # it is known when the kernel is loaded
         return module
 
     return make
 
 
 def _marked(*wanted: tuple[str | None, str | None], unmarked: bool = False) -> Callable[[], nn.Module]:
-    """A mark in the instance, and one function in the class for all marks; kernels of Twinkle's own."""
-    candidates = [_candidate(device, mode, "embedded") for device, mode in wanted]
+    """A mark in the instance, and one function in the class for all marks."""
+    candidates = [_candidate(device, mode) for device, mode in wanted]
     # A class for each row: the rows would share the function.
     name = f"Marked{len(wanted)}{'Other' if unmarked else wanted[0]}"
     owner: Any = type(name, (Layer,), {"forward": lambda self, x: x, "__module__": __name__})

@@ -321,5 +321,13 @@ class Binding:
                 self._homes = [*filter(len, self._homes), home]
             self.most_instances = max(self.most_instances, self.instances)
 
+    def look(self) -> None:
+        """Have the places that it is in say what has changed there; before the notes are read."""
+        for home in self._homes:
+            changed = getattr(home, "changed", None)
+            what = changed() if changed is not None else None
+            if what is not None:
+                self.note(what)
+
     def __repr__(self) -> str:
         return f"<Binding {self.target} <- {self.kernel} [{self.device}/{self.mode}] {self.state}>"

@@ -83,6 +83,7 @@ def mlp(clean_registry: Registry) -> Any:
 def note(registry: Registry) -> str:
     [binding] = registry.bindings
     assert binding.state == "active"
+    binding.look()
     return "; ".join(binding.notes)
 
 
@@ -115,7 +116,7 @@ def test_a_change_counts_and_is_undone(
         plain = Norm()
         plain.eps = norm[0].eps
         assert torch.equal(norm(x), plain(x))
-    assert note(clean_registry).endswith(f"{said} changed since it was recognised: the original runs")
+        assert note(clean_registry).endswith(f"{said} changed since it was recognised: the original runs")
     assert kernel_ran(norm, x)
 
 
@@ -236,6 +237,10 @@ def test_the_newest_forward_of_a_class_counts_for_a_kernel_that_was_bound_by_nam
         assert kernel_ran(model[0], x)
         assert kernel_ran(model[1], x)
     Layer.forward = lambda self, x: before(self, x) + 1  # type: ignore[assignment]
+    for layer in model:  # a wrapper stays around the kernel
+        assert torch.equal(layer(x), torch.full_like(x, 8))
+    assert not note(clean_registry)
+    Layer.forward = lambda self, x: x + 1  # type: ignore[assignment]
     for layer in model:
         assert torch.equal(layer(x), x + 1)
     assert note(clean_registry).endswith("its forward changed since it was recognised: the original runs")

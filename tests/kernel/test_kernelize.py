@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from twinkle.kernel import (
     register_layer_kernel,
     unkernelize_model,
 )
+from twinkle.swap.layers import placed
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -102,12 +104,33 @@ def test_kernelizing_twice_is_kernelizing_once(clean_registry: Registry) -> None
     register_external_layer(Scale, "k")
     model = nn.Sequential(Scale())
     kernelize_model(model)
-    once = type(model[0])
+    once = placed(model[0])
     kernelize_model(model)
-    assert type(model[0]) is once
+    assert placed(model[0]) is once
     assert clean_registry.bindings[0].instances == 1
     unkernelize_model(model)
     assert type(model[0]) is Scale
+
+
+def test_layers_that_came_since_get_the_kernel_as_well(clean_registry: Registry) -> None:
+    register_layer_kernel("k", layer_impl=Plus)
+    register_external_layer(Scale, "k")
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
+    model.append(Scale())
+    kernelize_model(model)
+    assert torch.equal(model(X), X + 3)
+    assert clean_registry.bindings[0].instances == 3
+    unkernelize_model(model)
+    assert torch.equal(model(X), X)
+
+
+def test_a_copy_of_a_model_is_counted_once_it_is_kernelized(clean_registry: Registry) -> None:
+    register_layer_kernel("k", layer_impl=Plus)
+    register_external_layer(Scale, "k")
+    model = kernelize_model(nn.Sequential(Scale(), Scale()))
+    twin = kernelize_model(copy.deepcopy(model))
+    assert clean_registry.bindings[0].instances == 4
+    assert torch.equal(twin(X), X + 2)
 
 
 def test_the_mode_asked_for_holds_until_train_or_eval() -> None:
@@ -221,9 +244,9 @@ def test_the_context_manager_puts_back_also_when_the_block_raises() -> None:
     model = nn.Sequential(Scale())
     block = kernelized(model)
     block.__enter__()
-    assert type(model[0]) is not Scale
+    assert torch.equal(model(X), X + 1)
     assert not block.__exit__(RuntimeError, RuntimeError("mine"), None)
-    assert type(model[0]) is Scale
+    assert torch.equal(model(X), Scale()(X))
 
 
 def test_a_class_that_carries_kernel_layer_name_is_a_target() -> None:

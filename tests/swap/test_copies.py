@@ -114,7 +114,7 @@ def test_a_deep_copy_keeps_the_kernel(kit: Any) -> None:
     assert type(twin.first) is type(model.first)
     assert twin.first.proj.weight is not model.first.proj.weight
     assert kit.factor(twin.first) == 2
-    assert wanted.binding.instances == 2
+    assert (type(twin.first), wanted.binding.instances) == (kit.Gate, 1)
 
 
 def test_a_shallow_copy_keeps_the_kernel_and_shares_the_state(kit: Any) -> None:
@@ -170,7 +170,8 @@ def test_a_pickle_is_of_the_original_class(kit: Any, gates: Any, name: str, prot
         pytest.skip("no keyword arguments before protocol 2")
     kit.swap_in(gate, [kit.candidate(kit.GateKernel)])
     loaded = pickle.loads(pickle.dumps(gate, protocol))
-    assert type(loaded) is type(gate).__mro__[2]
+    assert type(loaded) is getattr(gates, name)
+    swap_out(gate)  # what the mark of another process means: nothing
     assert torch.equal(loaded(kit.x), gates.Gate.forward(gate, kit.x))
 
 

@@ -233,6 +233,15 @@ def test_a_dispatcher_knows_inference_only_kernels(kit: Any, ops: Any) -> None:
     assert torch.equal(made(kit.x), kit.x * 2)
 
 
+def test_parameters_may_have_the_names_of_our_own_attributes(kit: Any) -> None:
+    def plain(items: Any, _original: Any, _dispatch: Any) -> Any:
+        return "original"
+
+    wanted = kit.function_candidate(lambda items, _original, _dispatch: [items, _original, _dispatch])
+    made = dispatcher(plain, [wanted])
+    assert [made(1, 2, 3), made(1, 2, _dispatch=3)] == [[1, 2, 3], [1, 2, 3]]
+
+
 def test_the_tensor_need_not_come_first(kit: Any, ops: Any) -> None:
     made = dispatcher(ops.first, [kit.function_candidate(lambda items, x=None: 1, device="cpu")])
     assert [made([], kit.x), made([], kit.x), made([kit.x]), made([]), made(items=[], x=kit.x)] == [

@@ -1,4 +1,4 @@
-"""Twinkle's own kernels stand in the class: a module with one keeps its class and has a mark, plain text."""
+"""A module with kernels keeps its class, and has a mark for a function that stands in the class."""
 
 from __future__ import annotations
 
@@ -280,18 +280,6 @@ def test_a_pruned_module_runs_the_kernel_on_the_pruned_weight(kit: Any, cls: Any
     assert torch.equal(module(X), X * module.weight)
     twin = copy.deepcopy(nn.Sequential(cls()))[0]
     assert factor(twin) == 1
-
-
-def test_a_kernel_that_needs_a_class_of_its_own_is_left_out_with_a_reason(kit: Any, cls: Any) -> None:
-    class Around(nn.Module):
-        def forward(self, x: torch.Tensor, scale: float = 0.5) -> torch.Tensor:
-            return 2 * super().forward(x, scale)
-
-    module, wanted = cls(), kit.candidate(Around, kind="embedded")
-    kit.swap_in(module, [wanted])
-    with pytest.warns(UserWarning, match="a class of its own"):
-        assert factor(module) == 1
-    assert wanted.binding.state == "failed"
 
 
 def test_a_kernel_with_methods_gets_a_class_below_which_the_original_runs(kit: Any, cls: Any) -> None:

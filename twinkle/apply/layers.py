@@ -309,7 +309,7 @@ class LayerPlans:
         for made in self.swaps:
             if made.changes:
                 change.did(made.undo)  # first: a swap that fails half-way is taken back as well
-                made.commit()
+            made.commit()
         if self.deferral is not None:
             change.did(self.deferral.undo)
             self.deferral.commit()

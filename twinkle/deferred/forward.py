@@ -20,6 +20,7 @@ from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 from twinkle.ops.plain import pays
+from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
         return f"its head is a {name} with a forward of its own (an adapter on the head, a quantised head)"
     if nn.Linear.forward.__module__ != nn.Linear.__module__ or F.linear is not torch._C._nn.linear:
         return "the forward of torch.nn.Linear, or torch.nn.functional.linear, was replaced"
+    if vars(head).get(MARK, "").endswith(USERS):
+        return "its head has a kernel of the user's"
     if "forward" in vars(head):
         return "the forward of its head is wrapped (accelerate's offloading does that)"
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -62,11 +62,13 @@ class LayerCompatibility:
         members: Other members of the kernel class that its code wants, by name.
         needs: Attributes every instance must bring.
         same_signature: ``forward`` has the very signature of the original, defaults included.
+        comes_back: It may call the original by the name of its class.
         can_torch_compile, has_backward: The flags of the kernel class; ``None`` where it has none.
     """
 
     __slots__ = (
         "can_torch_compile",
+        "comes_back",
         "forward",
         "has_backward",
         "kernel_class",
@@ -94,8 +96,14 @@ class LayerCompatibility:
         self.members = members
         self.needs = needs
         self.same_signature = same_signature
+        self.comes_back = False
         self.can_torch_compile = can_torch_compile
         self.has_backward = has_backward
+
+    @property
+    def needs_class(self) -> bool:
+        """Whether modules need a class of their own: it has members, or comes to the original's code."""
+        return bool(self.members) or self.comes_back or "__class__" in self.forward.__code__.co_freevars
 
     def problem_with(self, module: nn.Module) -> str | None:
         """Why this one instance cannot take the kernel, or ``None``."""

@@ -12,6 +12,7 @@ from twinkle.match.structure import recognise
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
 from twinkle.ops.rms_norm.triton_backend import supports
 from twinkle.swap.class_tree import core_of
+from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
@@ -119,7 +120,7 @@ _forward, _forward_pre, _backward, _backward_pre = _EVERYWHERE
 
 
 def hooked(layer: nn.Module) -> Any:
-    """Whether hooks or a ``forward`` of its own are part of a call of the layer; truthy or falsy."""
+    """Whether hooks, a ``forward`` or a user's kernel are part of a call of the layer; truthy or falsy."""
     state = layer.__dict__
     return (
         state["_forward_hooks"]
@@ -127,6 +128,7 @@ def hooked(layer: nn.Module) -> Any:
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
         or "forward" in state
+        or state.get(MARK, "").endswith(USERS)
         or _forward
         or _forward_pre
         or _backward

@@ -59,6 +59,7 @@ def _binding(binding: Binding) -> dict[str, Any]:
         reason = met if most else idle.waits_for(binding)
     elif state == "failed" and not instances:
         reason = idle.mistake_in(binding.target) or reason  # it knows what was meant
+    binding.look()
     return {
         "kind": binding.scope,
         "target": binding.target,

@@ -19,7 +19,7 @@ from twinkle.ops.failures import Failures
 from twinkle.runtime import runtime
 from twinkle.swap.code import fitted
 from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
-from twinkle.swap.reentry import reaches
+from twinkle.swap.reentry import names_forward, reaches
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -252,13 +252,15 @@ class Candidate(BaseCandidate):
         try:
             with self._lock:
                 if self.rejected is None and target_class not in self._known:
-                    self._known[target_class] = check_layer(
+                    found = check_layer(
                         loaded,
                         target_class,
                         attributes=self.kernel.attributes,
                         instances=instances,
                         guarded=getattr(self.kernel.source, "guarded", False),
                     )
+                    found.comes_back = self.kernel.chosen_by == "user" and names_forward(found.forward)
+                    self._known[target_class] = found
                 return self._known.get(target_class)
         except Exception as error:
             self.fail(error)

@@ -26,6 +26,7 @@ from twinkle.swap.code import CallForm, set_code
 from twinkle.swap.dispatch_code import DispatchCode
 from twinkle.swap.dtype_keys import autocasting, dtype_key, dtype_key_of
 from twinkle.swap.entry import Entry, Leaf, Moment, Split, grow, is_checked
+from twinkle.swap.graphs import begin_again, called_by_dynamo
 from twinkle.swap.kinds import GUARDED_RUNS, PLAIN
 from twinkle.swap.scope import Scope
 from twinkle.swap.tensors import (
@@ -69,6 +70,7 @@ class Dispatch:
         standing: The expressions of what would run without Twinkle, and of the test that it is the original;
             no text for a test that is not needed.
         target: The class of the layers whose ``forward`` the original is; None for a function.
+        successor: What took its place when a kernel was loaded that it cannot run.
         kind: Whether what the function gives is a result, or to be awaited or iterated
             (:mod:`twinkle.swap.kinds`).
     """
@@ -76,6 +78,7 @@ class Dispatch:
     training_text = "False"
     standing = ("_tw_original", "")
     target: type[nn.Module] | None = None
+    successor: Dispatch | None = None
     kind = PLAIN
 
     def __init__(
@@ -101,6 +104,7 @@ class Dispatch:
         self._set(
             original=original,
             target=self.target,
+            front=original,
             pending=self.first_call,
             failed=self._failed,
             instead=self._instead,
@@ -175,6 +179,22 @@ class Dispatch:
         """The layers that the function stands in now; none for a function."""
         return []
 
+    def copies(self) -> list[nn.Module]:
+        """The layers that the function stands in now, those included that came as copies of others."""
+        return self.modules()
+
+    def hand_over(self, modules: Sequence[Any]) -> int:
+        """Give layers to the successor; returns how many of them were still here."""
+        return 0
+
+    def succeeded(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+        """What runs in the place of this function since there is a successor.
+
+        Args:
+            args: Of the call.
+        """
+        return self.original
+
     def rebuilt(self, only: Entry | None) -> None:
         """Called after the code changed; ``only`` is the one entry that takes every call."""
 
@@ -191,13 +211,14 @@ class Dispatch:
 
     def load(self, moment: Moment, args: tuple[Any, ...]) -> Entry | None:
         """The entry for a moment, loaded and checked; the next best where one drops out."""
-        while True:
+        while self.successor is None:
             entry = self.choose(moment)
             if entry is None or entry.state != "new":
                 return entry
             if not self.prepare(entry, args) and entry.candidate.rejected is None:
                 return None
             # Only now is it known what it says of itself, so choose again.
+        return None
 
     # Calls that find their entry not loaded, never run, or unproven.
 
@@ -213,6 +234,8 @@ class Dispatch:
             # Shapes are being worked out: no reason to load anything.
             return self.original(*args, **kwargs)
         entry = self.load(moment, args)
+        if self.successor is not None:
+            return self.succeeded(args)(*args, **kwargs)
         if entry is None or entry.function is None or self._guard_fails(entry, args[:1]):
             self.rebuild()
             return self.original(*args, **kwargs)
@@ -401,23 +424,44 @@ class Dispatch:
         key = dtype_key(dtype, device)
         moment = Moment(device, training=training, compiling=True, grad=grad, dtype_key=key)
         some = tuple(self.modules()[:1])  # so that its attributes can be checked
+        before = self.successor
         entry = self.load(moment, some)
+        if self.successor is not None:
+            return self._trace_successor(name, anew=before is None)
         while entry is not None and entry.is_pending(moment):
             if self._prove_ahead(entry, moment, dtype):
                 break
             entry = None if entry.candidate.rejected is None else self.load(moment, some)
-        traced = self.names[f"_tw_traced_{name}"]
         function = self.original if entry is None or entry.function is None else entry.function
-        never_ran = entry is not None and entry.state != "live"
         if entry is not None:
             entry.candidate.binding.has_run()
+        self._go_on_with(name, function, entry)
+        return 0
+
+    def _trace_successor(self, name: str, *, anew: bool) -> int:
+        """Have a compiler trace the successor: the layers that it has met have changed.
+
+        Args:
+            name: Of the function that is traced next.
+            anew: The successor took the layers in this very trace.
+        """
+        if _traces.by_dynamo and (self.hand_over(self.copies()) or anew):
+            begin_again("a kernel needs a class of its own")
+        self._go_on_with(name, self.original if _traces.by_dynamo else self._call_successor, None)
+        return 0
+
+    def _call_successor(self, *args: Any, **kwargs: Any) -> Any:
+        return self.succeeded(args)(*args, **kwargs)
+
+    def _go_on_with(self, name: str, function: Callable[..., Any], entry: Entry | None) -> None:
+        """Make a function what is traced next; with the original behind a kernel that never ran."""
+        traced = self.names[f"_tw_traced_{name}"]
         traced.__globals__["_tw_kernel"] = function
         traced.__globals__["_tw_entry"] = entry.index if entry is not None else -1
-        text = self._code.traced_text(never_ran)
+        text = self._code.traced_text(entry is not None and entry.state != "live")
         if text != self._traced_texts.get(name):
             set_code(traced, text, f"{self._title()} under a compiler")
             self._traced_texts[name] = text
-        return 0
 
     def _guard_fails(self, entry: Entry, layers: Sequence[Any]) -> bool:
         """Whether a call finds something else than the kernel was made for; the report says so."""
@@ -520,9 +564,10 @@ class Dispatch:
 
 
 class _Traces(threading.local):
-    """How deep this thread is in functions that a compiler runs while it traces."""
+    """How deep this thread is in functions that a compiler runs while it traces, and whether it is dynamo."""
 
     depth = 0
+    by_dynamo = False
 
 
 _traces = _Traces()
@@ -538,10 +583,12 @@ def _constant(function: Callable[..., int]) -> Callable[..., int]:
 
     def run(*args: Any) -> int:
         _traces.depth += 1
+        before, _traces.by_dynamo = _traces.by_dynamo, called_by_dynamo(1)
         try:
             return function(*args)
         finally:
             _traces.depth -= 1
+            _traces.by_dynamo = before
 
     return constant(run)
 

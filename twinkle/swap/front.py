@@ -11,6 +11,8 @@ function but a module's ``forward``, goes on with its graphs. Whoever sets ``Cla
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 import secrets
 import sys
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle import forks
 from twinkle.swap.code import CallForm
+from twinkle.swap.graphs import forget_graphs
 from twinkle.swap.scope import Scope
+from twinkle.swap.stand_ins import put_stand_ins, take_stand_ins
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
@@ -31,10 +35,16 @@ if TYPE_CHECKING:
 
     from twinkle.swap.generated import LayerDispatch
 
-__all__ = ["MARK", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
+__all__ = ["MARK", "USERS", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
 
 MARK = "_tw"
 """The attribute of a module with a kernel, and of the class of its forward, where it is None."""
+
+USERS = "u"
+"""The end of marks for kernels that are not all Twinkle's own: fused steps leave such layers alone."""
+
+_HOT = ("_tw_original", "_tw_type", "_tw0_mark", "_tw1_mark")
+"""The names that the function has a cell for."""
 
 _PROCESS = secrets.token_hex(4)
 _numbers = count(1)
@@ -52,7 +62,7 @@ class Front:
         function: The one that stands there now. The original is its ``__wrapped__``.
         slots: The dispatches that marks of instances mean; None where there was one. Each keeps its place,
             which compiled graphs look at.
-        made: Every dispatch for the class that is in use or planned, by core class and candidates.
+        made: Every dispatch for the class that is in use or planned, by core class, candidates and pin.
         on_code: Called with the function whenever its code is another.
     """
 
@@ -65,14 +75,20 @@ class Front:
         self._lock = forks.lock()
         self._form = CallForm(self.original, 1)
         self._self = self._form.first
-        self._scope = Scope(self.original, ["_tw_original", "_tw_type"])
+        self._scope = Scope(self.original, _HOT)
         self._scope["_tw_original"] = self.original
         self._scope["_tw_type"] = type
+        self._scope["_tw_Exception"] = Exception
         self.function: Any = self._scope.function(self._text(), self.original.__qualname__)
         self._form.dress(self.function, self.original)
         self.function.__dict__.pop("__signature__", None)
         self.function.__dict__.update(self.original.__dict__)
         self.function.__dict__.update({"__wrapped__": self.original, "__twinkle__": self})
+
+    def __reduce__(self) -> Any:
+        return type(
+            None
+        ), ()  # A class that is pickled by value takes the function along, which runs the original.
 
     @classmethod
     def of(cls, core: type) -> Front | None:
@@ -92,28 +108,40 @@ class Front:
                 _marked[dispatch.mark] = dispatch
                 self.rewrite()
                 dispatch.holders = sys.getrefcount(dispatch.mark)
-            if vars(self.owner).get("forward") is self.original:
-                type.__setattr__(self.owner, MARK, None)
-                type.__setattr__(self.owner, "forward", self.function)
+            put_stand_ins(dispatch, dispatch_marked)
+            if vars(self.owner).get("forward") is not self.original:
+                return
+            type.__setattr__(self.owner, MARK, None)
+            type.__setattr__(self.owner, "forward", self.function)
+        forget_graphs(self.owner)
 
-    def let_go(self) -> None:
-        """Forget what no module is marked with, and leave the class where nothing is left."""
+    def stands_in(self, core: type) -> bool:
+        """Whether the function is what a class has for its forward, or is inside a wrapper there."""
+        return _holds(getattr(core, "forward", None), self.function, 8)
+
+    def let_go(self, caller: LayerDispatch | None = None) -> None:
+        """Forget what no module is marked with, and leave the class where nothing is left.
+
+        Args:
+            caller: A dispatch that is asked in a call of the function, which holds the mark meanwhile.
+        """
         with self._lock:
-            if not self._sweep():
+            if not self._sweep(caller):
                 return
             self.rewrite()
             if not any(self.slots) and vars(self.owner).get("forward") is self.function:
                 type.__setattr__(self.owner, "forward", self.original)
                 type.__delattr__(self.owner, MARK)
 
-    def _sweep(self) -> bool:
+    def _sweep(self, caller: LayerDispatch | None = None) -> bool:
         swept = False
         for n, dispatch in enumerate(self.slots):
             if dispatch is None or dispatch.instances:
                 continue
             # A copy is not among the instances of the dispatch, but holds the very text of the mark.
-            if sys.getrefcount(dispatch.mark) <= dispatch.holders:
+            if sys.getrefcount(dispatch.mark) <= dispatch.holders + (dispatch is caller):
                 self.slots[n], swept = None, True
+                take_stand_ins(dispatch)
         return swept
 
     def rewrite(self) -> None:
@@ -131,7 +159,9 @@ class Front:
     def _text(self) -> str:
         lines = [self._form.head("forward")]
         if any(self.slots):
-            lines += [f"    _tw_mark = {self._self}.{MARK}", "    if _tw_mark is None:"]
+            # Not every first argument is of the class: programs call `Class.forward` with what is like it.
+            lines += ["    try:", f"        _tw_mark = {self._self}.{MARK}"]
+            lines += ["    except _tw_Exception:", "        _tw_mark = None", "    if _tw_mark is None:"]
             lines += [f"        return _tw_original({self._form.arguments})"]
         for n, dispatch in enumerate(self.slots):
             if dispatch is not None:
@@ -145,15 +175,35 @@ def _in_slot(text: str, number: int) -> str:
     return re.sub(r"\b_tw_(?!type\b)", f"_tw{number}_", text)
 
 
-def new_mark() -> str:
-    """A text that no other module of any process is marked with."""
-    return f"{_PROCESS}:{next(_numbers)}"
+def new_mark(end: str = "") -> str:
+    """A text that no other module of any process is marked with.
+
+    Args:
+        end: What it ends with; see :data:`USERS`.
+    """
+    return f"{_PROCESS}:{next(_numbers)}{end}"
 
 
 def dispatch_marked(module: nn.Module) -> LayerDispatch | None:
     """The dispatch that a module is marked with; None without a mark that means something here."""
     mark = module.__dict__.get(MARK)
     return _marked.get(mark) if isinstance(mark, str) else None
+
+
+def _holds(wrapper: Any, wanted: Any, depth: int) -> bool:
+    """Whether a function is another one, or has it in its closure, defaults or attributes."""
+    if wrapper is wanted or depth == 0:
+        return wrapper is wanted
+    if isinstance(wrapper, functools.partial):
+        inside = [wrapper.func, *wrapper.args, *wrapper.keywords.values()]
+    elif isinstance(wrapper, FunctionType):
+        inside = [*(wrapper.__defaults__ or ()), *vars(wrapper).values()]
+        for cell in wrapper.__closure__ or ():
+            with contextlib.suppress(ValueError):  # empty
+                inside.append(cell.cell_contents)
+    else:
+        return False
+    return any(_holds(one, wanted, depth - 1) for one in inside)
 
 
 def owner_of_forward(core: type) -> type | None:

@@ -11,6 +11,7 @@ from twinkle.errors import KernelError
 from twinkle.swap import instance
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.entry import Moment
+from twinkle.swap.front import MARK
 from twinkle.swap.generated import LayerDispatch, Pin, class_for, dispatch_of, move, original_of, swap_out
 from twinkle.targets import own_forward
 
@@ -48,6 +49,7 @@ class Plan:
         self._dispatch = dispatch
         self._before = dispatch_of(module)
         self._cls = type(module)
+        self._mark = module.__dict__.get(MARK)
         self._training = module.training
         self._simple = "forward" not in module.__dict__
         self.changes = self._before is not dispatch
@@ -61,6 +63,7 @@ class Plan:
         """Take another module into the plan if it can be swapped in the same way; models have many alike."""
         if (
             type(module) is not self._cls
+            or module.__dict__.get(MARK) != self._mark
             or module.training is not self._training
             or not self._simple
             or "forward" in module.__dict__
@@ -104,6 +107,7 @@ class Plan:
     def commit(self) -> bool:
         """Make the swap; false when there was nothing to change."""
         if not self.changes:
+            self._dispatch.count(self.modules)
             return False
         move(self.modules, self._dispatch)
         self.changes = False

@@ -23,7 +23,7 @@ from twinkle.swap.tensors import constant
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
 
-__all__ = ["MARKED", "Mark", "Own", "reaches"]
+__all__ = ["MARKED", "Mark", "Own", "names_forward", "reaches"]
 
 _LIBRARIES = frozenset({*sys.stdlib_module_names, "numpy", "torch", "triton", "twinkle"}) - {"__main__"}
 _MOST_FUNCTIONS = 500
@@ -177,6 +177,32 @@ def reaches(
     walk = _Walk(original, standing, target, others)
     walk.run(kernel)
     return walk.found, walk.own
+
+
+class _ForwardsNamed(_Walk):
+    """Follows the code of a layer kernel until it names an attribute ``forward``, whatever it is of."""
+
+    def _read(self, code: CodeType, names: dict[str, Any]) -> None:
+        self.found = self.found or "forward" in code.co_names or "forward" in code.co_consts
+        if not self.found:
+            super()._read(code, names)
+
+    def _meet(self, value: Any) -> None:
+        # One that stands in a class, which a module took for the original when it was imported.
+        self.found = self.found or (isinstance(value, FunctionType) and "__twinkle__" in vars(value))
+        super()._meet(value)
+
+
+def names_forward(kernel: Any) -> bool:
+    """Whether a layer kernel may call a ``forward`` by name, which may be that of the class it is for.
+
+    Args:
+        kernel: Its ``forward``; what it reads of ``self`` is not followed.
+    """
+    nothing: Any = object()
+    walk = _ForwardsNamed(nothing, nothing, "", ())
+    walk.run(kernel)
+    return walk.found
 
 
 MARKED = """{head}

@@ -16,13 +16,18 @@ from twinkle.codegen import compile_tree, parse_source
 from twinkle.match.symbolic.source import function_of_callable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["Scope", "dispatch_behind", "is_generated"]
 
 _REST = "_tw"
 _OF_PROGRAM = re.compile(r"_tw\d*_guard")
 """The names of objects that guards compare with: a function that is pickled leaves them behind."""
+_OURS = re.compile(r"_tw\d*_")
+_KERNEL = re.compile(r"_tw\d*_(k\d+|traced_.*)")
+"""The names of kernels, in whose place a function that is pickled takes the original."""
+_QUICK = ("_tw0_k0", "_tw0_k1", "_tw0_k2", "_tw0_k3", "_tw1_k0", "_tw1_k1")
+"""The names that have a slot: it is read in 2 ns, and a cell would take the kernel into a pickle."""
 
 
 class Scope:
@@ -60,7 +65,7 @@ class Scope:
 
     def items(self) -> list[tuple[str, Any]]:
         """The names that were set, and what they stand for."""
-        rest = [(name, value) for name, value in vars(self._rest).items() if name.startswith("_tw_")]
+        rest = [(name, value) for name, value in self._rest.items() if name.startswith("_tw_")]
         return rest + [(name, cell.cell_contents) for name, cell in self._hot.items()]
 
     def function(self, text: str, title: str) -> FunctionType:
@@ -104,27 +109,42 @@ class _Rest:
     goes one of the standard library, with which the same code runs the original.
     """
 
+    __slots__ = ("__dict__", *_QUICK)
+
     def __init__(self, original: Callable[..., Any], dispatch: object) -> None:
         self._original = original
         self._dispatch = dispatch
 
+    def items(self) -> Iterator[tuple[str, Any]]:
+        """All attributes, and what they stand for."""
+        yield from vars(self).items()
+        for name in _QUICK:
+            if hasattr(self, name):
+                yield name, getattr(self, name)
+
     def __reduce__(self) -> Any:
         original = self._original
-        names: dict[str, Any] = dict.fromkeys(vars(self), lambda *values: 0)
-        for name, value in vars(self).items():
+        names: dict[str, Any] = {}
+        for name, value in self.items():
+            names[name] = lambda *values: 0
             if _OF_PROGRAM.match(name):
                 continue
-            if value is original or name.startswith("_tw_traced_"):
+            if value is original or _KERNEL.match(name):
                 names[name] = original
+            elif name.endswith("_pending"):
+                names[name] = lambda args, kwargs: original(*args, **kwargs)
+            elif name.endswith("_there"):
+                names[name] = lambda function, args, kwargs: function(*args, **kwargs)
+            elif name.endswith("_instead"):
+                names[name] = lambda index, failure, args, kwargs: original(*args, **kwargs)
+            elif name.endswith("_odd"):
+                names[name] = lambda index, result, *rest: result
+            elif name.endswith("_fx"):
+                names[name] = SimpleNamespace(_is_fx_tracing_flag=False)
             elif isinstance(value, (set, frozenset)):
                 names[name] = set()
             elif isinstance(value, (type, BuiltinFunctionType)):
                 names[name] = value
-        names["_tw_pending"] = lambda args, kwargs: original(*args, **kwargs)
-        names["_tw_fx"] = SimpleNamespace(_is_fx_tracing_flag=False)
-        names["_tw_instead"] = lambda index, failure, args, kwargs: original(*args, **kwargs)
-        names["_tw_odd"] = lambda index, result, *rest: result
-        names["_tw_there"] = lambda function, args, kwargs: function(*args, **kwargs)
         return SimpleNamespace, (), names
 
 
@@ -142,8 +162,16 @@ class _Names(ast.NodeTransformer):
             here.col_offset = here.end_col_offset = 0
         return super().visit(node)
 
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        self.generic_visit(node)
+        if isinstance(node.func, ast.Attribute) and getattr(node.func.value, "id", "") == _REST:
+            # As a method it would be looked up in the class of the object first: 20 ns.
+            called = ast.copy_location(ast.Name(f"{_REST}_called", ast.Store()), node)
+            node.func = ast.copy_location(ast.NamedExpr(called, node.func), node)
+        return node
+
     def visit_Name(self, node: ast.Name) -> ast.expr:
-        if node.id in self.scope._hot or not hasattr(self.scope._rest, node.id):
+        if not _OURS.match(node.id) or node.id in self.scope._hot or not hasattr(self.scope._rest, node.id):
             return node
         rest = ast.copy_location(ast.Name(_REST, ast.Load()), node)
         return ast.copy_location(ast.Attribute(rest, node.id, node.ctx), node)
