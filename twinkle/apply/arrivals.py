@@ -196,6 +196,7 @@ def _made(name: str, head: str, made: Any) -> None:
         if isinstance(target, Name) and target.module == name and target.name in now and _is_layer(made):
             remember(target, made)
             _reconsider(made)
+            _watch_first_calls(made)
 
 
 def look_at_program() -> None:
@@ -259,12 +260,14 @@ def _layers(module: ModuleType, name: str) -> None:
             elif _is_layer(found):
                 remember(target, found)
                 _reconsider(found)
+                _watch_first_calls(found)
             else:
                 _wrong(module, found, entry)
         else:
             for value in {v for v in list(own_dict(module).values()) if _is_layer(v)}:
                 if means(target, value):
                     _reconsider(value)
+                    _watch_first_calls(value)
 
 
 def _is_layer(thing: object) -> bool:
@@ -371,6 +374,7 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
     for entry in new:
         if isinstance(entry.target, Class):
             _reconsider(entry.target.cls)
+            _watch_first_calls(entry.target.cls)
         elif not isinstance(entry.target, Name):  # that is met in its module
             from torch import nn
 
@@ -379,18 +383,32 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
 
 def _reconsider(cls: type) -> None:
     from twinkle.apply.matching import classes_have_come
+    from twinkle.swap.first_calls import ask_anew
 
     classes_have_come()
+    ask_anew()
     classes = runtime.of(Arrivals).classes
     if classes is not None:
         classes.reconsider(cls)
 
 
+def _watch_first_calls(cls: type) -> bool:
+    """Have a class ask about the layers that come without their constructor; whether it has kernels."""
+    from twinkle.apply.matching import kernels_for
+
+    kernels = kernels_for(cls)
+    if kernels:
+        from twinkle.apply.first_calls import watch
+
+        watch(cls, kernels)
+    return bool(kernels)
+
+
 def _is_wanted(cls: type) -> bool:
     """Whether instances of a class get kernels, or the functions of its module may: once for that."""
-    from twinkle.apply.matching import is_registered, taken_for
+    from twinkle.apply.matching import taken_for
 
-    if is_registered(cls):
+    if _watch_first_calls(cls):
         entry = taken_for(cls) if runtime.options.strict else None  # with strict no step is silent
         if entry is not None:
             kernel = f"its instances get kernel {entry.kernel_name}"
@@ -406,17 +424,23 @@ def _is_wanted(cls: type) -> bool:
 
 
 def _on_instance(layer: Any) -> None:
+    from twinkle.apply.first_calls import renew
+
+    cls = type(layer)
     on_model(layer, whole=False)
+    renew(cls)
     state = runtime.of(Arrivals)
-    if state.classes is not None and type(layer) in state.for_functions:
-        state.for_functions.discard(type(layer))
-        state.classes.forget(type(layer))
+    if state.classes is not None and cls in state.for_functions:
+        state.for_functions.discard(cls)
+        state.classes.forget(cls)
 
 
 def on_model(model: Any, *, whole: bool = True) -> None:
     """Kernelize a model, or a layer by itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
     from twinkle.apply.unseen import Constructed
+    from twinkle.swap.first_calls import leave_alone
 
     runtime.of(Constructed).add(model)
     kernelize_layers(model, whole=whole)
+    leave_alone(model.modules() if whole else (model,))

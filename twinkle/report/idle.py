@@ -100,7 +100,7 @@ def absent_module(name: str) -> str | None:
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
-    """A line for each binding of the user's that did nothing, with its reason.
+    """A line for each binding of the user's that did nothing, with its reason, and for layers it passed over.
 
     A program that registers kernels and opens no door keeps a catalogue: what was not met is no miss there,
     and only what could never be met is said.
@@ -130,7 +130,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         for target, kernel, line in where.lines():
             if (target, kernel) not in said:
                 said[target, line] = line
-    found = list(said.values())
+    found = [*said.values(), *(runtime.session.misses if runtime.session.door else ())]
     if len(found) > _SHOWN:
         found[_SHOWN:] = [f"and {len(found) - _SHOWN} more did nothing; TWINKLE_LOG=info prints all of them"]
     return found

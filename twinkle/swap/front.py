@@ -19,9 +19,12 @@ from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from twinkle import forks
 from twinkle.swap.code import CallForm
 from twinkle.swap.scope import Scope
+from twinkle.swap.tensors import constant
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
@@ -31,12 +34,22 @@ if TYPE_CHECKING:
 
     from twinkle.swap.generated import LayerDispatch
 
-__all__ = ["MARK", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
+__all__ = [
+    "LEFT_ALONE",
+    "MARK",
+    "Front",
+    "dispatch_marked",
+    "meaning_of",
+    "new_mark",
+    "owner_of_forward",
+]
 
 MARK = "_tw"
 """The attribute of a module with a kernel, and of the class of its forward, where it is None."""
 
 _PROCESS = secrets.token_hex(4)
+LEFT_ALONE = f"{_PROCESS}:0"
+"""The mark of a module that was decided about, and runs its original."""
 _numbers = count(1)
 _marked: weakref.WeakValueDictionary[str, LayerDispatch] = weakref.WeakValueDictionary()
 
@@ -54,6 +67,7 @@ class Front:
             which compiled graphs look at.
         made: Every dispatch for the class that is in use or planned, by core class and candidates.
         on_code: Called with the function whenever its code is another.
+        asks: It stays without a dispatch, and asks about instances whose mark means nothing.
     """
 
     def __init__(self, owner: type) -> None:
@@ -62,6 +76,7 @@ class Front:
         self.slots: list[LayerDispatch | None] = []
         self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
         self.on_code: Callable[[Any], None] | None = None
+        self.asks = False
         self._lock = forks.lock()
         self._form = CallForm(self.original, 1)
         self._self = self._form.first
@@ -92,9 +107,41 @@ class Front:
                 _marked[dispatch.mark] = dispatch
                 self.rewrite()
                 dispatch.holders = sys.getrefcount(dispatch.mark)
-            if vars(self.owner).get("forward") is self.original:
-                type.__setattr__(self.owner, MARK, None)
-                type.__setattr__(self.owner, "forward", self.function)
+            self._stand()
+
+    def ask(self, ask: Callable[[Any], bool], traced: Callable[[type, str | None], int]) -> None:
+        """Stand in the class, with or without a dispatch, and ask about instances that nobody has met.
+
+        Args:
+            ask: Called with an instance that has no mark, or one from elsewhere; whether the call is to go
+                again, to what is ``forward`` by then.
+            traced: Called with its class and mark instead where a compiler traces, and taken for a constant.
+        """
+        with self._lock:
+            self._scope["_tw_left"] = LEFT_ALONE
+            self._scope["_tw_compiling"] = torch.compiler.is_compiling
+            self._scope["_tw_ask"] = ask
+            self._scope["_tw_traced"] = constant(traced)
+            self.asks = True
+            self.rewrite()
+            self._stand()
+
+    def ask_no_more(self) -> None:
+        """Leave the class where nothing is left but the question."""
+        with self._lock:
+            self.asks = False
+            self.rewrite()
+            self._stand_back()
+
+    def _stand(self) -> None:
+        if vars(self.owner).get("forward") is self.original:
+            type.__setattr__(self.owner, MARK, None)
+            type.__setattr__(self.owner, "forward", self.function)
+
+    def _stand_back(self) -> None:
+        if not (self.asks or any(self.slots)) and vars(self.owner).get("forward") is self.function:
+            type.__setattr__(self.owner, "forward", self.original)
+            type.__delattr__(self.owner, MARK)
 
     def let_go(self) -> None:
         """Forget what no module is marked with, and leave the class where nothing is left."""
@@ -102,9 +149,7 @@ class Front:
             if not self._sweep():
                 return
             self.rewrite()
-            if not any(self.slots) and vars(self.owner).get("forward") is self.function:
-                type.__setattr__(self.owner, "forward", self.original)
-                type.__delattr__(self.owner, MARK)
+            self._stand_back()
 
     def _sweep(self) -> bool:
         swept = False
@@ -130,14 +175,25 @@ class Front:
 
     def _text(self) -> str:
         lines = [self._form.head("forward")]
-        if any(self.slots):
+        if self.asks or any(self.slots):
             lines += [f"    _tw_mark = {self._self}.{MARK}", "    if _tw_mark is None:"]
-            lines += [f"        return _tw_original({self._form.arguments})"]
+            lines += [*self._question("        "), f"        return _tw_original({self._form.arguments})"]
         for n, dispatch in enumerate(self.slots):
             if dispatch is not None:
                 lines.append(f"    if _tw_mark == _tw{n}_mark:")
                 lines += [f"    {line}" for line in _in_slot(dispatch.text, n).splitlines()[1:]]
+        if self.asks:
+            lines += ["    if _tw_mark != _tw_left:", *self._question("        ")]
         return "\n".join([*lines, f"    return _tw_original({self._form.arguments})", ""])
+
+    def _question(self, indent: str) -> list[str]:
+        """The lines that ask about an instance."""
+        if not self.asks:
+            return []
+        again = f"    return _tw_type({self._self}).forward({self._form.arguments})"
+        traced = f"    _tw_traced(_tw_type({self._self}), _tw_mark)"
+        asked = f"elif _tw_ask({self._self}):"
+        return [f"{indent}{line}" for line in ("if _tw_compiling():", traced, asked, again)]
 
 
 def _in_slot(text: str, number: int) -> str:
@@ -150,10 +206,14 @@ def new_mark() -> str:
     return f"{_PROCESS}:{next(_numbers)}"
 
 
+def meaning_of(mark: object) -> LayerDispatch | None:
+    """The dispatch that a mark means; None for one that means nothing in this process."""
+    return _marked.get(mark) if isinstance(mark, str) else None
+
+
 def dispatch_marked(module: nn.Module) -> LayerDispatch | None:
     """The dispatch that a module is marked with; None without a mark that means something here."""
-    mark = module.__dict__.get(MARK)
-    return _marked.get(mark) if isinstance(mark, str) else None
+    return meaning_of(module.__dict__.get(MARK))
 
 
 def owner_of_forward(core: type) -> type | None:
