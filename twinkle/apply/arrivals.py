@@ -12,7 +12,7 @@ import sys
 from twinkle.apply.bindings import function_binding, layer_binding
 from twinkle.errors import ApplyError, suggest, warn
 from twinkle.hooks import guard, imports
-from twinkle.hooks.finder import own_dict
+from twinkle.hooks.finder import own_dict, spec_of
 from twinkle.hooks.program import follow_program, has_begun
 from twinkle.hooks.resolution import (
     ABSENT,
@@ -58,6 +58,7 @@ class Arrivals:
 
     Attributes:
         torch: It is imported, as a whole.
+        without_torch: The modules in which kernels may stand that need no torch.
         suspended: The modules whose functions are left as they are for now, whatever arrives.
         models: The watch for models of transformers, which are kernelized as a whole.
         classes: The watch for classes of layers, once torch is there.
@@ -73,6 +74,7 @@ class Arrivals:
         self.on_demand: dict[str, tuple[ModuleType, set[str]]] = {}
         self.in_program: dict[str, object] = {}
         self.suspended: set[str] = set()
+        self.without_torch: set[str] = set()
         self.namespaces: set[str] = set()
         self.for_functions: set[type] = set()
 
@@ -121,12 +123,26 @@ def function_module(module: ModuleType, name: str) -> None:
     if name in runtime.of(Arrivals).suspended:
         return
     if not _with_torch(f"module {name}", lambda: _functions(module, name)):
-        for kernel in runtime.registry.functions_of(name):
+        _without_torch(module, name)
+
+
+def _without_torch(module: ModuleType, name: str) -> None:
+    """Put the kernels in place that need no torch; the others wait for it."""
+    from twinkle.apply.without_torch import put
+
+    runtime.of(Arrivals).without_torch.add(name)
+    done = put(module, name)
+    for kernel in runtime.registry.functions_of(name):
+        if kernel.name not in done:
             _wait(function_binding(kernel), f"{name} is imported, and waits for the program to import torch")
 
 
 def _functions(module: ModuleType, name: str) -> None:
+    if name in runtime.of(Arrivals).without_torch:
+        from twinkle.apply.without_torch import step_back
 
+        runtime.of(Arrivals).without_torch.discard(name)
+        step_back(name)
     ready = []
     for kernel in runtime.registry.functions_of(name):
         if look_up(module, kernel.name) is LATER:
@@ -142,6 +158,8 @@ def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
     from twinkle.swap.candidate import explain
 
     for function in dict.fromkeys(functions):
+        if _waits_for_its_module(module, name, function):
+            continue
         try:
             apply(
                 name,
@@ -160,6 +178,21 @@ def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
                 if kernel.name == function:
                     function_binding(kernel).set("failed", explain(error))
                     warn(f"{kernel.target} is not replaced: {explain(error)} ({kernel.origin})")
+
+
+def _waits_for_its_module(module: ModuleType, name: str, function: str) -> bool:
+    """Whether the module of a kernel is being imported: it has imported torch, or the target, at its top."""
+    for kernel in runtime.registry.functions_of(name):
+        home = getattr(kernel.source, "module", "") if kernel.name == function else ""
+        if home in sys.modules and getattr(spec_of(sys.modules[home]), "_initializing", False):
+            _wait(function_binding(kernel), f"the import of {home}, where its kernel is, has not ended")
+
+            def came(home: ModuleType, _: str) -> None:
+                _put(module, name, [function])
+
+            imports.watch_module(home, came, owner=OWNER, strict=runtime.options.raises)
+            return True
+    return False
 
 
 def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
