@@ -151,7 +151,8 @@ def report_at_exit(*, text: bool = False, idle: bool = False, path: str | None =
 
     def at_exit() -> None:
         here = os.getpid() == pid and runtime.session is session  # not in a forked child
-        if here and (ends.has_to_be_said or runtime.options.strict or not session.door):
+        said = here and (ends.has_to_be_said or runtime.options.strict or not session.door)
+        if said or (here and _waits_in_program()):
             from twinkle.report import exit
 
             exit.at_exit(ends)
@@ -165,3 +166,15 @@ def report_at_exit(*, text: bool = False, idle: bool = False, path: str | None =
 
     runtime.registry.on_change = changed
     atexit.register(at_exit)
+
+
+def _waits_in_program() -> bool:
+    """Whether a function of the program itself has a kernel and waits for torch: its own, so it is said."""
+    from twinkle.runtime import runtime
+
+    functions = [binding for binding in runtime.registry.bindings if binding.scope == "function"]
+    if not functions:
+        return False
+    from twinkle.report.idle import waits_in_program
+
+    return any(map(waits_in_program, functions))

@@ -1,8 +1,8 @@
 """Function kernels in a program that has not imported torch: plain functions for plain functions.
 
-Whatever chooses by device, mode or gradients, compares or compiles needs torch, and waits for it. The rest is a
-function of Python code for another with the same arguments: it is put in place as it is, loaded at its first
-call. When the program comes to import torch, the originals come back, and kernels are put in place as always.
+Whatever chooses by device, mode or gradients, compares or compiles needs torch, and waits for it. The rest is
+a function of Python code for another with the same arguments: it is put in place as it is, loaded at its
+first call. When the program comes to import torch, the originals come back, and kernels come as always.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def put(module: ModuleType, name: str) -> set[str]:
     for kernel in kernels:
         alone = sum(other.name == kernel.name for other in kernels) == 1
         standing = own_dict(module).get(kernel.name)
-        if alone and _is_plain(standing) and _needs_no_torch(kernel):
+        if standing is not None and alone and _is_plain(standing) and _needs_no_torch(kernel):
             placed[:] = [one for one in placed if one.kernel.name != kernel.name]  # of before a reload
             placed.append(_StandIn(module, kernel, standing))
             placed[-1].put()
@@ -138,7 +138,7 @@ class _StandIn:
         _rebind(self.function, self._original, self.kernel)
         self._binding.count(-self._binding.instances)
         # What looks for the original is not to find it here.
-        del self._original, self.function.__wrapped__  # type: ignore[attr-defined]
+        del self._original, self.function.__wrapped__
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inside = getattr(self._thread, "inside", False)  # the kernel calls its target
@@ -174,7 +174,7 @@ class _StandIn:
             self._thread.inside = False
         if self.is_out or "torch" in sys.modules:
             return
-        if not _is_plain(found) or not _takes_the_same(found, self._original):
+        if not (callable(found) and _is_plain(found) and _takes_the_same(found, self._original)):
             # What adapts one to the other needs torch.
             reason = "its arguments are written otherwise: it waits for the program to import torch"
             self._fail(reason, "pending", None)

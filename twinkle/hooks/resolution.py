@@ -57,7 +57,8 @@ def is_program(name: str) -> bool:
     spec = main.get("__spec__")
     if spec is not None:
         return bool(getattr(spec, "name", None) == name)
-    file = main.get("__file__")
+    # When the script has ended, it has no __file__ any more.
+    file = main.get("__file__") or getattr(main.get("__loader__"), "path", None)
     if not isinstance(file, str):
         return False
     stem = os.path.splitext(os.path.abspath(file))[0]
