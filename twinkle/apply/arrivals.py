@@ -59,7 +59,7 @@ class Arrivals:
     Attributes:
         torch: It is imported, as a whole.
         without_torch: The modules in which kernels may stand that need no torch.
-        suspended: The modules whose functions are left as they are for now, whatever arrives.
+        suspended: The modules whose functions and classes are left as they are for now, whatever arrives.
         models: The watch for models of transformers, which are kernelized as a whole.
         classes: The watch for classes of layers, once torch is there.
         restored: The watch for models and layers from pickles, once torch is there.
@@ -306,15 +306,15 @@ def _layers(module: ModuleType, name: str) -> None:
 def _is_layer(thing: object) -> bool:
     from torch import nn
 
-    return isinstance(thing, type) and issubclass(thing, nn.Module)
+    return issubclass(type(thing), type) and issubclass(thing, nn.Module)  # type: ignore[arg-type]
 
 
 def _wrong(module: ModuleType, found: Any, entry: LayerTarget) -> None:
     """A target that names nothing, or no layer."""
-    name = entry.target.text.partition(":")[2]
+    home, _, name = entry.target.text.partition(":")
     if found is ABSENT:
         hint = suggest(name, [key for key, value in own_dict(module).items() if _is_layer(value)])
-        reason = f"{module.__name__} has no class {name}" + (f"; {hint}" if hint else "")
+        reason = f"{home} has no class {name}" + (f"; {hint}" if hint else "")
     else:
         reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
     for kernel in runtime.registry.kernels_named(entry.kernel_name):
@@ -430,7 +430,7 @@ def _watch_first_calls(cls: type) -> bool:
     from twinkle.apply.matching import kernels_for
 
     kernels = kernels_for(cls)
-    if kernels:
+    if kernels and cls.__module__ not in runtime.of(Arrivals).suspended:
         from twinkle.apply.first_calls import watch
 
         watch(cls, kernels)

@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["ask_anew", "asks", "is_decided", "leave_alone", "watch_first_calls"]
+__all__ = [
+    "ask_anew",
+    "ask_no_more",
+    "asking_modules",
+    "asks",
+    "is_decided",
+    "leave_alone",
+    "watch_first_calls",
+]
 
 
 class _Asking:
@@ -64,6 +72,19 @@ def watch_first_calls(
     front.ask(partial(_ask, front, met, state.passed), partial(_traced, traced))
     state.fronts.add(front)
     return True
+
+
+def asking_modules() -> list[str]:
+    """The modules of the classes that ask."""
+    return [front.owner.__module__ for front in list(runtime.of(_Asking).fronts)]
+
+
+def ask_no_more(module: str) -> None:
+    """Have the classes of a module ask no more."""
+    fronts = runtime.of(_Asking).fronts
+    for front in [front for front in list(fronts) if front.owner.__module__ == module]:
+        front.ask_no_more()
+        fronts.discard(front)
 
 
 def ask_anew() -> None:
