@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from twinkle._environment import asking, switched_off, variables
 
@@ -80,9 +81,10 @@ def settle() -> bool:
     state = runtime.of(_Settled)
     if given != state.read:
         from twinkle import config
-        from twinkle.apply.activation import Activation
 
-        if not runtime.of(Activation).settings:  # a door has read them otherwise
+        # Not imported for the question: twelve modules, for programs that only want a report.
+        activation = sys.modules.get("twinkle.apply.activation")
+        if activation is None or not runtime.of(activation.Activation).settings:  # else a door has read them
             asked = asking(given)
             settings = config.load(["auto"], {name: given[name] for name in given if name not in asked})
             runtime.options.take(settings, given=settings.origins)
