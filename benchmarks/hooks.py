@@ -20,7 +20,7 @@ from pathlib import Path
 
 from twinkle.hooks import imports
 from twinkle.hooks.construction import watch_class, watch_pretrained
-from twinkle.swap import aliases
+from twinkle.swap import aliases, holders
 
 TARGETS = [f"transformers.models.family{number}.modeling_family{number}" for number in range(100)]
 PATTERNS = [f"package{number}.models.*.modeling_*" for number in range(19)]
@@ -113,7 +113,10 @@ def finding(rounds: int) -> dict[str, float]:
     return {
         "modules": len(sys.modules),
         "find": statistics.median(_seconds(lambda: aliases.find(function)) for _ in range(rounds)) * 1e3,
-        "stale": statistics.median(_seconds(lambda: aliases.stale(function)) for _ in range(rounds)) * 1e3,
+        "holders": statistics.median(
+            _seconds(lambda: holders.rebind(function, function)) for _ in range(rounds)
+        )
+        * 1e3,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from twinkle._environment import asking, switched_off, variables
 
@@ -80,9 +81,10 @@ def settle() -> bool:
     state = runtime.of(_Settled)
     if given != state.read:
         from twinkle import config
-        from twinkle.apply.activation import Activation
 
-        if not runtime.of(Activation).settings:  # a door has read them otherwise
+        # Not imported for the question: twelve modules, for programs that only want a report.
+        activation = sys.modules.get("twinkle.apply.activation")
+        if activation is None or not runtime.of(activation.Activation).settings:  # else a door has read them
             asked = asking(given)
             settings = config.load(["auto"], {name: given[name] for name in given if name not in asked})
             runtime.options.take(settings, given=settings.origins)
@@ -151,7 +153,8 @@ def report_at_exit(*, text: bool = False, idle: bool = False, path: str | None =
 
     def at_exit() -> None:
         here = os.getpid() == pid and runtime.session is session  # not in a forked child
-        if here and (ends.has_to_be_said or runtime.options.strict or not session.door):
+        said = here and (ends.has_to_be_said or runtime.options.strict or not session.door)
+        if said or (here and _waits_in_program()):
             from twinkle.report import exit
 
             exit.at_exit(ends)
@@ -165,3 +168,15 @@ def report_at_exit(*, text: bool = False, idle: bool = False, path: str | None =
 
     runtime.registry.on_change = changed
     atexit.register(at_exit)
+
+
+def _waits_in_program() -> bool:
+    """Whether a function of the program itself has a kernel and waits for torch: its own, so it is said."""
+    from twinkle.runtime import runtime
+
+    functions = [binding for binding in runtime.registry.bindings if binding.scope == "function"]
+    if not functions:
+        return False
+    from twinkle.report.idle import waits_in_program
+
+    return any(map(waits_in_program, functions))

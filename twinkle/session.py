@@ -70,6 +70,7 @@ class Session:
         door: ``api``, ``run``, ``pth``, ``sitecustomize``, or empty when nothing activated it.
         configs: The configuration files that were read.
         remarks: What a reader should know that belongs to no binding.
+        misses: Those remarks of the last report that tell of kernels of the user's that did nothing.
         remarks_at_report: Who has more to remark at the moment of a report, by subject.
         ends: What is said and written when the process ends; ``None`` when nothing is.
     """
@@ -78,6 +79,7 @@ class Session:
         self.door = ""
         self.configs: tuple[str, ...] = ()
         self.remarks: list[str] = []
+        self.misses: list[str] = []
         self.remarks_at_report: dict[str, Callable[[], list[str]]] = {}
         self.ends: Ends | None = None
 

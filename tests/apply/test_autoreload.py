@@ -51,3 +51,32 @@ def test_the_kernel_runs_and_the_original_is_the_edited_one(program: Program) ->
     """
     config = '[functions.f]\ntarget_module = "edited"\nfunc_impl = "fast:f"\n'
     assert program.run(code, config).stdout == "kernel kernel\nsecond\n"
+
+
+def test_a_class_that_asks_about_its_layers_is_edited_like_any(program: Program) -> None:
+    site = program.root / "site"
+    (site / "IPython" / "extensions").mkdir(parents=True)
+    for folder in ("IPython", "IPython/extensions"):
+        (site / folder / "__init__.py").touch()
+    writes = "module.Net.forward.__code__ = new['Net'].__dict__['forward'].__code__"
+    reloader = textwrap.dedent(RELOADER).replace('module.f.__code__ = new["f"].__code__', writes)
+    (site / "IPython" / "extensions" / "autoreload.py").write_text(reloader)
+    net = "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x): return 'first'\n"
+    (site / "edited.py").write_text(net)
+    (site / "fast.py").write_text(net.replace("first", "kernel"))
+    code = """
+    import os, time, torch, edited
+    from IPython.extensions.autoreload import ModuleReloader
+    from twinkle.kernel import unkernelize_model
+    reloader = ModuleReloader()
+    reloader.check()
+    with open(edited.__file__) as file: text = file.read()
+    with open(edited.__file__, "w") as file: file.write(text.replace("first", "second"))
+    os.utime(edited.__file__, (time.time() + 5,) * 2)
+    reloader.check(check_all=True)
+    bare = edited.Net.__new__(edited.Net)
+    torch.nn.Module.__init__(bare)
+    print(bare(1), edited.Net()(1), unkernelize_model(edited.Net())(1))
+    """
+    config = '[layers.Net]\ntarget = "edited:Net"\nlayer_impl = "fast:Net"\n'
+    assert program.run(code, config).stdout == "kernel kernel second\n"

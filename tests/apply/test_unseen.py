@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from twinkle.apply.activation import Activation, watch_new
+from twinkle.apply.unseen import Constructed
 from twinkle.kernel import unkernelize_model
 from twinkle.report import snapshot
 from twinkle.runtime import runtime
@@ -31,8 +32,21 @@ def without_kernels() -> list[str]:
     return [text for text in remarks if "without kernels" in text]
 
 
+def made(state: dict[str, Any]) -> Any:
+    model = StateOfItsOwn.__new__(StateOfItsOwn)
+    model.__dict__.update(state)
+    return model
+
+
 class StateOfItsOwn(transformers.GPT2LMHeadModel):
-    """Takes its state past torch's own function, which nobody sees."""
+    """Is made past its constructor and every ``__setstate__``, which nobody sees."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return made, (self.__dict__,)
+
+
+class SetsItsState(transformers.GPT2LMHeadModel):
+    """Takes its state past torch's own function."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -50,6 +64,13 @@ def test_a_model_from_a_file_is_served(model: Any) -> None:
     loaded = loaded_again(model)
     assert without_kernels() == []
     assert loaded.config.n_embd == 16
+
+
+def test_a_model_that_sets_its_state_itself_is_served(model: Any) -> None:
+    other = unkernelize_model(SetsItsState(model.config))
+    loaded = loaded_again(other)
+    assert without_kernels() == []
+    assert loaded in runtime.of(Constructed)
 
 
 def test_a_model_that_takes_its_state_unseen_is_named(model: Any) -> None:

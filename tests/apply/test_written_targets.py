@@ -334,3 +334,31 @@ def test_what_the_program_itself_defines_is_replaced(
     )
     assert done.stdout == "42.0\nK K\n42.0\n42.0\n", done.stderr
     assert f"{module} is the program that is run" in done.stderr
+
+
+def test_a_pattern_asks_no_object_for_its_class(program: Program) -> None:
+    (program.root / "site" / "sly.py").write_text(
+        "import torch\n"
+        "class Sly:\n"
+        "    @property\n"
+        "    def __class__(self):\n"
+        "        print('asked')\n"
+        "        return Sly\n"
+        "thing = Sly()\n"
+    )
+    config = '[layers.Plus]\ntarget = "**:Thing"\nrepo_path = "kernels"\npackage_name = "my_kernels"\n'
+    assert program.run("import torch, sly\ntorch.nn.Linear(1, 1)\n", config).stdout == ""
+
+
+def test_what_stands_for_a_module_needs_no_name(program: Program) -> None:
+    (program.root / "site" / "stands.py").write_text(
+        "import sys\n"
+        "class Space: pass\n"
+        "def add(x, y): return x + y\n"
+        "space = Space()\n"
+        "space.add = add\n"
+        "sys.modules[__name__] = space\n"
+    )
+    (program.root / "site" / "fast.py").write_text("def add(x, y): return x + y + 1\n")
+    config = '[functions.add]\ntarget_module = "stands"\nfunc_impl = "fast:add"\n'
+    assert program.run("import torch, stands\nprint(stands.add(1, 2))\n", config).stdout == "4\n"

@@ -51,6 +51,14 @@ def test_a_report_alone_is_written_and_says_why_nothing_is_bound(bare, tmp_path)
     assert "TWINKLE_CONFIG=auto" in remark
 
 
+def test_a_report_alone_brings_in_no_hooks(bare, tmp_path):
+    rooms = "('twinkle.hooks', 'twinkle.apply')"
+    code = f"import sys; print([name for name in sys.modules if name.startswith({rooms})])"
+    done = with_variables(bare, TWINKLE_REPORT="r.json").run("-c", code, cwd=tmp_path)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert (tmp_path / "r.json").exists()
+
+
 def test_a_log_alone_prints_the_report(bare):
     done = with_variables(bare, TWINKLE_LOG="info").run("-c", "print('ran')")
     assert done.stdout == "ran\n"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from functions_of_kinds import NET, SOURCE
+
+from twinkle.kernel import unapply_function_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,3 +87,12 @@ def my_pkg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_pkg"]:
         del sys.modules[name]
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    (tmp_path / f"{NET}.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield __import__(NET)
+    unapply_function_kernel()
+    del sys.modules[NET]

@@ -152,7 +152,7 @@ def watch_new() -> None:
         if name is not None and name not in state.functions_seen:
             state.functions_seen.add(name)
             watch(name, function_module)
-    if functions and not state.watches_autoreload:
+    if (in_models or functions) and not state.watches_autoreload:
         state.watches_autoreload = True
         watch("IPython.extensions.autoreload", autoreload_has_come)
     look_at_program()

@@ -12,7 +12,7 @@ import sys
 from twinkle.apply.bindings import function_binding, layer_binding
 from twinkle.errors import ApplyError, suggest, warn
 from twinkle.hooks import guard, imports
-from twinkle.hooks.finder import own_dict
+from twinkle.hooks.finder import own_dict, spec_of
 from twinkle.hooks.program import follow_program, has_begun
 from twinkle.hooks.resolution import (
     ABSENT,
@@ -58,7 +58,8 @@ class Arrivals:
 
     Attributes:
         torch: It is imported, as a whole.
-        suspended: The modules whose functions are left as they are for now, whatever arrives.
+        without_torch: The modules in which kernels may stand that need no torch.
+        suspended: The modules whose functions and classes are left as they are for now, whatever arrives.
         models: The watch for models of transformers, which are kernelized as a whole.
         classes: The watch for classes of layers, once torch is there.
         restored: The watch for models and layers from pickles, once torch is there.
@@ -73,6 +74,7 @@ class Arrivals:
         self.on_demand: dict[str, tuple[ModuleType, set[str]]] = {}
         self.in_program: dict[str, object] = {}
         self.suspended: set[str] = set()
+        self.without_torch: set[str] = set()
         self.namespaces: set[str] = set()
         self.for_functions: set[type] = set()
 
@@ -121,12 +123,26 @@ def function_module(module: ModuleType, name: str) -> None:
     if name in runtime.of(Arrivals).suspended:
         return
     if not _with_torch(f"module {name}", lambda: _functions(module, name)):
-        for kernel in runtime.registry.functions_of(name):
+        _without_torch(module, name)
+
+
+def _without_torch(module: ModuleType, name: str) -> None:
+    """Put the kernels in place that need no torch; the others wait for it."""
+    from twinkle.apply.without_torch import put
+
+    runtime.of(Arrivals).without_torch.add(name)
+    done = put(module, name)
+    for kernel in runtime.registry.functions_of(name):
+        if kernel.name not in done:
             _wait(function_binding(kernel), f"{name} is imported, and waits for the program to import torch")
 
 
 def _functions(module: ModuleType, name: str) -> None:
+    if name in runtime.of(Arrivals).without_torch:
+        from twinkle.apply.without_torch import step_back
 
+        runtime.of(Arrivals).without_torch.discard(name)
+        step_back(name)
     ready = []
     for kernel in runtime.registry.functions_of(name):
         if look_up(module, kernel.name) is LATER:
@@ -142,6 +158,8 @@ def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
     from twinkle.swap.candidate import explain
 
     for function in dict.fromkeys(functions):
+        if _waits_for_its_module(module, name, function):
+            continue
         try:
             apply(
                 name,
@@ -160,6 +178,21 @@ def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
                 if kernel.name == function:
                     function_binding(kernel).set("failed", explain(error))
                     warn(f"{kernel.target} is not replaced: {explain(error)} ({kernel.origin})")
+
+
+def _waits_for_its_module(module: ModuleType, name: str, function: str) -> bool:
+    """Whether the module of a kernel is being imported: it has imported torch, or the target, at its top."""
+    for kernel in runtime.registry.functions_of(name):
+        home = getattr(kernel.source, "module", "") if kernel.name == function else ""
+        if home in sys.modules and getattr(spec_of(sys.modules[home]), "_initializing", False):
+            _wait(function_binding(kernel), f"the import of {home}, where its kernel is, has not ended")
+
+            def came(home: ModuleType, _: str) -> None:
+                _put(module, name, [function])
+
+            imports.watch_module(home, came, owner=OWNER, strict=runtime.options.raises)
+            return True
+    return False
 
 
 def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
@@ -196,6 +229,7 @@ def _made(name: str, head: str, made: Any) -> None:
         if isinstance(target, Name) and target.module == name and target.name in now and _is_layer(made):
             remember(target, made)
             _reconsider(made)
+            _watch_first_calls(made)
 
 
 def look_at_program() -> None:
@@ -259,26 +293,28 @@ def _layers(module: ModuleType, name: str) -> None:
             elif _is_layer(found):
                 remember(target, found)
                 _reconsider(found)
+                _watch_first_calls(found)
             else:
                 _wrong(module, found, entry)
         else:
             for value in {v for v in list(own_dict(module).values()) if _is_layer(v)}:
                 if means(target, value):
                     _reconsider(value)
+                    _watch_first_calls(value)
 
 
 def _is_layer(thing: object) -> bool:
     from torch import nn
 
-    return isinstance(thing, type) and issubclass(thing, nn.Module)
+    return issubclass(type(thing), type) and issubclass(thing, nn.Module)  # type: ignore[arg-type]
 
 
 def _wrong(module: ModuleType, found: Any, entry: LayerTarget) -> None:
     """A target that names nothing, or no layer."""
-    name = entry.target.text.partition(":")[2]
+    home, _, name = entry.target.text.partition(":")
     if found is ABSENT:
         hint = suggest(name, [key for key, value in own_dict(module).items() if _is_layer(value)])
-        reason = f"{module.__name__} has no class {name}" + (f"; {hint}" if hint else "")
+        reason = f"{home} has no class {name}" + (f"; {hint}" if hint else "")
     else:
         reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
     for kernel in runtime.registry.kernels_named(entry.kernel_name):
@@ -371,6 +407,7 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
     for entry in new:
         if isinstance(entry.target, Class):
             _reconsider(entry.target.cls)
+            _watch_first_calls(entry.target.cls)
         elif not isinstance(entry.target, Name):  # that is met in its module
             from torch import nn
 
@@ -379,18 +416,32 @@ def ask_again(new: Iterable[LayerTarget]) -> None:
 
 def _reconsider(cls: type) -> None:
     from twinkle.apply.matching import classes_have_come
+    from twinkle.swap.first_calls import ask_anew
 
     classes_have_come()
+    ask_anew()
     classes = runtime.of(Arrivals).classes
     if classes is not None:
         classes.reconsider(cls)
 
 
+def _watch_first_calls(cls: type) -> bool:
+    """Have a class ask about the layers that come without their constructor; whether it has kernels."""
+    from twinkle.apply.matching import kernels_for
+
+    kernels = kernels_for(cls)
+    if kernels and cls.__module__ not in runtime.of(Arrivals).suspended:
+        from twinkle.apply.first_calls import watch
+
+        watch(cls, kernels)
+    return bool(kernels)
+
+
 def _is_wanted(cls: type) -> bool:
     """Whether instances of a class get kernels, or the functions of its module may: once for that."""
-    from twinkle.apply.matching import is_registered, taken_for
+    from twinkle.apply.matching import taken_for
 
-    if is_registered(cls):
+    if _watch_first_calls(cls):
         entry = taken_for(cls) if runtime.options.strict else None  # with strict no step is silent
         if entry is not None:
             kernel = f"its instances get kernel {entry.kernel_name}"
@@ -406,17 +457,23 @@ def _is_wanted(cls: type) -> bool:
 
 
 def _on_instance(layer: Any) -> None:
+    from twinkle.apply.first_calls import renew
+
+    cls = type(layer)
     on_model(layer, whole=False)
+    renew(cls)
     state = runtime.of(Arrivals)
-    if state.classes is not None and type(layer) in state.for_functions:
-        state.for_functions.discard(type(layer))
-        state.classes.forget(type(layer))
+    if state.classes is not None and cls in state.for_functions:
+        state.for_functions.discard(cls)
+        state.classes.forget(cls)
 
 
 def on_model(model: Any, *, whole: bool = True) -> None:
     """Kernelize a model, or a layer by itself, at the end of its construction."""
     from twinkle.apply.layers import kernelize_layers
     from twinkle.apply.unseen import Constructed
+    from twinkle.swap.first_calls import leave_alone
 
     runtime.of(Constructed).add(model)
     kernelize_layers(model, whole=whole)
+    leave_alone(model.modules() if whole else (model,))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from twinkle.apply.arrivals import Arrivals, function_module
+from twinkle.apply.arrivals import Arrivals, function_module, layer_module
 from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
@@ -32,27 +32,32 @@ def autoreload_has_come(module: ModuleType, name: str) -> None:
         if not changed:
             return original(self, *arguments, **keywords)
         from twinkle.apply.functions import unapply
+        from twinkle.swap.first_calls import ask_no_more
 
         state = runtime.of(Arrivals)
         state.suspended.update(changed)
         try:
             for target in changed:
                 unapply(target)
+                ask_no_more(target)
             result = original(self, *arguments, **keywords)
         finally:
             state.suspended.difference_update(changed)
         for target in changed:
             if target in sys.modules:
                 function_module(sys.modules[target], target)
+                layer_module(sys.modules[target], target)
         return result
 
     reloader.check = check
 
 
 def _changed(reloader: Any) -> list[str]:
-    """The modules with function targets whose files are newer than when the reloader last looked."""
+    """The modules with targets whose files are newer than when the reloader last looked."""
     changed = []
-    for name in dict.fromkeys(kernel.target_module for kernel in runtime.registry.function_kernels):
+    functions = [kernel.target_module for kernel in runtime.registry.function_kernels]
+    ours = sys.modules.get("twinkle.swap.first_calls")
+    for name in dict.fromkeys([*functions, *(ours.asking_modules() if ours is not None else ())]):
         known = reloader.modules_mtimes.get(name)
         if name is not None and known is not None and name in sys.modules:
             _, modified = reloader.filename_and_mtime(sys.modules[name])

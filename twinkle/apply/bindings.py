@@ -78,6 +78,8 @@ def settle_target(kernels: tuple[LayerKernel, ...], entry: LayerTarget | None, c
     if entry is None:
         for kernel in kernels:
             runtime.registry.unbind(kernel, _by_name(kernel))
+    elif entry.met and not isinstance(entry.target, Name):
+        return  # at each construction: its records are dropped already
     elif isinstance(entry.target, Pattern | Op) or entry.target.text != class_path(cls):
         entry.met = True
         for kernel in runtime.registry.kernels_named(entry.kernel_name):

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from twinkle.apply import functions
-from twinkle.apply.bindings import layer_binding, settle_target
+from twinkle.apply.bindings import settle_target
+from twinkle.apply.candidates import candidate_of, ranked, usable
 from twinkle.apply.functions import Change
 from twinkle.apply.matching import Rules, match, rules_in_force
 from twinkle.apply.places import Decided, Names, Parents
 from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
-from twinkle.modes import Mode, rank
+from twinkle.modes import Mode
 from twinkle.runtime import runtime
 from twinkle.swap import layers as swap
-from twinkle.swap.candidate import Candidate
+from twinkle.swap.first_calls import leave_alone
 from twinkle.targets import class_path
 
 if TYPE_CHECKING:
@@ -32,15 +33,9 @@ if TYPE_CHECKING:
     from twinkle.apply.selection import Selection
     from twinkle.deferred.install import DeferralPlan
     from twinkle.records import LayerKernel
+    from twinkle.swap.candidate import Candidate
 
-__all__ = ["kernelize", "kernelize_layers", "place_again", "unkernelize", "usable"]
-
-
-class _Candidates:
-    """The candidates of this process, by kernel and class."""
-
-    def __init__(self) -> None:
-        self.by_kernel: dict[tuple[int, type], Candidate] = {}
+__all__ = ["kernelize", "kernelize_layers", "place_again", "unkernelize"]
 
 
 class Wanted:
@@ -119,7 +114,10 @@ def kernelize(
             module, device=function_device, mode=wanted_mode, strict=not use_fallback, where=where
         )
     ]
-    return _commit(layers, function_plans)
+    change = _commit(layers, function_plans)
+    if model is not None:
+        leave_alone(model.modules())
+    return change
 
 
 def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
@@ -168,6 +166,7 @@ def unkernelize(model: nn.Module | None) -> None:
         return
     for module in model.modules():
         swap.swap_out(module)
+    leave_alone(model.modules())
     _decided_by_program(model)
 
 
@@ -198,6 +197,7 @@ def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> 
             swap.swap_out(module)
         wanted = Wanted(options.mode, options.device, use_fallback=options.use_fallback, load=False)
         _commit(plan(match(moved, rules, names), wanted, model), ())
+        leave_alone(moved)
 
 
 _UNMET = object()
@@ -295,7 +295,7 @@ class LayerPlans:
             if bound.asked_for:
                 settle_target(bound.kernels, bound.entry, bound.target)
             candidates = tuple(
-                _candidate(kernel, bound.target) for kernel in bound.kernels if usable(kernel, bound.target)
+                candidate_of(kernel, bound.target) for kernel in bound.kernels if usable(kernel, bound.target)
             )
             group = self._groups[key] = _Group(bound.cls, bound.target, candidates, asked_for=bound.asked_for)
         return group
@@ -373,7 +373,7 @@ class _Group:
             return
         training, compiling = wanted.training(module), wanted.compiling
         refused: list[str] = []
-        for candidate in _ranked(self.candidates, device, training=training, compiling=compiling):
+        for candidate in ranked(self.candidates, device, training=training, compiling=compiling):
             fit = candidate.compatibility(self.cls, (module,))
             problem = candidate.rejected if fit is None else fit.problem_with(module)
             if problem is None and fit is not None:
@@ -409,20 +409,6 @@ class _Group:
             )
 
 
-def _ranked(
-    candidates: tuple[Candidate, ...], device: str, *, training: bool, compiling: bool
-) -> list[Candidate]:
-    """The candidates that may run now, best first."""
-    order: list[tuple[int, int, int, Candidate]] = []
-    for at, candidate in enumerate(candidates):
-        if candidate.kernel.device not in (None, device):
-            continue
-        place = rank(candidate.kernel.mode, training=training, compiling=compiling)
-        if place is not None:
-            order.append((candidate.kernel.device is None, place, at, candidate))
-    return [candidate for *_, candidate in sorted(order, key=lambda entry: entry[:3])]
-
-
 def _device_of(module: nn.Module, default: str | None) -> str | None:
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None:
@@ -431,34 +417,3 @@ def _device_of(module: nn.Module, default: str | None) -> str | None:
     if first is None:
         first = next(module.buffers(), None)
     return default if first is None else current_type(first.device.type)
-
-
-def usable(kernel: LayerKernel, target: type) -> bool:
-    """Whether a kernel may run on this machine; why not is in its record."""
-    binding = layer_binding(kernel, target)
-    if kernel.name in runtime.options.disabled:
-        binding.set("skipped", "switched off by TWINKLE_DISABLE")
-        return False
-    absent = absent_reason(kernel.device)
-    if absent is not None:
-        binding.set("skipped", absent)
-        return False
-    return True
-
-
-def _candidate(kernel: LayerKernel, target: type) -> Candidate:
-    """The one candidate of a kernel and a class, so that models share what was loaded."""
-    key = (id(kernel), target)
-    candidates = runtime.of(_Candidates).by_kernel
-    known = candidates.get(key)
-    if known is None or known.kernel is not kernel:
-        proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
-        known = candidates[key] = Candidate(
-            kernel,
-            layer_binding(kernel, target),
-            strict=runtime.options.raises,
-            proofs=proofs,
-            recall=runtime.options.recalls(kernel.verify),
-            watch=runtime.options.watched(kernel.watch),
-        )
-    return known

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from twinkle.records import LayerKernel, LayerTarget, Source
     from twinkle.where import Where
 
-__all__ = ["Rules", "classes_have_come", "is_registered", "match", "rules_in_force", "taken_for"]
+__all__ = ["Rules", "classes_have_come", "kernels_for", "match", "rules_in_force", "taken_for"]
 
 
 class Rule(NamedTuple):
@@ -139,9 +139,9 @@ def match(modules: Iterable[nn.Module], rules: Rules, names: Names) -> list[Boun
     return found
 
 
-def is_registered(cls: type) -> bool:
-    """Whether something is registered for modules of a class: by name, by pattern or for the op it is."""
-    return next(_registered(cls, _recognition(cls)), None) is not None
+def kernels_for(cls: type) -> tuple[LayerKernel, ...]:
+    """What is registered for modules of a class: by name, by pattern or for the op it is."""
+    return next(_registered(cls, _recognition(cls)), (None, None, ()))[2]
 
 
 def taken_for(cls: type) -> LayerTarget | None:

@@ -15,13 +15,14 @@ from weakref import WeakSet, ref
 from twinkle.hooks import guard
 from twinkle.hooks.construction import (
     Init,
-    SubclassHook,
     families,
     family,
     hidden,
+    hook_subclasses,
     is_observed,
     observed,
     put_back,
+    unhook_subclasses,
 )
 
 if TYPE_CHECKING:
@@ -65,8 +66,7 @@ class ClassWatch:
     def begin(self) -> None:
         """Ask about the classes there are, and about those to come."""
         with families().lock:
-            own = self._root.__dict__.get("__init_subclass__")
-            type.__setattr__(self._root, "__init_subclass__", SubclassHook(self._root, own, self._created))
+            hook_subclasses(self._root, self._created)
             families().singles.append(self._constructed)
         for cls in list(family(self._root)):
             self._ask(cls)
@@ -77,9 +77,7 @@ class ClassWatch:
         with families().lock:
             if self._constructed in families().singles:
                 families().singles.remove(self._constructed)
-            hook = self._root.__dict__.get("__init_subclass__")
-            if type(hook) is SubclassHook and hook.created == self._created:
-                put_back(self._root, "__init_subclass__", hook.original)
+            unhook_subclasses(self._root, self._created)
             for cls in family(self._root):
                 init = cls.__dict__.get("__init__")
                 if type(init) is _Question or (type(init) is Init and cls in self.wanted):
@@ -154,14 +152,17 @@ class ClassWatch:
 
     def answer(self, question: _Question, kind: type) -> bool:
         """Settle the class that a constructor stands in, and that of the instance; whether to report it."""
+        own: Any = kind.__dict__.get("__init__")
         if self._fresh:
             self._finish()
         holder = _holder(question)()
         if holder is not None:
             self._settle(holder)
+        # Its own constructor is observed and did not run: where its construction ends nobody knows.
+        past = kind is not holder and is_observed(own) and _owner(own) is None
         if kind is not holder:
             self._settle(kind)
-        return kind in self.wanted
+        return kind in self.wanted and not past
 
     def _settle(self, cls: type) -> None:
         if cls in self._settled:

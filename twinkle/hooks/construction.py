@@ -37,10 +37,12 @@ __all__ = [
     "families",
     "family",
     "hidden",
+    "hook_subclasses",
     "is_observed",
     "observed",
     "put_back",
     "under_construction",
+    "unhook_subclasses",
     "watch_class",
     "watch_pretrained",
     "watched_classes",
@@ -306,6 +308,24 @@ class SubclassHook:
         return operator.itemgetter(0), ((self.original,),)
 
 
+def hook_subclasses(root: type, created: Callable[[type], object]) -> None:
+    """Tell of each class that is defined below a root from now on; called under the lock of the families."""
+    own = root.__dict__.get("__init_subclass__")
+    type.__setattr__(root, "__init_subclass__", SubclassHook(root, own, created))
+
+
+def unhook_subclasses(root: type, created: Callable[[type], object]) -> None:
+    """Tell it no more; others that were hooked before or after it stay."""
+    above: SubclassHook | None = None
+    hook = root.__dict__.get("__init_subclass__")
+    while type(hook) is SubclassHook and hook.created != created:
+        above, hook = hook, hook.original
+    if type(hook) is SubclassHook and above is not None:
+        above.original = hook.original
+    elif type(hook) is SubclassHook:
+        put_back(root, "__init_subclass__", hook.original)
+
+
 def _constructed(instance: object, building: dict[int, object]) -> None:
     kind = type(instance)
     watches = families().watches
@@ -339,8 +359,7 @@ def _observe(root: type, watch: ConstructionWatch) -> None:
         if root not in state.watches:
             if "__init__" not in root.__dict__:
                 type.__setattr__(root, "__init__", observed(root.__init__, root))  # type: ignore[misc]
-            own = root.__dict__.get("__init_subclass__")
-            type.__setattr__(root, "__init_subclass__", SubclassHook(root, own, _instrument))
+            hook_subclasses(root, _instrument)
             for cls in family(root):
                 _instrument(cls)
         state.watches[root] = (*state.watches.get(root, ()), watch)
@@ -354,9 +373,7 @@ def _release(root: type, watch: ConstructionWatch) -> None:
             state.watches[root] = left
             return
         state.watches.pop(root, None)
-        hook = root.__dict__.get("__init_subclass__")
-        if type(hook) is SubclassHook:
-            put_back(root, "__init_subclass__", hook.original)
+        unhook_subclasses(root, _instrument)
         for cls in family(root):
             init: Any = cls.__dict__.get("__init__")
             if not is_observed(init) or any(other in state.watches for other in cls.__mro__):

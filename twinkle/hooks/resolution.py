@@ -57,7 +57,8 @@ def is_program(name: str) -> bool:
     spec = main.get("__spec__")
     if spec is not None:
         return bool(getattr(spec, "name", None) == name)
-    file = main.get("__file__")
+    # When the script has ended, it has no __file__ any more.
+    file = main.get("__file__") or getattr(main.get("__loader__"), "path", None)
     if not isinstance(file, str):
         return False
     stem = os.path.splitext(os.path.abspath(file))[0]
@@ -195,7 +196,8 @@ def _look_through(target: Pattern, state: _Resolved) -> None:
         if looked_at.get(name) == id(module) or not target.in_module(name):
             continue
         for key, value in list(own_dict(module).items()):
-            if isinstance(value, type) and target.fits_name(key):
+            # Not isinstance, which asks the value for its class: torch.distributed.reduce_op warns then.
+            if issubclass(type(value), type) and target.fits_name(key):
                 remember(target, value)
         if getattr(spec_of(module), "_initializing", False):
             whole = False

@@ -1,8 +1,8 @@
 """Watch for objects that come ready-made: from a pickle, ``torch.load``, or the parent of a worker.
 
-They have no construction. What gives them their state is ``__setstate__`` of the root of their family, or one
-of their own class: a callback runs when it is done. Copies within the process are no arrivals: what ``copy``
-makes has what its original has.
+They have no construction. What gives them their state is ``__setstate__`` of the root of their family, or
+one of their own class: a callback runs when the outermost is done. Copies within the process are no arrivals:
+what ``copy`` makes has what its original has.
 
 Neither torch nor transformers is imported by this module.
 """
@@ -11,9 +11,18 @@ from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 from twinkle.hooks import guard
-from twinkle.hooks.construction import Init, families, hidden, put_back
+from twinkle.hooks.construction import (
+    Init,
+    families,
+    family,
+    hidden,
+    hook_subclasses,
+    put_back,
+    unhook_subclasses,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,13 +33,29 @@ __all__ = ["RestoredWatch", "watch_restored"]
 class RestoredWatch:
     """A callback, and the classes whose ``__setstate__`` tells it of their objects."""
 
-    def __init__(self, callback: Callable[[Any], object], *, owner: str, strict: bool) -> None:
+    def __init__(self, root: type, callback: Callable[[Any], object], *, owner: str, strict: bool) -> None:
+        self._root = root
         self._callback = callback
         self._owner = owner
         self._strict = strict
-        self._classes: list[type] = []
+        self._classes: WeakSet[type] = WeakSet()
 
-    def observe(self, cls: type) -> None:
+    def begin(self) -> None:
+        """Observe the root, and the classes below it that there are and that are to come.
+
+        Not those of torch, which all go on to the root's.
+        """
+        with families().lock:
+            hook_subclasses(self._root, self._created)
+        self._observe(self._root)
+        for cls in list(family(self._root)):
+            self._created(cls)
+
+    def _created(self, cls: type) -> None:
+        if "__setstate__" in cls.__dict__ and cls.__module__.partition(".")[0] != "torch":
+            self._observe(cls)
+
+    def _observe(self, cls: type) -> None:
         """Call back for objects whose state is given by the ``__setstate__`` that this class defines."""
         with families().lock:
             given = cls.__dict__.get("__setstate__")
@@ -41,11 +66,12 @@ class RestoredWatch:
             Init.owner.__set__(made, None)  # type: ignore[attr-defined]
             _SetState.watch.__set__(made, self)  # type: ignore[attr-defined]
             type.__setattr__(cls, "__setstate__", made)
-            self._classes.append(cls)
+            self._classes.add(cls)
 
     def cancel(self) -> None:
         """Call back no more; the classes get their own functions back."""
         with families().lock:
+            unhook_subclasses(self._root, self._created)
             while self._classes:
                 cls = self._classes.pop()
                 given: Any = cls.__dict__.get("__setstate__")
@@ -76,7 +102,10 @@ class _SetState(Init):
             if error.__traceback__ is not None:
                 error.__traceback__ = error.__traceback__.tb_next
             raise
-        if sys._getframe(1).f_globals.get("__name__") != "copy":
+        # The last of those that call each other tells of it: only then it has all of its state.
+        last: Any = type(instance).__setstate__
+        inner = type(last) is _SetState and last is not self
+        if not inner and sys._getframe(1).f_globals.get("__name__") != "copy":
             _watch(self).restored(instance)
         return result
 
@@ -90,7 +119,8 @@ def watch_restored(
 ) -> RestoredWatch:
     """Call ``callback(instance)`` when an object below ``root`` was given its state by ``__setstate__``.
 
-    Those inside another one are reported first.
+    Those inside another one are reported first. One whose ``__setstate__`` a class decorator put there is not
+    reported.
 
     Args:
         root: A class that defines ``__setstate__``.
@@ -98,6 +128,6 @@ def watch_restored(
         owner: Who asks, for messages.
         strict: Let what the callback raises leave ``__setstate__``, instead of a warning.
     """
-    watch = RestoredWatch(callback, owner=owner, strict=strict)
-    watch.observe(root)
+    watch = RestoredWatch(root, callback, owner=owner, strict=strict)
+    watch.begin()
     return watch

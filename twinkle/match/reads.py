@@ -78,23 +78,26 @@ class Read:
         what: The thing in words.
     """
 
-    __slots__ = ("objects", "text", "what")
+    __slots__ = ("_hash", "objects", "text", "what")
 
     def __init__(self, text: str, objects: Sequence[Any], what: str) -> None:
         self.text = text
         self.objects = tuple(objects)
         self.what = what
+        # Those of a class are asked for theirs at the construction of each of its layers.
+        self._hash = hash((text, *map(id, self.objects)))
 
     def __eq__(self, other: object) -> bool:
-        return (
+        return self is other or (
             isinstance(other, Read)
+            and other._hash == self._hash
             and other.text == self.text
             and len(other.objects) == len(self.objects)
             and all(a is b for a, b in zip(self.objects, other.objects, strict=True))
         )
 
     def __hash__(self) -> int:
-        return hash((self.text, *map(id, self.objects)))
+        return self._hash
 
     def __repr__(self) -> str:
         return f"<Read {self.what}>"

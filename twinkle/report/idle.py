@@ -6,6 +6,8 @@ import sys
 
 from twinkle._environment import switched_off, variables
 from twinkle.errors import ConfigError, suggest
+from twinkle.hooks.finder import own_dict
+from twinkle.hooks.resolution import is_program
 from twinkle.report import where
 from twinkle.runtime import runtime
 from twinkle.targets import Name, Op, Pattern, parse_target
@@ -18,7 +20,15 @@ if TYPE_CHECKING:
 
     from twinkle.records import Binding
 
-__all__ = ["absent_module", "lines", "mistake", "mistake_in", "nothing_bound", "waits_for"]
+__all__ = [
+    "absent_module",
+    "lines",
+    "mistake",
+    "mistake_in",
+    "nothing_bound",
+    "waits_for",
+    "waits_in_program",
+]
 
 _SHOWN = 10
 _OFF = "switched off by"
@@ -43,6 +53,8 @@ def waits_for(binding: Binding) -> str:
     found = mistake(target)
     if found is not None:
         return found
+    if waits_in_program(binding):
+        return f"{target.module} is the program itself, whose functions wait for it to import torch"
     if target.module not in sys.modules:
         return f"{target.module} was not imported yet"
     if binding.scope == "function" and "torch" not in sys.modules:
@@ -55,6 +67,14 @@ def waits_for(binding: Binding) -> str:
         same = "" if path == binding.target else f" ({path})"
         return f"no layer was met whose forward is that of {target.name}{same}"
     return f"{target} is no class" if cls is not _UNMADE else f"{target} was not asked for yet"
+
+
+def waits_in_program(binding: Binding) -> bool:
+    """Whether a function of the program itself waits for torch, which the program has not imported."""
+    if binding.scope != "function" or binding.state != "pending" or "torch" in sys.modules:
+        return False
+    module, _, name = binding.target.partition(":")
+    return is_program(module) and name.partition(".")[0] in own_dict(sys.modules["__main__"])
 
 
 def mistake(target: Name) -> str | None:
@@ -100,7 +120,7 @@ def absent_module(name: str) -> str | None:
 
 
 def lines(data: Mapping[str, Any]) -> list[str]:
-    """A line for each binding of the user's that did nothing, with its reason.
+    """A line for each binding of the user's that did nothing, with its reason, and for layers it passed over.
 
     A program that registers kernels and opens no door keeps a catalogue: what was not met is no miss there,
     and only what could never be met is said.
@@ -130,7 +150,7 @@ def lines(data: Mapping[str, Any]) -> list[str]:
         for target, kernel, line in where.lines():
             if (target, kernel) not in said:
                 said[target, line] = line
-    found = list(said.values())
+    found = [*said.values(), *(runtime.session.misses if runtime.session.door else ())]
     if len(found) > _SHOWN:
         found[_SHOWN:] = [f"and {len(found) - _SHOWN} more did nothing; TWINKLE_LOG=info prints all of them"]
     return found

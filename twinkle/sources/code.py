@@ -89,6 +89,11 @@ class CodeSource(LoadedOnce):
         """The class or the callable; None where the name of one was given."""
         return None if isinstance(self._given, str) else self._given
 
+    @property
+    def module(self) -> str:
+        """The name of the module where it is; empty for what was given itself."""
+        return self._module
+
     def __init__(
         self,
         implementation: object,
@@ -150,12 +155,19 @@ class CodeSource(LoadedOnce):
             return f"code {self._module}:{self._attribute}"
         return f"code {_name_of(self._given)}"
 
+    def given(self) -> object:
+        """What was given, or stands under the name that was: as it is, where :meth:`load` makes it ready.
+
+        Raises:
+            SourceError: It is not there, or raises while it is imported.
+        """
+        return self._import() if self._module else self._given
+
     def _load(self) -> object:
         from twinkle.sources.adapters import finish
 
-        found = self._import() if self._module else self._given
         return finish(
-            found,
+            self.given(),
             kind=self.of,
             described=self.describe(),
             where=self.where,

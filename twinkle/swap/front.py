@@ -21,11 +21,14 @@ from itertools import count
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from twinkle import forks
 from twinkle.swap.code import CallForm
 from twinkle.swap.graphs import forget_graphs
 from twinkle.swap.scope import Scope
 from twinkle.swap.stand_ins import put_stand_ins, take_stand_ins
+from twinkle.swap.tensors import constant
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
@@ -35,7 +38,16 @@ if TYPE_CHECKING:
 
     from twinkle.swap.generated import LayerDispatch
 
-__all__ = ["MARK", "USERS", "Front", "dispatch_marked", "new_mark", "owner_of_forward"]
+__all__ = [
+    "LEFT_ALONE",
+    "MARK",
+    "USERS",
+    "Front",
+    "dispatch_marked",
+    "meaning_of",
+    "new_mark",
+    "owner_of_forward",
+]
 
 MARK = "_tw"
 """The attribute of a module with a kernel, and of the class of its forward, where it is None."""
@@ -47,6 +59,8 @@ _HOT = ("_tw_original", "_tw_type", "_tw0_mark", "_tw1_mark")
 """The names that the function has a cell for."""
 
 _PROCESS = secrets.token_hex(4)
+LEFT_ALONE = f"{_PROCESS}:0"
+"""The mark of a module that was decided about, and runs its original."""
 _numbers = count(1)
 _marked: weakref.WeakValueDictionary[str, LayerDispatch] = weakref.WeakValueDictionary()
 
@@ -64,6 +78,7 @@ class Front:
             which compiled graphs look at.
         made: Every dispatch for the class that is in use or planned, by core class, candidates and pin.
         on_code: Called with the function whenever its code is another.
+        asks: It stays without a dispatch, and asks about instances whose mark means nothing.
     """
 
     def __init__(self, owner: type) -> None:
@@ -72,6 +87,7 @@ class Front:
         self.slots: list[LayerDispatch | None] = []
         self.made: weakref.WeakValueDictionary[Any, LayerDispatch] = weakref.WeakValueDictionary()
         self.on_code: Callable[[Any], None] | None = None
+        self.asks = False
         self._lock = forks.lock()
         self._form = CallForm(self.original, 1)
         self._self = self._form.first
@@ -109,11 +125,48 @@ class Front:
                 self.rewrite()
                 dispatch.holders = sys.getrefcount(dispatch.mark)
             put_stand_ins(dispatch, dispatch_marked)
-            if vars(self.owner).get("forward") is not self.original:
-                return
-            type.__setattr__(self.owner, MARK, None)
-            type.__setattr__(self.owner, "forward", self.function)
-        forget_graphs(self.owner)
+            stands_now = self._stand()
+        if stands_now:
+            forget_graphs(self.owner)
+
+    def ask(self, ask: Callable[[Any], bool], traced: Callable[[type, str | None], int]) -> None:
+        """Stand in the class, with or without a dispatch, and ask about instances that nobody has met.
+
+        Args:
+            ask: Called with an instance that has no mark, or one from elsewhere; whether the call is to go
+                again, to what is ``forward`` by then.
+            traced: Called with its class and mark instead where a compiler traces, and taken for a constant.
+        """
+        with self._lock:
+            self._scope["_tw_left"] = LEFT_ALONE
+            self._scope["_tw_compiling"] = torch.compiler.is_compiling
+            self._scope["_tw_ask"] = ask
+            self._scope["_tw_traced"] = constant(traced)
+            self.asks = True
+            self.rewrite()
+            stands_now = self._stand()
+        if stands_now:
+            forget_graphs(self.owner)
+
+    def ask_no_more(self) -> None:
+        """Leave the class where nothing is left but the question."""
+        with self._lock:
+            self.asks = False
+            self.rewrite()
+            self._stand_back()
+
+    def _stand(self) -> bool:
+        """Stand in the class, unless something else than its forward does; whether that is new."""
+        if vars(self.owner).get("forward") is not self.original:
+            return False
+        type.__setattr__(self.owner, MARK, None)
+        type.__setattr__(self.owner, "forward", self.function)
+        return True
+
+    def _stand_back(self) -> None:
+        if not (self.asks or any(self.slots)) and vars(self.owner).get("forward") is self.function:
+            type.__setattr__(self.owner, "forward", self.original)
+            type.__delattr__(self.owner, MARK)
 
     def stands_in(self, core: type) -> bool:
         """Whether the function is what a class has for its forward, or is inside a wrapper there."""
@@ -129,9 +182,7 @@ class Front:
             if not self._sweep(caller):
                 return
             self.rewrite()
-            if not any(self.slots) and vars(self.owner).get("forward") is self.function:
-                type.__setattr__(self.owner, "forward", self.original)
-                type.__delattr__(self.owner, MARK)
+            self._stand_back()
 
     def _sweep(self, caller: LayerDispatch | None = None) -> bool:
         swept = False
@@ -158,16 +209,27 @@ class Front:
 
     def _text(self) -> str:
         lines = [self._form.head("forward")]
-        if any(self.slots):
+        if self.asks or any(self.slots):
             # Not every first argument is of the class: programs call `Class.forward` with what is like it.
             lines += ["    try:", f"        _tw_mark = {self._self}.{MARK}"]
             lines += ["    except _tw_Exception:", "        _tw_mark = None", "    if _tw_mark is None:"]
-            lines += [f"        return _tw_original({self._form.arguments})"]
+            lines += [*self._question("        "), f"        return _tw_original({self._form.arguments})"]
         for n, dispatch in enumerate(self.slots):
             if dispatch is not None:
                 lines.append(f"    if _tw_mark == _tw{n}_mark:")
                 lines += [f"    {line}" for line in _in_slot(dispatch.text, n).splitlines()[1:]]
+        if self.asks:
+            lines += ["    if _tw_mark != _tw_left:", *self._question("        ")]
         return "\n".join([*lines, f"    return _tw_original({self._form.arguments})", ""])
+
+    def _question(self, indent: str) -> list[str]:
+        """The lines that ask about an instance."""
+        if not self.asks:
+            return []
+        again = f"    return _tw_type({self._self}).forward({self._form.arguments})"
+        traced = f"    _tw_traced(_tw_type({self._self}), _tw_mark)"
+        asked = f"elif _tw_ask({self._self}):"
+        return [f"{indent}{line}" for line in ("if _tw_compiling():", traced, asked, again)]
 
 
 def _in_slot(text: str, number: int) -> str:
@@ -184,10 +246,14 @@ def new_mark(end: str = "") -> str:
     return f"{_PROCESS}:{next(_numbers)}{end}"
 
 
+def meaning_of(mark: object) -> LayerDispatch | None:
+    """The dispatch that a mark means; None for one that means nothing in this process."""
+    return _marked.get(mark) if isinstance(mark, str) else None
+
+
 def dispatch_marked(module: nn.Module) -> LayerDispatch | None:
     """The dispatch that a module is marked with; None without a mark that means something here."""
-    mark = module.__dict__.get(MARK)
-    return _marked.get(mark) if isinstance(mark, str) else None
+    return meaning_of(module.__dict__.get(MARK))
 
 
 def _holds(wrapper: Any, wanted: Any, depth: int) -> bool:

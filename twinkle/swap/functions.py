@@ -87,7 +87,7 @@ def _locate(module: ModuleType, dotted_name: str) -> tuple[Any, str, Any]:
     """The module or class that is to hold a replacement, the attribute's name, and what stands there."""
     owner: Any = module
     *path, name = dotted_name.split(".")
-    where = f"{module.__name__}:{dotted_name}"
+    where = f"{_name_of(module)}:{dotted_name}"
     for step in path:
         inside, owner = owner, getattr(owner, step, _MISSING)
         if owner is _MISSING:
@@ -128,7 +128,7 @@ def put(module: ModuleType, dotted_name: str, implementation: Any, *, check: boo
     before = vars(owner).get(name, _MISSING)
     setattr(owner, name, placed)
     given = implementation if isinstance(owner, type) else function
-    return Placement(owner, name, f"{module.__name__}:{dotted_name}", inner, before, placed, given)
+    return Placement(owner, name, f"{_name_of(module)}:{dotted_name}", inner, before, placed, given)
 
 
 def take_out(placement: Placement) -> bool:
@@ -232,6 +232,12 @@ class FunctionDispatch(Dispatch):
 
 def _inner(raw: Any) -> Any:
     return raw.__func__ if isinstance(raw, (staticmethod, classmethod)) else raw
+
+
+def _name_of(module: Any) -> str:
+    """The name of a module; of an object that stands in ``sys.modules`` for one, that of its class."""
+    name = getattr(module, "__name__", None)
+    return name if isinstance(name, str) else type(module).__qualname__
 
 
 def _self_arguments(function: Callable[..., Any]) -> int:

@@ -43,6 +43,7 @@ __all__ = [
     "class_for",
     "dispatch_of",
     "drop",
+    "front_for",
     "move",
     "original_of",
     "swap_out",
@@ -419,6 +420,14 @@ def class_for(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin
         return dispatch
 
 
+def front_for(core: type[nn.Module]) -> Front | None:
+    """The front for the forward of a class, whether it stands there or not; None where none can stand."""
+    classes = runtime.of(_Classes)
+    with classes.lock:
+        owner = owner_of_forward(core)
+        return None if owner is None else classes.front_of(core, owner)
+
+
 def _needs_class(core: type[nn.Module], candidates: tuple[Candidate, ...], pin: Pin | None) -> bool:
     """Whether modules need a generated class, as far as that is known: some kernels are not loaded yet."""
     if pin is not None and not can_follow_mode(core):
@@ -516,7 +525,9 @@ def dispatch_of(module: nn.Module) -> LayerDispatch | None:
 def move(modules: Sequence[nn.Module], dispatch: LayerDispatch) -> None:
     """Give modules of one class the class of a dispatch."""
     now = dispatch_of(modules[0])
+    front = Front.of(dispatch.target)
     functions = [dispatch.original, *(now.functions if now is not None else ()), *dispatch.functions]
+    functions += [front.function] if front is not None else []
     _, wrappers = core_of(type(modules[0]))
     if now is not None:
         for module in modules:

@@ -196,7 +196,8 @@ class _Graph:
         if kind is FrameType:
             return True
         if kind is FunctionType:
-            return is_generated(holder) or _from(holder.__module__)
+            # Those that a dispatcher calls in a trace have the original among their globals.
+            return is_generated(holder) or "_tw_original" in holder.__globals__ or _from(holder.__module__)
         if id(holder) in self.namespaces:
             return _from(self.namespaces[id(holder)]) or self.namespaces[id(holder)] in self._homes
         cls = holder if issubclass(kind, type) else kind
