@@ -111,7 +111,9 @@ def test_ctrl_c_in_a_download_is_answered_at_once(hub, cache, program):
     hub.repos["acme/my-kernel"] = Repo({"v1": kernel_files(files={"data.txt": "x" * 100_000})})
     hub.fault(r"GET .*/resolve/.*data\.txt", "stall", 60, times=1)
     body = LOAD.replace("\n", "\n    ")
-    process = program(f"try:{body}\nexcept KeyboardInterrupt:\n    print('caught', flush=True)")
+    # A shell starts what goes on behind it (`&`) with the signal ignored.
+    heeded = "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    process = program(f"{heeded}try:{body}\nexcept KeyboardInterrupt:\n    print('caught', flush=True)")
     deadline = time.monotonic() + 60
     while not hub.count(r"GET .*/resolve/.*data\.txt") and time.monotonic() < deadline:
         time.sleep(0.02)
