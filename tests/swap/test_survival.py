@@ -592,3 +592,24 @@ def test_arguments_of_any_kind_are_as_they_were_after_a_first_call(kit: Any, giv
         assert torch.equal(layer(x, more), x * 2)
     torch.testing.assert_close(more.detach(), before, equal_nan=True, rtol=0, atol=0)
     assert wanted.binding.state == "quarantined"
+
+
+@pytest.mark.parametrize("name", ["column", "dtype", "nothing", "tuple", "raises"])
+def test_what_is_at_hand_shows_a_wrong_form_at_any_call(kit: Any, name: str) -> None:
+    layer, wanted = Scale().eval(), kit.candidate(kernel_that(FAULTS[name], 101))
+    kit.swap_in(layer, [wanted])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(103):
+            x = torch.randn(4, 8)
+            assert torch.equal(layer(x), x * layer.w)
+    assert wanted.binding.state == "quarantined"
+
+
+def test_a_result_of_as_many_bytes_is_found_within_eight_calls(kit: Any) -> None:
+    layer, wanted = Scale().eval(), kit.candidate(kernel_that(turned, 101))
+    kit.swap_in(layer, [wanted])
+    with pytest.warns(TwinkleWarning, match=r"gave \[8, 4\]"):
+        shapes = [tuple(layer(torch.randn(4, 8)).shape) for _ in range(120)]
+    assert shapes.count((8, 4)) < 8
+    assert wanted.binding.state == "quarantined"

@@ -213,28 +213,32 @@ class DispatchCode:
     def _traced_test(self, entry: Entry, known: dict[str, Any]) -> str:
         """The test for calls whose code somebody follows, which go to the kernel as they are; or no text."""
         if is_checked(entry.candidate):
-            # What the lines below read of tensors would be in the graphs of these tracers.
-            tests = ["_tw_jit() is not None", "_tw_fx._is_fx_tracing_flag"]
+            # What the lines below read of tensors would be in the graphs of this tracer.
+            tests = ["_tw_fx._is_fx_tracing_flag"]
         elif self.holds_layers:
             tests = []
         else:
             return ""
         # A graph break within `try` would leave all of the function to Python.
         asked = known.get("compiling") is not False or self.always_compiling
-        return " or ".join((["_tw_compiling()"] if asked else []) + tests)
+        return " or ".join((["_tw_by_dynamo()"] if asked else []) + tests)
 
     def _result_lines(self, entry: Entry, pad: str, test: str, then: str) -> Iterator[str]:
         """The lines that look at a result before it is handed out; ``then`` is what was before the call."""
         index, packed = entry.index, self.form.packed
-        if test:
+        if test and entry.habits is not None:
+            quick = entry.habits.quick_test or "True"
             yield f"{pad}try:"
-            yield f"{pad}    _tw_holds = {test}"
+            yield f"{pad}    if _tw_tick{index}() and _tw_jit() is None:"
+            yield f"{pad}        _tw_holds = {test}"
+            yield f"{pad}    else:"
+            yield f"{pad}        _tw_holds = {quick}"
             yield f"{pad}except _tw_Exception:"
             yield f"{pad}    _tw_holds = False"
             yield f"{pad}if not _tw_holds:"
             yield f"{pad}    return _tw_odd({index}, _tw_result, {then}, {packed})"
         if entry.watch is not None:
-            yield f"{pad}if _tw_tick{index}():"
+            yield f"{pad}if _tw_watch{index}():"
             yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {then.split(', ')[-1]}, {packed})"
         if entry.habits is not None and entry.habits.own_backward is not None:
             yield f"{pad}if _tw_result.requires_grad:"
