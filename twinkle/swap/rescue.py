@@ -297,7 +297,7 @@ class _Kept:
                 with torch.no_grad():
                     _once(tensor.data).copy_(_once(values, like=tensor))
                 if version is not None:
-                    _set_versions((tensor,), (version,))
+                    _set_version(tensor, version)
         return self._versions.changed()
 
     def handed_over(self, result: Any) -> Any:
@@ -341,6 +341,13 @@ def _state_of(layer: Any) -> dict[str, Tensor]:
     if not isinstance(layer, nn.Module):
         return {}
     return {f"self.{name}": tensor for name, tensor in (*layer.named_parameters(), *layer.named_buffers())}
+
+
+def _set_version(tensor: Tensor, version: int) -> None:
+    try:
+        _set_versions((tensor,), (version,))
+    except TypeError:  # torch before 2.7
+        _set_versions(tensor, version)
 
 
 def _once(tensor: Tensor, like: Tensor | None = None) -> Tensor:
