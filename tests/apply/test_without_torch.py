@@ -24,6 +24,14 @@ def other(a, b):
 
 def broken(x, y):
     raise RuntimeError("broken on purpose")
+
+calls = []
+
+def breaks(x, y):
+    calls.append(x)
+    if len(calls) >= 3:
+        raise RuntimeError("broken later")
+    return x + y + 100
 """,
     "heavy.py": "import torch\ndef add(x, y): return x + y + 100\n",
 }
@@ -124,3 +132,28 @@ def test_the_functions_come_back(light: Program) -> None:
 def test_only_the_names_of_the_program_are_counted(light: Program) -> None:
     binding = told(light, "import torch, pkg.ops\npkg.ops.add(1, 2)\n", config("fast:add"))
     assert (binding["state"], binding["instances"]) == ("active", 1)
+
+
+def test_a_kernel_that_raises_at_a_later_call_is_taken_out(light: Program) -> None:
+    code = CALLS + "print([mine(1, 2) for _ in range(5)], 'torch' in sys.modules)\nreport()\n"
+    done = light.run(code, config("fast:breaks"))
+    assert done.stdout.splitlines()[0] == "[103, 103, 3, 3, 3] False"
+    (binding,) = json.loads(done.stdout.splitlines()[1])["bindings"]
+    assert binding["state"] == "quarantined"
+    assert "broken later" in binding["reason"]
+
+
+def test_what_the_original_raises_as_well_leaves_the_kernel(light: Program) -> None:
+    code = (
+        CALLS
+        + """
+print(mine(1, 2))
+try:
+    mine(1, "2")
+except TypeError as error:
+    print(type(error).__name__, error.__context__)
+print(mine(1, 2))
+"""
+    )
+    done = light.run(code, config("fast:add"))
+    assert done.stdout.splitlines()[:3] == ["103", "TypeError None", "103"]

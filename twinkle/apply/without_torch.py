@@ -152,15 +152,19 @@ class _StandIn:
         try:
             result = self._loaded(*args, **kwargs)
         except Exception as error:
-            if self._binding.ran:
-                raise
-            self._fail(f"raised at its first call: {type(error).__name__}: {error}", "quarantined", error)
+            if runtime.options.raises:
+                self._fail(f"raised: {type(error).__name__}: {error}", "quarantined", error)
+            failure = f"raised: {type(error).__name__}: {error}"
         else:
             self._binding.has_run()
             return result
         finally:
             self._thread.inside = False
-        return self.function(*args, **kwargs)
+        # What the original raises as well is the program's own affair, and the kernel stays.
+        result = self._original(*args, **kwargs)
+        if not self._failed:
+            self._fail(failure, "quarantined", None)
+        return result
 
     def _load(self) -> None:
         assert isinstance(self.kernel.source, CodeSource)
