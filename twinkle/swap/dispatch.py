@@ -17,6 +17,7 @@ from torch.fx import _symbolic_trace
 from twinkle import forks
 from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED, KEPT
+from twinkle.ops.failures import is_failure
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
 from twinkle.swap import rescue
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
     from twinkle.swap.candidate import BaseCandidate
 
-__all__ = ["Dispatch", "in_trace"]
+__all__ = ["Dispatch"]
 
 
 class Dispatch:
@@ -194,8 +195,8 @@ class Dispatch:
         """
         return self.original
 
-    def rebuilt(self, only: Entry | None) -> None:
-        """Called after the code changed; ``only`` is the one entry that takes every call."""
+    def rebuilt(self) -> None:
+        """Called after the code changed."""
 
     # The choice.
 
@@ -373,7 +374,7 @@ class Dispatch:
 
     def excused(self, entry: Entry, error: Exception) -> Exception:
         """The error of a kernel that is awaited or iterated, where the original may make up for it."""
-        if entry.candidate.strict:
+        if entry.candidate.strict or not is_failure(error):
             raise error
         return error
 
@@ -510,9 +511,7 @@ class Dispatch:
             if text != self._text:
                 self.function.__code__ = self.names.code(text, self._title())
                 self._text = text
-        alone = isinstance(tree, Leaf) and tree.live and not code.several_gpus
-        only = tree.entry if alone and isinstance(tree, Leaf) else None
-        self.rebuilt(only if only is not None and only.guard is None else None)
+        self.rebuilt()
 
     @property
     def text(self) -> str:
@@ -563,30 +562,22 @@ class Dispatch:
 
 
 class _Traces(threading.local):
-    """How deep this thread is in functions that a compiler runs while it traces, and whether it is dynamo."""
+    """Whether this thread is in a function that dynamo runs while it traces."""
 
-    depth = 0
     by_dynamo = False
 
 
 _traces = _Traces()
 
 
-def in_trace() -> bool:
-    """Whether a compiler traces: the guards that it makes afterwards look for functions where they were."""
-    return _traces.depth > 0
-
-
 def _constant(function: Callable[..., int]) -> Callable[..., int]:
     """A function the compiler runs while it traces, and takes the result for a constant."""
 
     def run(*args: Any) -> int:
-        _traces.depth += 1
         before, _traces.by_dynamo = _traces.by_dynamo, called_by_dynamo(1)
         try:
             return function(*args)
         finally:
-            _traces.depth -= 1
             _traces.by_dynamo = before
 
     return constant(run)
@@ -611,8 +602,6 @@ _FIXED_NAMES: dict[str, Any] = {
     "getattr": getattr,
     "Exception": Exception,
     "type": type,
-    "tuple": tuple,
-    "list": list,
     "kept": KEPT,
 }
 """What the text of every dispatch function names, without ``_tw_``."""

@@ -207,7 +207,7 @@ class DispatchCode:
         yield f"{pad}    _tw_failure = _tw_failed({', '.join(values)})"
         if not bare:
             yield f"{pad}else:"
-            yield from self._result_lines(entry, pad + "    ", test, f"{before_then}, {state}")
+            yield from self._result_lines(entry, pad + "    ", test, before_then, state)
         yield f"{pad}return _tw_instead({index}, _tw_failure, {packed})"
 
     def _traced_test(self, entry: Entry, known: dict[str, Any]) -> str:
@@ -223,8 +223,16 @@ class DispatchCode:
         asked = known.get("compiling") is not False or self.always_compiling
         return " or ".join((["_tw_by_dynamo()"] if asked else []) + tests)
 
-    def _result_lines(self, entry: Entry, pad: str, test: str, then: str) -> Iterator[str]:
-        """The lines that look at a result before it is handed out; ``then`` is what was before the call."""
+    def _result_lines(self, entry: Entry, pad: str, test: str, before: str, state: str) -> Iterator[str]:
+        """The lines that look at a result before it is handed out.
+
+        Args:
+            entry: The kernel.
+            pad: The indentation.
+            test: What is true of a right result; no text for no test.
+            before: The expression of the versions from before the call.
+            state: The same of the random numbers.
+        """
         index, packed = entry.index, self.form.packed
         if test and entry.habits is not None:
             quick = entry.habits.quick_test or "True"
@@ -236,10 +244,10 @@ class DispatchCode:
             yield f"{pad}except _tw_Exception:"
             yield f"{pad}    _tw_holds = False"
             yield f"{pad}if not _tw_holds:"
-            yield f"{pad}    return _tw_odd({index}, _tw_result, {then}, {packed})"
+            yield f"{pad}    return _tw_odd({index}, _tw_result, {before}, {state}, {packed})"
         if entry.watch is not None:
             yield f"{pad}if _tw_watch{index}():"
-            yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {then.split(', ')[-1]}, {packed})"
+            yield f"{pad}    _tw_result = _tw_look({index}, _tw_result, {state}, {packed})"
         if entry.habits is not None and entry.habits.own_backward is not None:
             yield f"{pad}if _tw_result.requires_grad:"
             yield f"{pad}    _tw_guard_backward({index}, _tw_result, {packed})"

@@ -102,9 +102,8 @@ class Front:
         self.function.__dict__.update({"__wrapped__": self.original, "__twinkle__": self})
 
     def __reduce__(self) -> Any:
-        return type(
-            None
-        ), ()  # A class that is pickled by value takes the function along, which runs the original.
+        # A class that is pickled by value takes the function along, which runs the original.
+        return type(None), ()
 
     @classmethod
     def of(cls, core: type) -> Front | None:

@@ -217,7 +217,7 @@ class FunctionDispatch(Dispatch):
         candidate.mark_active()
         return True
 
-    def rebuilt(self, only: Entry | None) -> None:
+    def rebuilt(self) -> None:
         """Forget cached results of kernels that ran and were rejected since."""
         for entry in self.entries:
             if entry.state == "live" and entry.candidate.rejected is not None:

@@ -366,7 +366,7 @@ class LayerDispatch(Dispatch, Marked):
         """Whether the module that is called is in training mode."""
         return bool(args[0].training)
 
-    def rebuilt(self, only: Entry | None) -> None:
+    def rebuilt(self) -> None:
         """Write the function of the marked modules' class anew, or put this one in the generated class."""
         if self.front is not None and self in self.front.slots:
             self.front.rewrite()
