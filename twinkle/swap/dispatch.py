@@ -39,7 +39,6 @@ from twinkle.swap.tensors import (
     fits_this_build,
     on_another_gpu,
     several_gpus,
-    version_of,
 )
 from twinkle.targets import own_forward
 
@@ -308,7 +307,7 @@ class Dispatch:
     ) -> rescue.Failure:
         """Excuse a kernel that raised, and put random numbers back; raises where the original cannot run."""
         entry = self.entry(index)
-        written = entry.written(before, after)
+        written = entry.habits.written(before, after) if entry.habits is not None else ()
         failure = rescue.excuse(self, entry, error, args, kwargs, written=written)
         rescue.put_back(state)
         return failure
@@ -329,30 +328,16 @@ class Dispatch:
     ) -> Any:
         """Decide on a result that is not as those before it."""
         entry = self.entry(index)
-        written = entry.written(before, self._versions(entry, args, kwargs))
+        assert entry.habits is not None
+        written = entry.habits.written(before, entry.habits.versions(self.given(args, kwargs)))
         return rescue.inspect_result(self, entry, result, written, state, args, kwargs)
 
     def _unversioned(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the text written anew, which could not read the versions of the arguments of a call."""
-        entry, given = self.entry(index), self.given(args, kwargs)
-        habits = entry.habits
+        habits = self.entry(index).habits
         assert habits is not None
-        present = tuple(name for name in habits.tensors if isinstance(given.get(name), torch.Tensor))
-        inference = any(given[name].is_inference() for name in present)
-        if present != habits.tensors:
-            habits.tensors = present
-        else:
-            habits.blind = habits.blind or not inference
-        habits.inference = habits.inference or inference
+        habits.read_otherwise(self.given(args, kwargs))
         self.rebuild()
-
-    def _versions(self, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the text reads before a call, but for the weights and buffers of a layer."""
-        given = self.given(args, kwargs)
-        habits = entry.habits
-        assert habits is not None
-        found = tuple(version_of(given.get(name)) for name in habits.tensors)
-        return found[0] if len(found) == 1 and not habits.state else found
 
     def _look(
         self, index: int, result: Any, state: Any, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -96,17 +96,6 @@ class Entry:
         self.unsettled = 0
         self.watch = Watch(candidate.watch) if candidate.watch else None
 
-    def written(self, before: Any, after: Any) -> list[str]:
-        """The arguments whose versions are not the same as before a call: a tuple, or a number for one."""
-        if self.habits is None or before is None or after is None:
-            return []
-        names = (*self.habits.tensors, *self.habits.state)
-        before = before if isinstance(before, tuple) else (before,)
-        after = after if isinstance(after, tuple) else (after,)
-        if len(before) != len(after):
-            return []  # another thread has had the text written anew in between
-        return [name for name, then, now in zip(names, before, after, strict=False) if then != now]
-
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
         """How well the candidate suits the moment: smaller first, ``None`` never."""
         if self.candidate.rejected is not None or self.device not in (None, moment.device):

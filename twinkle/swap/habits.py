@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from twinkle.swap.tensors import version_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -99,6 +101,37 @@ class Habits:
     def quick_test(self) -> str:
         """A shorter expression, of what is at hand, that is true wherever :attr:`test` is."""
         return _any_of(self.forms.values()) if self.forms else ""
+
+    def versions(self, given: Mapping[str, Any]) -> Any:
+        """What :attr:`before` gives for the arguments of a call, without weights and buffers."""
+        found = tuple(version_of(given.get(name)) for name in self.tensors)
+        return found[0] if len(found) == 1 and not self.state else found
+
+    def written(self, before: Any, after: Any) -> list[str]:
+        """The names of what has another version after a call.
+
+        Args:
+            before: What :attr:`before` gave; None where it could not be read.
+            after: The same, after the call.
+        """
+        if before is None or after is None:
+            return []
+        before = before if isinstance(before, tuple) else (before,)
+        after = after if isinstance(after, tuple) else (after,)
+        if len(before) != len(after):
+            return []  # another thread has had the text written anew in between
+        names = (*self.tensors, *self.state)
+        return [name for name, then, now in zip(names, before, after, strict=False) if then != now]
+
+    def read_otherwise(self, given: Mapping[str, Any]) -> None:
+        """Change :attr:`before`, which could not be read for the arguments of a call."""
+        present = tuple(name for name in self.tensors if isinstance(given.get(name), Tensor))
+        inference = any(given[name].is_inference() for name in present)
+        if present != self.tensors:
+            self.tensors = present
+        else:
+            self.blind = self.blind or not inference
+        self.inference = self.inference or inference
 
     def _versions(self, names: tuple[str, ...]) -> str:
         read = "None if {0}.is_inference() else {0}._version" if self.inference else "{0}._version"
