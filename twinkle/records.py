@@ -62,9 +62,22 @@ class Kernel:
         origin: Where it was registered: ``file:line (key)`` or the calling line.
         chosen_by: Who chose it: a ``user`` who registered it, or ``twinkle``.
         recognised: Whether the target was recognised by its structure; otherwise it was named.
+        alike: What it has in common with kernels that were made for other classes of the same path: one
+            record is theirs, however often a class is made. None for one that was registered.
     """
 
-    __slots__ = ("chosen_by", "device", "mode", "name", "origin", "recognised", "source", "verify", "watch")
+    __slots__ = (
+        "alike",
+        "chosen_by",
+        "device",
+        "mode",
+        "name",
+        "origin",
+        "recognised",
+        "source",
+        "verify",
+        "watch",
+    )
 
     def __init__(
         self,
@@ -83,6 +96,7 @@ class Kernel:
         self.mode = mode
         self.verify = verify
         self.watch: str | None = None
+        self.alike: object = None
         self.origin = origin
         self.chosen_by = chosen_by
         self.recognised = recognised

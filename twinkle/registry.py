@@ -11,6 +11,7 @@ from twinkle.records import Binding, FunctionKernel, LayerKernel, LayerTarget
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from typing import Any
 
 __all__ = ["Registry"]
 
@@ -33,6 +34,7 @@ class Registry:
         self.bindings: tuple[Binding, ...] = ()
         self.on_change: Callable[[], object] | None = None
         self._bound: dict[tuple[LayerKernel | FunctionKernel, str], Binding] = {}
+        self._alike: dict[tuple[object, ...], Binding] = {}
 
     def add(
         self,
@@ -75,7 +77,11 @@ class Registry:
     def bind(self, kernel: LayerKernel | FunctionKernel, target: str) -> Binding:
         """The record of a registration with a target; made at the first question."""
         with self._lock:
-            known = self._bound.get((kernel, target))
+            place: dict[Any, Binding] = self._bound
+            key: tuple[object, ...] = (kernel, target)
+            if kernel.alike is not None:  # and not kept here: it goes with its class
+                place, key = self._alike, (target, kernel.name, kernel.device, kernel.mode, kernel.alike)
+            known = place.get(key)
             if known is None:
                 known = Binding(
                     "layer" if isinstance(kernel, LayerKernel) else "function",
@@ -87,7 +93,7 @@ class Registry:
                     origin=kernel.origin,
                 )
                 known.on_change = self._changed
-                self._bound[kernel, target] = known
+                place[key] = known
                 self.bindings = (*self.bindings, known)
             return known
 
@@ -133,3 +139,4 @@ class Registry:
             self.function_kernels = ()
             self.bindings = ()
             self._bound = {}
+            self._alike = {}

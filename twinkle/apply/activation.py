@@ -12,6 +12,7 @@ from twinkle.apply.arrivals import (
     OWNER,
     Arrivals,
     ask_again,
+    compiler_has_come,
     function_module,
     layer_module,
     look_at_program,
@@ -139,9 +140,12 @@ def watch_new() -> None:
         models = runtime.of(Arrivals).models = watch_pretrained(on_model, owner=OWNER, strict=strict)
         state.watches.append(models)
         watch("transformers.modeling_utils", models_may_come)
-    if (in_models or functions) and not state.watches_torch:
+    embedded = runtime.options.kernels != "off"
+    if (in_models or functions or embedded) and not state.watches_torch:
         state.watches_torch = True
         watch("torch", torch_has_come)
+        if embedded:
+            watch("torch._dynamo.callback", compiler_has_come)
     for target in new:
         state.layers_seen.add(target)
         if isinstance(target.target, Name | Pattern):

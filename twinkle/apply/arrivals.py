@@ -8,6 +8,7 @@ interpreter start.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 
 from twinkle.apply.bindings import function_binding, layer_binding
 from twinkle.errors import ApplyError, suggest, warn
@@ -42,6 +43,7 @@ __all__ = [
     "OWNER",
     "Arrivals",
     "ask_again",
+    "compiler_has_come",
     "function_module",
     "layer_module",
     "look_at_program",
@@ -330,15 +332,18 @@ def _wait(binding: Any, reason: str) -> None:
 
 
 def _watch_classes() -> None:
-    """Ask about every class of layers, where something may be registered for one."""
-    state = runtime.of(Arrivals)
+    """Ask about every class of layers, where something may be for one."""
+    state, kernels = runtime.of(Arrivals), runtime.options.kernels
     functions = any(kernel.op for kernel in runtime.registry.function_kernels)
-    if state.classes is not None or not (runtime.registry.layer_kernels or functions):
+    embedded = bool(kernels) and kernels != "off"
+    if state.classes is not None or not (runtime.registry.layer_kernels or functions or embedded):
         return
     from torch import nn
 
     from twinkle.hooks.classes import watch_classes
-    from twinkle.swap.generated import original_of
+
+    if runtime.registry.layer_kernels or functions:
+        import_module("twinkle.apply.matching")  # whole, before it is asked: it makes classes itself
 
     state.classes = watch_classes(
         nn.Module,
@@ -347,8 +352,31 @@ def _watch_classes() -> None:
         owner=OWNER,
         strict=runtime.options.raises,
         instead=state.models,
-        but=lambda cls: original_of(cls) is not cls,
+        but=_is_passed_over,
     )
+
+
+def _is_passed_over(cls: type) -> bool:
+    """Whether a class is asked about by nobody: one that Twinkle made, or a plain one of torch.
+
+    Compiled code constructs layers of torch (a slice of a ``ModuleList``), which a compiler cannot follow
+    into a constructor that asks.
+    """
+    generated: Any = sys.modules.get("twinkle.swap.generated")  # there is none before that room
+    if generated is not None and generated.original_of(cls) is not cls:
+        return True
+    if runtime.registry.layer_kernels or cls.__module__.partition(".")[0] != "torch":
+        return False
+    from twinkle.apply.every_class import may_hold_one
+
+    return not may_hold_one(cls)
+
+
+def compiler_has_come(module: ModuleType, name: str) -> None:
+    """Have what waits for its first use looked at before a graph is traced."""
+    from twinkle.hooks.first_use import first_uses
+
+    first_uses().before_compiling(module)
 
 
 def models_may_come(module: ModuleType, name: str) -> None:
@@ -369,12 +397,12 @@ def _watch_restored() -> None:
 
 def _on_restored(instance: Any) -> None:
     """Kernelize a model or a layer that has no construction, unless it came with kernels of this process."""
-    from twinkle.swap.layers import placed
-
     state = runtime.of(Arrivals)
     whole = state.models is not None and state.models.is_in(instance)
     if not whole and (state.classes is None or not state.classes.wants(type(instance))):
         return
+    from twinkle.swap.layers import placed
+
     if not (any(map(placed, instance.modules())) if whole else placed(instance)):
         on_model(instance, whole=whole)
 
@@ -437,11 +465,14 @@ def _watch_first_calls(cls: type) -> bool:
     return bool(kernels)
 
 
-def _is_wanted(cls: type) -> bool:
-    """Whether instances of a class get kernels, or the functions of its module may: once for that."""
-    from twinkle.apply.matching import taken_for
+def _is_wanted(cls: type) -> bool | None:
+    """Whether to be told of the instances of a class: they get kernels, or the functions of its module may.
 
-    if _watch_first_calls(cls):
+    None to be asked at the next construction again.
+    """
+    if runtime.registry.layer_kernels and _watch_first_calls(cls):
+        from twinkle.apply.matching import taken_for
+
         entry = taken_for(cls) if runtime.options.strict else None  # with strict no step is silent
         if entry is not None:
             kernel = f"its instances get kernel {entry.kernel_name}"
@@ -450,7 +481,9 @@ def _is_wanted(cls: type) -> bool:
     seen = runtime.of(Arrivals).namespaces
     functions = any(kernel.op for kernel in runtime.registry.function_kernels)
     if not functions or cls.__module__ in seen or cls.__module__.partition(".")[0] == "torch":
-        return False
+        from twinkle.apply.every_class import notice
+
+        return notice(cls)
     seen.add(cls.__module__)
     runtime.of(Arrivals).for_functions.add(cls)
     return True

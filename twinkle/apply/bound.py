@@ -71,7 +71,8 @@ def specialise(
     known = runtime.of(_Specialised).of.setdefault(cls, {})
     made = known.get(key)
     if made is None:
-        made = known[key] = tuple(
-            kernel.specialised(source(kernel.source), device=device) for kernel in kernels
-        )
+        made = tuple(kernel.specialised(source(kernel.source), device=device) for kernel in kernels)
+        for kernel in made:
+            kernel.alike = (said, sizes)
+        known[key] = made
     return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from twinkle.apply.bindings import layer_binding
 from twinkle.devices import absent_reason
@@ -19,10 +20,10 @@ __all__ = ["can_run", "candidate_of", "ranked", "usable"]
 
 
 class _Candidates:
-    """The candidates of this process, by kernel and class."""
+    """The candidates of this process, by class and kernel; they go with the class."""
 
     def __init__(self) -> None:
-        self.by_kernel: dict[tuple[int, type], Candidate] = {}
+        self.of: WeakKeyDictionary[type, dict[int, Candidate]] = WeakKeyDictionary()
 
 
 def ranked(
@@ -60,12 +61,11 @@ def usable(kernel: LayerKernel, target: type) -> bool:
 
 def candidate_of(kernel: LayerKernel, target: type) -> Candidate:
     """The one candidate of a kernel and a class, so that models share what was loaded."""
-    key = (id(kernel), target)
-    candidates = runtime.of(_Candidates).by_kernel
-    known = candidates.get(key)
+    candidates = runtime.of(_Candidates).of.setdefault(target, {})
+    known = candidates.get(id(kernel))
     if known is None or known.kernel is not kernel:
         proofs = runtime.options.proofs(kernel.verify, bound_by_name=kernel.bound_by_name)
-        known = candidates[key] = Candidate(
+        known = candidates[id(kernel)] = Candidate(
             kernel,
             layer_binding(kernel, target),
             strict=runtime.options.raises,

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from twinkle.ops.backends import Backend
     from twinkle.records import FunctionKernel, LayerKernel, Source
 
-__all__ = ["function_kernels", "layer_rule", "offer", "plan_deferral"]
+__all__ = ["defers", "function_kernels", "layer_rule", "may_have_places", "offer", "plan_deferral"]
 
 _ORIGIN = "embedded"
 
@@ -67,7 +67,7 @@ def _offered(op: str) -> tuple[LayerKernel, ...]:
     return tuple(kernel for name in names for kernel in runtime.embedded.kernels_named(name))
 
 
-def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[nn.Module], Bound | None] | None:
+def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[type, nn.Module], Bound | None] | None:
     """How a layer of a class is bound to embedded kernels; None where no layer of it is.
 
     Args:
@@ -77,17 +77,30 @@ def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[nn.Module
     """
     if found.op is None or found.op in fused.OPS:
         ops = [op for op in fused.OPS if wanted(op)] if fused.serves(where) else []
-        return partial(_with_fused_places, cls, where, ops) if ops else None
+        return partial(_with_fused_places, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
     backend = backend_for(found.op, found.variant, where) if kernels else None
     if backend is None:
         return None
     if found.facts.get("requires"):  # it is that op only for some calls; the kernel has no other way
         return None
-    return partial(_as_recognised, cls, where, found, backend, kernels)
+    return partial(_as_recognised, where, found, backend, kernels)
 
 
-def _with_fused_places(cls: type, where: str, ops: Sequence[str], module: nn.Module) -> Bound | None:
+def may_have_places(cls: type) -> bool:
+    """Whether an instance of a class may get an embedded kernel, for its forward or for steps in it."""
+    if recognise(cls).op not in (None, *fused.OPS):
+        return True
+    draft = fused.draft_of(cls)
+    return not isinstance(draft, str) and bool(draft.places)
+
+
+def defers(cls: type) -> bool:
+    """Whether a class is one of models whose logits may be deferred."""
+    return wanted("causal_lm_loss") and recognise(cls).op == "causal_lm_loss"
+
+
+def _with_fused_places(where: str, ops: Sequence[str], cls: type, module: nn.Module) -> Bound | None:
     """Bind a layer whose forward has places for fused kernels, between layers of its own."""
     if not module._modules:
         return None
@@ -96,11 +109,11 @@ def _with_fused_places(cls: type, where: str, ops: Sequence[str], module: nn.Mod
 
 
 def _as_recognised(
-    cls: type,
     where: str,
     found: Recognition,
     backend: Backend,
     kernels: tuple[LayerKernel, ...],
+    cls: type,
     module: nn.Module,
 ) -> Bound | None:
     """Bind a layer that is what its class was recognised as, and not merely of that class."""

@@ -26,16 +26,17 @@ from twinkle.swap.first_calls import leave_alone
 from twinkle.targets import class_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from twinkle.apply.bound import Bound
     from twinkle.apply.functions import FunctionPlan
+    from twinkle.apply.recognised_functions import RecognisedFunction
     from twinkle.apply.selection import Selection
     from twinkle.deferred.install import DeferralPlan
-    from twinkle.records import LayerKernel
+    from twinkle.records import FunctionKernel, LayerKernel
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["kernelize", "kernelize_layers", "place_again", "unkernelize"]
+__all__ = ["has_kernels", "kernelize", "kernelize_layers", "place_again", "serve_functions", "unkernelize"]
 
 
 class Wanted:
@@ -145,9 +146,15 @@ def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
             options.where is None or options.where.includes(names.of(deferral.head))
         ):
             layers.deferral = deferral
-    function_plans = [
+    return _commit(layers, _function_plans(_recognised_functions(model, embedded_on)))
+
+
+def _function_plans(modules: Mapping[str, bool]) -> list[FunctionPlan]:
+    """What is to be put in place in modules, and whether somebody asked for it."""
+    options = runtime.options
+    return [
         made
-        for module, asked_for in _recognised_functions(model, embedded_on).items()
+        for module, asked_for in modules.items()
         for made in functions.plan(
             module,
             device=options.device,
@@ -156,7 +163,6 @@ def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
             where="activation",
         )
     ]
-    return _commit(layers, function_plans)
 
 
 def unkernelize(model: nn.Module | None) -> None:
@@ -200,6 +206,40 @@ def place_again(model: nn.Module, arrival: tuple[nn.Module, str, nn.Module]) -> 
         leave_alone(moved)
 
 
+def has_kernels(cls: type[nn.Module]) -> bool:
+    """Whether an instance of a class may get a kernel when it is decided about."""
+    embedded_on = _embedded_device()
+    if not rules_in_force(embedded_on).of(cls):
+        return embedded_on is not None and _defers(cls)
+    if embedded_on is None:
+        return True
+    from twinkle.apply import embedded
+
+    return embedded.may_have_places(cls) or _defers(cls)
+
+
+def _defers(cls: type[nn.Module]) -> bool:
+    from twinkle.apply import embedded
+
+    return embedded.defers(cls)
+
+
+def serve_functions(modules: Iterable[str]) -> None:
+    """Put kernels in place of recognised functions in modules, as the settings in force say."""
+    from twinkle.apply import recognised_functions
+
+    _commit(None, _function_plans(recognised_functions.register_in(modules, _offered(_embedded_device()))))
+
+
+def _offered(embedded_on: str | None) -> Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None:
+    if embedded_on is None:
+        return None
+    from twinkle.apply import embedded
+
+    embedded.offer()
+    return partial(embedded.function_kernels, where=embedded_on)
+
+
 _UNMET = object()
 
 
@@ -226,11 +266,7 @@ def _recognised_functions(model: nn.Module, embedded_on: str | None) -> dict[str
         return {}
     from twinkle.apply import recognised_functions
 
-    if embedded_on is None:
-        return recognised_functions.register(model, None)
-    from twinkle.apply import embedded
-
-    return recognised_functions.register(model, partial(embedded.function_kernels, where=embedded_on))
+    return recognised_functions.register(model, _offered(embedded_on))
 
 
 def _commit(layers: LayerPlans | None, function_plans: Iterable[FunctionPlan]) -> Change:

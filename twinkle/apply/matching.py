@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache, partial
 from operator import is_not
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.places import Decided
@@ -31,11 +32,12 @@ class Rule(NamedTuple):
     """How modules of a class are bound, in the places that a registration is for.
 
     Attributes:
-        bind: From a module to what it is bound to; None where it is none of what its class promises.
+        bind: From the class of a module, without Twinkle, and the module to what it is bound to; None where
+            it is none of what its class promises. It holds no class: classes come and go in loops.
         where: The places; None for every place.
     """
 
-    bind: Callable[[nn.Module], Bound | None]
+    bind: Callable[[type, nn.Module], Bound | None]
     where: Where | None
 
 
@@ -49,19 +51,20 @@ class Rules:
 
     def __init__(self, embedded_on: str | None) -> None:
         self.embedded_on = embedded_on
-        self._of: dict[type, tuple[Any, tuple[Rule, ...]]] = {}
+        self._of: WeakKeyDictionary[type, tuple[Any, tuple[Rule, ...]]] = WeakKeyDictionary()
 
     def of(self, cls: type) -> tuple[Rule, ...]:
         """Those for a class of modules; none where nothing is for it."""
         forward = getattr(cls, "forward", None)
         known = self._of.get(cls)
-        if known is None or known[0] is not forward:
-            known = self._of[cls] = forward, tuple(_rules(original_of(cls), self.embedded_on))
+        if known is None or known[0]() is not forward:
+            known = self._of[cls] = _weak(forward), tuple(_rules(original_of(cls), self.embedded_on))
         return known[1]
 
     def forget_unbound(self) -> None:
         """Ask again about the classes that nothing is for: they may come to have a name that is a target."""
-        self._of = {cls: known for cls, known in self._of.items() if known[1]}
+        for cls in [cls for cls, known in self._of.items() if not known[1]]:
+            del self._of[cls]
 
     def by_place(self, cls: type) -> bool:
         """Whether it matters where modules of a class are."""
@@ -133,7 +136,7 @@ def match(modules: Iterable[nn.Module], rules: Rules, names: Names) -> list[Boun
         rule = rules.choose(module, names)
         if rules.by_place(type(module)):
             decided.set(module, rule and rule.where, names.outermost)
-        bound = rule.bind(module) if rule is not None else None
+        bound = rule.bind(original_of(type(module)), module) if rule is not None else None
         if bound is not None:
             found.append(bound)
     return found
@@ -167,9 +170,9 @@ def _rules(cls: type, embedded_on: str | None) -> Iterator[Rule]:
     for target, entry, kernels in _registered(cls, recognition):
         where = None if entry is None else entry.where
         if entry is None or not isinstance(entry.target, Op):
-            yield Rule(partial(_named, cls, target, kernels, entry), where)
+            yield Rule(partial(_named, ref(target), kernels, entry), where)
         else:
-            yield Rule(partial(_recognised, cls, kernels, entry, recognition()), where)
+            yield Rule(partial(_recognised, kernels, entry, recognition()), where)
         if where is None:
             return
     if embedded_on is None:
@@ -211,18 +214,34 @@ def _registered(
             return
 
 
+def _weak(value: Any) -> Callable[[], Any]:
+    """What gives a value as long as it lives."""
+    try:
+        return ref(value)
+    except TypeError:
+        return partial(_given, value)
+
+
+def _given(value: Any) -> Any:
+    return value
+
+
 def _named(
-    cls: type, target: type, kernels: tuple[LayerKernel, ...], entry: LayerTarget | None, module: nn.Module
+    target: ref[type],
+    kernels: tuple[LayerKernel, ...],
+    entry: LayerTarget | None,
+    cls: type,
+    module: nn.Module,
 ) -> Bound:
     """Bind a module of a class that was named."""
-    return Bound(module, cls, target, kernels, entry)
+    return Bound(module, cls, target() or cls, kernels, entry)
 
 
 def _recognised(
-    cls: type,
     kernels: tuple[LayerKernel, ...],
     entry: LayerTarget,
     recognition: Recognition,
+    cls: type,
     module: nn.Module,
 ) -> Bound:
     """Bind a module of a class that is recognised as an op: its kernels are specialised for the module."""

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from twinkle.match.recognition import Recognition
     from twinkle.records import FunctionKernel, Source
 
-__all__ = ["RecognisedFunction", "register", "specialise_function"]
+__all__ = ["RecognisedFunction", "register", "register_in", "specialise_function"]
 
 
 class RecognisedFunction(NamedTuple):
@@ -62,6 +62,13 @@ def register(
     Returns:
         The modules that have new ones, and whether somebody asked for them.
     """
+    return register_in(dict.fromkeys(type(layer).__module__ for layer in model.modules()), offered)
+
+
+def register_in(
+    modules: Iterable[str], offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None
+) -> dict[str, bool]:
+    """:func:`register` for modules by their names."""
     bound: dict[str, list[FunctionKernel]] = {}
     for kernel in runtime.registry.function_kernels:
         if kernel.op is None:
@@ -73,7 +80,7 @@ def register(
     if not bound and offered is None:
         return {}
     changed: dict[str, bool] = {}
-    for module in dict.fromkeys(type(layer).__module__ for layer in model.modules()):
+    for module in modules:
         for found in _functions_of(module):
             asked_for = _registered(found, bound.get(str(found.recognition.op), ()))
             if asked_for or (offered is not None and _taken(offered(found))):

@@ -131,7 +131,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
         # Each place proves itself: the forward around it may not run twice.
-        known[key] = LayerKernel(
+        made = known[key] = LayerKernel(
             name,
             FusedForward(draft, sites),
             device=where,
@@ -140,6 +140,7 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
             chosen_by="twinkle",
             recognised=True,
         )
+        made.alike = key[2]
     return known[key]
 
 

@@ -43,7 +43,7 @@ class ClassWatch:
     def __init__(
         self,
         root: type,
-        wants: Callable[[type], bool],
+        wants: Callable[[type], bool | None],
         callback: Callable[[Any], object],
         *,
         owner: str,
@@ -94,7 +94,7 @@ class ClassWatch:
     def reconsider(self, root: type) -> None:
         """Ask again about a class and those derived from it: something new was registered or found."""
         for cls in list(family(root)):
-            if cls in self._settled and cls not in self.wanted:
+            if cls not in self.wanted:
                 self._settled.discard(cls)
                 self._ask(cls)
 
@@ -174,7 +174,7 @@ class ClassWatch:
             guard.failed(error, owner=self._owner, subject=subject, strict=self._strict)
             wanted = False
         with families().lock:
-            if cls in self._settled:
+            if wanted is None or cls in self._settled:
                 return
             self._settled.add(cls)
             init = cls.__dict__.get("__init__")
@@ -227,7 +227,7 @@ _watch: Callable[[_Question], ClassWatch] = _Question.watch.__get__  # type: ign
 
 def watch_classes(
     root: type,
-    wants: Callable[[type], bool],
+    wants: Callable[[type], bool | None],
     callback: Callable[[Any], object],
     *,
     owner: str = "",
@@ -239,7 +239,8 @@ def watch_classes(
 
     Args:
         root: ``nn.Module``, say; it and every class below it are asked about.
-        wants: Asked once about each class, in the thread that first constructs it, before it does.
+        wants: Asked once about each class, in the thread that first constructs it, before it does; again
+            at the next construction where the answer is None.
         callback: Called in the constructing thread; constructions in it are not reported.
         owner: Who asks, for messages.
         strict: Let what either raises leave the constructor, instead of a warning.

@@ -91,6 +91,10 @@ class ConstructionWatch:
         """Whether an instance is of one of the families."""
         return any(isinstance(instance, root) for root in self._roots)
 
+    def is_family(self, cls: type) -> bool:
+        """Whether a class is of one of the families."""
+        return any(issubclass(cls, root) for root in self._roots)
+
     def observe(self, root: type) -> None:
         """Call back for instances of ``root`` too."""
         if self._active and root not in self._roots:

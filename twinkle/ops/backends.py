@@ -66,13 +66,15 @@ class Backend:
             device: ``cuda``, ``rocm`` or ``cpu``; None for a device that it is for.
             facts: What was read from an instance (``twinkle.match.instance``); None before there is one.
         """
-        if device is not None and not self._is_for("cuda" if device == "rocm" else device):
+        if device is not None and not self.is_for(device):
             return f"{self.label} ({self.name}) is not for {device}"
         asked = getattr(self.load(), "supports", None)
         reason: str | None = None if asked is None else asked(variant, device, facts)
         return reason
 
-    def _is_for(self, device: str) -> bool:
+    def is_for(self, device: str) -> bool:
+        """Whether it has kernels for a device, such as ``cuda`` or ``cpu``."""
+        device = "cuda" if device == "rocm" else device
         from twinkle.ops import launch
 
         if self.name == "triton_backend":

@@ -39,6 +39,8 @@ class Op:
             ``match =``); ``inside`` for a few steps inside a ``forward``.
         summary: What it computes, in a line.
         rank: Where it stands in lists, and when it is tried on code: the commonest come first.
+        words: Names, ``+`` and ``*`` (:mod:`twinkle.match.words`): code that is the op has one of them at
+            least. Code with none is never read.
         aliases: What others call it, where no spelling leads to its name.
         roles: What each argument of the definition may be in the code of a class or function; empty for an
             op that is not one expression. ``input``: an argument; ``tensor``, ``linear``, ``norm``,
@@ -58,6 +60,7 @@ class Op:
         kind: Literal["layer", "function", "inside"],
         summary: str,
         rank: int = 100,
+        words: tuple[str, ...] = (),
         aliases: tuple[str, ...] = (),
         roles: Mapping[str, str] | None = None,
         layers: Mapping[str, str] | None = None,
@@ -68,6 +71,7 @@ class Op:
         self.kind = kind
         self.summary = summary
         self.rank = rank
+        self.words = frozenset(words)
         self.aliases = aliases
         self.roles = dict(roles or {})
         self.layers = dict(layers or {})

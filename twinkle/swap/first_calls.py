@@ -63,13 +63,14 @@ def watch_first_calls(
     Returns:
         Whether it is watched: a forward that is no plain function cannot be.
     """
+    runtime.of(_Asking).passed.discard(cls)
     if asks(cls):
         return True
     front = front_for(core_of(cls)[0])
     if front is None:
         return False
     state = runtime.of(_Asking)
-    front.ask(partial(_ask, front, met, state.passed), partial(_traced, traced))
+    front.ask(partial(_ask, front, met, state.passed), _when_traced(traced))
     state.fronts.add(front)
     return True
 
@@ -132,7 +133,10 @@ def _ask(front: Front, met: Callable[[Any], bool | None], passed: WeakSet[type],
     return bool(known) and directly
 
 
-def _traced(traced: Callable[[type], None], cls: type, mark: str | None) -> int:
-    if mark != LEFT_ALONE and meaning_of(mark) is None:
-        traced(cls)
-    return 0
+def _when_traced(traced: Callable[[type], None]) -> Callable[[type, str | None], int]:
+    def when_traced(cls: type, mark: str | None) -> int:  # dynamo knows no partial for a constant
+        if mark != LEFT_ALONE and meaning_of(mark) is None:
+            traced(cls)
+        return 0
+
+    return when_traced

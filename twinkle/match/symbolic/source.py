@@ -12,6 +12,7 @@ import linecache
 import textwrap
 from types import CodeType, FunctionType, MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from twinkle.codegen import parse_source
 from twinkle.runtime import runtime
@@ -27,8 +28,9 @@ class _Definitions:
     """The definitions that were parsed, by the code of the function, and their sizes."""
 
     def __init__(self) -> None:
-        self.by_code: dict[CodeType, ast.FunctionDef] = {}
-        self.sizes: dict[ast.FunctionDef, tuple[int, bool]] = {}
+        # Code that is equal is one key: a class that is made again, in a loop, is not read again.
+        self.by_code: WeakKeyDictionary[CodeType, ast.FunctionDef] = WeakKeyDictionary()
+        self.sizes: WeakKeyDictionary[ast.FunctionDef, tuple[int, bool]] = WeakKeyDictionary()
 
 
 def parse(function: FunctionType) -> ast.FunctionDef:

@@ -12,6 +12,7 @@ OP = Op(
     kind="layer",
     summary="the head of a causal language model gives deferred logits",
     rank=7,
+    words=("CrossEntropyLoss", "NLLLoss", "cross_entropy", "loss_function", "nll_loss"),
     aliases=("cross_entropy", "fused_linear_cross_entropy"),
     functions={"linear_cross_entropy": "linear_cross_entropy"},
     # One implementation, whose chunks look at the device themselves.

@@ -12,6 +12,7 @@ OP = Op(
     kind="layer",
     summary="mixtures of experts with 3-D parameters, whatever transformers would run for them",
     rank=8,
+    words=("baddbmm", "bmm", "einsum", "grouped_mm", "index_add", "index_add_", "one_hot"),
     aliases=("moe",),
     roles={
         "x": "input",

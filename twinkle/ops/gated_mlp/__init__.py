@@ -12,6 +12,7 @@ OP = Op(
     kind="layer",
     summary="the activation and product of a gated MLP; its projections stay the layers they are",
     rank=3,
+    words=("*", "mul", "mul_", "multiply"),
     aliases=("geglu", "mlp", "swiglu"),
     roles={
         "x": "input",

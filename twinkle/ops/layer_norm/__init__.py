@@ -11,6 +11,7 @@ OP = Op(
     kind="layer",
     summary="`torch.nn.LayerNorm`, layers that call `F.layer_norm`, and those that write it out in float32",
     rank=2,
+    words=("layer_norm", "mean", "native_layer_norm", "std", "std_mean", "sum", "var", "var_mean"),
     roles={
         "x": "input",
         "weight": "tensor",

@@ -11,6 +11,17 @@ OP = Op(
     kind="inside",
     summary="inside an attention: the RMSNorms of queries and keys and their rotation",
     rank=6,
+    words=(
+        "cat",
+        "clone",
+        "concat",
+        "concatenate",
+        "empty_like",
+        "roll",
+        "stack",
+        "view_as_real",
+        "zeros_like",
+    ),
     functions={"qk_norm_rotary": "triton_backend"},
     backends=("triton_backend",),
 )

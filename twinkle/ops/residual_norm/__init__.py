@@ -12,6 +12,7 @@ OP = Op(
     kind="inside",
     summary="inside a layer: a sum and the RMSNorm that is its next step",
     rank=5,
+    words=("+", "add", "add_"),
     functions={"residual_norm": "triton_backend"},
     backends=("triton_backend",),
 )

@@ -12,6 +12,7 @@ OP = Op(
     kind="layer",
     summary="RMSNorm layers, in the rounding that their own code has",
     rank=1,
+    words=("mean", "norm", "normalize", "rms_norm", "sum", "vector_norm"),
     roles={
         "x": "input",
         "gate": "input",

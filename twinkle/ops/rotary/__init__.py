@@ -12,6 +12,17 @@ OP = Op(
     kind="function",
     summary="`apply_rotary_pos_emb` and its relatives",
     rank=4,
+    words=(
+        "cat",
+        "clone",
+        "concat",
+        "concatenate",
+        "empty_like",
+        "roll",
+        "stack",
+        "view_as_real",
+        "zeros_like",
+    ),
     aliases=("rope",),
     roles={
         "q": "input",
