@@ -167,7 +167,7 @@ def nothing_bound() -> list[str]:
     if "torch" not in sys.modules:
         return ["the program did not import torch"]
     return [
-        "no model was constructed with a layer that the embedded kernels are for: "
+        "no layer was called that the embedded kernels are for: "
         "`twinkle match MODULE` prints what the layers of a module are recognised as"
     ]
 

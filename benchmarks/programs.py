@@ -1,0 +1,238 @@
+"""Training steps of whole programs with no configuration: plain and under Twinkle in turns, in one run.
+
+    python benchmarks/programs.py [--programs nanogpt,bert,…] [--rounds 9] [--compile nanogpt] [--json FILE]
+    python benchmarks/programs.py --device cpu --rounds 3          small models, to see what is replaced
+
+Each way to run a program is a process of its own that keeps its model; round by round they take a few steps
+in turn, so that the noise of the host meets all of them. A ratio is the median of the rounds' ratios of plain
+to that way (above 1: faster than plain), with the smallest and the largest. Beside it stand the most memory a
+step took, the losses of the first and the last warm-up step, and which kernels ran.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
+
+
+class Worker:
+    """A process that runs one program in one way.
+
+    Args:
+        way: ``plain``, ``twinkle`` or ``compile``.
+        options: The arguments of this command.
+    """
+
+    def __init__(self, way: str, options: argparse.Namespace) -> None:
+        start = [sys.executable, *(["-m", "twinkle", "run"] if way == "twinkle" else [])]
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
+        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+        if options.device == "cpu":
+            environ["TWINKLE_SIZES"] = "all"
+        self.way = way
+        self.process = subprocess.Popen(
+            [*start, __file__, "--worker", way, "--device", options.device],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environ,
+        )
+
+    def ask(self, *words: str) -> dict[str, Any]:
+        """The answer to a line.
+
+        Raises:
+            RuntimeError: The process has ended.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(" ".join(words) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                answer: dict[str, Any] = json.loads(line[1:])
+                return answer
+        raise RuntimeError(f"the process for {self.way} has ended")
+
+    def end(self) -> None:
+        """Let it go."""
+        self.process.kill()
+        self.process.wait()
+
+
+def work(way: str, device: str) -> None:
+    """Answer the lines of the parent."""
+    import torch
+    from programs_models import PROGRAMS, parameters
+
+    gpu = device != "cpu"
+    state: dict[str, Any] = {}
+
+    def wait() -> None:
+        if gpu:
+            torch.cuda.synchronize()
+
+    def step() -> Any:
+        number = state["steps"] = state.get("steps", 0) + 1
+        loss = state["loss"](number)
+        loss.backward()
+        state["optimizer"].step()
+        state["optimizer"].zero_grad(set_to_none=True)
+        return loss.detach()
+
+    for line in sys.stdin:
+        what, *rest = line.split()
+        try:
+            if what == "build":
+                torch.manual_seed(0)
+                model, loss = PROGRAMS[rest[0]](device, not gpu)
+                if way == "compile":
+                    model.compile()
+                began = time.perf_counter()
+                state = {
+                    "loss": loss,
+                    "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu),
+                }
+                losses = [step() for _ in range(5)]
+                wait()
+                answer: dict[str, Any] = {
+                    "parameters": parameters(model),
+                    "first_steps_s": round(time.perf_counter() - began, 2),
+                    "losses": [float(losses[0]), float(losses[-1])],
+                }
+                if gpu:
+                    torch.cuda.reset_peak_memory_stats()
+            elif what == "run":
+                wait()
+                began = time.perf_counter()
+                for _ in range(int(rest[0])):
+                    step()
+                wait()
+                answer = {"ms": (time.perf_counter() - began) / int(rest[0]) * 1e3}
+                if gpu:
+                    answer["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+            else:
+                answer = {"bindings": _bindings()}
+        except Exception as error:  # the others go on
+            answer = {"error": f"{type(error).__name__}: {error}"[:400]}
+        print("@" + json.dumps(answer), flush=True)
+
+
+def _bindings() -> list[str]:
+    report: Any = sys.modules.get("twinkle.report")
+    if report is None:
+        return []
+    found = report.snapshot()["bindings"]
+    return [f"{b['target'].rpartition(':')[2]} {b['kernel']} {b['state']}" for b in found]
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Every way of one program."""
+    ways = ["plain", "twinkle", *(["compile"] if name in options.compile.split(",") else [])]
+    workers = [Worker(way, options) for way in ways]
+    try:
+        built = {worker.way: worker.ask("build", name) for worker in workers}
+        failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
+        if failed:
+            return {"program": name, "failed": failed}
+        rounds: list[dict[str, dict[str, Any]]] = []
+        for at in range(options.rounds):
+            order = workers[at % len(workers) :] + workers[: at % len(workers)]
+            rounds.append({worker.way: worker.ask("run", str(options.steps)) for worker in order})
+        bindings = workers[1].ask("report")["bindings"]
+    finally:
+        for worker in workers:
+            worker.end()
+    result: dict[str, Any] = {
+        "program": name,
+        "parameters": built["plain"]["parameters"],
+        "kernels": bindings,
+    }
+    for way in ways:
+        times = [one[way]["ms"] for one in rounds]
+        ratios = [one["plain"]["ms"] / one[way]["ms"] for one in rounds]
+        result[way] = {
+            "ms": round(statistics.median(times), 2),
+            "ratio": round(statistics.median(ratios), 3),
+            "smallest": round(min(ratios), 3),
+            "largest": round(max(ratios), 3),
+            "peak_gb": round(max(one[way].get("peak_gb", 0.0) for one in rounds), 2),
+            "first_steps_s": built[way]["first_steps_s"],
+            "losses": built[way]["losses"],
+        }
+    return result
+
+
+def show(result: dict[str, Any]) -> None:
+    """A result as lines."""
+    if "failed" in result:
+        print(f"{result['program']}: failed: {result['failed']}", flush=True)
+        return
+    print(f"{result['program']}: {result['parameters'] / 1e6:.0f} M parameters", flush=True)
+    for way in ("plain", "twinkle", "compile"):
+        if way in result:
+            one = result[way]
+            print(
+                f"   {way:8} {one['ms']:8.1f} ms  x{one['ratio']:.3f} ({one['smallest']:.3f} to "
+                f"{one['largest']:.3f})  {one['peak_gb']:6.2f} GB  losses {one['losses']}",
+                flush=True,
+            )
+    print("   kernels:", ", ".join(result["kernels"]) or "none", flush=True)
+
+
+def versions(device: str) -> dict[str, Any]:
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": str(datetime.date.today()),
+    }
+    for name in ("transformers", "triton"):
+        try:
+            found[name] = __import__(name).__version__
+        except ImportError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or "cpu"
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--programs", default="nanogpt,nanogpt-bf16,bert,t5,whisper,dit,vit")
+    parser.add_argument("--compile", default="nanogpt", help="programs that are compiled as well")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=4, help="steps of each way in a round")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        work(options.worker, options.device)
+        return 0
+    results = []
+    for name in options.programs.split(","):
+        results.append(measure(name, options))
+        show(results[-1])
+        if options.json is not None:
+            text = json.dumps({"versions": versions(options.device), "results": results}, indent=1)
+            options.json.write_text(text + "\n")
+    return 1 if any("failed" in result for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
