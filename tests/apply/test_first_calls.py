@@ -158,13 +158,26 @@ def test_strict_tells_of_it_once(program: Program) -> None:
     assert ends(program, "which(bare())", CONFIG) == (0, "")
 
 
-def test_one_that_a_compiler_meets_first_is_named(program: Program) -> None:
-    code = "print(which(torch.compile(nn.Sequential(bare()), backend='eager')))"
+@pytest.mark.parametrize("before", ["", "which(layer);"], ids=["met first", "called before"])
+def test_one_that_is_compiled_has_its_kernel_in_the_first_graph(program: Program, before: str) -> None:
+    code = f"""
+        from torch._dynamo.testing import CompileCounter
+        count = CompileCounter()
+        layer, other = bare(), bare()
+        {before}
+        run = torch.compile(nn.Sequential(layer), backend=count, fullgraph=True)
+        print(which(run), which(run), which(other), count.frame_count)
+    """
+    done = program.run(textwrap.dedent(BARE) + textwrap.dedent(code), CONFIG)
+    assert done.stdout.split() == ["1", "1", "1", "1"]
+    assert ends(program, code, CONFIG) == (0, "")
+
+
+def test_one_that_is_traced_without_dynamo_is_named(program: Program) -> None:
+    code = "torch.export.export(nn.Sequential(bare()), (x,), strict=False)"
     _, said = ends(program, code, CONFIG)
-    assert "pkg.layers:Scale keeps its original where torch.compile met a layer first" in said
+    assert "pkg.layers:Scale keeps its original where a tracer met a layer first" in said
     assert ends(program, code, CONFIG, TWINKLE_STRICT="1")[0] == 1
-    met = "layer = bare(); which(layer); print(which(torch.compile(nn.Sequential(layer), backend='eager')))"
-    assert ends(program, met, CONFIG) == (0, "")
 
 
 NORM = """

@@ -125,14 +125,11 @@ def may_hold_one(cls: type[nn.Module]) -> bool:
     root = cls.__module__.partition(".")[0]
     if root == "twinkle":
         return False
-    wanted = runtime.of(_Sought).words()
     forward = standing(cls)
-    if root == "torch" and not cls.__module__.startswith("torch.nn."):
-        return False
     if root == "torch":  # its layers call a function of torch, or are made of other layers
         code = getattr(forward, "__code__", None)
-        return code is not None and not (wanted - _OPERATORS).isdisjoint(code.co_names)
-    return _words(cls, forward).have(wanted)
+        return code is not None and not runtime.of(_Sought).words().isdisjoint(code.co_names)
+    return _words(cls, forward).have(runtime.of(_Sought).words())
 
 
 def _words(cls: type[nn.Module], forward: Any) -> Words:

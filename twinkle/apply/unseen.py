@@ -50,7 +50,7 @@ class Constructed:
 
 
 class Traced:
-    """The classes of which a compiler met a layer first that nobody had decided about."""
+    """The classes of which a tracer met a layer first that nobody had decided about."""
 
     def __init__(self) -> None:
         self.classes: set[str] = set()
@@ -63,8 +63,8 @@ def remarks() -> list[str]:
     """
     everything = gc.get_objects()
     misses = [
-        f"{name} keeps its original where torch.compile met a layer first that came without its __init__: "
-        "call the model once before it is compiled"
+        f"{name} keeps its original where a tracer met a layer first that came without its __init__: "
+        "call the model once before it is traced"
         for name in sorted(runtime.of(Traced).classes)
     ]
     why = "nobody saw them come: made without their __init__, or before the kernel was registered"
