@@ -22,7 +22,7 @@ class Model(nn.Module):
     def forward(self, hidden, labels=None, fail=False):
         if fail:
             raise RuntimeError("asked to")
-        heads = [head for head, _ in module.deferring_heads()]
+        heads = [head for head, _, _ in module.deferring_heads()]
         return (module.defer(self.lm_head, hidden) if self.lm_head in heads else self.lm_head(hidden),)
 
 

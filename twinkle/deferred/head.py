@@ -47,10 +47,10 @@ class LabelCount:
         """The most labels of ``targets`` that can count, or None if that is not known.
 
         Args:
-            targets: These labels, or some of them replaced by ``ignore_index``.
+            targets: These labels, or some of them, some of those replaced by ``ignore_index``.
             ignore_index: Labels of this value do not count.
         """
-        if targets.numel() != self.size or ignore_index != self.ignore_index or not targets.is_cuda:
+        if targets.numel() > self.size or ignore_index != self.ignore_index or not targets.is_cuda:
             return None
         self._done.synchronize()
         return int(self._host)

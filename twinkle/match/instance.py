@@ -93,7 +93,7 @@ def read_instance(
     if recognition.op is None:
         return Reason(recognition.reason or "its class is not recognised")
     op = find_op(recognition.op)
-    instance = Instance(recognition, module)
+    instance = Instance(recognition, module, recognise)
     reader = _Reader(op, instance, recognise)
     try:
         for role in recognition.instance_facts:
@@ -113,6 +113,7 @@ class Instance:
     Args:
         recognition: The recognition of its class.
         module: The layer.
+        recognise: Recognises the classes of the layers in it.
 
     Attributes:
         variant: The variant of its class.
@@ -120,7 +121,10 @@ class Instance:
         module: The layer.
     """
 
-    def __init__(self, recognition: Recognition, module: Any) -> None:
+    def __init__(
+        self, recognition: Recognition, module: Any, recognise: Callable[[Any], Recognition]
+    ) -> None:
+        self._recognise = recognise
         self.variant = recognition.variant
         self.facts = Facts(recognition.facts, recognition.reads)
         self.module = module
@@ -176,6 +180,15 @@ class Instance:
     def function_of(value: Any) -> FunctionType | None:
         """The function behind wrappers, or None."""
         return source.function_of_callable(value)
+
+    def head_of(self, model: Any) -> str:
+        """The path of the head of a model in it, which is a language model itself."""
+        found = self._recognise(type(model))
+        facts = read_instance(found, model, self._recognise) if found.op == "causal_lm_loss" else None
+        if not isinstance(facts, Facts):
+            raise _Refused(f"{type(model).__qualname__} is not recognised as a language model: {facts}")
+        head: str = facts["head"]
+        return head
 
     @staticmethod
     def last_layer(layer: Any) -> str | None:

@@ -1,0 +1,198 @@
+"""From the logits that a loss gets back to the head they come from, through what is done to them between."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from twinkle.match.symbolic.terms import show, walk
+from twinkle.match.unify import attribute_path
+
+if TYPE_CHECKING:
+    from twinkle.match.recognition import NearMiss
+    from twinkle.match.symbolic.terms import Term
+
+__all__ = ["Head", "Other", "is_whole", "peel"]
+
+
+class Head(NamedTuple):
+    """The head of a model and the causal loss behind it.
+
+    Attributes:
+        op: ``causal_lm_loss``, or None where the loss is another.
+        variant: The variant of the op.
+        facts: The path of the head, the factors of the steps between head and loss, and the arguments.
+        instance_facts: The facts that only an instance can tell.
+        near: The near miss, where the loss is another.
+    """
+
+    op: str | None
+    variant: Any
+    facts: dict[str, Any]
+    instance_facts: tuple[str, ...]
+    near: tuple[NearMiss, ...] = ()
+
+
+class Other(Exception):
+    """The logits are not those of a head followed by the steps that the op knows."""
+
+
+def peel(
+    term: Term, steps: list[tuple[str, str | None]], rows: list[Term] | None = None
+) -> tuple[str, Term, bool]:
+    """The head and the hidden states below ``term``.
+
+    Args:
+        term: The logits.
+        steps: Gets what is done to them since the head, from the outside in: its name, and a path or number.
+        rows: Gets the reshapes and indices by which rows are chosen; None where there may be none.
+
+    Returns:
+        The path of the head, what it is called with, and whether it is a model of which the logits are one
+        of several outputs.
+
+    Raises:
+        Other: They are not those of a head.
+    """
+    while True:
+        inner = _of_model(term)
+        if inner is not None:
+            return inner, term, True
+        if term.op == "call":
+            path = attribute_path(term.args[0])
+            if path is not None and len(term.args[1]) == 1 and not term.args[2]:
+                return path, term.args[1][0], False
+            raise Other(f"expected a head called with the hidden states, found {show(term, 3)}")
+        if term.op == "to" and term.args[1].op == "dtype" and term.args[1].args == ("float32",):
+            steps.append(("float32", None))
+            term = term.args[0]
+        elif rows is not None and _keeps_rows(term):
+            rows.append(term)
+            term = term.args[0]
+        elif term.op == "if":
+            try:
+                term = _optional(term, steps)
+            except Other:
+                if rows is None:
+                    raise
+                return _either(term, steps, rows)
+        elif (capped := _softcap(term)) is not None:
+            term, factor = capped
+            steps.append(("softcap", factor))
+        elif term.op in ("mul", "div"):
+            left, right = term.args
+            if term.op == "mul" and number_of(left) is not None:
+                left, right = right, left
+            number = number_of(right)
+            if number is None:
+                raise Other(f"expected the logits times a number, found {show(term, 3)}")
+            steps.append(("multiply" if term.op == "mul" else "divide", number))
+            term = left
+        elif term.op == "add" and (added := _added(term)) is not None:
+            term, path = added
+            steps.append(("bias", path))
+        else:
+            raise Other(f"expected the result of a head, found {show(term, 3)}")
+
+
+def _of_model(term: Term) -> str | None:
+    """The path of a model, for ``self.model(...)[0]`` and ``self.model(...).logits``."""
+    first = term.op == "index" and term.args[1].op == "const" and term.args[1].args[0] in (0, "logits")
+    if not first and not (term.op == "attr" and term.args[1] == "logits"):
+        return None
+    call = term.args[0]
+    return attribute_path(call.args[0]) if call.op == "call" and call.args[2] else None
+
+
+def _either(term: Term, steps: list[tuple[str, str | None]], rows: list[Term]) -> tuple[str, Term, bool]:
+    """One head on both sides of a condition, which chooses between rows alone."""
+    found = []
+    for side in term.args[1:]:
+        done: list[tuple[str, str | None]] = []
+        picked: list[Term] = []
+        found.append((peel(side, done, picked), done, picked))
+    (yes, steps_yes, _), (no, steps_no, _) = found
+    if (yes[0], yes[2]) != (no[0], no[2]) or yes[1] is not no[1] or steps_yes != steps_no:
+        raise Other(f"expected one way from the head to the loss, found {show(term, 2)}")
+    steps += steps_yes
+    rows += (term, *found[0][2], *found[1][2])
+    return yes
+
+
+def _keeps_rows(term: Term) -> bool:
+    """Whether it chooses or arranges rows, and leaves the vocabulary as it is."""
+    if term.op == "reshape" and term.args[1].op == "tuple":
+        return len(term.args[1].args) > 1
+    if term.op == "flatten":
+        return all(arg.op == "const" for arg in term.args[1:]) and term.args[2].args[0] not in (-1, None)
+    if term.op != "index":
+        return False
+    index = term.args[1]
+    if index.op != "tuple":
+        return index.op in _MASKS or is_whole(index)
+    dots = [at for at, part in enumerate(index.args) if part.op == "const" and part.args[0] is Ellipsis]
+    if any(part.op not in ("slice", *_MASKS) for at, part in enumerate(index.args) if at not in dots):
+        return False
+    # Without an ellipsis the vocabulary is the third dimension.
+    return is_whole(index.args[-1]) if dots or len(index.args) > 2 else True
+
+
+_MASKS = ("eq", "not", "and", "or", "lt", "le")
+
+
+def is_whole(term: Term) -> bool:
+    """Whether it is ``:``."""
+    return term.op == "slice" and all(part.args == (None,) for part in term.args)
+
+
+def _added(term: Term) -> tuple[Term, str] | None:
+    """``x + self.bias``."""
+    for tensor, other in (term.args, term.args[::-1]):
+        path = attribute_path(other)
+        if path is not None and attribute_path(tensor) is None:
+            return tensor, path
+    return None
+
+
+def _softcap(term: Term) -> tuple[Term, str] | None:
+    """``tanh(x / c) * c``."""
+    if term.op != "mul":
+        return None
+    for capped, outer in (term.args, term.args[::-1]):
+        if capped.op == "tanh" and capped.args[0].op == "div" and capped.args[0].args[1] is outer:
+            factor = number_of(outer)
+            if factor is not None:
+                return capped.args[0].args[0], factor
+    return None
+
+
+def _optional(term: Term, steps: list[tuple[str, str | None]]) -> Term:
+    """``x if number is None else step(x, number)``."""
+    test, yes, no = term.args
+    if test.op == "not":
+        test, yes, no = test.args[0], no, yes
+    inner: Term = yes
+    if test.op == "is" and number_of(test.args[0]) is not None:
+        capped = _softcap(no)
+        if capped is not None and capped[0].op == "to" and capped[0].args[0] is yes:
+            steps.append(("optional_softcap_float32", capped[1]))
+            return inner
+        if capped is not None and capped[0] is yes and capped[1] == number_of(test.args[0]):
+            steps.append(("optional_softcap", capped[1]))
+            return inner
+        scaled = no.op in ("mul", "div") and no.args[0] is yes
+        if scaled and number_of(no.args[1]) == number_of(test.args[0]):
+            name = "optional_multiply" if no.op == "mul" else "optional_divide"
+            steps.append((name, number_of(no.args[1])))
+            return inner
+    raise Other(f"expected one way from the head to the loss, found {show(term, 2)}")
+
+
+def number_of(term: Term) -> str | None:
+    """A number that the instance holds, as a path from it: ``config.final_logit_softcapping``."""
+    if term.op == "const":
+        return repr(term.args[0]) if isinstance(term.args[0], int | float) else None
+    parts = walk(term)
+    allowed = {"attr", "self", "call", "const", "index", "py", "pow"}
+    if any(part.op not in allowed for part in parts) or not any(part.op == "self" for part in parts):
+        return None
+    return show(term, 9).removeprefix("self.")
