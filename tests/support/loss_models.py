@@ -42,6 +42,45 @@ _T5 = {
 }
 _BERT = {**_TEXT, "type_vocab_size": 2}
 _SPEECH = {**_BART, "num_mel_bins": 16, "max_source_positions": 20, "max_target_positions": 64}
+_LLAMA4 = {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 32}
+_VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 14,
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+}
+_AUDIO = {
+    "d_model": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "num_mel_bins": 16,
+    "max_source_positions": 20,
+}
+_CONFORMER = {
+    "hidden_dim": 16,
+    "num_layers": 1,
+    "num_heads": 2,
+    "dim_head": 8,
+    "input_dim": 16,
+    "output_dim": 11,
+    "feedforward_mult": 2,
+    "context_size": 8,
+    "max_pos_emb": 8,
+    "conv_kernel_size": 3,
+}
+_PROJECTOR = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "encoder_hidden_size": 16,
+}
 _DROPOUTS = ("dropout", "layerdrop", "pdrop", "dropout_rate", "dropout_prob")
 
 # By `model_type`: the name of the class, the configuration, and the kind of the input.
@@ -83,19 +122,44 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "albert": ("AlbertForMaskedLM", {**_BERT, "embedding_size": 16}, "masked"),
     "electra": ("ElectraForMaskedLM", {**_BERT, "embedding_size": 16}, "masked"),
     "modernbert": ("ModernBertForMaskedLM", {**_TEXT, "pad_token_id": 0}, "masked"),
+    "llama4": (
+        "Llama4ForConditionalGeneration",
+        {"text_config": {**_TEXT, **_LLAMA4}, "vision_config": _VISION},
+        "inner",
+    ),
+    "qwen2_audio": (
+        "Qwen2AudioForConditionalGeneration",
+        {"audio_config": _AUDIO, "text_config": {**_TEXT, "model_type": "qwen2"}, "audio_token_index": 98},
+        "inner",
+    ),
+    "granite_speech": (
+        "GraniteSpeechForConditionalGeneration",
+        {
+            "encoder_config": _CONFORMER,
+            "projector_config": _PROJECTOR,
+            "text_config": {**_TEXT, "model_type": "granite", "logits_scaling": 4.0},
+            "audio_token_index": 98,
+            "downsample_rate": 2,
+            "window_size": 4,
+        },
+        "inner",
+    ),
 }
 
 
-def loss_model(family: str) -> tuple[Any, dict[str, Any]]:
+def loss_model(family: str, vocab: int = VOCAB, tokens: int = 12) -> tuple[Any, dict[str, Any]]:
     """A model with random weights, the same at each call, without dropout; and a batch with labels.
 
     Args:
         family: One of :data:`FAMILIES`.
+        vocab: Of its text, with more than :data:`VOCAB` for those that have no model inside.
+        tokens: Of each of the two rows of a text.
     """
     import transformers
 
     name, sizes, kind = FAMILIES[family]
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, **sizes}
+    ids |= {key: vocab for key in ("vocab_size", "decoder_vocab_size") if key in ids}
     config = transformers.AutoConfig.for_model(family, **ids)
     for key, value in vars(config).items():
         if key.endswith(_DROPOUTS) and isinstance(value, float):
@@ -109,16 +173,24 @@ def loss_model(family: str) -> tuple[Any, dict[str, Any]]:
     for buffer_name, buffer in model.named_buffers():
         if buffer_name == "final_logits_bias":
             torch.nn.init.normal_(buffer)
-    return model, _batch(kind)
+    return model, _batch(kind, tokens)
 
 
-def _batch(kind: str) -> dict[str, Any]:
+def _batch(kind: str, length: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, VOCAB, (2, 12), generator=generator)
-    labels = torch.randint(3, VOCAB, (2, 10), generator=generator)
+    tokens = torch.randint(3, VOCAB, (2, length), generator=generator)
+    labels = torch.randint(3, VOCAB, (2, length - 2), generator=generator)
     labels[0, 7:] = -100
     if kind == "text":
         return {"input_ids": tokens, "labels": labels}
+    if kind == "inner":
+        mask = torch.ones_like(tokens)
+        mask[1, -3:] = 0
+        return {
+            "input_ids": tokens.clamp(max=90),
+            "labels": tokens.where(mask > 0, -100),
+            "attention_mask": mask,
+        }
     if kind == "masked":
         picked = torch.rand(tokens.shape, generator=generator) < 0.15
         picked[0, 3] = True
