@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ import torch.nn.functional as F
 from rounding import assert_near
 from torch import nn
 
+from twinkle.apply.embedded import plan_deferral
 from twinkle.deferred.install import install
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.match.structure import recognise
+from twinkle.runtime import runtime
 
 pytestmark = pytest.mark.usefixtures("every_size")
 
@@ -273,7 +277,23 @@ class MadeLabels(Language):
         return F.cross_entropy(logits, torch.arange(len(logits)))
 
 
-LOOK_ALIKES = (Weighted, Transposed, NotOfAHead, TwoHeads, PartOfTheVocabulary, OtherLoss, MadeLabels)
+class Choices(Language):
+    def forward(self, idx, targets):
+        # As models for multiple choice: a number for each of some choices.
+        logits = self.lm_head(self.trunk(idx))
+        return F.cross_entropy(logits.view(-1, idx.shape[1]), targets.view(-1)[:VOCAB] % 12)
+
+
+LOOK_ALIKES = (
+    Choices,
+    Weighted,
+    Transposed,
+    NotOfAHead,
+    TwoHeads,
+    PartOfTheVocabulary,
+    OtherLoss,
+    MadeLabels,
+)
 
 
 @pytest.mark.parametrize("cls", LOOK_ALIKES)
@@ -332,3 +352,36 @@ def test_a_method_that_changes_later_takes_the_head_back(monkeypatch):
     logits, loss = model(*batch())
     assert type(logits) is torch.Tensor
     assert torch.equal(loss, logits.mean())
+
+
+# -- the entry for hooks --------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("clean_registry")
+def test_a_plan_is_made_for_any_module():
+    runtime.options.kernels = "auto"
+    model = NanoGPT()
+    assert plan_deferral(model, lambda module: module is model.lm_head) is None
+    assert plan_deferral(Transposed(), lambda module: False) is None
+    made = plan_deferral(model, lambda module: False)
+    assert made is not None
+    assert type(model(*batch())[0]) is torch.Tensor
+    made.commit()
+    assert type(model(*batch())[0]) is DeferredLogits
+    made.undo()
+    assert type(model(*batch())[0]) is torch.Tensor
+
+
+def test_transformers_is_not_imported():
+    code = (
+        "import sys\n"
+        f"sys.path[:0] = {sys.path!r}\n"
+        "from tests.deferred.test_plain_losses import FOUND, install, outcome\n"
+        "for cls in FOUND:\n"
+        "    model = cls()\n"
+        "    assert not isinstance(install(model), str)\n"
+        "    outcome(model)\n"
+        "print('transformers' in sys.modules)\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.split() == ["False"]

@@ -158,8 +158,7 @@ class DeferringForward:
         recognised: Whether it is known what ``original`` does between head and loss; without that nothing
             is deferred under a compiler.
         softcapped: Whether it soft-caps its logits, as far as is known.
-        ignore_index: Labels of this value do not count in its loss; None where that is not known, or where
-            the loss may be of other labels.
+        ignore_index: Labels of this value do not count in its loss; None where that is not known.
         traceable: Whether a compiler can follow what stands for the logits to the loss.
         of_language: Whether its head is known to be that of a language model.
         on_run: Called when the head defers.
@@ -218,7 +217,7 @@ class DeferringForward:
             return False
         counted = None
         if self.ignore_index is not None and isinstance(labels, torch.Tensor) and labels.is_cuda:
-            counted = LabelCount(labels, self.ignore_index)
+            counted = LabelCount(labels, self.ignore_index, copies=self.of_language)
         _calls.heads.append((head, counted, self.traceable))
         switch_on(head, _head_forward)
         self.on_run()

@@ -1,4 +1,4 @@
-"""Puts deferred logits into a causal language model: a kernel for its forward, which lets the head defer."""
+"""Puts deferred logits into a language model: a kernel for its forward, which lets the head defer."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class DeferralPlan:
 
 
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
-    """Let the head of a causal language model defer its logits where labels are given.
+    """Let the head of a language model defer its logits where labels are given.
 
     The forward of the model is swapped as for any kernel (``twinkle.swap``), and lets the head defer while
     it runs; between two calls the head is what it was.

@@ -8,13 +8,12 @@ import torch
 
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.logits import Head, Other, is_whole, peel
-from twinkle.match.symbolic.terms import show
+from twinkle.match.symbolic.terms import Term, show
 from twinkle.match.unify import attribute_path
 from twinkle.ops.causal_lm_loss.reference import CausalLMLossVariant
 
 if TYPE_CHECKING:
     from twinkle.match.symbolic.execute import Run
-    from twinkle.match.symbolic.terms import Term
 
 __all__ = ["LossCall", "calls_of_cross_entropy", "recognise_cross_entropy"]
 
@@ -103,13 +102,9 @@ def recognise_cross_entropy(calls: list[LossCall | None]) -> Head | None:
         if call is None:
             continue
         try:
-            head = _head_of(call)
+            return _head_of(call)
         except Other:
             continue
-        # Which labels count is known of these labels alone.
-        if any(other is None or other.target is not call.target for other in calls):
-            head.facts.pop("counted", None)
-        return head
     return None
 
 
@@ -121,7 +116,7 @@ def _head_of(call: LossCall) -> Head:
     rows: list[Term] = []
     head, _, inner = peel(call.logits, steps, rows)
     steps.reverse()
-    labels, plain = _source(call.target)
+    labels = _source(call.target)
     names = tuple(name for name, _ in steps)
     chosen = _chosen(rows)
     variant = CausalLMLossVariant(
@@ -138,45 +133,43 @@ def _head_of(call: LossCall) -> Head:
         facts["criterion"] = call.criterion
     if call.constructed:
         facts["constructed"] = True
-    counted = _ignored(call) if plain else None
+    counted = _ignored(call)
     if counted is not None:
         facts["counted"] = counted
     return Head("causal_lm_loss", variant, facts, ("head", "factors", "loss_function"))
 
 
-def _source(target: Term) -> tuple[str, bool]:
-    """The parameter that labels are made of, and whether they are nothing but some of its numbers."""
-    plain = True
+def _source(target: Term) -> str:
+    """The parameter that labels are made of."""
     while target.op != "input":
         if target.op in _OF_ONE_TENSOR:
             target = target.args[0]
         elif target.op == "if":
-            (yes, plain_yes), (no, plain_no) = map(_source, target.args[1:])
+            yes, no = map(_source, target.args[1:])
             if yes != no:
                 raise Other(f"expected labels that are an argument, found {show(target, 2)}")
-            return yes, plain and plain_yes and plain_no
-        elif target.op == "call":
-            kept, target = _given_to(target)
-            plain = plain and kept
-        elif target.op == "attr" and target.args[0].op == "call":
-            # What a model makes of the labels that it is given.
-            named = dict(target.args[0].args[2])
-            if target.args[1] not in named:
-                raise Other(f"expected labels that are an argument, found {show(target, 2)}")
-            plain, target = False, named[target.args[1]]
+            return yes
         else:
-            raise Other(f"expected labels that are an argument, found {show(target, 2)}")
-    return target.args[0], plain
+            target = _given_to(target)
+    name: str = target.args[0]
+    return name
 
 
-def _given_to(call: Term) -> tuple[bool, Term]:
-    """The tensor that a method or a function is given first, and whether the result is the same numbers."""
-    function = call.args[0]
-    if function.op == "attr" and function.args[0].op != "self":
-        return function.args[1] in ("long", "clone"), function.args[0]
-    if function.op == "py" and call.args[1]:
-        return False, call.args[1][0]
-    raise Other(f"expected labels that are an argument, found {show(call, 2)}")
+def _given_to(target: Term) -> Term:
+    """The tensor that a method or a function is given first, or a model as what it gives back."""
+    call = target.args[0] if target.op == "attr" else target
+    if isinstance(call, Term) and call.op == "call":
+        function = call.args[0]
+        if target.op == "attr" and target.args[1] in dict(call.args[2]):
+            given: Term = dict(call.args[2])[target.args[1]]
+            return given
+        if target is call and function.op == "attr" and function.args[0].op != "self":
+            inner: Term = function.args[0]
+            return inner
+        if target is call and function.op == "py" and call.args[1]:
+            first: Term = call.args[1][0]
+            return first
+    raise Other(f"expected labels that are an argument, found {show(target, 2)}")
 
 
 def _chosen(rows: list[Term]) -> str:

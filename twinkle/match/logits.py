@@ -121,7 +121,7 @@ def _either(term: Term, steps: list[tuple[str, str | None]], rows: list[Term]) -
 def _keeps_rows(term: Term) -> bool:
     """Whether it chooses or arranges rows, and leaves the vocabulary as it is."""
     if term.op == "reshape" and term.args[1].op == "tuple":
-        return len(term.args[1].args) > 1
+        return len(term.args[1].args) > 1 and not _of_an_input(term.args[1].args[-1])
     if term.op == "flatten":
         return all(arg.op == "const" for arg in term.args[1:]) and term.args[2].args[0] not in (-1, None)
     if term.op != "index":
@@ -134,6 +134,13 @@ def _keeps_rows(term: Term) -> bool:
         return False
     # Without an ellipsis the vocabulary is the third dimension.
     return is_whole(index.args[-1]) if dots or len(index.args) > 2 else True
+
+
+def _of_an_input(size: Term) -> bool:
+    """Whether it is a size of what the forward is given: no vocabulary, but a number of choices, say."""
+    return any(part.op == "shape" and part.args[0].op == "input" for part in walk(size)) and not any(
+        part.op == "shape" and part.args[0].op != "input" for part in walk(size)
+    )
 
 
 _MASKS = ("eq", "not", "and", "or", "lt", "le")
