@@ -123,7 +123,7 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
         labels[0, :3] = -100
         head = nn.Linear(_HIDDEN, _VOCAB, dtype=dtype)
         factors = tuple(
-            torch.randn(1, _VOCAB, dtype=dtype) if step == "bias" else None if path is None else 1.7 + at
+            _factor(step, at, path, dtype)
             for at, (step, path) in enumerate(zip(variant.steps, facts["factors"], strict=True))
         )
         seen = _Seen()
@@ -153,6 +153,14 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
     if not torch.equal(seen["logits"], logits):
         return Outcome(False, "the logits differ")
     return Outcome(True, "")
+
+
+def _factor(step: str, at: int, path: str | None, dtype: torch.dtype) -> Any:
+    if step == "bias":
+        return torch.randn(1, _VOCAB, dtype=dtype)
+    if step == "columns":
+        return _VOCAB
+    return None if path is None else 1.7 + at
 
 
 def _trial_of_cross_entropy(

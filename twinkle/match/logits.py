@@ -65,6 +65,9 @@ def peel(
         if term.op == "to" and term.args[1].op == "dtype" and term.args[1].args == ("float32",):
             steps.append(("float32", None))
             term = term.args[0]
+        elif rows is not None and (columns := _first_columns(term)) is not None:
+            steps.append(("columns", columns))
+            term = term.args[0]
         elif rows is not None and _keeps_rows(term):
             rows.append(term)
             term = term.args[0]
@@ -141,6 +144,16 @@ def _of_an_input(size: Term) -> bool:
     return any(part.op == "shape" and part.args[0].op == "input" for part in walk(size)) and not any(
         part.op == "shape" and part.args[0].op != "input" for part in walk(size)
     )
+
+
+def _first_columns(term: Term) -> str | None:
+    """``[..., :number]``: the vocabulary without what it was padded by."""
+    if term.op != "index" or term.args[1].op != "tuple" or len(term.args[1].args) != 2:
+        return None
+    dots, part = term.args[1].args
+    if dots.args != (Ellipsis,) or part.op != "slice" or part.args[0].args != (None,):
+        return None
+    return number_of(part.args[1]) if part.args[2].args == (None,) and not is_whole(part) else None
 
 
 _MASKS = ("eq", "not", "and", "or", "lt", "le")

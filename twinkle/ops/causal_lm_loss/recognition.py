@@ -35,6 +35,9 @@ def check(instance: Any) -> None:
     facts["head"] = head
     steps = zip(instance.variant.steps, facts["factors"], strict=True)
     facts["factors"] = tuple(_factor(instance, step, path) for step, path in steps)
+    for step, factor in zip(instance.variant.steps, facts["factors"], strict=True):
+        if step == "columns" and factor < layer.weight.shape[0]:
+            instance.refuse(f"its loss is of {factor:g} of the {layer.weight.shape[0]} columns of {head}")
     if instance.variant.loss == "cross_entropy":
         _check_criterion(instance)
     else:

@@ -30,9 +30,9 @@ class CausalLMLossVariant:
     Attributes:
         name: A short name.
         steps: In order: ``multiply`` and ``divide`` by a number, ``softcap`` (divide, tanh, multiply),
-            ``float32`` (a cast), ``bias`` (plus a tensor as wide as the vocabulary). With ``optional_`` in
-            front, only where the number is not None; ``optional_softcap_float32`` casts to float32 where it
-            caps.
+            ``float32`` (a cast), ``bias`` (plus a tensor as wide as the vocabulary), ``columns`` (the first
+            of them). With ``optional_`` in front, only where the number is not None;
+            ``optional_softcap_float32`` casts to float32 where it caps.
         hidden_cast: The hidden states are cast to the dtype of the head's weight first.
         labels: ``labels`` are shifted by the loss, ``shift_labels`` are already, or ``both`` may be given.
         sliced: The caller may ask for the logits of the last tokens only.
@@ -93,6 +93,8 @@ def causal_lm_loss(
             continue
         elif step == "bias":
             logits = logits + factor
+        elif step == "columns":
+            logits = logits[..., : int(factor)]
         elif step.endswith("multiply"):
             logits = logits * factor
         elif step.endswith("divide"):
