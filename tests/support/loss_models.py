@@ -113,6 +113,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
         "speech",
     ),
     "bert": ("BertForMaskedLM", _BERT, "masked"),
+    "bert with two heads": ("BertForPreTraining", _BERT, "two"),
     "roberta": ("RobertaForMaskedLM", {**_BERT, "pad_token_id": 1}, "masked"),
     "distilbert": (
         "DistilBertForMaskedLM",
@@ -160,7 +161,7 @@ def loss_model(family: str, vocab: int = VOCAB, tokens: int = 12) -> tuple[Any, 
     name, sizes, kind = FAMILIES[family]
     ids = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, **sizes}
     ids |= {key: vocab for key in ("vocab_size", "decoder_vocab_size") if key in ids}
-    config = transformers.AutoConfig.for_model(family, **ids)
+    config = transformers.AutoConfig.for_model(family.partition(" ")[0], **ids)
     for key, value in vars(config).items():
         if key.endswith(_DROPOUTS) and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -191,10 +192,11 @@ def _batch(kind: str, length: int) -> dict[str, Any]:
             "labels": tokens.where(mask > 0, -100),
             "attention_mask": mask,
         }
-    if kind == "masked":
+    if kind in ("masked", "two"):
         picked = torch.rand(tokens.shape, generator=generator) < 0.15
         picked[0, 3] = True
-        return {"input_ids": tokens.masked_fill(picked, 3), "labels": tokens.where(picked, -100)}
+        given = {"input_ids": tokens.masked_fill(picked, 3), "labels": tokens.where(picked, -100)}
+        return given if kind == "masked" else {**given, "next_sentence_label": torch.tensor([0, 1])}
     frames = torch.randn(2, 40, 16, generator=generator)
     if kind == "whisper":
         return {"input_features": frames.transpose(1, 2).contiguous(), "labels": labels}

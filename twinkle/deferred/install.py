@@ -118,7 +118,7 @@ def plan_deferral(
         return f"{target.__name__}.forward takes no labels"
     causal = _kind(recognition) == "causal"
     # Dynamo makes a loss that is constructed in the forward a function of tensors alone.
-    traceable = not (facts.get("constructed") or facts.get("inner"))
+    traceable = not (facts.get("constructed") or facts.get("output") == "logits")
     forward = DeferringForward(
         original,
         path,
@@ -156,7 +156,7 @@ def _facts(model: nn.Module, recognition: Any) -> dict[str, Any] | str:
     found = check_instance(recognition, model)
     if isinstance(found, Reason):
         # A head which is no linear layer has a better reason against it.
-        return facts if _kind(recognition) == "causal" and "inner" not in facts else str(found)
+        return facts if _kind(recognition) == "causal" and "output" not in facts else str(found)
     return found
 
 

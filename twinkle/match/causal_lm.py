@@ -86,7 +86,7 @@ def _loss(calls: list[Term], run: Run) -> Head:
 
 def _head_of(logits: Term, arguments: dict[str, Term], *, counted: bool) -> Head:
     steps: list[tuple[str, str | None]] = []
-    head, hidden, inner = peel(logits, steps)
+    head, hidden, output = peel(logits, steps)
     steps.reverse()
     hidden_cast = hidden.op == "to" and hidden.args[1].op == "dtype_of"
     labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
@@ -102,8 +102,8 @@ def _head_of(logits: Term, arguments: dict[str, Term], *, counted: bool) -> Head
         sliced=(hidden.args[0] if hidden_cast else hidden).op in ("index", "if"),
     )
     facts: dict[str, Any] = {"head": head, "factors": tuple(factor for _, factor in steps)}
-    if inner:
-        facts["inner"] = True
+    if output is not None:
+        facts["output"] = output
     if counted:
         facts["counted"] = -100
     for role in ("labels", "shift_labels", "vocab_size"):

@@ -114,7 +114,7 @@ def _head_of(call: LossCall) -> Head:
             raise Other(f"expected no {name}, found {show(call.options[name], 3)}")
     steps: list[tuple[str, str | None]] = []
     rows: list[Term] = []
-    head, _, inner = peel(call.logits, steps, rows)
+    head, _, output = peel(call.logits, steps, rows)
     steps.reverse()
     labels = _source(call.target)
     names = tuple(name for name, _ in steps)
@@ -127,8 +127,8 @@ def _head_of(call: LossCall) -> Head:
         rows=chosen,  # type: ignore[arg-type]
     )
     facts: dict[str, Any] = {"head": head, "factors": tuple(factor for _, factor in steps), "labels": labels}
-    if inner:
-        facts["inner"] = True
+    if output is not None:
+        facts["output"] = output
     if call.criterion is not None:
         facts["criterion"] = call.criterion
     if call.constructed:

@@ -191,14 +191,18 @@ class Instance:
         return head
 
     @staticmethod
-    def last_layer(layer: Any) -> str | None:
-        """The attribute whose call makes the result of a layer."""
+    def last_layer(layer: Any, output: int | None = None) -> str | None:
+        """The attribute whose call makes the result of a layer, or one of several."""
         forward = own_forward(type(layer))
         if not isinstance(forward, FunctionType):
             return None
         try:
             term, run = execute(forward, Arena(), owner=type(layer))
         except (source.NoSource, Unsupported):
+            return None
+        if output is not None and term.op == "tuple" and output < len(term.args):
+            term = term.args[output]
+        elif output is not None:
             return None
         if run.effects or term.op != "call" or len(term.args[1]) != 1:
             return None

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 __all__ = ["Head", "Other", "is_whole", "peel"]
 
 
+_Found = tuple[str, "Term", "int | str | None"]
+
+
 class Head(NamedTuple):
     """The head of a model and the causal loss behind it.
 
@@ -36,9 +39,7 @@ class Other(Exception):
     """The logits are not those of a head followed by the steps that the op knows."""
 
 
-def peel(
-    term: Term, steps: list[tuple[str, str | None]], rows: list[Term] | None = None
-) -> tuple[str, Term, bool]:
+def peel(term: Term, steps: list[tuple[str, str | None]], rows: list[Term] | None = None) -> _Found:
     """The head and the hidden states below ``term``.
 
     Args:
@@ -47,8 +48,8 @@ def peel(
         rows: Gets the reshapes and indices by which rows are chosen; None where there may be none.
 
     Returns:
-        The path of the head, what it is called with, and whether it is a model of which the logits are one
-        of several outputs.
+        The path of the head, what it is called with, and which of its outputs the logits are where it has
+        several: a number, or ``logits`` where it is a model.
 
     Raises:
         Other: They are not those of a head.
@@ -56,11 +57,14 @@ def peel(
     while True:
         inner = _of_model(term)
         if inner is not None:
-            return inner, term, True
+            return inner, term, "logits"
+        one = _of_several(term)
+        if one is not None:
+            return one, term, term.args[1].args[0]
         if term.op == "call":
             path = attribute_path(term.args[0])
             if path is not None and len(term.args[1]) == 1 and not term.args[2]:
-                return path, term.args[1][0], False
+                return path, term.args[1][0], None
             raise Other(f"expected a head called with the hidden states, found {show(term, 3)}")
         if term.op == "to" and term.args[1].op == "dtype" and term.args[1].args == ("float32",):
             steps.append(("float32", None))
@@ -106,7 +110,16 @@ def _of_model(term: Term) -> str | None:
     return attribute_path(call.args[0]) if call.op == "call" and call.args[2] else None
 
 
-def _either(term: Term, steps: list[tuple[str, str | None]], rows: list[Term]) -> tuple[str, Term, bool]:
+def _of_several(term: Term) -> str | None:
+    """The path of a head with several outputs, for ``self.heads(hidden, pooled)[0]``."""
+    if term.op != "index" or term.args[1].op != "const" or type(term.args[1].args[0]) is not int:
+        return None
+    call = term.args[0]
+    several = call.op == "call" and len(call.args[1]) > 1 and not call.args[2]
+    return attribute_path(call.args[0]) if several else None
+
+
+def _either(term: Term, steps: list[tuple[str, str | None]], rows: list[Term]) -> _Found:
     """One head on both sides of a condition, which chooses between rows alone."""
     found = []
     for side in term.args[1:]:

@@ -20,11 +20,13 @@ def check(instance: Any) -> None:
 
     facts, head = instance.facts, instance.facts["head"]
     layer = instance.get(head)
-    if facts.get("inner"):
+    output = facts.get("output")
+    if output == "logits":
         head = f"{head}.{instance.head_of(layer)}"
         layer = instance.get(head)
     while type(layer) is not torch.nn.Linear:
-        inner = instance.last_layer(layer)
+        inner = instance.last_layer(layer, output)
+        output = None
         if inner is None:
             instance.refuse(
                 f"{head} is a {type(layer).__qualname__}, and no torch.nn.Linear makes its result"
