@@ -10,7 +10,7 @@ from torch import nn
 
 from twinkle.deferred import forward as module
 from twinkle.deferred.forward import DeferringForward
-from twinkle.deferred.head import _Memory
+from twinkle.deferred.head import LabelMemory
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.ops.plain import at_every_size
 
@@ -82,12 +82,12 @@ def test_a_model_that_is_gone_is_not_verified():
 
 def test_only_targets_that_are_some_of_the_labels_are_among_those_counted():
     labels = torch.arange(24).view(2, 12)
-    memory = _Memory.of(labels)
+    memory = LabelMemory.of(labels)
     assert memory.holds(labels.view(-1))
     assert memory.holds(labels[1])
     assert not memory.holds(labels.clone())
     assert not memory.holds(labels[:, 1:])  # dense, by a copy, in any forward that flattens them
     shifted = torch.arange(25)
-    assert not _Memory.of(shifted[:-1]).holds(shifted[1:])
+    assert not LabelMemory.of(shifted[:-1]).holds(shifted[1:])
     labels[0, 0] = 3
     assert not memory.holds(labels.view(-1))

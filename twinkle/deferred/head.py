@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount"]
+__all__ = ["Head", "LabelCount", "LabelMemory"]
 
 _NO_MEMORY = (RuntimeError, MemoryError, OSError)
 
@@ -38,7 +38,7 @@ class LabelCount:
     def __init__(self, labels: Tensor, ignore_index: int = -100, *, copies: bool = True) -> None:
         self.size = labels.numel()
         self.ignore_index = ignore_index
-        self._memory = None if copies else _Memory.of(labels)
+        self._memory = None if copies else LabelMemory.of(labels)
         with torch.no_grad(), torch.cuda.device(labels.device):
             number = (labels != ignore_index).sum()
             self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
@@ -61,7 +61,7 @@ class LabelCount:
         return int(self._host)
 
 
-class _Memory(NamedTuple):
+class LabelMemory(NamedTuple):
     """The memory of labels, and how often it was written to.
 
     Attributes:
@@ -77,14 +77,14 @@ class _Memory(NamedTuple):
     dense: bool
 
     @classmethod
-    def of(cls, labels: Tensor) -> _Memory:
+    def of(cls, labels: Tensor) -> LabelMemory:
         start, size = labels.data_ptr(), labels.numel() * labels.element_size()
         version = None if labels.is_inference() else labels._version
         return cls(start, start + size, version, labels.is_contiguous())
 
     def holds(self, targets: Tensor) -> bool:
         """Whether targets are some of the labels."""
-        other = _Memory.of(targets)
+        other = LabelMemory.of(targets)
         inside = self.start <= other.start and other.stop <= self.stop
         return inside and self.dense and other.dense and self.version == other.version
 
