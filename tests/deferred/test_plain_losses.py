@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 
@@ -379,6 +380,23 @@ def test_a_plan_is_made_for_any_module():
     assert type(model(*batch())[0]) is DeferredLogits
     made.undo()
     assert type(model(*batch())[0]) is torch.Tensor
+
+
+def test_a_program_needs_no_configuration(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys\nsys.path[:0] = {sys.path!r}\n"
+        "from tests.deferred.test_plain_losses import NanoGPT, batch\n"
+        "model = NanoGPT()\n"
+        "for _ in range(2):\n"
+        "    logits, loss = model(*batch())\n"
+        "    loss.backward()\n"
+        "    print(type(logits).__name__)\n"
+    )
+    command = [sys.executable, "-m", "twinkle", "run", str(program)]
+    environment = {**os.environ, "TWINKLE_SIZES": "all"}
+    ran = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert ran.stdout.split() == ["DeferredLogits", "DeferredLogits"]
 
 
 def test_transformers_is_not_imported():

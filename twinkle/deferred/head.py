@@ -78,6 +78,7 @@ class LabelMemory(NamedTuple):
 
     @classmethod
     def of(cls, labels: Tensor) -> LabelMemory:
+        """That of labels, as it is now."""
         start, size = labels.data_ptr(), labels.numel() * labels.element_size()
         version = None if labels.is_inference() else labels._version
         return cls(start, start + size, version, labels.is_contiguous())
