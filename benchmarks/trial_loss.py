@@ -6,11 +6,13 @@ asked, so no config and no weights are needed and the path from the head to the 
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from trial import Outcome
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["trial_loss"]
 
 _VOCAB, _HIDDEN = 37, 16
+_cross_entropy = F.cross_entropy
 
 
 class _Seen(dict[str, Any]):
@@ -33,6 +36,18 @@ class _Seen(dict[str, Any]):
 
         self.update(logits=logits, labels=labels, shift_labels=shift_labels)
         return ForCausalLMLoss(logits, labels, _VOCAB, shift_labels=shift_labels)
+
+    def masked_loss(self, logits: Any, labels: Any, vocab_size: Any, **rest: Any) -> Any:
+        from transformers.loss.loss_utils import ForMaskedLMLoss
+
+        self.update(logits=logits, labels=labels, shift_labels=None)
+        return ForMaskedLMLoss(logits, labels, _VOCAB)
+
+    def cross_entropy(self, input: Any, target: Any, *args: Any, **rest: Any) -> Any:
+        loss = _cross_entropy(input, target, *args, **rest)
+        # The first is the recognised one.
+        self.setdefault("call", (input, target, loss))
+        return loss
 
 
 class _Anything:
@@ -107,11 +122,16 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
         labels = torch.randint(0, _VOCAB, (2, 7))
         labels[0, :3] = -100
         head = nn.Linear(_HIDDEN, _VOCAB, dtype=dtype)
-        factors = tuple(None if path is None else 1.7 + at for at, path in enumerate(facts["factors"]))
+        factors = tuple(
+            _factor(step, at, path, dtype)
+            for at, (step, path) in enumerate(zip(variant.steps, facts["factors"], strict=True))
+        )
         seen = _Seen()
         head.register_forward_pre_hook(lambda _, args: seen.update(hidden=args[0]))
-        model = _stand_in(cls, facts, hidden, head, factors, seen)
+        model = _stand_in(cls, facts, hidden, head, factors, seen, variant.loss == "causal")
         function, _ = source.unwrap(vars(_owner(cls))["forward"])
+        if variant.loss == "cross_entropy":
+            return _trial_of_cross_entropy(function, model, variant, labels, head, factors, seen)
         try:
             result = function(model, **_arguments(function, labels))
             loss, logits = causal_lm_loss(
@@ -132,6 +152,40 @@ def trial_loss(cls: type, recognition: Recognition, dtype: torch.dtype = torch.f
         return Outcome(False, f"the loss is {found}, the reference's {loss}")
     if not torch.equal(seen["logits"], logits):
         return Outcome(False, "the logits differ")
+    return Outcome(True, "")
+
+
+def _factor(step: str, at: int, path: str | None, dtype: torch.dtype) -> Any:
+    if step == "bias":
+        return torch.randn(1, _VOCAB, dtype=dtype)
+    if step == "columns":
+        return _VOCAB
+    return None if path is None else 1.7 + at
+
+
+def _trial_of_cross_entropy(
+    function: Any, model: Any, variant: Any, labels: Any, head: Any, factors: Any, seen: _Seen
+) -> Outcome:
+    """What reaches torch's cross entropy in a forward, against the reference."""
+    try:
+        F.cross_entropy = seen.cross_entropy
+        with contextlib.suppress(Exception):  # of what the forward does after its loss
+            function(model, **_arguments(function, labels))
+    finally:
+        F.cross_entropy = _cross_entropy
+    if "call" not in seen or "hidden" not in seen:
+        return Outcome(False, "the stand-in for the model does not reach the loss")
+    rows, targets, found = seen["call"]
+    loss, logits = causal_lm_loss(
+        seen["hidden"], head.weight, head.bias, labels, variant=variant, factors=factors
+    )
+    logits = logits.reshape(-1, _VOCAB)
+    if variant.rows == "picked":
+        if not (rows[:, None] == logits).all(-1).any(1).all():
+            return Outcome(False, "the rows differ")
+        loss = _cross_entropy(rows, targets)
+    if not torch.equal(found, loss):
+        return Outcome(False, f"the loss is {found}, the reference's {loss}")
     return Outcome(True, "")
 
 
@@ -158,10 +212,18 @@ def _arguments(function: Any, labels: torch.Tensor) -> dict[str, Any]:
 
 
 def _stand_in(
-    cls: type, facts: dict[str, Any], hidden: torch.Tensor, head: nn.Module, factors: Any, seen: _Seen
+    cls: type,
+    facts: dict[str, Any],
+    hidden: torch.Tensor,
+    head: nn.Module,
+    factors: Any,
+    seen: _Seen,
+    causal: bool,
 ) -> Any:
     numbers: dict[str, Any] = {}
-    own: dict[str, Any] = {"loss_function": seen.loss, "training": True}
+    own: dict[str, Any] = {"loss_function": seen.loss if causal else seen.masked_loss, "training": True}
+    if "criterion" in facts:
+        own[facts["criterion"]] = nn.CrossEntropyLoss()
     for path, factor in zip(facts["factors"], factors, strict=True):
         if path is not None:
             name = re.findall(r"\w+", path)[-1]

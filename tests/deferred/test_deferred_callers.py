@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from causal_models import causal_model, deferring, tokens_and_labels
+from memory import peak_bytes
 from rounding import rounding_bound
-from torch.profiler import ProfilerActivity, profile
 
 transformers = pytest.importorskip("transformers")
 
@@ -290,18 +290,6 @@ def test_two_processes(steps_of_two_processes, kind):
 
 
 # -- memory ---------------------------------------------------------------------------------------
-
-
-def peak_bytes(function):
-    """The most memory that is held at once, from the allocator's own record."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        function()
-    held = most = 0
-    for event in recorded.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,6 +10,7 @@ from torch import nn
 
 from twinkle.deferred import forward as module
 from twinkle.deferred.forward import DeferringForward
+from twinkle.deferred.head import LabelMemory
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.ops.plain import at_every_size
 
@@ -22,7 +23,7 @@ class Model(nn.Module):
     def forward(self, hidden, labels=None, fail=False):
         if fail:
             raise RuntimeError("asked to")
-        heads = [head for head, _ in module.deferring_heads()]
+        heads = [head for head, _, _ in module.deferring_heads()]
         return (module.defer(self.lm_head, hidden) if self.lm_head in heads else self.lm_head(hidden),)
 
 
@@ -77,3 +78,16 @@ def test_a_model_that_is_gone_is_not_verified():
     assert ours.verified_ahead()
     del model
     assert not ours.verified_ahead()
+
+
+def test_only_targets_that_are_some_of_the_labels_are_among_those_counted():
+    labels = torch.arange(24).view(2, 12)
+    memory = LabelMemory.of(labels)
+    assert memory.holds(labels.view(-1))
+    assert memory.holds(labels[1])
+    assert not memory.holds(labels.clone())
+    assert not memory.holds(labels[:, 1:])  # dense, by a copy, in any forward that flattens them
+    shifted = torch.arange(25)
+    assert not LabelMemory.of(shifted[:-1]).holds(shifted[1:])
+    labels[0, 0] = 3
+    assert not memory.holds(labels.view(-1))

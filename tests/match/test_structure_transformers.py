@@ -98,10 +98,21 @@ def test_known_families(target, op, variant):
     assert (found.op, found.variant and found.variant.name.removesuffix("_unpadded")) == (op, variant)
 
 
-def test_a_classifier_head_is_no_causal_loss():
+def test_the_head_of_a_classifier_is_left_alone():
+    import torch
+    from transformers import BertConfig, BertForTokenClassification
+
+    with torch.device("meta"):
+        model = BertForTokenClassification(BertConfig(num_hidden_layers=1))
+    refused = check_instance(recognise(BertForTokenClassification), model)
+    assert not isinstance(refused, dict)
+    assert "a classifier's" in str(refused)
+
+
+def test_the_loss_of_a_masked_model_is_no_causal_one():
     from transformers.models.bert import modeling_bert
 
-    assert recognise(modeling_bert.BertForMaskedLM).op is None
+    assert recognise(modeling_bert.BertForMaskedLM).variant.loss == "cross_entropy"
 
 
 def test_the_linear_layer_of_a_composed_head_is_found():

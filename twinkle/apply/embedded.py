@@ -134,7 +134,7 @@ def _as_recognised(
 
 
 def plan_deferral(model: nn.Module, taken: Callable[[nn.Module], bool]) -> DeferralPlan | None:
-    """Plan deferred logits for a causal language model whose loss is recognised.
+    """Plan deferred logits for any module whose forward computes a loss that is recognised.
 
     Args:
         model: Is only read.

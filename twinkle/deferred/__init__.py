@@ -1,4 +1,4 @@
-"""The loss of causal language models without their logits, which are computed when they are read.
+"""The loss of language models without their logits, which are computed when they are read.
 
 In reading order:
 

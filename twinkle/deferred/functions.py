@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.nodes import FusedLoss, LossOptions
-from twinkle.deferred.verification import HeadType, loss_failed, softcap_verified
+from twinkle.deferred.verification import HeadType, biased_verified, loss_failed, softcap_verified
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import of_rows
 
 if TYPE_CHECKING:
@@ -120,15 +120,19 @@ def _cross_entropy(
         return NotImplemented
     needing_logits = weight, size_average, reduce
     rows, operands = tuple(input.shape[:-1]), (head.weight, head.bias)
-    factors = _factors(input.node.pointwise, rows, operands, target, options, needing_logits)
-    if factors is None:
+    folded = _factors(input.node.pointwise, rows, operands, target, options, needing_logits)
+    if folded is None:
         return NotImplemented
+    factors, bias = folded
     target = target.long()
     _check_labels(target, input.shape[-1], ignore_index)
-    most_rows = None if head.counted is None else head.counted.bound(target, ignore_index)
+    # After the forward the labels may be any.
+    counted = head.counted if head.fresh else None
+    most_rows = None if counted is None else counted.bound(target, ignore_index)
     try:
         with torch.autocast(input.device.type, enabled=False):
-            return FusedLoss.apply(input, target, options, factors, most_rows, torch.is_grad_enabled())
+            grad = torch.is_grad_enabled()
+            return FusedLoss.apply(input, target, options, factors, bias, most_rows, grad)
     except Exception as error:
         loss_failed(HeadType.of(*operands), error)
     return NotImplemented  # of the logits, which are computed now
@@ -150,8 +154,8 @@ def _factors(
     target: Any,
     options: LossOptions,
     needing_logits: tuple[Any, ...],
-) -> tuple[float, float, bool] | None:
-    """The factors that :func:`fold` finds, where the loss can be computed without logits; else None.
+) -> tuple[tuple[float, float, bool], Tensor | None] | None:
+    """What :func:`fold` finds, where the loss can be computed without logits; else None.
 
     Args:
         pointwise: What was done to the logits after the head.
@@ -167,12 +171,15 @@ def _factors(
         return None
     if target.dtype not in (torch.int64, torch.uint8) or target.device != head[0].device:
         return None
-    folded = fold(pointwise)
+    folded = fold(pointwise, head[1])
     if folded is None or options.reduction not in ("mean", "sum", "none"):
         return None
     if not 0 <= options.label_smoothing <= 1:
         return None
-    if folded[2] and not softcap_verified(*head, target.shape[0]):
+    (_, _, softcapped), bias = folded
+    if bias is not head[1] and not biased_verified(*head, target.shape[0]):
+        return None
+    if softcapped and not softcap_verified(*head, target.shape[0]):
         return None
     return folded
 
@@ -214,14 +221,15 @@ def cross_entropy(
     folded = _factors(pointwise, rows, (head_weight, bias), target, options, needing_logits)
     if folded is None:
         return NotImplemented
+    (pre, post, tanh), bias = folded
     loss = of_rows(
         hidden,
         head_weight,
         bias,
         target.long(),
-        pre=folded[0],
-        post=folded[1],
-        tanh=folded[2],
+        pre=pre,
+        post=post,
+        tanh=tanh,
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
@@ -230,10 +238,15 @@ def cross_entropy(
     return loss.to(dtype)
 
 
-def fold(pointwise: Any) -> tuple[float, float, bool] | None:
+def fold(pointwise: Any, bias: Tensor | None) -> tuple[tuple[float, float, bool], Tensor | None] | None:
     """The factors ``(pre, post, True)`` of ``post * tanh(pre * x)`` or ``(pre, 1, False)`` of ``pre * x``.
 
-    None where pointwise operations are something else; casts are passed over.
+    With them comes the bias of ``x``: that of the head, and what was added to its logits after it. None where
+    pointwise operations are something else; casts are passed over.
+
+    Args:
+        pointwise: What was done to the logits.
+        bias: Of the head, ``[vocab]`` or None.
     """
     pre, post, tanh = 1.0, 1.0, False
     for name, value in pointwise:
@@ -241,6 +254,11 @@ def fold(pointwise: Any) -> tuple[float, float, bool] | None:
             if tanh:
                 return None
             tanh = True
+        elif name == "add":
+            if tanh or pre != 1:
+                return None
+            wide = torch.promote_types(value.dtype, torch.float32)
+            bias = value if bias is None else bias.to(wide) + value
         elif name in ("mul", "div"):
             if name == "div" and value == 0:
                 return None
@@ -248,7 +266,7 @@ def fold(pointwise: Any) -> tuple[float, float, bool] | None:
             pre, post = (pre, post * factor) if tanh else (pre * factor, post)
         elif name != "to":
             return None
-    return pre, post, tanh
+    return (pre, post, tanh), bias
 
 
 def of_whole_rows(dim: int, index: Any) -> bool:

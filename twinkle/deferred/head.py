@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount"]
+__all__ = ["Head", "LabelCount", "LabelMemory"]
 
 _NO_MEMORY = (RuntimeError, MemoryError, OSError)
 
@@ -31,11 +31,14 @@ class LabelCount:
     Args:
         labels: On a GPU.
         ignore_index: Labels of this value do not count.
+        copies: Whether all targets of losses in the forward are made of these labels; else it is asked
+            whether they have the same memory, unchanged.
     """
 
-    def __init__(self, labels: Tensor, ignore_index: int = -100) -> None:
+    def __init__(self, labels: Tensor, ignore_index: int = -100, *, copies: bool = True) -> None:
         self.size = labels.numel()
         self.ignore_index = ignore_index
+        self._memory = None if copies else LabelMemory.of(labels)
         with torch.no_grad(), torch.cuda.device(labels.device):
             number = (labels != ignore_index).sum()
             self._host = torch.empty((), dtype=torch.int64, pin_memory=True)
@@ -47,13 +50,44 @@ class LabelCount:
         """The most labels of ``targets`` that can count, or None if that is not known.
 
         Args:
-            targets: These labels, or some of them replaced by ``ignore_index``.
+            targets: These labels, or some of them, some of those replaced by ``ignore_index``.
             ignore_index: Labels of this value do not count.
         """
-        if targets.numel() != self.size or ignore_index != self.ignore_index or not targets.is_cuda:
+        if targets.numel() > self.size or ignore_index != self.ignore_index or not targets.is_cuda:
+            return None
+        if self._memory is not None and not self._memory.holds(targets):
             return None
         self._done.synchronize()
         return int(self._host)
+
+
+class LabelMemory(NamedTuple):
+    """The memory of labels, and how often it was written to.
+
+    Attributes:
+        start: The first byte.
+        stop: Behind the last one.
+        version: None in inference mode, where nobody counts.
+        dense: Whether nothing lies between them.
+    """
+
+    start: int
+    stop: int
+    version: int | None
+    dense: bool
+
+    @classmethod
+    def of(cls, labels: Tensor) -> LabelMemory:
+        """That of labels, as it is now."""
+        start, size = labels.data_ptr(), labels.numel() * labels.element_size()
+        version = None if labels.is_inference() else labels._version
+        return cls(start, start + size, version, labels.is_contiguous())
+
+    def holds(self, targets: Tensor) -> bool:
+        """Whether targets are some of the labels."""
+        other = LabelMemory.of(targets)
+        inside = self.start <= other.start and other.stop <= self.stop
+        return inside and self.dense and other.dense and self.version == other.version
 
 
 class Head:

@@ -1,4 +1,4 @@
-"""Puts deferred logits into a causal language model: a kernel for its forward, which lets the head defer."""
+"""Puts deferred logits into a language model: a kernel for its forward, which lets the head defer."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 from twinkle.deferred.compiled import tell_dynamo
 from twinkle.deferred.forward import DeferringForward, module_at, reason_against
 from twinkle.deferred.frames import leave_to_python
+from twinkle.match.recognition import Reason
+from twinkle.match.structure import check_instance, recognise
 from twinkle.records import Binding, LayerKernel
 from twinkle.swap.candidate import Candidate
 from twinkle.swap.layers import original_class, plan, swap_out
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from twinkle.match.reads import Guard
     from twinkle.swap.layers import Plan
 
 __all__ = ["DeferralPlan", "Installed", "install", "plan_deferral", "reason_against", "uninstall"]
@@ -64,7 +67,7 @@ class DeferralPlan:
 
 
 def install(model: nn.Module, recognition: Any = None) -> Installed | str:
-    """Let the head of a causal language model defer its logits where labels are given.
+    """Let the head of a language model defer its logits where labels are given.
 
     The forward of the model is swapped as for any kernel (``twinkle.swap``), and lets the head defer while
     it runs; between two calls the head is what it was.
@@ -92,13 +95,17 @@ def plan_deferral(
         model: A model whose ``forward`` takes labels.
         recognition: What ``twinkle.match`` says of its class (op ``causal_lm_loss``): the path of the head
             and the names of the labels are taken from its facts. Without one the head is what
-            ``get_output_embeddings()`` gives.
+            ``get_output_embeddings()`` gives, and the class of a model that gives none is recognised.
         known: Records of bindings; one of another model of the same class counts this model in.
 
     Returns:
         The plan, or why the model is left alone.
     """
-    facts = dict(getattr(recognition, "facts", None) or {})
+    if recognition is None and not _path_of_output(model):
+        recognition = recognise(original_class(model)) or None
+    facts = _facts(model, recognition)
+    if isinstance(facts, str):
+        return facts
     path = facts.get("head") or _path_of_output(model)
     head = module_at(model, path) if path else None
     reason = reason_against(head, loaded=False)  # it is asked again at each call
@@ -109,15 +116,22 @@ def plan_deferral(
     labels = _labels(original, facts)
     if not labels:
         return f"{target.__name__}.forward takes no labels"
+    causal = _kind(recognition) == "causal"
+    # Dynamo makes a loss that is constructed in the forward a function of tensors alone.
+    traceable = not (facts.get("constructed") or facts.get("output") == "logits")
     forward = DeferringForward(
         original,
         path,
         labels,
-        recognised=bool(facts),
+        recognised=bool(facts) and traceable,
         softcapped=_is_softcapped(model, recognition),
+        ignore_index=facts.get("counted"),
+        traceable=traceable,
+        of_language=causal,
         owner=weakref.ref(model),
     )
-    candidate = _candidate(forward.layer_class(), target, known)
+    guard = getattr(recognition, "guard", None)
+    candidate = _candidate(forward.layer_class(), target, known, guard)
     forward.on_run = candidate.binding.has_run
     made = plan(model, [candidate])
     why = made if isinstance(made, str) else made.resolve()
@@ -126,6 +140,24 @@ def plan_deferral(
     _take_calls(made)
     tell_dynamo()
     return DeferralPlan(Installed(model, path, candidate.binding), head, made)
+
+
+def _kind(recognition: Any) -> str:
+    """Of the loss, as of a :class:`CausalLMLossVariant`; without a recognition that of language models."""
+    return str(getattr(getattr(recognition, "variant", None), "loss", "causal"))
+
+
+def _facts(model: nn.Module, recognition: Any) -> dict[str, Any] | str:
+    """The facts of a recognition; of the model itself where its class does not tell the path of the head."""
+    facts = dict(getattr(recognition, "facts", None) or {})
+    direct = reason_against(module_at(model, facts.get("head", "")), loaded=False) is None
+    if not facts or (direct and _kind(recognition) == "causal"):
+        return facts
+    found = check_instance(recognition, model)
+    if isinstance(found, Reason):
+        # A head which is no linear layer has a better reason against it.
+        return facts if _kind(recognition) == "causal" and "output" not in facts else str(found)
+    return found
 
 
 def uninstall(installed: Installed) -> None:
@@ -182,6 +214,7 @@ class _Source:
 
     Args:
         kernel: The layer class.
+        guard: What of the model's code it rests on.
 
     Attributes:
         wraps: True: the forward is the program's own, with the head's part deferred.
@@ -190,8 +223,9 @@ class _Source:
     kind = "embedded"
     wraps = True
 
-    def __init__(self, kernel: type[nn.Module]) -> None:
+    def __init__(self, kernel: type[nn.Module], guard: Guard | None) -> None:
         self._kernel = kernel
+        self.guard = guard
 
     def describe(self) -> str:
         return "embedded causal_lm_loss"
@@ -200,8 +234,10 @@ class _Source:
         return self._kernel
 
 
-def _candidate(kernel: type[nn.Module], target: type, known: Iterable[Binding]) -> Candidate:
-    source = _Source(kernel)
+def _candidate(
+    kernel: type[nn.Module], target: type, known: Iterable[Binding], guard: Guard | None
+) -> Candidate:
+    source = _Source(kernel, guard)
     record = LayerKernel("causal_lm_loss", source, origin="embedded", chosen_by="twinkle", recognised=True)
     where = f"{target.__module__}:{target.__qualname__}"
     binding = Binding("layer", where, "causal_lm_loss", source, origin="embedded")

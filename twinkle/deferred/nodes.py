@@ -116,6 +116,7 @@ class FusedLoss(torch.autograd.Function):
         target: Tensor,
         options: LossOptions,
         factors: tuple[float, float, bool],
+        bias: Tensor | None,
         most_rows: int | None,
         grad: bool,
     ) -> Tensor:
@@ -127,19 +128,21 @@ class FusedLoss(torch.autograd.Function):
             target: Class numbers, ``[rows]``.
             options: Of the loss.
             factors: ``pre``, ``post`` and ``tanh`` of ``post * tanh(pre * x)``.
+            bias: ``[vocab]`` of the logits ``x``, that of the head and what was added after it; or None.
             most_rows: How many labels count at most; None if that is not known.
             grad: Whether gradients are recorded.
         """
         node = logits.node
-        operands = node.head.operands(node.rows)
+        operands = (*node.head.operands(node.rows)[:2], bias)
         wanted = node.head.wants if grad and ctx.needs_input_grad[0] else (False,) * 3
         numbers = (*factors, options.ignore_index, options.label_smoothing)
         ctx.set_materialize_grads(False)
         ctx.logits, ctx.version, ctx.options, ctx.numbers, ctx.wanted = logits, None, options, numbers, wanted
+        ctx.added = bias is not node.head.bias
         if not logits.is_inference():
             ctx.version = logits._version
         if options.reduction == "none":
-            ctx.save_for_backward(target)
+            ctx.save_for_backward(target, bias if ctx.added else None)
             return loss_of_each_row(*operands, target, *numbers).to(logits.dtype)
         divisor = None
         if options.reduction == "sum":
@@ -151,7 +154,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradient of the logits, deferred."""
-        rest = (None,) * 5
+        rest = (None,) * 6
         if grad is None:
             return None, *rest
         target, *saved = ctx.saved_tensors
@@ -171,6 +174,8 @@ class FusedLoss(torch.autograd.Function):
             gradients = scaled_gradients(ctx.wanted, saved[1:], grad * saved[0])
         elif any(ctx.wanted):
             operands = node.head.operands(node.rows)
+            if ctx.added:
+                operands = (*operands[:2], saved[0])
             try:
                 found = gradients_of_each_row(grad, *operands, target, *ctx.numbers, *ctx.wanted)
             except Exception as error:
@@ -225,6 +230,7 @@ class LossGradient:
 
     def at(self, node: Node) -> DeferredLogits:
         """The gradient with respect to the logits at a node, on the way from the loss to the head."""
+        node = node.of_gradient
         like = torch.empty(node.shape, dtype=node.dtype, device="meta")
         return DeferredLogits.make(node, like, gradient=self, compute=functools.partial(self.compute, node))
 

@@ -13,7 +13,7 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._pytree import tree_map
 
 from twinkle.deferred.logits import DeferredLogits
-from twinkle.deferred.steps import Index, Node, Number, Reshape, Select, Slice
+from twinkle.deferred.steps import Added, Index, Node, Number, Reshape, Select, Slice
 from twinkle.ops.causal_lm_loss.chunks import chunk_rows
 
 if TYPE_CHECKING:
@@ -201,6 +201,22 @@ def _scale(func: Any, logits: Any, other: Any) -> Any:
     return _then(logits, func(logits.like(), other), Number(name, other))
 
 
+def _add(func: Any, logits: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """A bias of the vocabulary's width, whose numbers are kept: it is added to the rows of later chunks."""
+    vocab = logits.shape[-1]
+    if type(other) is not torch.Tensor or other.requires_grad or alpha != 1 or other.dtype not in _FLOATS:
+        return None
+    if other.numel() != vocab or other.dim() == 0 or other.shape[-1] != vocab or other.dim() > logits.dim():
+        return None
+    if other.device != logits.device:
+        return None
+    like = func(logits.like(), torch.empty_like(other, device="meta"))
+    if like.dtype != logits.dtype:
+        wide = logits.like().to(like.dtype)
+        logits = _then(logits, wide, Number("to", like.dtype))
+    return _then(logits, like, Added(other.detach().reshape(vocab).to(like.dtype, copy=True)))
+
+
 def _tanh(func: Any, logits: Any) -> Any:
     return _then(logits, func(logits.like()), Number("tanh", None))
 
@@ -289,6 +305,7 @@ _RECORDED: dict[Any, Callable[..., Any]] = {
     _aten.mul.Tensor: _scale,
     _aten.div.Tensor: _scale,
     _aten.tanh.default: _tanh,
+    _aten.add.Tensor: _add,
     _aten.mul_.Tensor: _in_place("mul"),
     _aten.div_.Tensor: _in_place("div"),
     _aten.tanh_.default: _in_place("tanh"),

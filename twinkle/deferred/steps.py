@@ -17,11 +17,22 @@ if TYPE_CHECKING:
 
     from twinkle.deferred.head import Head
 
-__all__ = ["Index", "Node", "Number", "PointwiseOp", "Reshape", "Select", "Slice", "Step", "apply_pointwise"]
+__all__ = [
+    "Added",
+    "Index",
+    "Node",
+    "Number",
+    "PointwiseOp",
+    "Reshape",
+    "Select",
+    "Slice",
+    "Step",
+    "apply_pointwise",
+]
 
-PointwiseOp = tuple[str, "float | torch.dtype | None"]
+PointwiseOp = tuple[str, "float | torch.dtype | Tensor | None"]
 """One thing done to the logits since the head: ("mul", 0.5), ("div", 30.0), ("tanh", None), ("to", dtype),
-("softmax", None), ("log_softmax", None)."""
+("add", [vocab]), ("softmax", None), ("log_softmax", None)."""
 
 _aten = torch.ops.aten
 _RESHAPES = (
@@ -42,6 +53,8 @@ def apply_pointwise(logits: Tensor, ops: tuple[PointwiseOp, ...]) -> Tensor:
             logits = logits * value if name == "mul" else logits / value
         elif name == "tanh":
             logits = torch.tanh(logits)
+        elif name == "add":
+            logits = logits + value
         else:
             logits = getattr(torch, name)(logits, -1)
     return logits
@@ -51,6 +64,8 @@ class Step:
     """One thing done to logits."""
 
     pointwise: tuple[PointwiseOp, ...] = ()
+    keeps_gradient = False
+    """Whether the gradient before it is the one after it, so that its backward is no operation."""
 
     def rows(self, rows: Tensor) -> Tensor:
         """Hidden states ``[..., hidden]`` of the logits after the step, of those before it."""
@@ -184,6 +199,19 @@ class Index(Step):
         return same and len(indices) == len(self.indices)
 
 
+class Added(Step):
+    """A tensor without a gradient, of the same dtype, is added to each row.
+
+    Args:
+        value: ``[vocab]``; nobody else changes it.
+    """
+
+    keeps_gradient = True
+
+    def __init__(self, value: Tensor) -> None:
+        self.pointwise = (("add", value),)
+
+
 class Number(Step):
     """Something done to each number, or to each row of numbers.
 
@@ -251,6 +279,14 @@ class Node:
         rows = self.previous.rows
         with torch.inference_mode(rows.is_inference()), torch.no_grad():
             return self.step.rows(rows)
+
+    @property
+    def of_gradient(self) -> Node:
+        """The first node whose logits have the same gradient as these."""
+        node = self
+        while node.previous is not None and node.step is not None and node.step.keeps_gradient:
+            node = node.previous
+        return node
 
     def compute(self, rows: Tensor | None = None) -> Tensor:
         """Their values, without gradients.

@@ -152,5 +152,18 @@ class TracedLogits:
         return func(*plain, **named)
 
 
+def _on_logits(name: str) -> Any:
+    def operator(self: TracedLogits, *others: Any) -> Any:
+        return getattr(self.materialize(), name)(*others)
+
+    return operator
+
+
+# Python looks operators up in the class, past `__getattr__`.
+_OPERATORS = ("add", "radd", "sub", "rsub", "rtruediv", "pow", "neg", "abs", "matmul", "len", "iter", "bool")
+for _name in (*_OPERATORS, "eq", "ne", "lt", "le", "gt", "ge"):
+    setattr(TracedLogits, f"__{_name}__", _on_logits(f"__{_name}__"))
+
+
 def _unknown(ignore_index: int) -> int | None:
     return None

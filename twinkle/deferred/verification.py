@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["HeadType", "Verifications", "loss_failed", "loss_verified", "softcap_verified"]
+__all__ = ["HeadType", "Verifications", "biased_verified", "loss_failed", "loss_verified", "softcap_verified"]
 
 
 class HeadType(NamedTuple):
@@ -171,6 +171,30 @@ def loss_failed(head: HeadType, error: Exception) -> None:
     if candidate is None or candidate.strict or not is_failure(error):
         raise error
     candidate.reject("quarantined", f"raised: {explain(error)}")
+
+
+def biased_verified(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:
+    """Whether the loss of logits that a bias was added to may be computed without them.
+
+    Inside a graph nothing can be compared: there logits with such a bias are computed.
+
+    Args:
+        weight: ``[vocab, hidden]`` of a head for which :func:`loss_verified` is true.
+        bias: Its own, ``[vocab]`` or None: with one the branch of the kernel is known to be right.
+        tokens: Of the call at hand.
+    """
+    if bias is not None:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    verifications = runtime.of(Verifications)
+    head_type = HeadType.of(weight, None)
+    candidate = verifications.reporter(head_type)
+    if candidate is None:
+        return True
+    biased = head_type._replace(has_bias=True)
+    made = torch.linspace(-1, 1, weight.shape[0], device=weight.device).to(weight.dtype)
+    return verifications.verify(biased, candidate, weight, made, tokens, softcapped=False)
 
 
 def softcap_verified(weight: Tensor, bias: Tensor | None, tokens: int) -> bool:

@@ -93,7 +93,7 @@ def read_instance(
     if recognition.op is None:
         return Reason(recognition.reason or "its class is not recognised")
     op = find_op(recognition.op)
-    instance = Instance(recognition, module)
+    instance = Instance(recognition, module, recognise)
     reader = _Reader(op, instance, recognise)
     try:
         for role in recognition.instance_facts:
@@ -113,6 +113,7 @@ class Instance:
     Args:
         recognition: The recognition of its class.
         module: The layer.
+        recognise: Recognises the classes of the layers in it.
 
     Attributes:
         variant: The variant of its class.
@@ -120,7 +121,10 @@ class Instance:
         module: The layer.
     """
 
-    def __init__(self, recognition: Recognition, module: Any) -> None:
+    def __init__(
+        self, recognition: Recognition, module: Any, recognise: Callable[[Any], Recognition]
+    ) -> None:
+        self._recognise = recognise
         self.variant = recognition.variant
         self.facts = Facts(recognition.facts, recognition.reads)
         self.module = module
@@ -177,15 +181,28 @@ class Instance:
         """The function behind wrappers, or None."""
         return source.function_of_callable(value)
 
+    def head_of(self, model: Any) -> str:
+        """The path of the head of a model in it, which is a language model itself."""
+        found = self._recognise(type(model))
+        facts = read_instance(found, model, self._recognise) if found.op == "causal_lm_loss" else None
+        if not isinstance(facts, Facts):
+            raise _Refused(f"{type(model).__qualname__} is not recognised as a language model: {facts}")
+        head: str = facts["head"]
+        return head
+
     @staticmethod
-    def last_layer(layer: Any) -> str | None:
-        """The attribute whose call makes the result of a layer."""
+    def last_layer(layer: Any, output: int | None = None) -> str | None:
+        """The attribute whose call makes the result of a layer, or one of several."""
         forward = own_forward(type(layer))
         if not isinstance(forward, FunctionType):
             return None
         try:
             term, run = execute(forward, Arena(), owner=type(layer))
         except (source.NoSource, Unsupported):
+            return None
+        if output is not None and term.op == "tuple" and output < len(term.args):
+            term = term.args[output]
+        elif output is not None:
             return None
         if run.effects or term.op != "call" or len(term.args[1]) != 1:
             return None

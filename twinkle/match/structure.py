@@ -115,7 +115,8 @@ def _recognise(target: str, function: FunctionType, owner: type | None, reason: 
         head = recognise_head(run, owner)
         if head is not None:
             run.cls = None
-            made = Recognition(target, head.op, head.variant, head.facts, head.instance_facts)
+            read = tuple(filter(None, run.reads))
+            made = Recognition(target, head.op, head.variant, head.facts, head.instance_facts, reads=read)
             return replace(made, _nearest=lambda: head.near) if head.near else made
     run.cls = None
     if not ops_with_core(term):

@@ -8,6 +8,9 @@ import inspect
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch.nn.functional as F
+from torch import nn
+
 from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.names import Names, Unsupported
@@ -115,6 +118,8 @@ class Calls(Names):
         made = self.term("call", callee, tuple(args), named)
         if callee.op == "attr":
             self.run.calls.append((callee.args[1], made))
+        elif _is_cross_entropy(callee):
+            self.run.losses.append(made)
         return made
 
     def python_call(self, value: Any, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
@@ -165,6 +170,7 @@ class Calls(Names):
         if statements > run.inline or not plain:
             return None
         effects, calls, loops = list(run.effects), len(run.calls), run.loops
+        losses = len(run.losses)
         run.depth += 1
         try:
             result = run.function(function, args, kwargs)
@@ -176,8 +182,18 @@ class Calls(Names):
         if run.effects != effects or result.op == "unknown":
             run.effects = effects
             del run.calls[calls:]
+            del run.losses[losses:]
             return None
         return result
+
+
+def _is_cross_entropy(callee: Term) -> bool:
+    """Whether it is ``F.cross_entropy``, or an ``nn.CrossEntropyLoss`` that is made where it is called."""
+    if callee.op == "call":
+        callee, wanted = callee.args[0], nn.CrossEntropyLoss
+    else:
+        wanted = F.cross_entropy
+    return callee.op == "py" and callee.args[0].value is wanted
 
 
 def _is_form(value: Any) -> bool:

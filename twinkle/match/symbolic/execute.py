@@ -41,6 +41,7 @@ class Run:
     Attributes:
         effects: What the function does besides returning a value, in words.
         calls: The calls of attributes that stay calls: the attribute's name and the term.
+        losses: The calls of torch's cross entropy.
         guards: The conditions under which it raises.
         reads: What of the program's objects it followed, each once (``None`` where nothing is to be noted).
         cls: The class whose methods ``self.name()`` is looked up in.
@@ -61,6 +62,7 @@ class Run:
         self.instance = instance
         self.effects: list[str] = []
         self.calls: list[tuple[str, Term]] = []
+        self.losses: list[Term] = []
         self.guards: list[Term] = []
         self.reads: dict[Read | None, None] = {}
         self.none = self.idioms.none

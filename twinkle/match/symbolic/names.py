@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         assume: dict[str, str]
         instance: Any
         calls: list[tuple[str, Term]]
+        losses: list[Term]
         effects: list[str]
         guards: list[Term]
         reads: dict[Read | None, None]

@@ -1,4 +1,4 @@
-"""The loss of a causal language model without its logits.
+"""The loss of a language model without its logits.
 
 ``cross_entropy(softcap(scale · (hidden @ weight.T + bias)), labels)``. The idea: Wijmans et al., "Cut Your
 Losses in Large-Vocabulary Language Models", 2024; here in chunks of rows. Logits are rounded to the dtype of
@@ -10,7 +10,7 @@ from twinkle.ops.catalog import Op
 OP = Op(
     "causal_lm_loss",
     kind="layer",
-    summary="the head of a causal language model gives deferred logits",
+    summary="the head of a language model gives deferred logits",
     rank=7,
     words=("CrossEntropyLoss", "NLLLoss", "cross_entropy", "loss_function", "nll_loss"),
     aliases=("cross_entropy", "fused_linear_cross_entropy"),
