@@ -18,7 +18,7 @@ BATCH, HEADS, KV, TOKENS, DIM = 2, 3, 2, 5, 24
 def example(variant, device, dtype=torch.float32, tables=torch.float32, tokens_first_in_memory=True):
     """Inputs of a variant, in the layout it wants."""
     torch.manual_seed(0)
-    width = 16 if variant.part in ("first", "last") else DIM
+    turned = width = 16 if variant.part in ("first", "last") else DIM
     width = width // 2 if variant.tables in ("half", "repeated") else width
 
     def made(heads):
@@ -30,6 +30,8 @@ def example(variant, device, dtype=torch.float32, tables=torch.float32, tokens_f
 
     lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(variant.broadcast, (BATCH, TOKENS))
     extra = {}
+    if variant.broadcast == "given":
+        lead, extra["rotary_dim"] = (1, 1, TOKENS), turned
     if variant.indexed:
         lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS), device=device)
     if variant.sections:
@@ -38,7 +40,7 @@ def example(variant, device, dtype=torch.float32, tables=torch.float32, tokens_f
     q, k, v = made(HEADS), made(KV), made(KV)
     if variant.tensors == 3:
         extra["v"] = v
-    return (q, k, cos, sin), extra, [q, k, v][: variant.tensors]
+    return (q, k, cos, sin), extra, [q, k, v][: 2 if variant.broadcast == "given" else variant.tensors]
 
 
 def as_tuple(results):

@@ -23,6 +23,7 @@ from twinkle.match.causal_lm import recognise_head
 from twinkle.match.instance import read_instance
 from twinkle.match.near_misses import near_misses, ops_with_core
 from twinkle.match.recognition import NearMiss, Reason, Recognition
+from twinkle.match.spelled import recognise_spelled
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
@@ -141,6 +142,11 @@ def _as_expression(
             made = _lookup(target, special, special_run, requires)
             if made is not None:
                 return made
+    for op in ops_with_core(term):
+        spelled = recognise_spelled(op, function, owner, term)
+        if spelled is not None:
+            read = tuple(filter(None, spelled.run.reads))
+            return Recognition(target, op.name, spelled.variant, spelled.facts, reads=read)
     return None
 
 

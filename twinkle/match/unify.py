@@ -15,7 +15,7 @@ from twinkle.match.symbolic.terms import COMMUTATIVE, Ref, Term, show
 __all__ = ["Difference", "attribute_path", "difference", "shape_key", "unify"]
 
 Bindings = dict[str, Term]
-_LEAVES = frozenset({"input", "hole", "attr", "const", "self", "py"})
+_LEAVES = frozenset({"input", "hole", "attr", "const", "self", "py", "table"})
 
 
 class Difference(NamedTuple):
@@ -84,6 +84,8 @@ def may_bind(kind: str, term: Term) -> bool:
         if term.op == "index":
             return term.args[0].op == "py" and may_bind("scalar", term.args[1])
         return term.op == "py" or attribute_path(term) is not None
+    if kind == "table":
+        return term.op == "table"
     return kind == "any"
 
 
@@ -93,7 +95,8 @@ def unify(template: Term, term: Term, kinds: dict[str, str]) -> Bindings | None:
     Args:
         template: A term with holes.
         term: A term.
-        kinds: What each hole may be bound to: ``input``, ``attr``, ``scalar``, ``callable`` or ``any``.
+        kinds: What each hole may be bound to: ``input``, ``attr``, ``scalar``, ``callable``, ``table`` (what
+            a canonical form keeps as a whole) or ``any``.
 
     Returns:
         The bindings, or None when the term is no instance.

@@ -7,6 +7,7 @@ differently (``x / sqrt(v)`` and ``x * rsqrt(v)``, two groupings of a product) s
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from twinkle.match.symbolic.torch_signatures import (
@@ -46,10 +47,21 @@ _SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh"
 
 
 class Idioms:
-    """Builds canonical terms in an arena."""
+    """Builds canonical terms in an arena.
 
-    def __init__(self, arena: Arena) -> None:
+    Args:
+        arena: The arena.
+        keep_casts: Leave each cast where it is written: where a tensor is cast in one place and a rearranged
+            copy of it in another, each cast rounds a gradient, and one cast before both rounds their sum.
+
+    Attributes:
+        casts: How often each cast was made, where they are kept: twice is not once, for the same reason.
+    """
+
+    def __init__(self, arena: Arena, *, keep_casts: bool = False) -> None:
         self.arena = arena
+        self.keep_casts = keep_casts
+        self.casts: Counter[Term] = Counter()
         self.term = arena.term
         self.const = arena.const
         self.none = arena.const(None)
@@ -237,6 +249,10 @@ class Idioms:
         """``x.to(dtype)``; casts to what x already is vanish, and casts move inside moves of data."""
         if self.dtype_of(x) is dtype:
             return x
+        if self.keep_casts:
+            made = self.term("to", x, dtype)
+            self.casts[made] += 1
+            return made
         if dtype.op == "dtype" and x.op in _MOVES:
             return self.term(x.op, self.to(x.args[0], dtype), *x.args[1:])
         if dtype.op == "dtype" and x.op in ("chunk", "split", "unbind"):

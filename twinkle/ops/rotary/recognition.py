@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from twinkle.ops.rotary.canonical import canonical
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["core", "spellings"]
+__all__ = ["alike", "by_form", "canonical", "core", "spellings"]
 
 
 def core(code: Any) -> bool:
@@ -19,14 +21,40 @@ def core(code: Any) -> bool:
 
 
 def _pairs(part: Any) -> bool:
+    if part.op == "setitem":
+        return _has_sign(part.args[2])
     if part.op not in ("cat", "stack") or part.args[0].op != "tuple":
         return False
     items = part.args[0].args
-    return len(items) in (2, 4) and any(item.op in ("neg", "sub") for item in items)
+    return len(items) in (2, 4) and any(map(_has_sign, items))
+
+
+def _has_sign(term: Any) -> bool:
+    while term.op == "to":
+        term = term.args[0]
+    if term.op == "add":
+        return any(part.op in ("neg", "mul") and _negated(part) for part in term.args)
+    return term.op in ("neg", "sub")
+
+
+def _negated(term: Any) -> bool:
+    return term.op == "neg" or any(factor.op == "neg" for factor in term.args)
+
+
+def by_form(variant: RotaryVariant) -> bool:
+    """Whether a variant is recognised by its canonical form: its tables are what any code makes of them."""
+    return variant.broadcast == "given"
+
+
+def alike() -> tuple[str, ...]:
+    """The tensors that are turned."""
+    return ("q", "k", "v")
 
 
 def spellings(variant: RotaryVariant) -> tuple[dict[str, Any], ...]:
     """Arguments of the definition that change how it is written, not its result."""
+    if by_form(variant):
+        return ({"k": None, "v": None},)
     if variant.tables in ("full", "half"):
         return ({"slice_last": False},)
     return ({"slice_last": False}, {"slice_last": True})
