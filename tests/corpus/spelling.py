@@ -51,6 +51,8 @@ _ACTIVATIONS: dict[str, Any] = {
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "identity": nn.Identity(),
+    "swish": lambda x: x * torch.sigmoid(x),
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import gated_mlps
 import norms
 import pytest
 import rotations
@@ -17,10 +18,10 @@ from twinkle.match.structure import recognise
 if TYPE_CHECKING:
     from spelling import LookAlike, Spelling
 
-CORPORA = (*norms.CORPORA, *rotations.CORPORA, *rotations_by_pairs.CORPORA)
+CORPORA = (*norms.CORPORA, *rotations.CORPORA, *rotations_by_pairs.CORPORA, *gated_mlps.CORPORA)
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
-LEAST = {"rms_norm": 1}
+LEAST = {"rms_norm": 1, "rotary": 33, "gated_mlp": 22}
 """What the corpus holds of each op. It may grow and not shrink."""
 
 each = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.op}-{s.name}")

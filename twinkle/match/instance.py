@@ -311,6 +311,8 @@ class _Reader:
             raise _Refused(f"{path} is a {cls.__qualname__}, not a dropout")
 
     def _check_norm(self, path: str, layer: Any) -> None:
+        if type(layer) is torch.nn.Identity:
+            return
         found = self.recognise(type(layer))
         if found.op not in ("rms_norm", "layer_norm"):
             raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
@@ -376,8 +378,6 @@ def _name(term: Term, x: Term) -> str | None:
         return term.op
     if term is x:
         return "identity"
-    if term.op == "pow2" and term.args[0].op == "relu" and term.args[0].args[0] is x:
-        return "relu2"
     if term.op == "mul" and x in term.args:
         other = term.args[1] if term.args[0] is x else term.args[0]
         if other.op == "sigmoid" and other.args[0].op == "mul":

@@ -18,6 +18,8 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
+
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.causal_lm import recognise_head
 from twinkle.match.instance import read_instance
@@ -172,12 +174,15 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     guards = tuple(
         dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part)))
     )
-    key = shape_key(term)
     for op in ops_with_core(term):
+        rewritten = op.hook("rewritten")
+        form, more = (term, {}) if rewritten is None else rewritten(term, run.arena.term)
+        key = shape_key(form)
         for template in templates(op):
-            bound = unify(template.term, term, holes(op)) if template.key == key else None
-            if bound is not None and _plausible(bound, run.cls) and _tellable(op, bound):
+            bound = unify(template.term, form, holes(op)) if template.key == key else None
+            if bound is not None and _plausible(op, bound, run.cls) and _tellable(op, bound):
                 facts, instance_facts = _facts(bound)
+                facts.update(more)
                 if requires:
                     facts["requires"] = requires
                 read = tuple(filter(None, run.reads))
@@ -185,15 +190,32 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     return None
 
 
-def _plausible(bound: Bindings, owner: type | None) -> bool:
-    """Whether ``__init__`` builds a dropout or a norm where one is bound: their calls are written alike."""
-    paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
+def _plausible(op: Op, bound: Bindings, owner: type | None) -> bool:
+    """Whether ``__init__`` builds a dropout, a norm or a linear layer where one is bound.
+
+    Their calls are written alike.
+    """
+    kinds = {role: op.roles[role] for role in bound if op.roles.get(role) in _LAYERS}
+    paths = {role: path for role in kinds if (path := attribute_path(bound[role])) is not None}
     classes = attribute_classes(owner) if paths and owner is not None else {}
-    for role, path in paths.items():
-        names = {cls.__name__ for cls in classes.get(path or "", ()) if hasattr(cls, "forward")}
-        if names and any(name in ("Dropout", "Identity") for name in names) != (role == "dropout"):
-            return False
-    return True
+    return all(
+        _may_be(kinds[role], {cls for cls in classes.get(path, ()) if hasattr(cls, "forward")})
+        for role, path in paths.items()
+    )
+
+
+_LAYERS = ("dropout", "norm", "linear")
+
+
+def _may_be(kind: str, classes: set[type]) -> bool:
+    """Whether a layer of one of the classes may have the role of that kind; any may where none is known."""
+    dropouts = {cls for cls in classes if cls.__name__ in ("Dropout", "Identity")}
+    if not classes or kind == "dropout":
+        return not classes or bool(dropouts)
+    if kind == "linear":
+        return bool(classes - dropouts)
+    linear = {cls for cls in classes if issubclass(cls, torch.nn.Linear)}
+    return bool(classes - linear - {cls for cls in dropouts if cls.__name__ == "Dropout"})
 
 
 def _tellable(op: Op, bound: Bindings) -> bool:

@@ -46,7 +46,8 @@ class Op:
             op that is not one expression. ``input``: an argument; ``table``, ``size``: an argument, or what
             code makes of its arguments (:mod:`twinkle.match.spelled`); ``tensor``, ``linear``, ``norm``,
             ``dropout``, ``layer``, ``flag``: an attribute that holds such a thing; ``number``: a number,
-            or an attribute with one; ``activation``: an elementwise function; ``shape``: sizes.
+            or an attribute with one; ``factor``: an attribute with a number or a tensor; ``activation``: an
+            elementwise function; ``shape``: sizes.
         layers: The layer classes it exports, and their modules in its folder; the first is the one that the
             embedded document binds.
         functions: The same for functions, and for layers that stand for functions.

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATIONS", "Idioms"]
 
 # Functions of one tensor that a role `act` may be bound to directly.
-ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh"})
+ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh", "swish", "relu2"})
 # The result's elements are elements of the first argument (or their negation): a cast may move through.
 _MOVES = frozenset(
     {
@@ -43,7 +43,7 @@ _MOVES = frozenset(
         "unflatten",
     }
 )
-_SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh", "relu", "gelu", "clamp"})
+_SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "clamp"}) | ACTIVATIONS
 
 
 class Idioms:
@@ -158,7 +158,7 @@ class Idioms:
         return args[0]
 
     def _call_square(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
-        return self.term("pow2", args[0])
+        return self.square(args[0])
 
     def _call_dim(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
         return self.term("ndim", args[0])
@@ -226,12 +226,16 @@ class Idioms:
         if base.op == "const" and value is not None:
             return self.const(base.args[0] ** value)
         if value == 2:
-            return self.term("pow2", base)
+            return self.square(base)
         if value == -0.5:
             return self.term("rsqrt", base)
         if value == 0.5:
             return self.term("sqrt", base)
         return self.term("pow", base, exponent)
+
+    def square(self, x: Term) -> Term:
+        """``x * x``."""
+        return self.term("relu2", *x.args) if x.op == "relu" else self.term("pow2", x)
 
     def binary(self, op: str, left: Term, right: Term) -> Term:
         """A binary operator; constants are folded."""
@@ -240,7 +244,12 @@ class Idioms:
             if folded is not None:
                 return self.const(folded)
         if op == "mul" and left is right:
-            return self.term("pow2", left)
+            return self.square(left)
+        if op == "mul":
+            for x, gate in ((left, right), (right, left)):
+                if gate.op == "sigmoid" and gate.args[0] is x:
+                    # The sigmoid is rounded before the product, which silu does not do.
+                    return self.term("swish", x)
         if op == "add" and {left.op, right.op} <= {"tuple", "list"} and left.op == right.op:
             return self.term(left.op, *left.args, *right.args)
         return self.term(op, left, right)
@@ -270,12 +279,8 @@ class Idioms:
             "rsqrt",
             "sqrt",
             "pow2",
-            "silu",
-            "sigmoid",
-            "tanh",
-            "relu",
-            "gelu",
             "clamp",
+            *ACTIVATIONS,
         ):
             return self.dtype_of(x.args[0])
         if x.op in ("chunk", "split", "unbind"):

@@ -132,9 +132,10 @@ class _Canonical:
         return x.args[0] if x.op == "neg" else None
 
     def _mul(self, a: Any, b: Any) -> Any:
-        for x, y in ((a, b), (b, a)):
-            if x.op == "neg":
-                return self.node("neg", self.node("mul", x.args[0], y))
+        if a.op == "neg":
+            return self.node("neg", self.node("mul", a.args[0], b))
+        if b.op == "neg":
+            return self.node("neg", self.node("mul", a, b.args[0]))
         # A table is bound as a whole, and its sign belongs to the product.
         return self.make("mul", self.table(a), self.table(b))
 
