@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["alike", "by_form", "canonical", "core", "spellings"]
+__all__ = ["alike", "by_form", "calls", "canonical", "core", "spellings"]
 
 
 def core(code: Any) -> bool:
@@ -39,6 +39,11 @@ def _has_sign(term: Any) -> bool:
 
 def _negated(term: Any) -> bool:
     return term.op == "neg" or any(factor.op == "neg" for factor in term.args)
+
+
+def calls() -> tuple[str, ...]:
+    """What of torch the code of a rotation names, one of these: it joins halves or pairs."""
+    return ("cat", "concat", "concatenate", "stack", "view_as_real", "empty_like")
 
 
 def by_form(variant: RotaryVariant) -> bool:
