@@ -69,6 +69,21 @@ def turned(x, cos, sin):
 def both(q, k, cos, sin):
     return turned(q, cos[:, :, None], sin[:, :, None]), turned(k, cos[:, :, None], sin[:, :, None])
 """
+LAYER = """
+class Rotation(nn.Module):
+    def __init__(self):
+        super().__init__()
+        angle = torch.outer(torch.arange(16.0), 0.1 ** torch.arange(4))
+        self.register_buffer("cache", torch.stack((angle.cos(), -angle.sin()), -1))
+
+    def forward(self, x, *, input_pos=None):
+        cache = self.cache[: x.size(1)] if input_pos is None else self.cache[input_pos]
+        pairs = x.reshape(*x.shape[:-1], -1, 2)
+        cache = cache.view(-1, pairs.size(1), 1, pairs.size(3), 2)
+        first = pairs[..., 0] * cache[..., 0] + pairs[..., 1] * cache[..., 1]
+        second = pairs[..., 1] * cache[..., 0] - pairs[..., 0] * cache[..., 1]
+        return torch.stack([first, second], -1).flatten(3)
+"""
 WAYS = {
     "in its module": (ROPE, "apply_rotary_emb", "", "rope_program:apply_rotary_emb"),
     "imported": (
@@ -151,6 +166,29 @@ def test_a_rotation_gets_a_kernel_wherever_its_code_is(
     assert active(clean_registry) == [(target, "active", "embedded rotary (halves_inverse), triton")]
     assert launches == [False, False, True, True]
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("positions", [None, [3, 1, 4, 1, 5]])
+def test_a_rotation_that_is_a_layer_gets_a_kernel(
+    program: Any,
+    clean_registry: Registry,
+    kernels: torch.device,
+    launches: list[bool],
+    positions: list[int] | None,
+) -> None:
+    model = program(LAYER, "print", "").Rotation().to(kernels)
+    x = torch.randn(2, 5, 4, 8).to(kernels).requires_grad_()
+    at = None if positions is None else torch.tensor(positions, device=kernels)
+    expected = torch.autograd.grad(model(x, input_pos=at).square().sum(), x)
+    kernelize_layers(model)
+    model(x, input_pos=at)
+    launches.clear()
+    found = torch.autograd.grad(model(x, input_pos=at).square().sum(), x)
+    target = ("rope_program:Rotation.forward", "active", "embedded rotary (pairs_inverse), triton")
+    assert active(clean_registry) == [target]
+    assert launches == [False, True]
+    assert torch.equal(found[0], expected[0])
+    assert [*model.state_dict()] == ["cache"]
 
 
 def test_of_a_rotation_and_its_helper_the_whole_gets_the_kernel(

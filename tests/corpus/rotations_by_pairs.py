@@ -53,6 +53,11 @@ def few_angles(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]
     return {**angles(dtype, generator), "freqs": random(dtype, generator, TOKENS, WIDTH // 2)}
 
 
+def scaled_angles(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """As `few_angles`, and a factor."""
+    return {**few_angles(dtype, generator), "scale": 0.75}
+
+
 def _polar(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.polar(torch.ones(shape), torch.randn(*shape, generator=generator) * 3)
 
@@ -85,10 +90,17 @@ def _corpus(inputs: Any) -> Corpus:
     return Corpus("rotary", inputs=inputs, constant=("cos", "sin", "cache", "freqs", "freqs_cis"))
 
 
+def matrices(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """``x`` as ``[batch, heads, tokens, 8]``, float32 matrices as ``[1, 1, tokens, 4, 2, 2]``."""
+    x = random(dtype, generator, BATCH, HEADS, TOKENS, WIDTH)
+    return {"x": x, "freqs": random(torch.float32, generator, 1, 1, TOKENS, WIDTH // 2, 2, 2)}
+
+
 HEADS_FIRST, WIDE, CACHE, PAIR_OF_TABLES = map(_corpus, (heads_first, wide_tables, one_cache, real_pair))
 ANGLES, FEW, COMPLEX, BATCHES = map(_corpus, (angles, few_angles, complex_table, complex_tables))
-BOTH, LAYERS = map(_corpus, (complex_pair, only_x))
-CORPORA = (HEADS_FIRST, WIDE, CACHE, PAIR_OF_TABLES, ANGLES, FEW, COMPLEX, BATCHES, BOTH, LAYERS)
+BOTH, LAYERS, MATRICES, SCALED = map(_corpus, (complex_pair, only_x, matrices, scaled_angles))
+REAL = (HEADS_FIRST, WIDE, CACHE, PAIR_OF_TABLES, ANGLES, FEW, SCALED, MATRICES)
+CORPORA = (*REAL, COMPLEX, BATCHES, BOTH, LAYERS)
 
 
 @HEADS_FIRST.spelling("pairs")
@@ -390,3 +402,44 @@ def keys_are_not_turned(xq, xk, freqs_cis):
     k = torch.view_as_complex(xk.float().reshape(*xk.shape[:-1], -1, 2))
     q = torch.view_as_real(q * reshaped(freqs_cis, q)).flatten(3)
     return q.type_as(xq), torch.view_as_real(k).flatten(3).type_as(xk)
+
+
+@SCALED.spelling("pairs_full_scaled_first")
+def few_channels_scaled(x, freqs, scale=0.75):
+    """x-transformers' rotation with its factor, that of xPos."""
+    width = freqs.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    turned = (turned * freqs.cos() * scale) + (rotate_pairs(turned) * freqs.sin() * scale)
+    return torch.cat((turned, kept), dim=-1).type(x.dtype)
+
+
+@SCALED.look_alike(few_channels_scaled, "one product is scaled")
+def one_product_scaled(x, freqs, scale=0.75):
+    width = freqs.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    turned = (turned * freqs.cos() * scale) + rotate_pairs(turned) * freqs.sin()
+    return torch.cat((turned, kept), dim=-1).type(x.dtype)
+
+
+@SCALED.look_alike(few_channels_scaled, "the sum is scaled, which rounds otherwise")
+def sum_scaled(x, freqs, scale=0.75):
+    width = freqs.shape[-1]
+    turned, kept = x[..., :width], x[..., width:]
+    turned = (turned * freqs.cos() + rotate_pairs(turned) * freqs.sin()) * scale
+    return torch.cat((turned, kept), dim=-1).type(x.dtype)
+
+
+@MATRICES.spelling("matrix_float32")
+def by_matrices(x, freqs):
+    """As in the first Flux: each pair times a matrix of its own."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    out = freqs[..., 0] * pairs[..., 0] + freqs[..., 1] * pairs[..., 1]
+    return out.reshape(*x.shape).type_as(x)
+
+
+@MATRICES.look_alike(by_matrices, "the matrices transposed")
+def by_transposed_matrices(x, freqs):
+    pairs = x.float().reshape(*x.shape[:-1], -1, 2)
+    first = freqs[..., 0, 0] * pairs[..., 0] + freqs[..., 1, 0] * pairs[..., 1]
+    second = freqs[..., 0, 1] * pairs[..., 0] + freqs[..., 1, 1] * pairs[..., 1]
+    return torch.stack((first, second), -1).flatten(3).type_as(x)

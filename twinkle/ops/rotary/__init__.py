@@ -31,6 +31,7 @@ OP = Op(
         "cos": "table",
         "sin": "table",
         "rotary_dim": "size",
+        "scale": "table",
         "position_ids": "input",
         "mrope_section": "input",
         "unsqueeze_dim": "number",

@@ -242,8 +242,9 @@ class _Canonical:
     def _reshape(self, x: Any, sizes: Any) -> Any:
         if x.op == "stacked" and self._is_shape(sizes):
             return self.node("join", "pair", *x.args)
-        if x.op in ("join", "partly") and self._is_shape(sizes):
-            return x
+        if self._is_shape(sizes):
+            whole = self.make("shape", self.turned)
+            return x if x.op in ("join", "partly") else self.make("reshape", x, whole)
         if sizes.op != "tuple" or not self._leads(sizes.args[:-2]):
             return None
         return self._cut(x, *sizes.args[-2:])

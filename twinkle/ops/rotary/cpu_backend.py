@@ -44,6 +44,8 @@ def supports(
     """Why a variant is not computed here, or None."""
     if variant.tables == "repeated" and variant.compute == "input":
         return "not faster than the definition in bfloat16"
+    if variant.scaled:
+        return "nothing for a factor on both products"
     if variant.pairs in ("half", "interleaved") and variant.part in ("all", "first", "last"):
         return None
     return f"nothing for {variant.pairs} pairs of {variant.part} channels"
@@ -64,6 +66,7 @@ def rotary(
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
     rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
@@ -96,6 +99,7 @@ def rotary(
         position_ids=position_ids,
         mrope_section=mrope_section,
         rotary_dim=rotary_dim,
+        scale=scale,
         slice_last=slice_last,
     )
 
@@ -112,6 +116,7 @@ def by_kernel(
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
     rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
 ) -> Tensor | tuple[Tensor, ...] | None:
     """As `rotary` where it is computed here, else None."""
     grad = torch.is_grad_enabled()

@@ -21,6 +21,8 @@ def core(code: Any) -> bool:
 
 
 def _pairs(part: Any) -> bool:
+    if part.op == "reshape" and part.args[1].op == "tuple":
+        return [size.args for size in part.args[1].args[-3:]] == [(-1,), (1,), (2,)]
     if part.op == "setitem":
         return _has_sign(part.args[2])
     if part.op not in ("cat", "stack") or part.args[0].op != "tuple":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final, Literal
 
     from torch import Tensor
@@ -47,6 +48,7 @@ class RotaryVariant:
         indexed: The tables are rows taken by position ids.
         sections: Multimodal: the channels take the tables of time, height and width in turn.
         tensors: How many tensors are turned: 1, 2 (q, k) or 3 (q, k, v).
+        scaled: Both products are multiplied with a factor (xPos).
     """
 
     name: str
@@ -60,6 +62,7 @@ class RotaryVariant:
     indexed: bool = False
     sections: bool = False
     tensors: Literal[1, 2, 3] = 2
+    scaled: bool = False
 
 
 def rotary(
@@ -74,6 +77,7 @@ def rotary(
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
     rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """The definition.
@@ -89,20 +93,23 @@ def rotary(
         position_ids: Of an indexed variant.
         mrope_section: Channels of time, height and width, of a variant with sections.
         rotary_dim: How many channels are turned, where the tables are given and only the first are.
+        scale: Of a variant with a factor; it broadcasts as the tables do.
         slice_last: The order of slicing and unsqueezing the tables, which changes no value.
 
     Returns:
         A tensor for a variant of one tensor, else a tuple.
     """
     if variant.broadcast == "given":
-        turn = _turn_complex if variant.pairs == "complex" else _turn_given
-        q_out = turn(q, cos, sin, rotary_dim, variant)
+        turn: Callable[..., Tensor] = _turn_complex if variant.pairs == "complex" else _turn_given
+        if variant.pairs == "matrix":
+            turn = _turn_matrix
+        q_out = turn(q, cos, sin, rotary_dim, scale, variant)
         if k is None:
             return q_out
-        k_out = turn(k, cos, sin, rotary_dim, variant)
+        k_out = turn(k, cos, sin, rotary_dim, scale, variant)
         if v is None:
             return q_out, k_out
-        return q_out, k_out, turn(v, cos, sin, rotary_dim, variant)
+        return q_out, k_out, turn(v, cos, sin, rotary_dim, scale, variant)
     if variant.pairs == "complex":
         return _complex(q, k, cos, variant)
     if variant.pairs == "matrix":
@@ -159,21 +166,32 @@ def _widen(table: Tensor, variant: RotaryVariant) -> Tensor:
 
 
 def _turn_given(
-    x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None, variant: RotaryVariant
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int | None,
+    scale: Tensor | float,
+    variant: RotaryVariant,
 ) -> Tensor:
     if variant.part == "first":
-        turned = _rounded(x[..., :rotary_dim], x, cos, sin, x.dtype, variant)
+        turned = _rounded(x[..., :rotary_dim], x, cos, sin, x.dtype, variant, scale)
         return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
-    return _rounded(x, x, cos, sin, x.dtype, variant)
+    return _rounded(x, x, cos, sin, x.dtype, variant, scale)
 
 
-def _turn_complex(
-    x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int | None, variant: RotaryVariant
-) -> Tensor:
+def _turn_complex(x: Tensor, cos: Tensor, *rest: object) -> Tensor:
+    variant = rest[-1]
     wide = x.double() if variant.compute == "float64" else x.float()
     turned = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2)) * cos
     y = torch.view_as_real(turned).flatten(-2)
     return y.to(x.dtype) if variant.cast == "own" else y
+
+
+def _turn_matrix(x: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
+    """By matrices: ``cos`` is their first column, ``sin`` the second, as ``[..., channels / 2, 2]``."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    y = cos * pairs[..., 0] + sin * pairs[..., 1]
+    return y.reshape(x.shape).to(x.dtype)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVariant) -> Tensor:
@@ -194,8 +212,17 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVar
 
 
 def _rounded(
-    x: Tensor, whole: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, variant: RotaryVariant
+    x: Tensor,
+    whole: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_dtype: torch.dtype,
+    variant: RotaryVariant,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
+    if variant.scaled:
+        y = x * cos * scale + _rotate(x, variant) * sin * scale
+        return y.to(whole.dtype) if variant.cast == "own" else y
     if variant.compute == "float32_each":
         y = x.float() * cos + _rotate(x, variant).float() * sin
         return y.to(whole.dtype) if variant.cast == "own" else y
@@ -264,7 +291,7 @@ def _matrix(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) 
 def _given() -> tuple[RotaryVariant, ...]:
     """The rotations whose tables may come from any code: every pairing with every rounding."""
     found: list[RotaryVariant] = []
-    for pairs, called in (("half", "halves"), ("interleaved", "pairs")):
+    for pairs, called in _PAIRS:
         for tables, suffix in (("half", ""), ("full", "_full")):
             for rounding, compute, cast in _ROUNDINGS:
                 if compute == "float32_each" and tables == "half":
@@ -273,7 +300,7 @@ def _given() -> tuple[RotaryVariant, ...]:
                     found.append(
                         RotaryVariant(
                             f"{called}{suffix}{rounding}{how}",
-                            pairs=pairs,  # type: ignore[arg-type]
+                            pairs=pairs,
                             inverse=inverse,
                             tables=tables,  # type: ignore[arg-type]
                             compute=compute,  # type: ignore[arg-type]
@@ -287,6 +314,11 @@ def _given() -> tuple[RotaryVariant, ...]:
 
 
 _Q: Final = "query"
+_PAIRS: tuple[tuple[Literal["half", "interleaved"], str], ...] = (
+    ("half", "halves"),
+    ("interleaved", "pairs"),
+)
+_ENDS: tuple[tuple[Literal["all", "first"], str], ...] = (("all", ""), ("first", "_first"))
 _PARTS: Final = (("all", False, ""), ("all", True, "_inverse"), ("first", False, "_first"))
 _ROUNDINGS: Final = (
     ("", "input", "none"),
@@ -354,6 +386,22 @@ VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant("complex_head_1", pairs="complex", broadcast="1"),
     RotaryVariant("matrix", pairs="matrix"),
     *_given(),
+    *(
+        RotaryVariant(
+            f"{called}_full_scaled{how}",
+            pairs=pairs,
+            cast="own",
+            part=part,
+            broadcast="given",
+            tensors=1,
+            scaled=True,
+        )
+        for pairs, called in _PAIRS
+        for part, how in _ENDS
+    ),
+    RotaryVariant(
+        "matrix_float32", pairs="matrix", compute="float32", cast="own", broadcast="given", tensors=1
+    ),
     RotaryVariant("complex_float32", pairs="complex", cast="own", broadcast="given", tensors=1),
     RotaryVariant(
         "complex_float64", pairs="complex", compute="float64", cast="own", broadcast="given", tensors=1

@@ -89,6 +89,7 @@ def _values(
         "unsqueeze_dim": 1,
         "position_ids": positions % (tokens + 6),
         "rotary_dim": turned,
+        "scale": 1.2,
         "mrope_section": [columns // 8, columns // 8, columns // 2 - 2 * (columns // 8)],
     }
     return {role: value for role, value in values.items() if role in _roles(variant)}
@@ -96,7 +97,8 @@ def _values(
 
 def _roles(variant: RotaryVariant) -> tuple[str, ...]:
     if variant.broadcast == "given":
-        return ("q", "k", "cos", "sin", "rotary_dim") if variant.part == "first" else ("q", "k", "cos", "sin")
+        more = (("rotary_dim",) if variant.part == "first" else ()) + (("scale",) if variant.scaled else ())
+        return ("q", "k", "cos", "sin", *more)
     roles: tuple[str, ...] = (*("q", "k", "v")[: variant.tensors], "cos", "sin")
     roles += ("unsqueeze_dim",) if variant.broadcast == "argument" else ()
     roles += ("position_ids",) if variant.indexed else ()

@@ -35,6 +35,7 @@ _FACTS = (
     "position_ids",
     "mrope_section",
     "rotary_dim",
+    "scale",
     "requires",
     "dense",
 )
@@ -45,6 +46,8 @@ def supports(
     variant: RotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
     """Why there is no kernel for a variant, or None."""
+    if variant.scaled:
+        return "no kernel for a factor on both products"
     if variant.pairs in _PAIRS and variant.part in ("all", "first", "last"):
         return None
     return f"no kernel for {variant.pairs} pairs of {variant.part} channels"
@@ -65,6 +68,7 @@ def rotary(
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
     rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
@@ -99,6 +103,7 @@ def rotary(
         position_ids=position_ids,
         mrope_section=mrope_section,
         rotary_dim=rotary_dim,
+        scale=scale,
         slice_last=slice_last,
     )
 
@@ -115,6 +120,7 @@ def by_kernel(
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
     rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
 ) -> Tensor | tuple[Tensor, ...] | None:
     """As `rotary` where the kernel computes it, else None."""
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor):
