@@ -1,9 +1,10 @@
 """Recognition by a canonical form: for ops whose code has many spellings that agree on most inputs.
 
-The ``recognition.py`` of such an op has three functions more:
+The ``recognition.py`` of such an op has four functions more:
 
     by_form(variant)                     whether a variant is recognised this way
     canonical(term, turned, make)        the canonical form of a term relative to one of its inputs, and facts
+    possible_form(variant, parts)        whether a canonical form with these parts can be that variant
     alike()                              the arguments of the definition for inputs that are treated alike
 
 What a term computes without the values of that input is bound as a whole: its fact is Python text over the
@@ -13,6 +14,7 @@ code itself runs.
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,7 +23,7 @@ from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, walk
 from twinkle.match.symbolic.text import text_of
-from twinkle.match.templates import Template, all_templates, holes
+from twinkle.match.templates import Template, holes
 from twinkle.match.unify import shape_key, unify
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.catalog import Op
 
-__all__ = ["Spelled", "recognise_spelled"]
+__all__ = ["Spelled", "form_template", "recognise_spelled"]
 
 _MOST_CHOICES = 12
 
@@ -144,7 +146,12 @@ def _of_result(op: Op, term: Term, run: Run, first: str) -> tuple[Any, dict[str,
             continue
         made, more = op.hook("canonical")(term, turned, run.arena.term)  # type: ignore[misc]
         key = shape_key(made)
-        for template in _templates(op):
+        of_form = walk(made)
+        for template in (
+            form_template(op, variant)
+            for variant in op.variants
+            if op.hook("by_form")(variant) and op.hook("possible_form")(variant, of_form)  # type: ignore[misc]
+        ):
             bound = unify(template.term, made, kinds) if template.key == key else None
             if bound is None or bound[first] is not turned:
                 continue
@@ -167,13 +174,19 @@ def _reads(value: Any, turned: Term) -> bool:
 
 
 @cache
-def _templates(op: Op) -> tuple[Template, ...]:
-    """The templates of the variants that are recognised by their form."""
-    first = op.hook("alike")()[0]  # type: ignore[misc]
-    found = []
-    forms = all_templates(op, by_form=True)
-    for template in forms:
-        turned = next(part for part in walk(template.term) if part.op == "hole" and part.args == (first,))
-        made, _ = op.hook("canonical")(template.term, turned, forms.arena.term)  # type: ignore[misc]
-        found.append(Template(op, template.variant, made, shape_key(made)))
-    return tuple(found)
+def form_template(op: Op, variant: Any) -> Template:
+    """The template of a variant that is recognised by its form."""
+    alike = op.hook("alike")()  # type: ignore[misc]
+    definition = getattr(op.module("reference"), op.name)
+    run = Run(Arena(), inline=200, keep_casts=True)
+    given: dict[str, Term] = {"variant": run.embed(variant)}
+    for name, parameter in inspect.signature(definition).parameters.items():
+        if name in alike[1:]:
+            given[name] = run.none  # one of them alone
+        elif name in op.roles:
+            given[name] = run.arena.term("hole", name)
+        elif parameter.default is not parameter.empty:
+            given.setdefault(name, run.embed(parameter.default))
+    term = run.function(definition, [], given)
+    made, _ = op.hook("canonical")(term, given[alike[0]], run.arena.term)  # type: ignore[misc]
+    return Template(op, variant, made, shape_key(made))

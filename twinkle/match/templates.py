@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.catalog import Op
 
-__all__ = ["Template", "all_templates", "holes", "template_ops", "templates"]
+__all__ = ["Template", "holes", "template_ops", "templates"]
 
 # What a hole may be bound to, by the role of its argument; any other role is an attribute.
 _HOLES = {"input": "input", "table": "input", "number": "scalar", "activation": "callable", "shape": "any"}
@@ -47,20 +47,18 @@ class Template(NamedTuple):
 class _Forms:
     """The templates of one op, made as they are asked for: the commonest variants come first."""
 
-    def __init__(self, op: Op, by_form: bool) -> None:
+    def __init__(self, op: Op) -> None:
         self.op = op
-        self.by_form = by_form
-        formal = op.hook("by_form")
         self.function = getattr(op.module("reference"), op.name)
         code = self.function.__code__
         self.names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self.arena = Arena()
         self.made: list[Template] = []
-        spellings = op.hook("spellings")
+        spellings, by_form = op.hook("spellings"), op.hook("by_form")
         self.todo = [
             (variant, spelling)
             for variant in op.variants
-            if (formal is not None and formal(variant)) is by_form
+            if by_form is None or not by_form(variant)
             for spelling in ((({},)) if spellings is None else spellings(variant))
         ]
         self.todo.reverse()
@@ -76,7 +74,7 @@ class _Forms:
             self.make(*self.todo.pop())
 
     def make(self, variant: Any, spelling: dict[str, Any]) -> None:
-        run = Run(self.arena, inline=200, keep_casts=self.by_form)
+        run = Run(self.arena, inline=200)
         given: dict[str, Term] = {"variant": run.embed(variant)}
         given.update({name: run.embed(value) for name, value in spelling.items()})
         for name in self.names:
@@ -90,12 +88,7 @@ class _Forms:
         self.made.append(Template(self.op, variant, term, shape_key(term)))
 
 
+@cache
 def templates(op: Op) -> _Forms:
     """The templates of an op, the commonest variants first."""
-    return all_templates(op, by_form=False)
-
-
-@cache
-def all_templates(op: Op, *, by_form: bool) -> _Forms:
-    """The templates of the variants that are recognised as written, or of those that are by their form."""
-    return _Forms(op, by_form)
+    return _Forms(op)

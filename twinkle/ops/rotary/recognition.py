@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["alike", "by_form", "calls", "canonical", "core", "spellings"]
+__all__ = ["alike", "by_form", "calls", "canonical", "core", "possible", "possible_form", "spellings"]
 
 
 def core(code: Any) -> bool:
@@ -53,6 +53,36 @@ def by_form(variant: RotaryVariant) -> bool:
     return variant.broadcast == "given"
 
 
+def possible_form(variant: RotaryVariant, parts: Any) -> bool:
+    """Whether a canonical form with these parts can be a variant: it is cheaper to ask than to compare."""
+    names = {part.op for part in parts}
+    if (variant.pairs == "complex") is not ("view_as_complex" in names):
+        return False
+    if (variant.part == "first") is not ("partly" in names):
+        return False
+    if (variant.compute != "input" or variant.cast != "none") and "to" not in names:
+        return False
+    if variant.pairs in ("complex", "matrix"):
+        return variant.pairs == "complex" or "join" not in names
+    # With a table of an entry a channel, a rotated copy is joined and then multiplied.
+    joined = [part for part in parts if part.op == "join"]
+    full = any(item.op == "neg" or item.op == "part" for part in joined for item in part.args[1:])
+    kind = "half" if variant.pairs == "half" else "pair"
+    return full is (variant.tables == "full") and any(part.args[0] == kind for part in joined)
+
+
+def possible(variant: RotaryVariant, operations: Any) -> bool:
+    """Whether code with these operations can be a variant: it is cheaper to ask than to compare."""
+    needed = {
+        "view_as_complex": variant.pairs == "complex",
+        "comprehension": variant.sections,
+        "repeat_interleave": variant.tables in ("repeated", "first_half_repeated"),
+        "sum": variant.pairs == "matrix",
+        "to": variant.compute != "input" or variant.cast != "none",
+    }
+    return not any(wanted and operation not in operations for operation, wanted in needed.items())
+
+
 def alike() -> tuple[str, ...]:
     """The tensors that are turned."""
     return ("q", "k", "v")
@@ -60,8 +90,6 @@ def alike() -> tuple[str, ...]:
 
 def spellings(variant: RotaryVariant) -> tuple[dict[str, Any], ...]:
     """Arguments of the definition that change how it is written, not its result."""
-    if by_form(variant):
-        return ({"k": None, "v": None},)
     if variant.tables in ("full", "half"):
         return ({"slice_last": False},)
     return ({"slice_last": False}, {"slice_last": True})
