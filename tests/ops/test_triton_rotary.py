@@ -51,11 +51,19 @@ def used_kernel(y):
     return "_RotaryBackward" in type(y.grad_fn).__name__
 
 
+CALLS = [("float32", "heads first"), ("half", "tokens first"), ("half with float32 tables", "heads first")]
+
+
 @pytest.mark.parametrize(
-    ("dtypes", "layout"),
-    [("float32", "heads first"), ("half", "tokens first"), ("half with float32 tables", "heads first")],
+    ("name", "dtypes", "layout"),
+    [
+        (name, *call)
+        for name, variant in VARIANTS.items()
+        for call in CALLS
+        # Where the arithmetic is float32 in any case, the rounding to it is what there is to see.
+        if variant.broadcast != "given" or variant.compute == "input" or call[0] != "float32"
+    ],
 )
-@pytest.mark.parametrize("name", VARIANTS)
 def test_results_and_gradients_equal_the_definition_bit_for_bit(kernels, half, name, dtypes, layout):
     variant = VARIANTS[name]
     dtype = torch.float32 if dtypes == "float32" else half
