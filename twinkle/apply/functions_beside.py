@@ -28,12 +28,14 @@ class RecognisedFunction(NamedTuple):
         name: Of the function in it; ``Class.method`` for a method.
         original: The function.
         recognition: Which op, and how.
+        takes_self: It is a method, which kernels for functions do not stand in for.
     """
 
     module: str
     name: str
     original: Callable[..., Any]
     recognition: Recognition
+    takes_self: bool = False
 
 
 class _Found:
@@ -75,7 +77,7 @@ def forwards_of(classes: Iterable[type]) -> Iterator[RecognisedFunction]:
             named = getattr(sys.modules.get(cls.__module__), cls.__qualname__.partition(".")[0], None)
             if recognition.op in op_names.FUNCTION_OPS and named is not None:
                 name = f"{cls.__qualname__}.forward"
-                yield RecognisedFunction(cls.__module__, name, forward, recognition)
+                yield RecognisedFunction(cls.__module__, name, forward, recognition, takes_self=True)
 
 
 def _recognised(namespace: Any, name: str) -> Iterator[RecognisedFunction]:
@@ -83,7 +85,11 @@ def _recognised(namespace: Any, name: str) -> Iterator[RecognisedFunction]:
         recognition = recognise(value)
         if recognition.op in op_names.FUNCTION_OPS:
             # `kernels` puts a module in the place of the functions it decorates.
-            yield RecognisedFunction(module, attribute, function_of_callable(value) or value, recognition)
+            original = function_of_callable(value) or value
+            owner, _, called = attribute.rpartition(".")
+            held = vars(getattr(namespace, owner.partition(".")[0], None) or type).get(called)
+            takes_self = bool(owner) and not isinstance(held, staticmethod)
+            yield RecognisedFunction(module, attribute, original, recognition, takes_self)
 
 
 def _candidates(namespace: Any, name: str) -> Iterator[tuple[str, str, Any]]:
@@ -123,8 +129,7 @@ def _may_be_an_op(method: FunctionType) -> bool:
     if name == "forward" or name.startswith("__"):
         return False
     names = frozenset(method.__code__.co_names)
-    asked = (find_op(op).hook("calls") for op in op_names.FUNCTION_OPS)
-    return any(not names.isdisjoint(calls()) for calls in asked if calls is not None)
+    return any(not names.isdisjoint(find_op(op).words) for op in op_names.FUNCTION_OPS)
 
 
 def _at_home(function: FunctionType) -> Iterator[tuple[str, str, Any]]:

@@ -63,14 +63,23 @@ def register_in(
     if not bound and offered is None:
         return {}
     served: dict[Any, tuple[RecognisedFunction, Sequence[FunctionKernel], Sequence[FunctionKernel]]] = {}
-    for found in (*(found for module in modules for found in functions_of(module)), *forwards_of(classes)):
-        asked: Sequence[FunctionKernel] = bound.get(str(found.recognition.op), ())
-        ours: Sequence[FunctionKernel] = () if offered is None else offered(found)
+
+    def serve(found: RecognisedFunction) -> None:
+        asked = () if found.takes_self else bound.get(str(found.recognition.op), ())
+        ours = offered(found) if offered is not None else ()
         if asked or ours:
             served[found.original] = (found, asked, ours)
+
+    for found in (found for module in modules for found in functions_of(module)):
+        serve(found)
+    functions = [found for found, _, _ in served.values()]
+    for found in forwards_of(classes):
+        # Where the rotation is a function that the forward calls, that one has the kernel.
+        if not any(_is_part_of(one, found) for one in functions):
+            serve(found)
     changed: dict[str, bool] = {}
     for found, asked, embedded in served.values():
-        if _is_part_of_another(found, [other for other, _, _ in served.values()]):
+        if any(_is_part_of(found, whole) for whole in functions):
             continue
         asked_for = _registered(found, asked)
         if asked_for or _taken(embedded):
@@ -78,14 +87,10 @@ def register_in(
     return changed
 
 
-def _is_part_of_another(found: RecognisedFunction, others: Iterable[RecognisedFunction]) -> bool:
-    """Whether another one that has a kernel calls this one: to that one a new callee is a change."""
-    return any(
-        part is found.original
-        for other in others
-        if other.original is not found.original
-        for read in other.recognition.reads
-        for part in read.objects
+def _is_part_of(found: RecognisedFunction, whole: RecognisedFunction) -> bool:
+    """Whether a function is called by another one: to the kernel of that one a new callee is a change."""
+    return whole.original is not found.original and any(
+        part is found.original for read in whole.recognition.reads for part in read.objects
     )
 
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["alike", "by_form", "calls", "canonical", "core", "possible", "possible_form", "spellings"]
+__all__ = ["alike", "by_form", "canonical", "core", "possible", "possible_form", "spellings"]
 
 
 def core(code: Any) -> bool:
@@ -41,11 +41,6 @@ def _has_sign(term: Any) -> bool:
 
 def _negated(term: Any) -> bool:
     return term.op == "neg" or any(factor.op == "neg" for factor in term.args)
-
-
-def calls() -> tuple[str, ...]:
-    """What of torch the code of a rotation names, one of these: it joins halves or pairs."""
-    return ("cat", "concat", "concatenate", "stack", "view_as_real", "empty_like")
 
 
 def by_form(variant: RotaryVariant) -> bool:
