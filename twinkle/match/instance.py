@@ -262,7 +262,7 @@ class _Reader:
             return name
         if role == "shape":
             rest_on(reads.same(place, value, (), path))
-            return tuple(value)
+            return (value,) if isinstance(value, int) else tuple(value)
         if role == "flag":
             rest_on(Read(f"(not {place}) is {not value}", (), path))
             return bool(value)

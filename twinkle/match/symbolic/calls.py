@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["Calls"]
 
 _FOLDED = (len, tuple, list, int)
+# Methods of tensors that are also what programs call a layer.
+_LAYERS = frozenset({"norm"})
 
 
 class Calls(Names):
@@ -78,7 +81,7 @@ class Calls(Names):
             return self.own_method(base, name, args, kwargs)
         if base.op == "py":
             return self.call(self.attribute(base, name), args, kwargs)
-        if base.op == "attr" and not self.idioms.knows(name):
+        if base.op == "attr" and (name in _LAYERS or not self.idioms.knows(name)):
             return self.call(self.term("attr", base, name), args, kwargs)
         if self.idioms.knows(name):
             return self.idioms.call(name, [base, *args], kwargs)
@@ -130,6 +133,8 @@ class Calls(Names):
         is_torch = module.startswith("torch") or (module == "" and owner is not None) or _is_torch(value)
         if is_torch and self.idioms.knows(name):
             return self.idioms.call(name, args, kwargs)
+        if value is math.sqrt and len(args) == 1 and not kwargs:
+            return self.idioms.power(args[0], self.idioms.const(0.5))
         if value in _FOLDED and len(args) == 1 and not kwargs:
             only = args[0]
             if value is len and only.op in ("tuple", "list"):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match.symbolic.norm_idioms import NormIdioms
 from twinkle.match.symbolic.torch_signatures import (
     ALIASES,
     BINARY,
@@ -45,7 +46,7 @@ _MOVES = frozenset(
 _SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh", "relu", "gelu", "clamp"})
 
 
-class Idioms:
+class Idioms(NormIdioms):
     """Builds canonical terms in an arena."""
 
     def __init__(self, arena: Arena) -> None:
@@ -195,7 +196,11 @@ class Idioms:
         if name == "narrow" and args[2].args == (0,) and args[1].args == (-1,):
             window = self.slice(self.none, args[3], self.none)
             return self.index(args[0], self.term("tuple", self.const(Ellipsis), window))
-        if name in ("mean", "sum", "var") and args[1].op == "tuple" and len(args[1].args) == 1:
+        if name in ("rms_norm", "layer_norm"):
+            args[1] = self.normalized_shape(args[0], args[1])
+        if name == "vector_norm" and args[2].op == "tuple" and len(args[2].args) == 1:
+            args[2] = args[2].args[0]
+        if name in ("mean", "sum", "var", "std") and args[1].op == "tuple" and len(args[1].args) == 1:
             args[1] = args[1].args[0]
         if name == "zeros_like":
             dtype, device = args[1], args[2]
@@ -227,6 +232,9 @@ class Idioms:
             folded = _fold(op, left.args[0], right.args[0])
             if folded is not None:
                 return self.const(folded)
+        # An operator expands by itself.
+        if right.op == "expand_as" and right.args[1] is left:
+            right = right.args[0]
         if op == "mul" and left is right:
             return self.term("pow2", left)
         if op == "add" and {left.op, right.op} <= {"tuple", "list"} and left.op == right.op:
@@ -398,4 +406,4 @@ def _fold(op: str, left: Any, right: Any) -> Any:
         return None
 
 
-_EXTRA = frozenset(name[len("_call_") :] for name in vars(Idioms) if name.startswith("_call_"))
+_EXTRA = frozenset(name[len("_call_") :] for name in dir(Idioms) if name.startswith("_call_"))
