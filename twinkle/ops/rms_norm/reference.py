@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["VARIANTS", "RMSNormVariant", "rms_norm"]
+__all__ = ["VARIANTS", "RMSNormVariant", "number", "rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def rms_norm(
     if variant.compute == "fused" or variant.compute == "fused_float32":
         return _fused(h, weight, eps, dtype, variant, normalized_shape)
     if variant.scale != "none":
-        scale = _number(x, scale, width, variant)
+        scale = number(x, scale, width, variant)
     if variant.weight_place == "input":
         h = (h * _scale(weight, variant)).to(dtype).float()
     if variant.gate == "before":
@@ -232,17 +232,18 @@ def _fused(
     return h
 
 
-def _number(x: Tensor, scale: float | None, width: int | None, variant: RMSNormVariant) -> float:
+def number(x: Tensor, scale: float | None, width: int | None, variant: RMSNormVariant) -> float:
+    """The scale of a variant with one: as given, or a power of the width."""
     if scale is not None:
         return scale
     if width is None:
         width = x.shape[-1]
-    number: float = width**0.5
+    power: float = width**0.5
     if variant.scale == "norm_multiplied":
-        number = width**-0.5
+        power = width**-0.5
     if variant.scale == "norm_inverse":
-        number = 1.0 / width**0.5
-    return number
+        power = 1.0 / width**0.5
+    return power
 
 
 def _root(h: Tensor, eps: float, variant: RMSNormVariant, scale: float | None, width: int | None) -> Tensor:
@@ -374,43 +375,43 @@ _FUSED = (
 )
 
 
+_NORM: Final[dict[str, Any]] = {"statistic": "norm", "inverse": "divide", "eps_place": "root"}
+_LEAST: Final[dict[str, Any]] = {**_NORM, "eps_place": "least"}
+_SUM: Final[dict[str, Any]] = {"statistic": "sum"}
+_MEASURES: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
+    ("normalize", {**_LEAST, "scale": "result"}, "plain one_plus none"),
+    ("normalize_unscaled", _LEAST, "plain"),
+    ("normalize_scaled_last", {**_LEAST, "scale": "weighted"}, "plain one_plus"),
+    ("norm", {**_NORM, "scale": "norm_multiplied"}, "plain none first"),
+    ("norm_divided", {**_NORM, "scale": "norm_divided"}, "plain none first"),
+    ("norm_inverse", {**_NORM, "scale": "norm_inverse"}, "plain none first"),
+    ("norm_least", {**_LEAST, "scale": "norm_multiplied"}, "plain none"),
+    ("norm_divided_least", {**_LEAST, "scale": "norm_divided"}, "plain none"),
+    ("root", {"inverse": "divide", "eps_place": "root"}, "plain none first"),
+    ("root_least", {"inverse": "divide", "eps_place": "least"}, "plain none"),
+    ("sum_divided", {**_SUM, "inverse": "divide"}, "plain none"),
+    ("sum", _SUM, "plain none"),
+)
+"""What is divided by something else than the root of a mean and eps, and the weights it is written with."""
+_WEIGHTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "plain": ("", {}),
+    "one_plus": ("_one_plus", {"weight": "one_plus"}),
+    "none": ("_unweighted", {"weight": "none"}),
+    "first": ("_first", {"weight_place": "first"}),
+}
+
+
 def _measured() -> tuple[RMSNormVariant, ...]:
-    """Those that divide by something else than the root of a mean and eps."""
-    measures: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("normalize", {"statistic": "norm", "eps_place": "least", "scale": "result"}),
-        ("normalize_unscaled", {"statistic": "norm", "eps_place": "least"}),
-        ("normalize_scaled_last", {"statistic": "norm", "eps_place": "least", "scale": "weighted"}),
-        ("norm", {"statistic": "norm", "eps_place": "root", "scale": "norm_multiplied"}),
-        ("norm_divided", {"statistic": "norm", "eps_place": "root", "scale": "norm_divided"}),
-        ("norm_inverse", {"statistic": "norm", "eps_place": "root", "scale": "norm_inverse"}),
-        ("norm_least", {"statistic": "norm", "eps_place": "least", "scale": "norm_multiplied"}),
-        ("norm_divided_least", {"statistic": "norm", "eps_place": "least", "scale": "norm_divided"}),
-        ("root", {"eps_place": "root"}),
-        ("root_least", {"eps_place": "least"}),
-        ("sum_divided", {"statistic": "sum"}),
-        ("sum", {"statistic": "sum", "inverse": "rsqrt"}),
-    )
-    weights: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("", {}),
-        ("_one_plus", {"weight": "one_plus"}),
-        ("_unweighted", {"weight": "none"}),
-        ("_first", {"weight_place": "first"}),
-    )
-    rounds: tuple[tuple[str, dict[str, Any]], ...] = (
-        ("", {"compute": "input", "cast": "none"}),
-        ("_float32", {"compute": "float32", "cast": "before_weight"}),
-        ("_float32_late", {"compute": "float32", "cast": "after_weight"}),
-    )
     made = []
-    for measure, how in measures:
-        for weight, applied in weights:
-            for rounding, where in rounds:
-                scaled_last = how.get("scale") == "weighted" and weight in ("_unweighted", "_first")
-                once = where["cast"] == "before_weight" and weight in ("_unweighted", "_first")
-                normalised_first = weight == "_first" and measure.startswith("normalize")
-                if not (scaled_last or once or normalised_first):
-                    name = f"{measure}{weight}{rounding}"
-                    made.append(RMSNormVariant(name, **{"inverse": "divide", **how, **applied, **where}))
+    for measure, how, weights in _MEASURES:
+        for weight in weights.split():
+            suffix, applied = _WEIGHTS[weight]
+            name, fields = f"{measure}{suffix}", {**how, **applied}
+            made.append(RMSNormVariant(name, compute="input", cast="none", **fields))
+            if weight != "first":
+                made.append(RMSNormVariant(f"{name}_float32_late", cast=_AFTER, **fields))
+            if weight in ("plain", "one_plus"):
+                made.append(RMSNormVariant(f"{name}_float32", **fields))
     return tuple(made)
 
 
