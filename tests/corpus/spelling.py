@@ -183,6 +183,9 @@ class Call:
         dtype, kept = DTYPES[dtypes]
         generator = torch.Generator().manual_seed(seed)
         arguments = spelling.inputs(dtype, generator)
+        if len(arguments) == 1:  # whatever the code calls it
+            names = inspect.signature(code.forward if isinstance(code, type) else code).parameters
+            arguments = {next(name for name in names if name != "self"): next(iter(arguments.values()))}
         for name, value in arguments.items():
             if isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex()):
                 value.requires_grad_(name not in spelling.constant)

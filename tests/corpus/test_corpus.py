@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CORPORA = (*norms.CORPORA,)
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
-LEAST = {"rms_norm": 1}
+LEAST = {"rms_norm": 43, "layer_norm": 16}
 """What the corpus holds of each op. It may grow and not shrink."""
 
 each = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.op}-{s.name}")
@@ -40,7 +40,7 @@ def test_a_spelling_is_recognised_as_its_variant(spelling: Spelling) -> None:
 def test_the_reference_gives_results_and_gradients_bit_for_bit(spelling: Spelling, dtypes: str) -> None:
     call = Call.of(spelling.code, spelling.make, spelling, dtypes)
     expected = by_itself(spelling.code, call)
-    assert dtypes == "mixed" or "raised" not in expected
+    assert dtypes != "float32" or "raised" not in expected
     found = by_reference(recognise(spelling.code), call)
     assert differences(found, expected, spelling.regrouped) == []
 

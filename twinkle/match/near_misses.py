@@ -50,7 +50,7 @@ class Expression:
         """It divides by a root of what a mean was subtracted from, as layer norms do."""
         if "layer_norm" in self.ops and self.size < 60:
             return True
-        roots = not self.ops.isdisjoint(("rsqrt", "sqrt"))
+        roots = not self.ops.isdisjoint(("rsqrt", "sqrt", "std"))
         return roots and ("var" in self.ops or {"mean", "sub"} <= self.ops) and self.size < 80
 
     @cached_property
