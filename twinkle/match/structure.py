@@ -179,6 +179,7 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
                 and _tellable(op, bound)
             ):
                 facts, instance_facts = _facts(bound)
+                facts.update(template.says)
                 if requires:
                     facts["requires"] = requires
                 read = tuple(filter(None, run.reads))

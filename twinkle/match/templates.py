@@ -36,12 +36,13 @@ def holes(op: Op) -> dict[str, str]:
 
 
 class Template(NamedTuple):
-    """One variant as a term with holes."""
+    """One variant as a term with holes, and what its spelling says besides."""
 
     op: Op
     variant: Any
     term: Term
     key: int
+    says: dict[str, Any]
 
 
 class _Forms:
@@ -85,7 +86,9 @@ class _Forms:
             raise AssertionError(
                 f"the reference of {self.op.name} {form.variant.name} is no mere computation: {run.effects}"
             )
-        return Template(self.op, form.variant, term, shape_key(term))
+        roles = self.op.roles
+        says = {name: value for name, value in form.spelling.items() if roles.get(name) == "spelling"}
+        return Template(self.op, form.variant, term, shape_key(term), says)
 
 
 class _Form:

@@ -45,7 +45,8 @@ class Op:
         roles: What each argument of the definition may be in the code of a class or function; empty for an
             op that is not one expression. ``input``: an argument; ``tensor``, ``linear``, ``norm``,
             ``dropout``, ``layer``, ``flag``: an attribute that holds such a thing; ``number``: a number,
-            or an attribute with one; ``activation``: an elementwise function; ``shape``: sizes.
+            or an attribute with one; ``activation``: an elementwise function; ``shape``: sizes;
+            ``spelling``: what ``spellings`` of its ``recognition.py`` says, and no code has.
         layers: The layer classes it exports, and their modules in its folder; the first is the one that the
             embedded document binds.
         functions: The same for functions, and for layers that stand for functions.

@@ -155,7 +155,10 @@ class Calls(Names):
         if is_torch and self.idioms.knows(name):
             return self.idioms.call(name, args, kwargs)
         if value is math.sqrt and len(args) == 1 and not kwargs:
-            return self.idioms.power(args[0], self.idioms.const(0.5))
+            # Not the power of a half: the two differ in the last bit for some widths below 65536.
+            only = args[0].args[0] if args[0].op == "const" else None
+            folded = isinstance(only, int | float) and only >= 0
+            return self.idioms.const(math.sqrt(only)) if folded else self.term("math_sqrt", args[0])
         if value in _FOLDED and len(args) == 1 and not kwargs:
             only = args[0]
             if value is len and only.op in ("tuple", "list"):

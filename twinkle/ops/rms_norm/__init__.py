@@ -25,6 +25,7 @@ OP = Op(
         "bias": "tensor",
         "scale": "number",
         "width": "number",
+        "math_root": "spelling",
     },
     layers={"RMSNorm": "layer", "GemmaRMSNorm": "layer"},
     backends=("triton_backend", "cpu_backend"),

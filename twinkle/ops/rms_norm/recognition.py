@@ -25,10 +25,13 @@ def spellings(variant: RMSNormVariant) -> tuple[dict[str, Any], ...]:
     """Arguments of the definition that are not there where the width of the input says what they would."""
     if variant.compute in ("fused", "fused_float32"):
         return ({}, {"normalized_shape": None})
-    if variant.scale == "norm_inverse":  # a number that an instance has is no inverse of anything
-        return ({"scale": None, "width": None}, {"scale": None})
     if variant.scale != "none":
-        return ({}, {"scale": None, "width": None}, {"scale": None})
+        widths: tuple[dict[str, Any], ...] = ({"scale": None, "width": None}, {"scale": None})
+        if variant.scale == "norm_multiplied":
+            return ({}, *widths)
+        powers = tuple({**width, "math_root": root} for width in widths for root in (False, True))
+        # A number that an instance has is no inverse of anything.
+        return powers if variant.scale == "norm_inverse" else ({}, *powers)
     if variant.statistic == "sum":
         return ({"width": None}, {})
     return ({},)

@@ -9,6 +9,7 @@ and in which dtype the weight is applied, differ between families and change bit
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -94,6 +95,7 @@ def rms_norm(
     bias: Tensor | None = None,
     scale: float | None = None,
     width: int | None = None,
+    math_root: bool = False,
 ) -> Tensor:
     """The definition.
 
@@ -110,6 +112,7 @@ def rms_norm(
         bias: ``[hidden]`` or None, for a variant that may have one.
         scale: Of a variant with one; None is the power of the width that makes a root mean square of it.
         width: What stands for ``hidden`` in that power and under a sum; None is ``hidden`` itself.
+        math_root: The power is taken by ``math.sqrt``, which differs in the last bit for some widths.
 
     Returns:
         ``[..., hidden]``.
@@ -121,7 +124,7 @@ def rms_norm(
     if variant.compute == "fused" or variant.compute == "fused_float32":
         return _fused(h, weight, eps, dtype, variant, normalized_shape)
     if variant.scale != "none":
-        scale = number(x, scale, width, variant)
+        scale = number(x, scale, width, variant, math_root)
     if variant.weight_place == "input":
         h = (h * _scale(weight, variant)).to(dtype).float()
     if variant.gate == "before":
@@ -232,18 +235,20 @@ def _fused(
     return h
 
 
-def number(x: Tensor, scale: float | None, width: int | None, variant: RMSNormVariant) -> float:
+def number(
+    x: Tensor, scale: float | None, width: int | None, variant: RMSNormVariant, math_root: bool = False
+) -> float:
     """The scale of a variant with one: as given, or a power of the width."""
     if scale is not None:
         return scale
     if width is None:
         width = x.shape[-1]
-    power: float = width**0.5
+    power: float
     if variant.scale == "norm_multiplied":
         power = width**-0.5
-    if variant.scale == "norm_inverse":
-        power = 1.0 / width**0.5
-    return power
+        return power
+    power = math.sqrt(width) if math_root else width**0.5
+    return 1.0 / power if variant.scale == "norm_inverse" else power
 
 
 def _root(h: Tensor, eps: float, variant: RMSNormVariant, scale: float | None, width: int | None) -> Tensor:

@@ -70,6 +70,7 @@ def rms_norm(
     bias: Tensor | None = None,
     scale: float | None = None,
     width: int | None = None,
+    math_root: bool = False,
 ) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
@@ -92,7 +93,7 @@ def rms_norm(
             eps = _EPS  # what torch's function takes where it computes in float32
         number = 1.0
         if variant.scale != "none":
-            number = reference.number(x, scale, width, variant)
+            number = reference.number(x, scale, width, variant, math_root)
         elif variant.statistic == "sum":
             number = float(x.shape[-1] if width is None else width)
         if path is EAGER and not torch.is_grad_enabled():
@@ -113,6 +114,7 @@ def rms_norm(
         bias=bias,
         scale=scale,
         width=width,
+        math_root=math_root,
     )
 
 
@@ -210,6 +212,7 @@ _eager, _op = define_op(
     "bias",
     "scale",
     "width",
+    "math_root",
 )
 def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
