@@ -380,6 +380,38 @@ class NormalizePlusOne(Scaled):
         return F.normalize(x, dim=-1) * math.sqrt(self.dim) * self.g + 1
 
 
+@RMS.spelling("normalize_offset")
+class NormalizeOffset(Scaled):
+    """As in x-transformers: a flag says whether the weight is one less than it is."""
+
+    def __init__(self, dim: int, unit_offset: bool = True) -> None:
+        super().__init__(dim)
+        self.unit_offset = unit_offset
+
+    def forward(self, x):
+        gamma = self.g + float(self.unit_offset)
+        return F.normalize(x, dim=-1) * self.scale * gamma
+
+
+@RMS.look_alike(NormalizeOffset, "the flag scales")
+class NormalizeFlagged(NormalizeOffset):
+    def forward(self, x):
+        gamma = self.g * float(self.unit_offset)
+        return F.normalize(x, dim=-1) * self.scale * gamma
+
+
+@RMS.spelling("normalize_offset", unit_offset=False)
+class NormalizeNoOffset(NormalizeOffset):
+    """The same with the flag off."""
+
+
+@RMS.look_alike(NormalizeNoOffset, "the other way round", unit_offset=False)
+class NormalizeNegatedOffset(NormalizeOffset):
+    def forward(self, x):
+        gamma = self.g + float(not self.unit_offset)
+        return F.normalize(x, dim=-1) * self.scale * gamma
+
+
 @RMS.spelling("normalize_unweighted")
 class Simple(Scaled):
     def __init__(self, dim: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 CORPORA = (*norms.CORPORA,)
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
-LEAST = {"rms_norm": 43, "layer_norm": 16}
+LEAST = {"rms_norm": 45, "layer_norm": 16}
 """What the corpus holds of each op. It may grow and not shrink."""
 
 each = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.op}-{s.name}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from rounding import across_a_boundary, assert_near, rounding_bound, terms
@@ -45,6 +47,7 @@ def test_float32_equals_the_definition_to_a_few_ulps(kernels, name):
     x, w = torch.randn(6, 200, device=kernels), torch.randn(200, device=kernels)
     w = None if variant.weight == "none" else w
     shape = {"normalized_shape": (200,)}
+    shape["offset"] = 1.0
     y, g, gradients = run(rms_norm, x, w, variant=variant, **shape)
     assert used_kernel(y)
     y2, _, gradients2 = run(reference.rms_norm, x, w, g, variant=variant, **shape)
@@ -95,6 +98,37 @@ def test_half_precision_gradients_are_as_near_to_the_exact_ones(kernels, half, n
     _, _, exact = run(reference.rms_norm, x.double(), None if w is None else w.double(), g, variant=variant)
     for a, b, c in zip(ours, theirs, exact, strict=True):
         assert (a - c).norm() <= (b - c).norm() + rounding_bound(half, 1, c.norm().item())
+
+
+MEASURES = [
+    name for name in VARIANTS if VARIANTS[name].eps_place != "mean" or VARIANTS[name].statistic == "sum"
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "width"),
+    [(name, 24) for name in MEASURES] + [("normalize", 8200), ("root", 8200), ("sum", 8200)],
+)
+def test_gradients_follow_the_measure_where_eps_counts_and_where_it_does_not(kernels, name, width):
+    torch.manual_seed(0)
+    variant = VARIANTS[name]
+    x = torch.randn(9, width, device=kernels) * torch.logspace(-5, 3, 9, device=kernels)[:, None]
+    x[4] = 0
+    w = None if variant.weight == "none" else torch.randn(width, device=kernels)
+    y, g, gradients = run(functools.partial(rms_norm, offset=1.0), x, w, variant=variant)
+    assert used_kernel(y)
+    y2, _, gradients2 = run(functools.partial(reference.rms_norm, offset=1.0), x, w, g, variant=variant)
+    for row in range(9):
+        assert_near(y[row], y2[row], operations(width))
+        found, expected = gradients[0][row], gradients2[0][row]
+        if expected.isnan().all():  # of the root of 0
+            assert found.isnan().all()
+            continue
+        # Before the part along the input is taken off.
+        largest = float(g[row].abs().max() * (y2[row].norm() / x[row].norm().clamp_min(1e-6)) * 10)
+        assert_near(found, expected, operations(width), magnitude=largest)
+    for found, expected in zip(gradients[1:], gradients2[1:], strict=True):
+        assert_near(found.nan_to_num(), expected.nan_to_num(), operations(width))
 
 
 @pytest.mark.parametrize("width", [1, 3, 128, 130, 4096, 8200, 20000, 65536])

@@ -235,7 +235,7 @@ def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
     facts: dict[str, Any] = {}
     ask: list[str] = []
     for role, term in bound.items():
-        path = _shape_path(term)
+        path = _shape_path(term.args[0] if term.op == "float" else term)
         if path is not None:
             facts[role] = path
             ask.append(role)

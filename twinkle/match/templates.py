@@ -21,7 +21,13 @@ if TYPE_CHECKING:
 __all__ = ["Template", "holes", "template_ops", "templates"]
 
 # What a hole may be bound to, by the role of its argument; any other role is an attribute.
-_HOLES = {"input": "input", "number": "scalar", "activation": "callable", "shape": "any"}
+_HOLES = {
+    "input": "input",
+    "number": "scalar",
+    "constant": "constant",
+    "activation": "callable",
+    "shape": "any",
+}
 
 
 def template_ops() -> tuple[Op, ...]:

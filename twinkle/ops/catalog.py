@@ -46,6 +46,7 @@ class Op:
             op that is not one expression. ``input``: an argument; ``tensor``, ``linear``, ``norm``,
             ``dropout``, ``layer``, ``flag``: an attribute that holds such a thing; ``number``: a number,
             or an attribute with one; ``activation``: an elementwise function; ``shape``: sizes;
+            ``constant``: a number that is no argument, or a flag that is taken for one;
             ``spelling``: what ``spellings`` of its ``recognition.py`` says, and no code has.
         layers: The layer classes it exports, and their modules in its folder; the first is the one that the
             embedded document binds.

@@ -159,6 +159,8 @@ class Calls(Names):
             only = args[0].args[0] if args[0].op == "const" else None
             folded = isinstance(only, int | float) and only >= 0
             return self.idioms.const(math.sqrt(only)) if folded else self.term("math_sqrt", args[0])
+        if value is float and len(args) == 1 and args[0].op == "attr":
+            return self.term("float", args[0])
         if value in _FOLDED and len(args) == 1 and not kwargs:
             only = args[0]
             if value is len and only.op in ("tuple", "list"):

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "layer_class", "layer_norm", "supports"]
+__all__ = ["LEAST", "layer_class", "layer_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
@@ -51,6 +51,12 @@ def supports(
     if isinstance(shape, tuple) and len(shape) != 1:
         return f"it normalises over {len(shape)} dimensions"
     return None
+
+
+def takes_weight_and_eps(variant: LayerNormVariant) -> bool:
+    """Whether a kernel for more than the norm computes a variant: weight and bias as they are, one rounding."""
+    plain = variant.affine_place == "fused" and not variant.one_plus
+    return plain and supports(variant) is None and rounds_as(variant, torch.bfloat16)
 
 
 def layer_norm(

@@ -36,7 +36,8 @@ class RMSNormVariant:
             ``x`` before the product; ``input``: all in the dtype of ``x``; ``fused``: `F.rms_norm`;
             ``fused_float32``: that function, of ``x`` in float32.
         inverse: ``rsqrt`` multiplies, ``divide`` divides by the square root.
-        weight: ``none``, ``plain`` (``w``) or ``one_plus`` (``1 + w``).
+        weight: ``none``, ``plain`` (``w``), ``one_plus`` (``1 + w``) or ``offset`` (``w`` and a number of the
+            instance).
         weight_cast: ``none``; ``float32``: the weight is cast before use; ``float32_sum``: ``1 + w``
             is computed in the weight's dtype, then cast.
         cast: ``before_weight`` rounds the normalised input to the dtype of ``x`` and then applies
@@ -66,7 +67,7 @@ class RMSNormVariant:
     name: str
     compute: Literal["float32", "promoted", "statistics", "input", "fused", "fused_float32"] = "float32"
     inverse: Literal["rsqrt", "divide"] = "rsqrt"
-    weight: Literal["none", "plain", "one_plus"] = "plain"
+    weight: Literal["none", "plain", "one_plus", "offset"] = "plain"
     weight_cast: Literal["none", "float32", "float32_sum"] = "none"
     cast: Literal["before_weight", "after_weight", "half_weight", "none"] = "before_weight"
     optional_weight: bool = False
@@ -96,6 +97,7 @@ def rms_norm(
     scale: float | None = None,
     width: int | None = None,
     math_root: bool = False,
+    offset: float = 0.0,
 ) -> Tensor:
     """The definition.
 
@@ -113,12 +115,15 @@ def rms_norm(
         scale: Of a variant with one; None is the power of the width that makes a root mean square of it.
         width: What stands for ``hidden`` in that power and under a sum; None is ``hidden`` itself.
         math_root: The power is taken by ``math.sqrt``, which differs in the last bit for some widths.
+        offset: Of a variant with one.
 
     Returns:
         ``[..., hidden]``.
     """
     dtype = x.dtype
     h = x
+    if variant.weight == "offset":
+        weight = weight + offset
     if variant.compute == "float32" or variant.compute == "fused_float32":
         h = h.float()
     if variant.compute == "fused" or variant.compute == "fused_float32":
@@ -384,7 +389,7 @@ _NORM: Final[dict[str, Any]] = {"statistic": "norm", "inverse": "divide", "eps_p
 _LEAST: Final[dict[str, Any]] = {**_NORM, "eps_place": "least"}
 _SUM: Final[dict[str, Any]] = {"statistic": "sum"}
 _MEASURES: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
-    ("normalize", {**_LEAST, "scale": "result"}, "plain one_plus none"),
+    ("normalize", {**_LEAST, "scale": "result"}, "plain one_plus none offset"),
     ("normalize_unscaled", _LEAST, "plain"),
     ("normalize_scaled_last", {**_LEAST, "scale": "weighted"}, "plain one_plus"),
     ("norm", {**_NORM, "scale": "norm_multiplied"}, "plain none first"),
@@ -401,6 +406,7 @@ _MEASURES: Final[tuple[tuple[str, dict[str, Any], str], ...]] = (
 _WEIGHTS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "plain": ("", {}),
     "one_plus": ("_one_plus", {"weight": "one_plus"}),
+    "offset": ("_offset", {"weight": "offset"}),
     "none": ("_unweighted", {"weight": "none"}),
     "first": ("_first", {"weight_place": "first"}),
 }

@@ -42,6 +42,8 @@ def supports(
     """Why there is no kernel for a variant and an instance, or None (an ``optional`` group must be None)."""
     if facts is not None and facts.get("bias") is not None:
         return "no kernel for an RMSNorm with a bias"
+    if facts is not None and facts.get("offset", 0.0) not in (0.0, 1.0):
+        return f"no kernel for a weight and {facts['offset']}"
     if variant.gate == "none" and variant.groups != "always" and variant.weight_place in ("after", "fused"):
         return None
     return f"no kernel for gates, groups, or a weight before the norm ({variant.name})"
@@ -53,6 +55,12 @@ def takes_weight_and_eps(variant: RMSNormVariant) -> bool:
     return plain and supports(variant) is None and variant.nullable != "cast"
 
 
+_WITH_OFFSET = {
+    (name, offset): _VARIANTS[name.replace("_offset", suffix)]
+    for name, variant in _VARIANTS.items()
+    if variant.weight == "offset"
+    for offset, suffix in ((0.0, ""), (1.0, "_one_plus"))
+}
 _SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
@@ -71,6 +79,7 @@ def rms_norm(
     scale: float | None = None,
     width: int | None = None,
     math_root: bool = False,
+    offset: float = 0.0,
 ) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
@@ -85,6 +94,8 @@ def rms_norm(
     Returns:
         ``[..., hidden]``.
     """
+    if variant.weight == "offset" and offset in (0.0, 1.0):
+        variant = _WITH_OFFSET[variant.name, float(offset)]
     path = dispatch_path(x, weight) if bias is None else REFERENCE
     if path is not REFERENCE and accepts(x, weight, variant, group_size, normalized_shape):
         if variant.weight == "none" or not with_weight:
@@ -115,6 +126,7 @@ def rms_norm(
         scale=scale,
         width=width,
         math_root=math_root,
+        offset=offset,
     )
 
 
@@ -126,7 +138,12 @@ def accepts(
     normalized_shape: tuple[int, ...] | None,
 ) -> bool:
     """Whether the kernel takes tensors of these shapes and dtypes."""
-    if variant.name not in _SUPPORTED or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
+    if (
+        variant.name not in _SUPPORTED
+        or variant.weight == "offset"
+        or group_size is not None
+        or not 0 < x.shape[-1] <= WIDEST
+    ):
         return False
     if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):
         return False
@@ -213,6 +230,7 @@ _eager, _op = define_op(
     "scale",
     "width",
     "math_root",
+    "offset",
 )
 def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
