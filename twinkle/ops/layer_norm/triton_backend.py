@@ -54,7 +54,7 @@ def supports(
 
 
 def takes_weight_and_eps(variant: LayerNormVariant) -> bool:
-    """Whether a kernel for more than the norm computes a variant: weight and bias as they are, one rounding."""
+    """Whether a kernel for more than the norm computes a variant: plain weight and bias, one rounding."""
     plain = variant.affine_place == "fused" and not variant.one_plus
     return plain and supports(variant) is None and rounds_as(variant, torch.bfloat16)
 
