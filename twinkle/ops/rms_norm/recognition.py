@@ -47,6 +47,8 @@ def possible(variant: RMSNormVariant, operations: Collection[str]) -> bool:
     if variant.statistic == "mean" and variant.eps_place == "mean":
         return True  # the common ones: near misses are told from them
     least, casts = variant.eps_place == "least", variant.compute != "input"
+    if variant.weight in ("one_plus", "offset") and "add" not in operations:
+        return False
     return least == ("clamp" in operations) and casts == ("to" in operations)
 
 
