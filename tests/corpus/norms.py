@@ -422,6 +422,12 @@ class Simple(Scaled):
         return F.normalize(x, dim=-1) * self.scale
 
 
+@RMS.look_alike(Simple, "scaled by a condition")
+class Conditioned(Scaled):
+    def forward(self, x, condition=1.0):
+        return F.normalize(x, dim=-1) * condition
+
+
 @RMS.look_alike(Simple, "divided by the scale")
 class SimpleDivided(Simple):
     def forward(self, x):

@@ -55,6 +55,9 @@ def test_every_variant_is_as_near_to_the_exact_result_as_its_definition(kernels,
         pytest.skip("the interpreter truncates to bfloat16")
     if kernels.type == "cpu" and name.startswith("out"):
         pytest.skip("the same kernel as for Cohere's")
+    variant = VARIANTS[name]
+    if kernels.type == "cpu" and (variant.nullable or (variant.weight_cast and variant.written == "fused")):
+        pytest.skip("the same kernel as for the weight in float32")
     torch.manual_seed(0)
     for case in cases(VARIANTS[name], dtype, kernels):
         verdict = compare(case.original, case.kernel, case.args, {}, module=case.module, backward=True)
