@@ -336,6 +336,21 @@ class NormalizeOtherAxis(Scaled):
         return F.normalize(x, dim=-2) * self.scale * self.g
 
 
+class Halves(nn.Module):
+    def normalize(self, x, dim):
+        return x / 2
+
+
+@RMS.look_alike(Lucidrains, "a method of a layer that is called like torch's function")
+class NormalizeOfLayer(Scaled):
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.tool = Halves()
+
+    def forward(self, x):
+        return self.tool.normalize(x, dim=-1) * self.scale * self.g
+
+
 @RMS.look_alike(Lucidrains, "the default axis is not the last")
 class NormalizeDefaultAxis(Scaled):
     def forward(self, x):

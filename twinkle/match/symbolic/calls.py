@@ -9,6 +9,8 @@ import math
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.names import Names, Unsupported
@@ -84,9 +86,11 @@ class Calls(Names):
             return self.inherited(base, name, args, kwargs)
         if base.op == "py":
             return self.call(self.attribute(base, name), args, kwargs)
-        if base.op == "attr" and (name in _LAYERS or not self.idioms.knows(name)):
+        # What no tensor has is a method of something else, and no function of torch.
+        known = self.idioms.knows(name) and hasattr(torch.Tensor, name)
+        if base.op == "attr" and (name in _LAYERS or not known):
             return self.call(self.term("attr", base, name), args, kwargs)
-        if self.idioms.knows(name):
+        if known:
             return self.idioms.call(name, [base, *args], kwargs)
         return self.opaque(self.term("attr", base, name), args, kwargs)
 
