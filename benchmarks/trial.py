@@ -182,6 +182,10 @@ def _rms_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         "activation": nn.functional.silu,
         "group_size": 4,
         "with_weight": True,
+        "bias": torch.randn(_HIDDEN, dtype=other),
+        "scale": 2.5,
+        "width": _HIDDEN,
+        "offset": 1.0,
     }
     return {**_norm_values(dtype, other), **more}, lambda weight=None, **rest: rms_norm(weight=weight, **rest)
 
@@ -191,9 +195,8 @@ def _layer_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         return layer_norm(weight=weight, bias=bias, **rest)
 
     # torch's function wants the weight in the dtype of its input.
-    return _norm_values(
-        dtype, torch.float32 if variant.name.startswith("fused_float32") else other
-    ), reference
+    wide = variant.name.startswith("fused_float32") and not (variant.weight_cast or variant.nullable)
+    return _norm_values(dtype, torch.float32 if wide else other), reference
 
 
 def _gated_mlp(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:

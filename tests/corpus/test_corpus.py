@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 CORPORA = (*norms.CORPORA, *rotations.CORPORA, *rotations_by_pairs.CORPORA, *gated_mlps.CORPORA)
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
-LEAST = {"rms_norm": 1, "rotary": 35, "gated_mlp": 22}
+LEAST = {"rms_norm": 45, "layer_norm": 16, "rotary": 35, "gated_mlp": 22}
 """What the corpus holds of each op. It may grow and not shrink."""
 
 each = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.op}-{s.name}")
@@ -43,8 +43,9 @@ def test_a_spelling_is_recognised_as_its_variant(spelling: Spelling) -> None:
 def test_the_reference_gives_results_and_gradients_bit_for_bit(spelling: Spelling, dtypes: str) -> None:
     call = Call.of(spelling.code, spelling.make, spelling, dtypes)
     expected = by_itself(spelling.code, call)
-    assert dtypes == "mixed" or "raised" not in expected
-    assert differences(by_reference(recognise(spelling.code), call), expected) == []
+    assert dtypes != "float32" or "raised" not in expected
+    found = by_reference(recognise(spelling.code), call)
+    assert differences(found, expected, spelling.regrouped) == []
 
 
 @each_other

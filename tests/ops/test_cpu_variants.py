@@ -90,6 +90,17 @@ def test_a_norm_equals_its_definition_bit_for_bit(monkeypatch, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, variant in NORMS.items() if variant.nullable != "no"])
+def test_a_norm_without_its_weight_equals_its_definition_bit_for_bit(name, dtype):
+    x, _ = normed(NORMS[name], dtype)
+    y = norm_cpu.rms_norm(x, None, 1e-6, variant=NORMS[name])
+    expected = norm_reference.rms_norm(x, None, 1e-6, variant=NORMS[name])
+    assert ours(y)
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_of_a_norm_are_as_near_to_the_exact_ones(threads, name, dtype):
     variant = NORMS[name]

@@ -189,4 +189,4 @@ def form_template(op: Op, variant: Any) -> Template:
             given.setdefault(name, run.embed(parameter.default))
     term = run.function(definition, [], given)
     made, _ = op.hook("canonical")(term, given[alike[0]], run.arena.term)  # type: ignore[misc]
-    return Template(op, variant, made, shape_key(made))
+    return Template(op, variant, made, shape_key(made), {})

@@ -177,11 +177,16 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     for op in ops_with_core(term):
         rewritten = op.hook("rewritten")
         form, more = (term, {}) if rewritten is None else rewritten(term, run.arena.term)
-        key = shape_key(form)
-        for template in templates(op):
+        key, operations = shape_key(form), {part.op for part in walk(form)}
+        for template in templates(op).among(operations):
             bound = unify(template.term, form, holes(op)) if template.key == key else None
-            if bound is not None and _plausible(op, bound, run.cls) and _tellable(op, bound):
+            if (
+                bound is not None
+                and _plausible(op, template.variant, bound, run.cls)
+                and _tellable(op, bound)
+            ):
                 facts, instance_facts = _facts(bound)
+                facts.update(template.says)
                 facts.update(more)
                 if requires:
                     facts["requires"] = requires
@@ -190,17 +195,25 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     return None
 
 
-def _plausible(op: Op, bound: Bindings, owner: type | None) -> bool:
-    """Whether ``__init__`` builds a dropout, a norm or a linear layer where one is bound.
+def _plausible(op: Op, variant: Any, bound: Bindings, owner: type | None) -> bool:
+    """Whether ``__init__`` builds what is bound, where two roles are written alike.
 
-    Their calls are written alike.
+    The calls of a dropout, a norm and a linear layer are, and the products with a number and with a tensor.
     """
-    kinds = {role: op.roles[role] for role in bound if op.roles.get(role) in _LAYERS}
-    paths = {role: path for role in kinds if (path := attribute_path(bound[role])) is not None}
-    classes = attribute_classes(owner) if paths and owner is not None else {}
+    paths = {role: path for role, term in bound.items() if (path := attribute_path(term)) is not None}
+    alike = op.hook("written_alike")
+    factors = paths.keys() & set(() if alike is None else alike(variant))
+    layers = {role for role in paths if op.roles.get(role) in _LAYERS}
+    classes = attribute_classes(owner) if owner is not None and (factors or layers) else {}
+    if not all(
+        _may_be(op.roles[role], {cls for cls in classes.get(paths[role], ()) if hasattr(cls, "forward")})
+        for role in layers
+    ):
+        return False
     return all(
-        _may_be(kinds[role], {cls for cls in classes.get(path, ()) if hasattr(cls, "forward")})
-        for role, path in paths.items()
+        paths[role] not in classes
+        or (op.roles[role] == "tensor") == any(issubclass(cls, torch.Tensor) for cls in classes[paths[role]])
+        for role in factors
     )
 
 
@@ -221,7 +234,17 @@ def _may_be(kind: str, classes: set[type]) -> bool:
 def _tellable(op: Op, bound: Bindings) -> bool:
     """Whether a shape is an attribute or numbers: one that is computed cannot be handed to a kernel."""
     shapes = (bound[role] for role, kind in op.roles.items() if kind == "shape" and role in bound)
-    return all(_numbers(term) is not None or attribute_path(term) is not None for term in shapes)
+    return all(_numbers(term) is not None or _shape_path(term) is not None for term in shapes)
+
+
+def _shape_path(term: Term) -> str | None:
+    """The path to a shape: that of an attribute, ``weight.shape``, or that of the only number in it."""
+    if term.op == "shape":
+        path = attribute_path(term.args[0])
+        return None if path is None else f"{path}.shape"
+    if term.op in ("tuple", "list") and len(term.args) == 1:
+        return attribute_path(term.args[0])
+    return attribute_path(term)
 
 
 def _numbers(term: Term) -> tuple[Any, ...] | None:
@@ -235,7 +258,7 @@ def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
     facts: dict[str, Any] = {}
     ask: list[str] = []
     for role, term in bound.items():
-        path = attribute_path(term)
+        path = _shape_path(term.args[0] if term.op == "float" else term)
         if path is not None:
             facts[role] = path
             ask.append(role)

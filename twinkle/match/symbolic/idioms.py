@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match.symbolic.norm_idioms import NormIdioms
 from twinkle.match.symbolic.torch_signatures import (
     ALIASES,
     BINARY,
@@ -46,7 +47,7 @@ _MOVES = frozenset(
 _SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "clamp"}) | ACTIVATIONS
 
 
-class Idioms:
+class Idioms(NormIdioms):
     """Builds canonical terms in an arena.
 
     Args:
@@ -207,7 +208,11 @@ class Idioms:
         if name == "narrow" and args[2].args == (0,) and args[1].args == (-1,):
             window = self.slice(self.none, args[3], self.none)
             return self.index(args[0], self.term("tuple", self.const(Ellipsis), window))
-        if name in ("mean", "sum", "var") and args[1].op == "tuple" and len(args[1].args) == 1:
+        if name in ("rms_norm", "layer_norm"):
+            args[1] = self.normalized_shape(args[0], args[1])
+        if name == "vector_norm" and args[2].op == "tuple" and len(args[2].args) == 1:
+            args[2] = args[2].args[0]
+        if name in ("mean", "sum", "var", "std") and args[1].op == "tuple" and len(args[1].args) == 1:
             args[1] = args[1].args[0]
         if name == "zeros_like":
             dtype, device = args[1], args[2]
@@ -243,6 +248,9 @@ class Idioms:
             folded = _fold(op, left.args[0], right.args[0])
             if folded is not None:
                 return self.const(folded)
+        # An operator expands by itself.
+        if right.op == "expand_as" and right.args[1] is left:
+            right = right.args[0]
         if op == "mul" and left is right:
             return self.square(left)
         if op == "mul":
@@ -419,4 +427,4 @@ def _fold(op: str, left: Any, right: Any) -> Any:
         return None
 
 
-_EXTRA = frozenset(name[len("_call_") :] for name in vars(Idioms) if name.startswith("_call_"))
+_EXTRA = frozenset(name[len("_call_") :] for name in dir(Idioms) if name.startswith("_call_"))
