@@ -6,6 +6,9 @@ code that reads anything else fails the trial instead of passing by luck.
 
 from __future__ import annotations
 
+import inspect
+import itertools
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -59,6 +62,8 @@ def trial(
     """
     facts = dict(recognition.facts)
     requires = facts.pop("requires", ())
+    if recognition.op == "rotary" and recognition.variant.broadcast == "given":
+        return _rotary_given(obj, recognition, dtype, torch.float32 if mixed else dtype)
     setup = _SETUPS.get(str(recognition.op))
     if setup is None:
         return Outcome(False, f"nobody wrote down the inputs of a trial of {recognition.op}")
@@ -177,6 +182,10 @@ def _rms_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         "activation": nn.functional.silu,
         "group_size": 4,
         "with_weight": True,
+        "bias": torch.randn(_HIDDEN, dtype=other),
+        "scale": 2.5,
+        "width": _HIDDEN,
+        "offset": 1.0,
     }
     return {**_norm_values(dtype, other), **more}, lambda weight=None, **rest: rms_norm(weight=weight, **rest)
 
@@ -186,9 +195,8 @@ def _layer_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         return layer_norm(weight=weight, bias=bias, **rest)
 
     # torch's function wants the weight in the dtype of its input.
-    return _norm_values(
-        dtype, torch.float32 if variant.name.startswith("fused_float32") else other
-    ), reference
+    wide = variant.name.startswith("fused_float32") and not (variant.weight_cast or variant.nullable)
+    return _norm_values(dtype, torch.float32 if wide else other), reference
 
 
 def _gated_mlp(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
@@ -207,10 +215,16 @@ def _gated_mlp(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         "limit": 0.4,
         "gate_scale": 1.3,
         "output_scale": 0.7,
+        "factor": 1.2,
+        "last_dropout": nn.Dropout(0.0),
+        "gate_last": True,
+        "chunk_dim": -1,
     }
+    if variant.projections == "none":
+        values["x"] = torch.randn(3, 5, 2 * _INTER, dtype=dtype)
 
     def reference(**given: Any) -> Tensor:
-        return gated_mlp(**{"gate": None, "up": None, **given})
+        return gated_mlp(**{"gate": None, "up": None, "down": None, **given})
 
     return values, reference
 
@@ -253,6 +267,42 @@ def _rotary(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
         return rotary(k=k, sin=sin, **rest)
 
     return values, reference
+
+
+def _rotary_given(obj: Any, recognition: Recognition, dtype: torch.dtype, other: torch.dtype) -> Outcome:
+    """A trial where the tables are what any code makes: of the first shapes that the code runs with."""
+    function, _ = source.unwrap(source.function_of_callable(obj))
+    facts, variant = recognition.facts, recognition.variant
+    turned = {role: facts[role] for role in ("q", "k", "v") if role in facts}
+    texts = {role: facts[role] for role in ("cos", "sin", "rotary_dim") if role in facts}
+    names = {
+        name
+        for name in inspect.signature(function).parameters
+        if name not in turned.values() and any(re.search(rf"\b{name}\b", text) for text in texts.values())
+    }
+    problem = "no shapes of tables fit"
+    for shape, table in itertools.product(((2, 3, 5, 8), (2, 5, 3, 8)), _TABLES):
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(0)
+            given = {name: torch.randn(shape).to(dtype) for name in turned.values()}
+            for name in sorted(names):
+                made = torch.randn(table)
+                polar = torch.polar(torch.ones(table), made)
+                given[name] = polar if variant.pairs == "complex" else made.to(other)
+            try:
+                found = function(**_copies(given))
+                scope = {"_tw_torch": torch}
+                values = {role: eval(text, scope, given) for role, text in texts.items()}
+                values.update((role, given[name]) for role, name in turned.items())
+                expected = rotary(**{"k": None, "sin": None, **values}, variant=variant)
+            except Exception as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+        return _compare(found, expected)
+    return Outcome(False, problem)
+
+
+_TABLES = ((2, 5, 8), (2, 5, 4), (5, 8), (5, 4), (5, 2), (1, 5, 1, 4), (1, 1, 5, 4), (1, 1, 5, 8))
 
 
 def _experts(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:

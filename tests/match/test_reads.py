@@ -274,9 +274,14 @@ class Fused(Norm):
         return F.rms_norm(x, (SHAPE,), self.weight, 1e-6)
 
 
-class Computed(Norm):
+class Last(Norm):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, x.shape[-1:], self.weight, 1e-6)
+
+
+class Computed(Norm):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, x.shape[-2:], self.weight, 1e-6)
 
 
 class OfAttributes(Norm):
@@ -287,8 +292,15 @@ class OfAttributes(Norm):
 def test_a_shape_of_numbers_is_a_fact_and_one_that_is_computed_is_not() -> None:
     assert recognise(Fused).facts["normalized_shape"] == (4,)
     check(facts_of(Fused()).handed_guard, Fused(), put(here(), "SHAPE", 2))
+    assert "normalized_shape" not in recognise(Last).facts
     assert not recognise(Computed)
-    assert not recognise(OfAttributes)
+
+
+def test_a_number_in_a_shape_is_read_from_the_instance() -> None:
+    layer = OfAttributes()
+    layer.width = 4
+    assert facts_of(layer)["normalized_shape"] == (4,)
+    check(facts_of(layer).handed_guard, layer, put(layer, "width", 2))
 
 
 class Closing(Norm):

@@ -346,3 +346,19 @@ def test_a_missing_weight_is_a_reason():
 def test_layers_of_torch_are_recognised():
     assert recognise(nn.LayerNorm).variant.name == "fused"
     assert recognise(nn.RMSNorm).variant.compute == "fused"
+
+
+class Normalized(Odd):
+    def forward(self, x):
+        return F.normalize(x, dim=-2) * self.small * self.g
+
+
+class Euclidean(Odd):
+    def forward(self, x):
+        return self.g * (x / (x.norm(2, dim=-2, keepdim=True) * x.shape[-1] ** -0.5 + self.small))
+
+
+@pytest.mark.parametrize(("cls", "variant"), [(Normalized, "normalize"), (Euclidean, "norm")])
+def test_the_first_difference_of_a_euclidean_norm_is_named(cls, variant):
+    (miss,) = recognise(cls).near
+    assert (miss.op, miss.variant.name, miss.difference) == ("rms_norm", variant, "expected -1, found -2")

@@ -90,6 +90,17 @@ def test_a_norm_equals_its_definition_bit_for_bit(monkeypatch, name, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name, variant in NORMS.items() if variant.nullable != "no"])
+def test_a_norm_without_its_weight_equals_its_definition_bit_for_bit(name, dtype):
+    x, _ = normed(NORMS[name], dtype)
+    y = norm_cpu.rms_norm(x, None, 1e-6, variant=NORMS[name])
+    expected = norm_reference.rms_norm(x, None, 1e-6, variant=NORMS[name])
+    assert ours(y)
+    assert y.dtype == expected.dtype
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", NORMS)
 def test_gradients_of_a_norm_are_as_near_to_the_exact_ones(threads, name, dtype):
     variant = NORMS[name]
@@ -163,7 +174,7 @@ def test_backward_under_autocast_is_in_float32():
 
 def rotated(variant, dtype, tables, tokens_first_in_memory=True):
     torch.manual_seed(0)
-    width = 16 if variant.part in ("first", "last") else DIM
+    turned = width = 16 if variant.part in ("first", "last") else DIM
     width = width // 2 if variant.tables in ("half", "repeated") else width
 
     def made(heads):
@@ -174,6 +185,8 @@ def rotated(variant, dtype, tables, tokens_first_in_memory=True):
 
     lead = {"none": (TOKENS,), "-2": (TOKENS,)}.get(variant.broadcast, (BATCH, TOKENS))
     extra = {}
+    if variant.broadcast == "given":
+        lead, extra["rotary_dim"] = (1, 1, TOKENS), turned
     if variant.indexed:
         lead, extra["position_ids"] = (9,), torch.randint(0, 9, (BATCH, TOKENS))
     if variant.sections:
@@ -182,7 +195,7 @@ def rotated(variant, dtype, tables, tokens_first_in_memory=True):
     q, k, v = made(HEADS), made(KV), made(KV)
     if variant.tensors == 3:
         extra["v"] = v
-    return (q, k, cos, sin), extra, [q, k, v][: variant.tensors]
+    return (q, k, cos, sin), extra, [q, k, v][: 2 if variant.broadcast == "given" else variant.tensors]
 
 
 @pytest.mark.parametrize("memory", ["tokens first", "heads first"])
@@ -211,7 +224,7 @@ def test_a_rotation_and_its_gradients_are_as_near_as_the_definition(name, dtype,
     )
     wide, more, leaves = rotated(variant, dtype, tables, memory == "tokens first")
     leaves = [x.detach().double().requires_grad_() for x in leaves]
-    wide = (leaves[0], leaves[1] if variant.tensors > 1 else wide[1], *(x.double() for x in wide[2:]))
+    wide = (leaves[0], leaves[1] if len(leaves) > 1 else wide[1], *(x.double() for x in wide[2:]))
     if variant.tensors == 3:
         more["v"] = leaves[2]
     exact = differentiate(rotary_reference.rotary, wide, leaves, variant=exact_variant, **more)

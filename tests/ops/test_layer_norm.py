@@ -27,17 +27,29 @@ def test_every_variant_is_as_near_to_the_exact_result_as_its_definition(name, dt
         assert verdict.ok, (case.shape, verdict)
 
 
-def test_variants_that_round_in_between_or_call_torch_already_are_left_alone(monkeypatch):
+def test_variants_that_measure_otherwise_or_call_torch_already_are_left_alone(monkeypatch):
     monkeypatch.setattr("twinkle.ops.launch.DEVICE_TYPES", frozenset())
     left = {
         variant.name for variant in reference.VARIANTS if backend_for("layer_norm", variant, "cpu") is None
     }
-    assert {"fused", "fused_float32", "out_float32_both_mean_square_divide_before_weight"} <= left
+    assert {"fused", "fused_float32", "std_input_both_first"} <= left
     assert all(
         backend_for("layer_norm", variant, device)
         for variant in VARIANTS.values()
         for device in ("cpu", "cuda")
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounds_in_between_is_computed_by_torch_in_float32_alone(dtype):
+    variant = VARIANTS["out_float32_both_mean_square_divide_before_weight"]
+    torch.manual_seed(0)
+    x = torch.randn(2048, 32, dtype=dtype, requires_grad=True)
+    w, b = torch.randn(2, 32, dtype=dtype)
+    found = layer_norm(x, w, b, 1e-5, variant=variant)
+    expected = reference.layer_norm(x, w, b, 1e-5, variant=variant)
+    assert (type(found.grad_fn).__name__ == "NativeLayerNormBackward0") == (dtype == torch.float32)
+    assert torch.equal(found, expected) == (dtype != torch.float32)
 
 
 @pytest.mark.parametrize("case", ["a weight for each head", "a weight in float32", "float64", "autocast"])

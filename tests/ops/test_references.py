@@ -7,6 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from twinkle.match.spelled import form_template
+from twinkle.match.symbolic.terms import show
 from twinkle.match.templates import template_ops, templates
 from twinkle.ops.causal_lm_loss.reference import CausalLMLossVariant, causal_lm_loss
 from twinkle.ops.experts.reference import VARIANTS as EXPERTS
@@ -24,8 +26,12 @@ LLAMA = next(variant for variant in NORMS if variant.name == "llama")
 @pytest.mark.parametrize("op", template_ops(), ids=lambda op: op.name)
 def test_every_variant_is_distinct_for_the_matcher(op):
     seen = {}
-    for template in templates(op):
-        seen.setdefault(id(template.term), set()).add(template.variant.name)
+    by_form = op.hook("by_form") or (lambda variant: False)
+    forms = [form_template(op, variant) for variant in op.variants if by_form(variant)]
+    for template in (*templates(op), *forms):
+        seen.setdefault(show(template.term, 30) if template in forms else id(template.term), set()).add(
+            template.variant.name
+        )
     assert all(len(names) == 1 for names in seen.values())
     assert {name for names in seen.values() for name in names} == {variant.name for variant in op.variants}
 

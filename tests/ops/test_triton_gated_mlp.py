@@ -100,8 +100,8 @@ def test_inputs_of_any_layout(kernels, kind):
 
 def test_an_activation_without_kernel_is_refused(kernels):
     g, u = pair(kernels)
-    with pytest.raises(ValueError, match="no kernel for the activation 'swish'"):
-        gated.gated_activation(g, u, "swish")
+    with pytest.raises(ValueError, match="no kernel for the activation 'mish'"):
+        gated.gated_activation(g, u, "mish")
 
 
 def test_second_derivatives_are_those_of_torch(kernels):
@@ -169,9 +169,12 @@ class MLP(nn.Module):
             "gate": None if fused else self.gate_proj,
             "up": None if fused else self.up_proj,
             "gate_up": self.gate_up_proj if fused else None,
-            "down": self.down_proj,
+            "down": self.down_proj if variant.down else None,
             "norm": self.norm if variant.norm else None,
             "dropout": self.dropout if variant.dropout else None,
+            "last_dropout": self.dropout if variant.last_dropout else None,
+            "factor": 1.25 if variant.factor else 1.0,
+            "gate_last": True,
             "limit": 0.3 if variant.clamp != "none" else None,
             "gate_scale": 1.5,
             "output_scale": 0.5,
@@ -188,7 +191,7 @@ def test_every_variant_equals_its_definition(kernels, variant, hooked):
         mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     x = torch.randn(2, 3, 16, device=kernels, requires_grad=True)
     y = gated_mlp(x, activation="silu", variant=variant, **mlp.parts(variant))
-    assert len(seen) == int(hooked)
+    assert len(seen) == int(hooked and variant.down)
     y2 = reference.gated_mlp(x, activation=nn.functional.silu, variant=variant, **mlp.parts(variant))
     used = [
         p

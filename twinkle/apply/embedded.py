@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from twinkle.apply.recognised_functions import RecognisedFunction
+    from twinkle.apply.functions_beside import RecognisedFunction
     from twinkle.deferred.install import DeferralPlan
     from twinkle.match.recognition import Recognition
     from twinkle.ops.backends import Backend

@@ -89,7 +89,8 @@ def look_at(cls: type[nn.Module]) -> None:
 
     found, state = _words(cls, standing(cls)), runtime.of(_Sought)
     codes = tuple(one.__code__ for one in found.functions)
-    serve_functions(_whole(dict.fromkeys([cls.__module__, *(one.__module__ for one in found.functions)])))
+    modules = _whole(dict.fromkeys([cls.__module__, *(one.__module__ for one in found.functions)]))
+    serve_functions(modules, [cls])
     if codes and state.in_vain.get(codes[0]) == codes[1:]:
         return
     if has_kernels(cls):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from twinkle.apply.bound import Bound
     from twinkle.apply.functions import FunctionPlan
-    from twinkle.apply.recognised_functions import RecognisedFunction
+    from twinkle.apply.functions_beside import RecognisedFunction
     from twinkle.apply.selection import Selection
     from twinkle.deferred.install import DeferralPlan
     from twinkle.records import FunctionKernel, LayerKernel
@@ -224,11 +224,17 @@ def _defers(cls: type[nn.Module]) -> bool:
     return embedded.defers(cls)
 
 
-def serve_functions(modules: Iterable[str]) -> None:
-    """Put kernels in place of recognised functions in modules, as the settings in force say."""
+def serve_functions(modules: Iterable[str], classes: Iterable[type] = ()) -> None:
+    """Put kernels in place of recognised functions in modules, as the settings in force say.
+
+    Args:
+        modules: By their names.
+        classes: Layers whose forward may be such a function.
+    """
     from twinkle.apply import recognised_functions
 
-    _commit(None, _function_plans(recognised_functions.register_in(modules, _offered(_embedded_device()))))
+    offered = _offered(_embedded_device())
+    _commit(None, _function_plans(recognised_functions.register_in(modules, offered, classes)))
 
 
 def _offered(embedded_on: str | None) -> Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None:

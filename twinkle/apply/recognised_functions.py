@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from twinkle import op_names
 from twinkle.apply.bindings import function_binding
+from twinkle.apply.functions_beside import forwards_of, functions_of
 from twinkle.match.instance import Facts
-from twinkle.match.structure import recognise
-from twinkle.match.symbolic.source import function_of_callable
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
 from twinkle.targets import Name
@@ -19,33 +16,16 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from twinkle.match.recognition import Recognition
+    from twinkle.apply.functions_beside import RecognisedFunction
     from twinkle.records import FunctionKernel, Source
 
-__all__ = ["RecognisedFunction", "register", "register_in", "specialise_function"]
-
-
-class RecognisedFunction(NamedTuple):
-    """A function of a module that is an op.
-
-    Attributes:
-        module: The name of the module.
-        name: Of the function in it.
-        original: The function.
-        recognition: Which op, and how.
-    """
-
-    module: str
-    name: str
-    original: Callable[..., Any]
-    recognition: Recognition
+__all__ = ["register", "register_in", "specialise_function"]
 
 
 class _Functions:
-    """The recognised functions of modules, and the kernels that were made for them."""
+    """The kernels that were made for recognised functions."""
 
     def __init__(self) -> None:
-        self.recognised: dict[str, tuple[Any, list[RecognisedFunction]]] = {}
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
 
 
@@ -62,13 +42,16 @@ def register(
     Returns:
         The modules that have new ones, and whether somebody asked for them.
     """
-    return register_in(dict.fromkeys(type(layer).__module__ for layer in model.modules()), offered)
+    classes = dict.fromkeys(type(layer) for layer in model.modules())
+    return register_in(dict.fromkeys(cls.__module__ for cls in classes), offered, classes)
 
 
 def register_in(
-    modules: Iterable[str], offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None
+    modules: Iterable[str],
+    offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]] | None,
+    classes: Iterable[type] = (),
 ) -> dict[str, bool]:
-    """:func:`register` for modules by their names."""
+    """:func:`register` for modules by their names, and for the forwards of classes."""
     bound: dict[str, list[FunctionKernel]] = {}
     for kernel in runtime.registry.function_kernels:
         if kernel.op is None:
@@ -79,13 +62,36 @@ def register_in(
             bound.setdefault(kernel.op, []).append(kernel)
     if not bound and offered is None:
         return {}
+    served: dict[Any, tuple[RecognisedFunction, Sequence[FunctionKernel], Sequence[FunctionKernel]]] = {}
+
+    def serve(found: RecognisedFunction) -> None:
+        asked = () if found.takes_self else bound.get(str(found.recognition.op), ())
+        ours = offered(found) if offered is not None else ()
+        if asked or ours:
+            served[found.original] = (found, asked, ours)
+
+    for found in (found for module in modules for found in functions_of(module)):
+        serve(found)
+    functions = [found for found, _, _ in served.values()]
+    for found in forwards_of(classes):
+        # Where the rotation is a function that the forward calls, that one has the kernel.
+        if not any(_is_part_of(one, found) for one in functions):
+            serve(found)
     changed: dict[str, bool] = {}
-    for module in modules:
-        for found in _functions_of(module):
-            asked_for = _registered(found, bound.get(str(found.recognition.op), ()))
-            if asked_for or (offered is not None and _taken(offered(found))):
-                changed[module] = changed.get(module, False) or asked_for
+    for found, asked, embedded in served.values():
+        if any(_is_part_of(found, whole) for whole in functions):
+            continue
+        asked_for = _registered(found, asked)
+        if asked_for or _taken(embedded):
+            changed[found.module] = changed.get(found.module, False) or asked_for
     return changed
+
+
+def _is_part_of(found: RecognisedFunction, whole: RecognisedFunction) -> bool:
+    """Whether a function is called by another one: to the kernel of that one a new callee is a change."""
+    return whole.original is not found.original and any(
+        part is found.original for read in whole.recognition.reads for part in read.objects
+    )
 
 
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
@@ -138,25 +144,3 @@ def specialise_function(
         made.name, made.target = found.name, Name(found.module, found.name)
         known = made_before[key] = (found.original, made)
     return known[1]
-
-
-def _functions_of(name: str) -> list[RecognisedFunction]:
-    """The functions that a module defines and that are recognised; worked out once."""
-    namespace = sys.modules.get(name)
-    if namespace is None or name.partition(".")[0] == "torch":
-        return []
-    recognised = runtime.of(_Functions).recognised
-    known = recognised.get(name)
-    if known is None or known[0] is not namespace:
-        known = recognised[name] = (namespace, list(_recognised(namespace, name)))
-    return known[1]
-
-
-def _recognised(namespace: Any, name: str) -> Iterable[RecognisedFunction]:
-    for attribute, value in list(vars(namespace).items()):
-        if isinstance(value, type) or not callable(value):
-            continue
-        recognition = recognise(value)
-        if recognition.target.startswith(f"{name}:") and recognition.op in op_names.FUNCTION_OPS:
-            # `kernels` puts a module in the place of the functions it decorates.
-            yield RecognisedFunction(name, attribute, function_of_callable(value) or value, recognition)

@@ -10,7 +10,7 @@ from torch.nn.modules import module as _torch
 from twinkle.match.reads import Guard, of_forward
 from twinkle.match.structure import recognise
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
-from twinkle.ops.rms_norm.triton_backend import supports
+from twinkle.ops.rms_norm.triton_backend import takes_weight_and_eps
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
@@ -66,7 +66,7 @@ def norm_of(cls: type) -> Norm | str:
     if found.op != "rms_norm":
         return f"{name} is not recognised as an RMSNorm"
     variant, facts = found.variant, found.facts
-    if supports(variant) is not None or variant.groups != "none" or found.guards:
+    if not takes_weight_and_eps(variant) or variant.groups != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({variant.name})"
     if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight and eps"
@@ -149,8 +149,10 @@ def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None
     eps = state.get(norm.eps) if isinstance(norm.eps, str) else norm.eps
     if type(eps) is not float:
         return None
-    if norm.shape is not None and len(state.get(norm.shape, ())) != 1:
-        return None
+    if norm.shape is not None:
+        shape = state.get(norm.shape, ())
+        if not isinstance(shape, tuple | list) or len(shape) != 1:
+            return None
     return weight, eps
 
 

@@ -33,6 +33,8 @@ def rotation_of(function: Any) -> RotaryVariant | str:
     found = recognise(function) if function_of_callable(function) is not None else None
     if found is None or found.op != "rotary":
         return f"{name} is not recognised as a rotary embedding"
+    if found.variant.broadcast == "given":
+        return f"{name} makes its tables by itself"
     facts = dict(found.facts)
     plain: Any = function_of_callable(function)
     parameters = list(inspect.signature(plain, follow_wrapped=False).parameters.values())

@@ -12,7 +12,10 @@ __all__ = ["attribute_classes"]
 
 
 def attribute_classes(owner: type) -> dict[str, set[type]]:
-    """The classes whose instances ``__init__`` assigns to attributes of ``self``, by the attribute's name."""
+    """The classes whose instances ``__init__`` assigns to attributes of ``self``, by the attribute's name.
+
+    No class for an attribute that is assigned what is no instance, as far as the source tells.
+    """
     found: dict[str, set[type]] = {}
     for cls in owner.__mro__:
         init = _init(cls)
@@ -26,6 +29,7 @@ def attribute_classes(owner: type) -> dict[str, set[type]]:
             if isinstance(child, ast.Assign) and len(child.targets) == 1:
                 target = child.targets[0]
                 if isinstance(target, ast.Attribute) and getattr(target.value, "id", None) == "self":
+                    found.setdefault(target.attr, set())
                     for part in ast.walk(child.value):
                         if isinstance(part, ast.Call):
                             value = _resolve(part.func, init.__globals__)

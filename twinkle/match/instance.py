@@ -279,14 +279,17 @@ class _Reader:
             return name
         if role == "shape":
             rest_on(reads.same(place, value, (), path))
-            return tuple(value)
+            return (value,) if isinstance(value, int) else tuple(value)
         if role == "flag":
             rest_on(Read(f"(not {place}) is {not value}", (), path))
             return bool(value)
         if value is None and argument in self.may_be_none:
             rest_on(reads.same(place, None, (), path))
             return None
-        if role == "number":
+        if role == "constant" and isinstance(value, bool):
+            rest_on(reads.same(place, value, (), path))
+            return float(value)
+        if role in ("number", "constant"):
             return self._number(argument, path, value, place)
         self._check(role, path, value)
         if role == "tensor":
@@ -297,7 +300,8 @@ class _Reader:
 
     def _number(self, argument: str, path: str, value: Any, place: str) -> Any:
         number = value
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
+        # A tensor of one dimension is no number: it decides the dtype of what it is added to.
+        if isinstance(value, torch.Tensor) and value.dim() == 0:
             number = value if value.is_meta or value.requires_grad else value.item()
         if not isinstance(number, int | float) or isinstance(number, bool):
             raise _Refused(f"{path} is {type(number).__name__}, not a number")
@@ -328,6 +332,8 @@ class _Reader:
             raise _Refused(f"{path} is a {cls.__qualname__}, not a dropout")
 
     def _check_norm(self, path: str, layer: Any) -> None:
+        if type(layer) is torch.nn.Identity:
+            return
         found = self.recognise(type(layer))
         if found.op not in ("rms_norm", "layer_norm"):
             raise _Refused(f"{path} is a {type(layer).__qualname__}, which is not recognised as a norm")
@@ -393,8 +399,6 @@ def _name(term: Term, x: Term) -> str | None:
         return term.op
     if term is x:
         return "identity"
-    if term.op == "pow2" and term.args[0].op == "relu" and term.args[0].args[0] is x:
-        return "relu2"
     if term.op == "mul" and x in term.args:
         other = term.args[1] if term.args[0] is x else term.args[0]
         if other.op == "sigmoid" and other.args[0].op == "mul":

@@ -50,7 +50,7 @@ class Expression:
         """It divides by a root of what a mean was subtracted from, as layer norms do."""
         if "layer_norm" in self.ops and self.size < 60:
             return True
-        roots = not self.ops.isdisjoint(("rsqrt", "sqrt"))
+        roots = not self.ops.isdisjoint(("rsqrt", "sqrt", "std"))
         return roots and ("var" in self.ops or {"mean", "sub"} <= self.ops) and self.size < 80
 
     @cached_property
@@ -90,15 +90,18 @@ def near_misses(term: Term, run: Run) -> tuple[NearMiss, ...]:
 
 def _nearest(op: Op, term: Term, run: Run) -> NearMiss | None:
     best = None
-    for template in templates(op):
+    possible = tuple(templates(op).among({part.op for part in walk(term)}))
+    for template in possible:
         found = difference(template.term, term, holes(op))
         if found is not None:
             share = found.agreed / len(walk(template.term))
             if best is None or share > best[0]:
                 best = (share, template, found)
+    if not possible:
+        return None
     if best is None:
         # Equal to the last operation, and it does more than compute.
-        return NearMiss(op.name, next(iter(templates(op))).variant, "; ".join(run.effects) or "unknown")
+        return NearMiss(op.name, possible[0].variant, "; ".join(run.effects) or "unknown")
     share, template, found = best
     if share < _NEAR:
         return None

@@ -18,11 +18,14 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
+
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.causal_lm import recognise_head
 from twinkle.match.instance import read_instance
 from twinkle.match.near_misses import near_misses, ops_with_core
 from twinkle.match.recognition import NearMiss, Reason, Recognition
+from twinkle.match.spelled import recognise_spelled
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
@@ -142,6 +145,11 @@ def _as_expression(
             made = _lookup(target, special, special_run, requires)
             if made is not None:
                 return made
+    for op in ops_with_core(term):
+        spelled = recognise_spelled(op, function, owner, term)
+        if spelled is not None:
+            read = tuple(filter(None, spelled.run.reads))
+            return Recognition(target, op.name, spelled.variant, spelled.facts, reads=read)
     return None
 
 
@@ -167,12 +175,20 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     guards = tuple(
         dict.fromkeys(path for guard in run.guards for part in walk(guard) if (path := attribute_path(part)))
     )
-    key = shape_key(term)
     for op in ops_with_core(term):
-        for template in templates(op):
-            bound = unify(template.term, term, holes(op)) if template.key == key else None
-            if bound is not None and _plausible(bound, run.cls) and _tellable(op, bound):
+        rewritten = op.hook("rewritten")
+        form, more = (term, {}) if rewritten is None else rewritten(term, run.arena.term)
+        key, operations = shape_key(form), {part.op for part in walk(form)}
+        for template in templates(op).among(operations):
+            bound = unify(template.term, form, holes(op)) if template.key == key else None
+            if (
+                bound is not None
+                and _plausible(op, template.variant, bound, run.cls)
+                and _tellable(op, bound)
+            ):
                 facts, instance_facts = _facts(bound)
+                facts.update(template.says)
+                facts.update(more)
                 if requires:
                     facts["requires"] = requires
                 read = tuple(filter(None, run.reads))
@@ -180,21 +196,56 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
     return None
 
 
-def _plausible(bound: Bindings, owner: type | None) -> bool:
-    """Whether ``__init__`` builds a dropout or a norm where one is bound: their calls are written alike."""
-    paths = {role: attribute_path(bound[role]) for role in ("dropout", "norm") if role in bound}
-    classes = attribute_classes(owner) if paths and owner is not None else {}
-    for role, path in paths.items():
-        names = {cls.__name__ for cls in classes.get(path or "", ()) if hasattr(cls, "forward")}
-        if names and any(name in ("Dropout", "Identity") for name in names) != (role == "dropout"):
-            return False
-    return True
+def _plausible(op: Op, variant: Any, bound: Bindings, owner: type | None) -> bool:
+    """Whether ``__init__`` builds what is bound, where two roles are written alike.
+
+    The calls of a dropout, a norm and a linear layer are, and the products with a number and with a tensor.
+    """
+    paths = {role: path for role, term in bound.items() if (path := attribute_path(term)) is not None}
+    alike = op.hook("written_alike")
+    factors = paths.keys() & set(() if alike is None else alike(variant))
+    layers = {role for role in paths if op.roles.get(role) in _LAYERS}
+    classes = attribute_classes(owner) if owner is not None and (factors or layers) else {}
+    if not all(
+        _may_be(op.roles[role], {cls for cls in classes.get(paths[role], ()) if hasattr(cls, "forward")})
+        for role in layers
+    ):
+        return False
+    return all(
+        paths[role] not in classes
+        or (op.roles[role] == "tensor") == any(issubclass(cls, torch.Tensor) for cls in classes[paths[role]])
+        for role in factors
+    )
+
+
+_LAYERS = ("dropout", "norm", "linear")
+
+
+def _may_be(kind: str, classes: set[type]) -> bool:
+    """Whether a layer of one of the classes may have the role of that kind; any may where none is known."""
+    dropouts = {cls for cls in classes if cls.__name__ in ("Dropout", "Identity")}
+    if not classes or kind == "dropout":
+        return not classes or bool(dropouts)
+    if kind == "linear":
+        return bool(classes - dropouts)
+    linear = {cls for cls in classes if issubclass(cls, torch.nn.Linear)}
+    return bool(classes - linear - {cls for cls in dropouts if cls.__name__ == "Dropout"})
 
 
 def _tellable(op: Op, bound: Bindings) -> bool:
     """Whether a shape is an attribute or numbers: one that is computed cannot be handed to a kernel."""
     shapes = (bound[role] for role, kind in op.roles.items() if kind == "shape" and role in bound)
-    return all(_numbers(term) is not None or attribute_path(term) is not None for term in shapes)
+    return all(_numbers(term) is not None or _shape_path(term) is not None for term in shapes)
+
+
+def _shape_path(term: Term) -> str | None:
+    """The path to a shape: that of an attribute, ``weight.shape``, or that of the only number in it."""
+    if term.op == "shape":
+        path = attribute_path(term.args[0])
+        return None if path is None else f"{path}.shape"
+    if term.op in ("tuple", "list") and len(term.args) == 1:
+        return attribute_path(term.args[0])
+    return attribute_path(term)
 
 
 def _numbers(term: Term) -> tuple[Any, ...] | None:
@@ -208,7 +259,7 @@ def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
     facts: dict[str, Any] = {}
     ask: list[str] = []
     for role, term in bound.items():
-        path = attribute_path(term)
+        path = _shape_path(term.args[0] if term.op == "float" else term)
         if path is not None:
             facts[role] = path
             ask.append(role)

@@ -14,14 +14,21 @@ from twinkle.match.unify import shape_key
 from twinkle.ops.catalog import all_ops
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
     from twinkle.ops.catalog import Op
 
 __all__ = ["Template", "holes", "template_ops", "templates"]
 
 # What a hole may be bound to, by the role of its argument; any other role is an attribute.
-_HOLES = {"input": "input", "number": "scalar", "activation": "callable", "shape": "any"}
+_HOLES = {
+    "input": "input",
+    "table": "input",
+    "number": "scalar",
+    "constant": "constant",
+    "activation": "callable",
+    "shape": "any",
+}
 
 
 def template_ops() -> tuple[Op, ...]:
@@ -36,12 +43,13 @@ def holes(op: Op) -> dict[str, str]:
 
 
 class Template(NamedTuple):
-    """One variant as a term with holes."""
+    """One variant as a term with holes, and what its spelling says besides."""
 
     op: Op
     variant: Any
     term: Term
     key: int
+    says: dict[str, Any]
 
 
 class _Forms:
@@ -53,38 +61,53 @@ class _Forms:
         code = self.function.__code__
         self.names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         self.arena = Arena()
-        self.made: list[Template] = []
-        spellings = op.hook("spellings")
-        self.todo = [
-            (variant, spelling)
-            for variant in op.variants
-            for spelling in ((({},)) if spellings is None else spellings(variant))
-        ]
-        self.todo.reverse()
+        self.possible = op.hook("possible")
+        self.forms: list[_Form] = []
+        spellings, by_form = op.hook("spellings"), op.hook("by_form")
+        for variant in op.variants:
+            if by_form is not None and by_form(variant):
+                continue  # see twinkle.match.spelled
+            written: tuple[dict[str, Any], ...] = ({},) if spellings is None else tuple(spellings(variant))
+            # What one spelling leaves out is there in the others.
+            left_out = frozenset(name for spelling in written for name in spelling)
+            self.forms += [_Form(variant, spelling, left_out) for spelling in written]
 
     def __iter__(self) -> Iterator[Template]:
-        at = 0
-        while True:
-            while at < len(self.made):
-                yield self.made[at]
-                at += 1
-            if not self.todo:
-                return
-            self.make(*self.todo.pop())
+        return self.among(None)
 
-    def make(self, variant: Any, spelling: dict[str, Any]) -> None:
-        run = Run(self.arena, inline=200)
-        given: dict[str, Term] = {"variant": run.embed(variant)}
-        given.update({name: run.embed(value) for name, value in spelling.items()})
+    def among(self, operations: Collection[str] | None) -> Iterator[Template]:
+        """Those that can be the template of a term in which there are these operations; all for None."""
+        for form in self.forms:
+            if operations is None or self.possible is None or self.possible(form.variant, operations):
+                if form.made is None:
+                    form.made = self.make(form)
+                yield form.made
+
+    def make(self, form: _Form) -> Template:
+        run = Run(self.arena, inline=200, assume=dict.fromkeys(form.left_out, "given"))
+        given: dict[str, Term] = {"variant": run.embed(form.variant)}
+        given.update({name: run.embed(value) for name, value in form.spelling.items()})
         for name in self.names:
             if name not in given:
                 given[name] = self.arena.term("hole", name)
         term = run.function(self.function, [], given)
         if run.effects:
             raise AssertionError(
-                f"the reference of {self.op.name} {variant.name} is no mere computation: {run.effects}"
+                f"the reference of {self.op.name} {form.variant.name} is no mere computation: {run.effects}"
             )
-        self.made.append(Template(self.op, variant, term, shape_key(term)))
+        roles = self.op.roles
+        says = {name: value for name, value in form.spelling.items() if roles.get(name) == "spelling"}
+        return Template(self.op, form.variant, term, shape_key(term), says)
+
+
+class _Form:
+    """One spelling of a variant, and its template once it was made."""
+
+    def __init__(self, variant: Any, spelling: dict[str, Any], left_out: frozenset[str]) -> None:
+        self.variant = variant
+        self.spelling = spelling
+        self.left_out = left_out
+        self.made: Template | None = None
 
 
 @cache

@@ -15,7 +15,7 @@ from twinkle.match.symbolic.terms import COMMUTATIVE, Ref, Term, show
 __all__ = ["Difference", "attribute_path", "difference", "shape_key", "unify"]
 
 Bindings = dict[str, Term]
-_LEAVES = frozenset({"input", "hole", "attr", "const", "self", "py"})
+_LEAVES = frozenset({"input", "hole", "attr", "const", "self", "py", "float", "table"})
 
 
 class Difference(NamedTuple):
@@ -76,6 +76,10 @@ def may_bind(kind: str, term: Term) -> bool:
         return term.op == "input"
     if kind == "attr":
         return attribute_path(term) is not None
+    if kind == "constant":
+        if term.op == "float":
+            return may_bind("attr", term.args[0])
+        return term.op != "input" and may_bind("scalar", term)
     if kind == "scalar":
         if term.op == "index" and term.args[1].op == "const":
             return may_bind("attr", term.args[0])
@@ -84,6 +88,8 @@ def may_bind(kind: str, term: Term) -> bool:
         if term.op == "index":
             return term.args[0].op == "py" and may_bind("scalar", term.args[1])
         return term.op == "py" or attribute_path(term) is not None
+    if kind == "table":
+        return term.op == "table"
     return kind == "any"
 
 
@@ -93,7 +99,8 @@ def unify(template: Term, term: Term, kinds: dict[str, str]) -> Bindings | None:
     Args:
         template: A term with holes.
         term: A term.
-        kinds: What each hole may be bound to: ``input``, ``attr``, ``scalar``, ``callable`` or ``any``.
+        kinds: What each hole may be bound to: ``input``, ``attr``, ``scalar``, ``constant`` (a scalar that
+            is no argument), ``callable``, ``table`` (what a canonical form keeps as a whole) or ``any``.
 
     Returns:
         The bindings, or None when the term is no instance.

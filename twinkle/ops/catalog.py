@@ -43,9 +43,13 @@ class Op:
             least. Code with none is never read.
         aliases: What others call it, where no spelling leads to its name.
         roles: What each argument of the definition may be in the code of a class or function; empty for an
-            op that is not one expression. ``input``: an argument; ``tensor``, ``linear``, ``norm``,
+            op that is not one expression. ``input``: an argument; ``table``, ``size``: an argument, or what
+            code makes of its arguments (:mod:`twinkle.match.spelled`); ``tensor``, ``linear``, ``norm``,
             ``dropout``, ``layer``, ``flag``: an attribute that holds such a thing; ``number``: a number,
-            or an attribute with one; ``activation``: an elementwise function; ``shape``: sizes.
+            or an attribute with one; ``factor``: an attribute with a number or a tensor; ``activation``: an
+            elementwise function; ``shape``: sizes; ``constant``: a number that is no argument, or a flag
+            that is taken for one; ``spelling``: what ``spellings`` of its ``recognition.py`` says, and no
+            code has.
         layers: The layer classes it exports, and their modules in its folder; the first is the one that the
             embedded document binds.
         functions: The same for functions, and for layers that stand for functions.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import ast
 import functools
 import inspect
+import math
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
 from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.names import Names, Unsupported
+from twinkle.match.symbolic.terms import Ref
 
 if TYPE_CHECKING:
     from twinkle.match.symbolic.terms import Term
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 __all__ = ["Calls"]
 
 _FOLDED = (len, tuple, list, int)
+# Methods of tensors that are also what programs call a layer.
+_LAYERS = frozenset({"norm"})
 
 
 class Calls(Names):
@@ -79,11 +84,15 @@ class Calls(Names):
         """``base.name(...)``."""
         if base.op == "self":
             return self.own_method(base, name, args, kwargs)
+        if base.op == "super":
+            return self.inherited(base, name, args, kwargs)
         if base.op == "py":
             return self.call(self.attribute(base, name), args, kwargs)
-        if base.op == "attr" and not self.idioms.knows(name):
+        # What no tensor has is a method of something else, and no function of torch.
+        known = self.idioms.knows(name) and hasattr(torch.Tensor, name)
+        if base.op == "attr" and (name in _LAYERS or not known):
             return self.call(self.term("attr", base, name), args, kwargs)
-        if self.idioms.knows(name):
+        if known:
             return self.idioms.call(name, [base, *args], kwargs)
         return self.opaque(self.term("attr", base, name), args, kwargs)
 
@@ -105,6 +114,22 @@ class Calls(Names):
                     return inlined
             return self.opaque(self.term("attr", base, name), args, kwargs)
         return self.call(self.attribute(base, name), args, kwargs)
+
+    def inherited(self, base: Term, name: str, args: list[Term], kwargs: dict[str, Term]) -> Term:
+        """``super().name(...)``: inlined where the next class that has it has a plain method."""
+        order = self.run.cls.__mro__ if self.run.cls is not None else ()
+        below = base.args[0].value
+        after = order[order.index(below) + 1 :] if below in order else ()
+        owner = next((cls for cls in after if name in vars(cls)), None)
+        method = None if owner is None else vars(owner)[name]
+        if isinstance(method, FunctionType):
+            self.run.reads[reads.of_attribute(owner, name, method)] = None
+            function, foreign = source.unwrap(method)
+            if foreign is None and isinstance(function, FunctionType):
+                inlined = self.inlined(function, [self.term("self"), *args], kwargs)
+                if inlined is not None:
+                    return inlined
+        return self.opaque(self.term("attr", base, name), args, kwargs)
 
     def call(self, callee: Term, args: list[Term], kwargs: dict[str, Term]) -> Term:
         """The term of a call of ``callee``."""
@@ -128,6 +153,8 @@ class Calls(Names):
             args = [*map(self.run.embed, value.args), *args]
             kwargs = {**{name: self.run.embed(given) for name, given in value.keywords.items()}, **kwargs}
             return self.call(self.run.embed(value.func), args, kwargs)
+        if value is super and not kwargs and (below := self._class_below(args)) is not None:
+            return self.term("super", Ref(below))
         function = source.function_of_callable(value)
         module = getattr(value, "__module__", None) or ""
         name = getattr(value, "__name__", "")
@@ -135,6 +162,13 @@ class Calls(Names):
         is_torch = module.startswith("torch") or (module == "" and owner is not None) or _is_torch(value)
         if is_torch and self.idioms.knows(name):
             return self.idioms.call(name, args, kwargs)
+        if value is math.sqrt and len(args) == 1 and not kwargs:
+            # Not the power of a half: the two differ in the last bit for some widths below 65536.
+            only = args[0].args[0] if args[0].op == "const" else None
+            folded = isinstance(only, int | float) and only >= 0
+            return self.idioms.const(math.sqrt(only)) if folded else self.term("math_sqrt", args[0])
+        if value is float and len(args) == 1 and args[0].op == "attr":
+            return self.term("float", args[0])
         if value in _FOLDED and len(args) == 1 and not kwargs:
             only = args[0]
             if value is len and only.op in ("tuple", "list"):
@@ -156,6 +190,16 @@ class Calls(Names):
                 if inlined is not None:
                     return inlined
         return self.opaque(callee, args, kwargs)
+
+    def _class_below(self, args: list[Term]) -> type | None:
+        """The class whose bases ``super()`` or ``super(cls, self)`` looks in; None for another object's."""
+        if not args and "__class__" in self.free and next(iter(self.env.values())).op == "self":
+            found = self.free["__class__"].cell_contents
+        elif len(args) == 2 and args[0].op == "py" and args[1].op == "self":
+            found = args[0].args[0].value
+        else:
+            return None
+        return found if isinstance(found, type) else None
 
     def inlined(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
         """The result of a helper; None when it stays a call: too large, not followed, or with effects."""

@@ -35,8 +35,10 @@ class Run:
     Args:
         arena: Where the terms are made.
         inline: How many statements a helper may have to be inlined.
-        assume: Parameters that are taken as ``"given"`` (not None) or ``"absent"`` (None).
+        assume: Parameters that are taken as ``"given"`` (not None) or ``"absent"`` (None), or as the one
+            value in a tuple.
         instance: Read plain values (functions, flags, numbers) of ``self`` from this object.
+        keep_casts: See :class:`~twinkle.match.symbolic.idioms.Idioms`.
 
     Attributes:
         effects: What the function does besides returning a value, in words.
@@ -52,11 +54,12 @@ class Run:
         arena: Arena,
         *,
         inline: int = 60,
-        assume: dict[str, str] | None = None,
+        assume: dict[str, Any] | None = None,
         instance: Any = None,
+        keep_casts: bool = False,
     ) -> None:
         self.arena = arena
-        self.idioms = Idioms(arena)
+        self.idioms = Idioms(arena, keep_casts=keep_casts)
         self.inline = inline
         self.assume = assume or {}
         self.instance = instance
@@ -138,6 +141,8 @@ def execute(
             term = arena.term("self")
         elif run.assume.get(parameter.name) == "absent":
             term = run.none
+        elif isinstance(run.assume.get(parameter.name), tuple):
+            term = run.embed(*run.assume[parameter.name])
         else:
             term = arena.term("input", parameter.name)
         if parameter.kind is parameter.KEYWORD_ONLY:

@@ -125,7 +125,8 @@ class Expressions(Calls):
                 "py",
                 "dtype",
             )
-            if known or (left.op == "input" and self.run.assume.get(left.args[0]) == "given"):
+            named = left.op in ("input", "hole")
+            if known or (named and self.run.assume.get(left.args[0]) == "given"):
                 return self.idioms.const(False)
         if left.op == right.op == "const":
             a, b = left.args[0], right.args[0]

@@ -7,8 +7,10 @@ differently (``x / sqrt(v)`` and ``x * rsqrt(v)``, two groupings of a product) s
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+from twinkle.match.symbolic.norm_idioms import NormIdioms
 from twinkle.match.symbolic.torch_signatures import (
     ALIASES,
     BINARY,
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["ACTIVATIONS", "Idioms"]
 
 # Functions of one tensor that a role `act` may be bound to directly.
-ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh"})
+ACTIVATIONS = frozenset({"silu", "gelu", "relu", "sigmoid", "tanh", "swish", "relu2"})
 # The result's elements are elements of the first argument (or their negation): a cast may move through.
 _MOVES = frozenset(
     {
@@ -42,14 +44,25 @@ _MOVES = frozenset(
         "unflatten",
     }
 )
-_SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "silu", "sigmoid", "tanh", "relu", "gelu", "clamp"})
+_SAME_SHAPE = frozenset({"to", "neg", "rsqrt", "pow2", "clamp"}) | ACTIVATIONS
 
 
-class Idioms:
-    """Builds canonical terms in an arena."""
+class Idioms(NormIdioms):
+    """Builds canonical terms in an arena.
 
-    def __init__(self, arena: Arena) -> None:
+    Args:
+        arena: The arena.
+        keep_casts: Leave each cast where it is written: where a tensor is cast in one place and a rearranged
+            copy of it in another, each cast rounds a gradient, and one cast before both rounds their sum.
+
+    Attributes:
+        casts: How often each cast was made, where they are kept: twice is not once, for the same reason.
+    """
+
+    def __init__(self, arena: Arena, *, keep_casts: bool = False) -> None:
         self.arena = arena
+        self.keep_casts = keep_casts
+        self.casts: Counter[Term] = Counter()
         self.term = arena.term
         self.const = arena.const
         self.none = arena.const(None)
@@ -146,7 +159,7 @@ class Idioms:
         return args[0]
 
     def _call_square(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
-        return self.term("pow2", args[0])
+        return self.square(args[0])
 
     def _call_dim(self, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
         return self.term("ndim", args[0])
@@ -195,7 +208,11 @@ class Idioms:
         if name == "narrow" and args[2].args == (0,) and args[1].args == (-1,):
             window = self.slice(self.none, args[3], self.none)
             return self.index(args[0], self.term("tuple", self.const(Ellipsis), window))
-        if name in ("mean", "sum", "var") and args[1].op == "tuple" and len(args[1].args) == 1:
+        if name in ("rms_norm", "layer_norm"):
+            args[1] = self.normalized_shape(args[0], args[1])
+        if name == "vector_norm" and args[2].op == "tuple" and len(args[2].args) == 1:
+            args[2] = args[2].args[0]
+        if name in ("mean", "sum", "var", "std") and args[1].op == "tuple" and len(args[1].args) == 1:
             args[1] = args[1].args[0]
         if name == "zeros_like":
             dtype, device = args[1], args[2]
@@ -214,12 +231,16 @@ class Idioms:
         if base.op == "const" and value is not None:
             return self.const(base.args[0] ** value)
         if value == 2:
-            return self.term("pow2", base)
+            return self.square(base)
         if value == -0.5:
             return self.term("rsqrt", base)
         if value == 0.5:
             return self.term("sqrt", base)
         return self.term("pow", base, exponent)
+
+    def square(self, x: Term) -> Term:
+        """``x * x``."""
+        return self.term("relu2", *x.args) if x.op == "relu" else self.term("pow2", x)
 
     def binary(self, op: str, left: Term, right: Term) -> Term:
         """A binary operator; constants are folded."""
@@ -227,8 +248,16 @@ class Idioms:
             folded = _fold(op, left.args[0], right.args[0])
             if folded is not None:
                 return self.const(folded)
+        # An operator expands by itself.
+        if right.op == "expand_as" and right.args[1] is left:
+            right = right.args[0]
         if op == "mul" and left is right:
-            return self.term("pow2", left)
+            return self.square(left)
+        if op == "mul":
+            for x, gate in ((left, right), (right, left)):
+                if gate.op == "sigmoid" and gate.args[0] is x:
+                    # The sigmoid is rounded before the product, which silu does not do.
+                    return self.term("swish", x)
         if op == "add" and {left.op, right.op} <= {"tuple", "list"} and left.op == right.op:
             return self.term(left.op, *left.args, *right.args)
         return self.term(op, left, right)
@@ -237,6 +266,10 @@ class Idioms:
         """``x.to(dtype)``; casts to what x already is vanish, and casts move inside moves of data."""
         if self.dtype_of(x) is dtype:
             return x
+        if self.keep_casts:
+            made = self.term("to", x, dtype)
+            self.casts[made] += 1
+            return made
         if dtype.op == "dtype" and x.op in _MOVES:
             return self.term(x.op, self.to(x.args[0], dtype), *x.args[1:])
         if dtype.op == "dtype" and x.op in ("chunk", "split", "unbind"):
@@ -254,12 +287,8 @@ class Idioms:
             "rsqrt",
             "sqrt",
             "pow2",
-            "silu",
-            "sigmoid",
-            "tanh",
-            "relu",
-            "gelu",
             "clamp",
+            *ACTIVATIONS,
         ):
             return self.dtype_of(x.args[0])
         if x.op in ("chunk", "split", "unbind"):
@@ -398,4 +427,4 @@ def _fold(op: str, left: Any, right: Any) -> Any:
         return None
 
 
-_EXTRA = frozenset(name[len("_call_") :] for name in vars(Idioms) if name.startswith("_call_"))
+_EXTRA = frozenset(name[len("_call_") :] for name in dir(Idioms) if name.startswith("_call_"))

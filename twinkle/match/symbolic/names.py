@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         arena: Arena
         idioms: Idioms
         inline: int
-        assume: dict[str, str]
+        assume: dict[str, Any]
         instance: Any
         calls: list[tuple[str, Term]]
         losses: list[Term]

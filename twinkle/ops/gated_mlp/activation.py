@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "identity": lambda x: x,
+    "swish": lambda x: x * torch.sigmoid(x),
 }
 """What the kernel knows, by the canonical names of the matcher."""
 

@@ -31,8 +31,10 @@ class GatedMLPVariant:
 
     Attributes:
         name: A short name.
-        projections: ``separate`` gate and up, or ``fused``: one projection, split in halves.
-        gate_half: Which half of a fused projection is the gate.
+        projections: ``separate`` gate and up, or ``fused``: one projection, split in halves. ``optional``:
+            as separate, and no product where the layer has no up. ``none``: the input has both halves.
+        gate_half: Which half of a fused projection is the gate; ``flag``: a flag of the layer says whether
+            it is the last one.
         split: How a fused projection is split: ``chunk`` in halves, or ``view`` as ``[..., 2, size]``.
         cast: ``float32``: activation and product in float32, rounded back to the dtype of the gate;
             ``down_weight``: the product is cast to the dtype of the down projection's weight where that
@@ -42,17 +44,25 @@ class GatedMLPVariant:
         dropout: A dropout before the down projection.
         norm: A norm before the down projection.
         scaled: Factors on the gate before the activation and on the output.
+        down: Whether there is a down projection.
+        factor: A number or a tensor that the product is multiplied with.
+        last_dropout: A dropout behind all.
+        order: Which comes first, where there are a norm and a dropout.
     """
 
     name: str
-    projections: Literal["separate", "fused"] = "separate"
-    gate_half: Literal[0, 1] = 0
+    projections: Literal["separate", "fused", "optional", "none"] = "separate"
+    gate_half: Literal[0, 1, "flag"] = 0
     split: Literal["chunk", "view"] = "chunk"
     cast: Literal["none", "float32", "down_weight"] = "none"
     clamp: Literal["none", "inputs", "activated"] = "none"
     dropout: bool = False
     norm: bool = False
     scaled: bool = False
+    down: bool = True
+    factor: bool = False
+    last_dropout: bool = False
+    order: Literal["norm_first", "dropout_first"] = "norm_first"
 
 
 def gated_mlp(
@@ -69,6 +79,10 @@ def gated_mlp(
     limit: float | None = None,
     gate_scale: float = 1.0,
     output_scale: float = 1.0,
+    factor: Tensor | float = 1.0,
+    last_dropout: Layer | None = None,
+    gate_last: bool = False,
+    chunk_dim: int = -1,
 ) -> Tensor:
     """The definition.
 
@@ -85,23 +99,24 @@ def gated_mlp(
         limit: Of a clamped variant.
         gate_scale: Of a scaled variant.
         output_scale: Of a scaled variant.
+        factor: Of a variant with a factor.
+        last_dropout: Of a variant with one.
+        gate_last: Of a variant with a flag.
+        chunk_dim: Of a variant with a flag.
 
     Returns:
         ``[..., hidden]``.
     """
-    if variant.projections == "separate":
-        g = gate(x)
-        u = up(x)
-    elif variant.split == "view":
-        both = gate_up(x)
-        batch, length, _ = both.shape
-        both = both.view(batch, length, 2, -1)
-        g = both[..., variant.gate_half, :]
-        u = both[..., 1 - variant.gate_half, :]
-    else:
-        halves = gate_up(x).chunk(2, dim=-1)
-        g = halves[variant.gate_half]
-        u = halves[1 - variant.gate_half]
+    if variant.gate_half == "flag":
+        first, second = gate_up(x).chunk(2, dim=chunk_dim)
+        h = first * activation(second) if gate_last else activation(first) * second
+        return _behind(h, down, variant, dropout, norm, last_dropout)
+    if variant.projections == "optional":
+        h = activation(gate(x))
+        if up is not None:
+            h = h * up(x)
+        return down(h)
+    g, u = _gate_and_up(x, gate, up, gate_up, variant)
     if variant.clamp == "inputs":
         g = g.clamp(max=limit)
         u = u.clamp(min=-limit, max=limit)
@@ -113,8 +128,11 @@ def gated_mlp(
         h = activation(g * gate_scale) * u
     else:
         h = activation(g) * u
-    if variant.norm:
-        h = norm(h)
+    if variant.factor:
+        h = h * factor
+    if variant.cast != "down_weight":
+        y = _behind(h, down, variant, dropout, norm, last_dropout)
+        return y * output_scale if variant.scaled else y
     if variant.dropout:
         h = dropout(h)
     if variant.cast == "down_weight" and (
@@ -123,9 +141,42 @@ def gated_mlp(
         and down.weight.dtype != torch.int8
     ):
         h = h.to(down.weight.dtype)
-    if variant.scaled:
-        return down(h) * output_scale
     return down(h)
+
+
+def _gate_and_up(
+    x: Tensor, gate: Layer, up: Layer, gate_up: Layer | None, variant: GatedMLPVariant
+) -> tuple[Tensor, Tensor]:
+    """The two factors of the product."""
+    if variant.projections == "separate":
+        return gate(x), up(x)
+    if variant.split == "view":
+        both = gate_up(x)
+        batch, length, _ = both.shape
+        both = both.view(batch, length, 2, -1)
+        return both[..., variant.gate_half, :], both[..., 1 - variant.gate_half, :]
+    halves = x.chunk(2, dim=-1) if variant.projections == "none" else gate_up(x).chunk(2, dim=-1)
+    return halves[variant.gate_half], halves[1 - variant.gate_half]
+
+
+def _behind(
+    h: Tensor,
+    down: Layer,
+    variant: GatedMLPVariant,
+    dropout: Layer | None,
+    norm: Layer | None,
+    last_dropout: Layer | None,
+) -> Tensor:
+    """What lies behind the product."""
+    if variant.norm and variant.order == "norm_first":
+        h = norm(h)
+    if variant.dropout:
+        h = dropout(h)
+    if variant.norm and variant.order == "dropout_first":
+        h = norm(h)
+    if variant.down:
+        h = down(h)
+    return last_dropout(h) if variant.last_dropout else h
 
 
 VARIANTS: tuple[GatedMLPVariant, ...] = (
@@ -142,5 +193,32 @@ VARIANTS: tuple[GatedMLPVariant, ...] = (
     GatedMLPVariant("fused_dropout", projections="fused", dropout=True),
     GatedMLPVariant("fused_up_first_dropout", projections="fused", gate_half=1, dropout=True),
     GatedMLPVariant("fused_view", projections="fused", split="view"),
+    GatedMLPVariant("optional", projections="optional"),
+    GatedMLPVariant("separate_last_dropout", last_dropout=True),
+    GatedMLPVariant("separate_dropouts", dropout=True, last_dropout=True),
+    GatedMLPVariant("fused_last_dropout", projections="fused", last_dropout=True),
+    GatedMLPVariant("fused_up_first_last_dropout", projections="fused", gate_half=1, last_dropout=True),
+    GatedMLPVariant("fused_dropouts", projections="fused", dropout=True, last_dropout=True),
+    GatedMLPVariant(
+        "fused_up_first_dropouts", projections="fused", gate_half=1, dropout=True, last_dropout=True
+    ),
+    GatedMLPVariant(
+        "separate_dropouts_norm", dropout=True, norm=True, last_dropout=True, order="dropout_first"
+    ),
+    GatedMLPVariant(
+        "flag_dropouts_norm",
+        projections="fused",
+        gate_half="flag",
+        dropout=True,
+        norm=True,
+        last_dropout=True,
+        order="dropout_first",
+    ),
+    GatedMLPVariant("activation", projections="none", down=False),
+    GatedMLPVariant("activation_up_first", projections="none", gate_half=1, down=False),
+    GatedMLPVariant("separate_no_down", down=False),
+    GatedMLPVariant("fused_no_down", projections="fused", down=False),
+    GatedMLPVariant("fused_up_first_no_down", projections="fused", gate_half=1, down=False),
+    GatedMLPVariant("fused_up_first_factor", projections="fused", gate_half=1, down=False, factor=True),
 )
 """Every variant that is recognised."""

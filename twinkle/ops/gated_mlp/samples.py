@@ -29,8 +29,11 @@ def variants() -> tuple[GatedMLPVariant, ...]:
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
     """``x`` for an MLP: as wide as its down projection's output."""
-    width = getattr(instance.part("down"), "out_features", None)
-    return {"x": instance.tokens(width)} if isinstance(width, int) else None
+    if instance.variant.projections == "none":
+        return {"x": instance.tokens(64)}  # any even width
+    widths = [getattr(instance.part(role), "in_features", None) for role in ("gate_up", "gate")]
+    width = next((found for found in widths if isinstance(found, int)), None)
+    return {"x": instance.tokens(width)} if width is not None else None
 
 
 # Leading dimensions, width and width within.
@@ -41,7 +44,7 @@ _SHAPES = {
     "wide": ((1, 3), 32, 5000),
     "strided": ((2, 5), 64, 96),
 }
-_LAYERS = ("gate", "up", "gate_up", "dropout", "norm")
+_LAYERS = ("gate", "up", "gate_up", "dropout", "norm", "down", "last_dropout")
 _LIMIT, _GATE_SCALE, _OUTPUT_SCALE = 0.4, 1.3, 0.7
 
 
@@ -59,7 +62,9 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.variant, self.activation = variant, activation
-        if variant.projections == "fused":
+        if variant.projections == "none":
+            pass
+        elif variant.projections == "fused":
             self.gate_up = nn.Linear(width, 2 * inner, device=device, dtype=dtype)
         else:
             self.gate = nn.Linear(width, inner, device=device, dtype=dtype)
@@ -68,19 +73,24 @@ class MLP(nn.Module):
             self.norm = nn.LayerNorm(inner, device=device, dtype=dtype)
         if variant.dropout:
             self.dropout = nn.Dropout(0.0)
-        self.down = nn.Linear(inner, width, bias=False, device=device, dtype=dtype)
+        if variant.last_dropout:
+            self.last_dropout = nn.Dropout(0.0)
+        if variant.factor:
+            self.factor = nn.Parameter(torch.linspace(0.5, 1.5, inner, device=device, dtype=dtype))
+        if variant.down:
+            self.down = nn.Linear(inner, width, bias=False, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., width]`` to the same."""
         layers = {name: getattr(self, name, None) for name in _LAYERS}
         return reference.gated_mlp(
             x,
-            down=self.down,
             activation=ACTIVATIONS[self.activation],
             variant=self.variant,
             limit=_LIMIT,
             gate_scale=_GATE_SCALE,
             output_scale=_OUTPUT_SCALE,
+            factor=getattr(self, "factor", 1.0),
             **layers,  # type: ignore[arg-type]
         )
 
@@ -95,13 +105,17 @@ def cases(
         calls += [(name, name, *_SHAPES["ragged"]) for name in ACTIVATIONS if name != "silu"]
     for shape, activation, lead, width, inner in calls:
         module = MLP(variant, activation, width, inner, dtype, device)
-        facts: dict[str, Any] = {"x": "x", "down": "down", "activation": activation}
+        facts: dict[str, Any] = {"x": "x", "activation": activation}
         facts |= {name: name for name in _LAYERS if hasattr(module, name)}
+        if variant.factor:
+            facts["factor"] = "factor"
+        if variant.gate_half == "flag":
+            facts |= {"gate_last": False, "chunk_dim": -1}
         if variant.clamp != "none":
             facts["limit"] = _LIMIT
         if variant.scaled:
             facts |= {"gate_scale": _GATE_SCALE, "output_scale": _OUTPUT_SCALE}
         kernel: Any = implementation("gated_mlp", backend).layer_class(variant, facts).forward
-        x = random((*lead, width), dtype, generator)
+        x = random((*lead, width if variant.projections != "none" else 2 * inner), dtype, generator)
         args = (strided(x) if shape == "strided" else x,)
         yield Case(shape, MLP.forward, kernel, args, module, facts)

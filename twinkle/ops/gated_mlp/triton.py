@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ACTIVATIONS", "activated", "backward", "forward", "slope"]
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "quick_gelu", "identity")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "quick_gelu", "identity", "swish")
 
 _BLOCK = 1024
 
@@ -48,6 +48,8 @@ def activated(x, KIND: tl.constexpr, R: tl.constexpr):
         y = tl.sigmoid(x)
     elif KIND == "quick_gelu":
         y = x * tl.sigmoid((x * 1.702).to(R).to(tl.float32)).to(R).to(tl.float32)
+    elif KIND == "swish":
+        y = x * tl.sigmoid(x).to(R).to(tl.float32)
     else:
         y = x
     return y.to(R).to(tl.float32)
@@ -56,7 +58,7 @@ def activated(x, KIND: tl.constexpr, R: tl.constexpr):
 @triton.jit
 def slope(x, KIND: tl.constexpr):
     """The derivative of the activation, in float32."""
-    if KIND == "silu":
+    if KIND == "silu" or KIND == "swish":
         s = tl.sigmoid(x)
         y = s * (1.0 + x * (1.0 - s))
     elif KIND == "gelu":

@@ -47,7 +47,7 @@ def gated_mlp(
     x: Tensor,
     gate: Layer | None,
     up: Layer | None,
-    down: Layer,
+    down: Layer | None,
     activation: str,
     *,
     variant: GatedMLPVariant = _SEPARATE,
@@ -57,6 +57,10 @@ def gated_mlp(
     limit: float | None = None,
     gate_scale: float = 1.0,
     output_scale: float = 1.0,
+    factor: Tensor | float = 1.0,
+    last_dropout: Layer | None = None,
+    gate_last: bool = False,
+    chunk_dim: int = -1,
 ) -> Tensor:
     """``down(activation(gate(x)) · up(x))``; as ``reference.gated_mlp``, but for ``activation``.
 
@@ -74,30 +78,39 @@ def gated_mlp(
     scale = gate_scale if variant.scaled else None
     exact = variant.cast == "float32"
     keep = (variant.clamp, limit if variant.clamp != "none" else None, scale, exact)
-    if variant.projections == "fused":
-        assert gate_up is not None
-        h = gated_activation_fused(gate_up(x), activation, variant.gate_half, *keep)
+    if variant.projections in ("fused", "none"):
+        half = variant.gate_half if variant.gate_half != "flag" else int(gate_last)
+        both = x if variant.projections == "none" else gate_up(x)  # type: ignore[misc]
+        h = gated_activation_fused(both, activation, half, *keep)
     else:
         assert gate is not None
         assert up is not None
         g, u = gate(x), up(x)
         if (
-            not (variant.norm or variant.dropout or variant.scaled)
+            not (variant.norm or variant.dropout or variant.scaled or variant.last_dropout)
+            and variant.down
             and _is_bare(down)
             and _may_recompute(g, u, down)
         ):
-            return gated_linear(g, u, down.weight, down.bias, activation, *keep)  # type: ignore[attr-defined]
+            return gated_linear(g, u, down.weight, down.bias, activation, *keep)  # type: ignore[union-attr]
         h = gated_activation(g, u, activation, *keep)
-    if variant.norm:
-        assert norm is not None
+    if variant.factor:
+        h = h * factor
+    if variant.norm and norm is not None and variant.order == "norm_first":
         h = norm(h)
     if variant.dropout and dropout is not None:
         h = dropout(h)
+    if variant.norm and norm is not None and variant.order == "dropout_first":
+        h = norm(h)
     if variant.cast == "down_weight":
         weight = getattr(down, "weight", None)
         if isinstance(weight, torch.Tensor) and h.dtype != weight.dtype and weight.dtype != torch.int8:
             h = h.to(weight.dtype)
-    return down(h) * output_scale if variant.scaled else down(h)
+    if variant.down:
+        h = down(h)  # type: ignore[misc]
+    if variant.last_dropout and last_dropout is not None:
+        h = last_dropout(h)
+    return h * output_scale if variant.scaled else h
 
 
 def _is_bare(layer: Any) -> bool:
@@ -141,6 +154,9 @@ def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
     "limit",
     "gate_scale",
     "output_scale",
+    "factor",
+    "last_dropout",
+    "gate_last",
     "activation",
 )
 def layer_class(variant: GatedMLPVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
@@ -162,7 +178,12 @@ def layer_class(variant: GatedMLPVariant, facts: Mapping[str, Any]) -> type[nn.M
     return forward_class(
         f"GatedMLP_{variant.name}",
         gated_mlp,
-        {"gate": None, "up": None, **{name: value for name, value in facts.items() if name != "activation"}},
+        {
+            "gate": None,
+            "up": None,
+            "down": None,
+            **{name: value for name, value in facts.items() if name != "activation"},
+        },
         inputs=("x",),
         constants={"variant": variant, "activation": facts["activation"]},
     )

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.layer_norm.reference import LayerNormVariant
 
-__all__ = ["core", "may_be_none"]
+__all__ = ["core", "may_be_none", "spellings"]
 
 
 def core(code: Any) -> bool:
@@ -17,7 +17,16 @@ def core(code: Any) -> bool:
     return found
 
 
+def spellings(variant: LayerNormVariant) -> tuple[dict[str, Any], ...]:
+    """The normalised shape is not there where it is that of the input's last dimension."""
+    return ({}, {"normalized_shape": None}) if variant.written == "fused" else ({},)
+
+
 def may_be_none(variant: LayerNormVariant) -> tuple[str, ...]:
     """The roles whose attribute may hold None."""
-    tensors = ("weight", "bias") if variant.written == "fused" else ()
-    return (*tensors, "eps") if variant.name == "fused" else tensors
+    given = variant.written == "fused" and variant.affine_place == "fused"
+    if not given or (variant.weight_cast and not variant.nullable):
+        return ()
+    if variant.one_plus:
+        return ("bias",)
+    return ("weight", "bias", "eps") if variant.name == "fused" else ("weight", "bias")

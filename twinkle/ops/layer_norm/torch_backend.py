@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.layer_norm.reference import LayerNormVariant
 
-__all__ = ["layer_class", "layer_norm", "supports"]
+__all__ = ["layer_class", "layer_norm", "rounds_as", "supports"]
 
 _LEAST = 1 << 15
 """Elements from which torch's elementwise ops use several threads."""
@@ -32,10 +32,21 @@ _LEAST = 1 << 15
 def supports(
     variant: LayerNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why torch's kernel is not for a variant, or None: one written out in float32 and rounded at its end."""
-    if variant.written == "out" and variant.compute == "float32" and variant.cast == "after_weight":
+    """Why torch's kernel is not for a variant, or None: one that is written out, with the biased variance."""
+    if variant.written == "out" and variant.variance != "std":
         return None
-    return f"torch's own kernel is what it calls, or rounds elsewhere ({variant.name})"
+    return f"torch's own kernel is what it calls, or measures otherwise ({variant.name})"
+
+
+def rounds_as(variant: LayerNormVariant, dtype: torch.dtype) -> bool:
+    """Whether a variant rounds but once, at its end, for inputs of a dtype: torch's kernels do."""
+    if variant.variance == "std":
+        return False
+    if variant.written == "fused":
+        once = variant.affine_place == "fused"
+    else:
+        once = variant.compute == "float32" and variant.cast == "after_weight"
+    return once or dtype == torch.float32
 
 
 def layer_norm(
@@ -47,6 +58,7 @@ def layer_norm(
         x: ``[..., hidden]``.
         weight: ``[hidden]`` or None; one of other shape (a weight for each head) goes through the definition,
             as do other dtypes than that of ``x``, and everything under autocast.
+            Half precision goes through the definition as well, where that rounds more than once.
         bias: As ``weight``.
         eps: Added to the variance.
         variant: One that :func:`supports` has nothing against.
@@ -59,7 +71,8 @@ def layer_norm(
     last = x.shape[-1:]
     plain = all(p is None or (p.shape == last and p.dtype == x.dtype) for p in (weight, bias))
     # Autocast would give float32 where the definition gives the dtype of its input.
-    if plain and not _waits(x) and x.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type):
+    plain = plain and rounds_as(variant, x.dtype) and x.dtype != torch.float64
+    if plain and not _waits(x) and not torch.is_autocast_enabled(x.device.type):
         if x.dtype != torch.float32 and x.device.type == "cpu" and torch.is_grad_enabled():
             # On the CPU the sum over rows in its backward is in the dtype of the weight: on 96 rows in
             # bfloat16 it was off by 0.9 percent, the definition's by 0.3.

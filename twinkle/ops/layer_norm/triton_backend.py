@@ -19,6 +19,7 @@ from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
+from twinkle.ops.layer_norm.torch_backend import rounds_as
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "layer_class", "layer_norm", "supports"]
+__all__ = ["LEAST", "layer_class", "layer_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
@@ -41,14 +42,21 @@ def supports(
 ) -> str | None:
     """Why there is no kernel for a variant and an instance, or None.
 
-    It computes torch's own function, and a norm that is written out in float32 and rounded at its end.
+    It computes torch's own function, and a norm that is written out; in half precision one that is rounded
+    at its end alone, in float32 all.
     """
-    if variant.written != "fused" and (reason := torch_backend.supports(variant)) is not None:
-        return reason
+    if variant.variance == "std":
+        return f"no kernel for an unbiased deviation, with eps on it ({variant.name})"
     shape = None if facts is None else facts.get("normalized_shape")
     if isinstance(shape, tuple) and len(shape) != 1:
         return f"it normalises over {len(shape)} dimensions"
     return None
+
+
+def takes_weight_and_eps(variant: LayerNormVariant) -> bool:
+    """Whether a kernel for more than the norm computes a variant: plain weight and bias, one rounding."""
+    plain = variant.affine_place == "fused" and not variant.one_plus
+    return plain and supports(variant) is None and rounds_as(variant, torch.bfloat16)
 
 
 def layer_norm(
@@ -58,7 +66,7 @@ def layer_norm(
     eps: float,
     *,
     variant: LayerNormVariant,
-    normalized_shape: tuple[int, ...] = (),
+    normalized_shape: tuple[int, ...] | None = None,
 ) -> Tensor:
     """``(x - mean(x)) / sqrt(var(x) + eps) · w + b`` in float32, rounded once; see ``reference.layer_norm``.
 
@@ -71,7 +79,7 @@ def layer_norm(
         bias: ``[hidden]`` or None.
         eps: Added to the variance.
         variant: One that :func:`supports` has nothing against.
-        normalized_shape: Of a ``fused`` variant; the kernel needs the last dimension alone.
+        normalized_shape: Of a ``fused`` variant; the kernel needs the last dimension alone, which None is.
 
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
@@ -82,11 +90,12 @@ def layer_norm(
     if pays(x, LEAST) and not x.is_nested:
         path = dispatch_path(x, weight, bias)
         if path is not REFERENCE and _accepts(x, weight, bias, variant, normalized_shape):
+            given = weight + 1 if variant.one_plus and weight is not None else weight
             if path is not EAGER:
-                return _op(x, weight, bias, eps)[0]
+                return _op(x, given, bias, eps)[0]
             if torch.is_grad_enabled():
-                return _eager(x, weight, bias, eps)
-            return _kernels().forward(x, weight, bias, eps, stats=False)[0]
+                return _eager(x, given, bias, eps)
+            return _kernels().forward(x, given, bias, eps, stats=False)[0]
     if variant is _FUSED:  # what small inputs take, so straight
         return nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
     if variant.written == "out":
@@ -99,21 +108,22 @@ def _accepts(
     weight: Tensor | None,
     bias: Tensor | None,
     variant: LayerNormVariant,
-    normalized_shape: tuple[int, ...],
+    normalized_shape: tuple[int, ...] | None,
 ) -> bool:
     """Whether the kernel takes tensors of these shapes and dtypes."""
     last = x.shape[-1:]
-    if not last or not 0 < last[0] <= WIDEST:
+    if not last or not 0 < last[0] <= WIDEST or not rounds_as(variant, x.dtype):
         return False
+    only = None
     if variant.written == "fused":
-        if tuple(normalized_shape) != tuple(last):
+        if normalized_shape is not None and tuple(normalized_shape) != tuple(last):
             return False
         # Autocast makes float32 of everything, and mixed dtypes are torch's to refuse.
-        only = x.dtype if variant.compute == "input" else torch.float32
-        if only != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        computed = x.dtype if variant.compute == "input" else torch.float32
+        if computed != torch.float32 and torch.is_autocast_enabled(x.device.type):
             return False
-    else:
-        only = None
+        if variant.affine_place == "fused" and not (variant.weight_cast or variant.nullable):
+            only = computed
     for p in (weight, bias):
         if p is None:
             continue

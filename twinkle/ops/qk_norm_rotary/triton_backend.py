@@ -45,8 +45,8 @@ def _is_supported(variant: QKNormRotaryVariant) -> bool:
     rotation = variant.rotary
     return (
         variant.norm.name in _NORMS
-        and triton_backend.supports(variant.norm) is None
-        and variant.norm.compute not in ("input", "fused")
+        and triton_backend.takes_weight_and_eps(variant.norm)
+        and variant.norm.compute not in ("input", "fused", "fused_float32")
         and rotation.name in _ROTATIONS
         and rotation.pairs == "half"
         and rotation.part == "all"

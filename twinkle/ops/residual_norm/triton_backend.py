@@ -14,6 +14,7 @@ from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, rms_norm
+from twinkle.ops.rms_norm.triton_backend import takes_weight_and_eps
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,9 +32,10 @@ LLAMA = ResidualNormVariant("rms_norm_llama", _VARIANTS["llama"])
 def supports(
     variant: ResidualNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a variant, or None: there is one behind every RMSNorm that has one."""
-    if isinstance(variant.norm, RMSNormVariant) and variant.norm.name in _VARIANTS:
-        return triton_backend.supports(variant.norm, device)
+    """Why there is no kernel for a variant, or None: there is one behind most RMSNorms that have one."""
+    norm = variant.norm
+    if isinstance(norm, RMSNormVariant) and norm.name in _VARIANTS and takes_weight_and_eps(norm):
+        return None
     return f"there is no kernel for {variant.name}"
 
 

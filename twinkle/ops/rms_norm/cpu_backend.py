@@ -40,8 +40,12 @@ def supports(
     variant: RMSNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
     """Why a variant is not computed here, or None: all of it is to be in float32."""
+    if facts is not None and facts.get("bias") is not None:
+        return "nothing for an RMSNorm with a bias"
     if variant.compute not in ("float32", "promoted"):
         return f"not faster than the definition where it computes in {variant.compute}"
+    if variant.statistic != "mean" or variant.eps_place != "mean":
+        return f"nothing for what is not divided by the root of a mean and eps ({variant.name})"
     if variant.gate == "none" and variant.groups != "always" and variant.weight_place == "after":
         return None
     return f"nothing for gates, groups, or a weight before the norm ({variant.name})"
@@ -60,7 +64,8 @@ def rms_norm(
     activation: Callable[[Tensor], Tensor] = F.silu,
     group_size: int | None = None,
     with_weight: bool = True,
-    normalized_shape: tuple[int, ...] = (),
+    normalized_shape: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
@@ -74,6 +79,7 @@ def rms_norm(
         pays(x, LEAST)
         and variant.name in _SUPPORTED
         and group_size is None
+        and bias is None
         and runs_eagerly(x, weight)
         and (weight is None or weight.shape == x.shape[-1:])
     ):
@@ -93,6 +99,7 @@ def rms_norm(
         group_size=group_size,
         with_weight=with_weight,
         normalized_shape=normalized_shape,
+        bias=bias,
     )
 
 
@@ -189,7 +196,7 @@ class _RMSNorm(torch.autograd.Function):
             return (*_backward(dy, x, weight, roots, ctx.variant, ctx.needs_input_grad[1]), None, None)
 
 
-@once_for("x", "weight", "eps", "group_size", "with_weight")
+@once_for("x", "weight", "eps", "group_size", "with_weight", "bias")
 def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 

@@ -20,19 +20,21 @@ def roundings(
     variant: RMSNormVariant, x: torch.dtype, w: torch.dtype | None
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
     """The dtypes of the normalised row, of ``1 + w``, of their product and of the result."""
+    inside = variant.weight_place == "fused"
     normal = x if variant.compute in ("statistics", "input") else torch.float32
-    if variant.cast == "before_weight" and variant.compute != "fused":
+    if variant.cast == "before_weight" and not inside:
         normal = x
     if variant.cast == "half_weight" and w in (torch.float16, torch.bfloat16):
         normal = w
     scale = torch.float32
     product = normal
-    if w is not None and variant.weight != "none" and variant.compute != "fused":
-        applied = w if variant.weight_cast == "none" else torch.float32
+    if w is not None and variant.weight != "none":
         if variant.weight_cast != "float32":
             scale = w
-        product = torch.promote_types(normal, applied)
-    out = x if variant.cast == "after_weight" or variant.compute == "fused" else product
+        if not inside:
+            product = torch.promote_types(normal, w if variant.weight_cast == "none" else torch.float32)
+    once = variant.cast == "after_weight" or inside or (w is None and variant.nullable == "cast")
+    out = x if once else product
     return normal, scale, product, out
 
 

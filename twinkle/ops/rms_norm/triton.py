@@ -58,6 +58,18 @@ def constants_of(variant: RMSNormVariant, x: torch.dtype, w: torch.dtype | None)
     }
 
 
+@functools.lru_cache(maxsize=256)
+def _form_of(variant: RMSNormVariant) -> dict[str, Any]:
+    """The constants of the kernels that say what a variant divides a row by."""
+    factor = {"norm_multiplied": "multiply", "norm_inverse": "multiply", "norm_divided": "divide"}
+    return {
+        "STAT": variant.statistic,
+        "EPS": variant.eps_place,
+        "FACTOR": factor.get(variant.scale, "none"),
+        "GAIN": variant.scale if variant.scale in ("result", "weighted") else "none",
+    }
+
+
 def forward(
     x: Tensor,
     weight: Tensor | None,
@@ -65,6 +77,7 @@ def forward(
     variant: RMSNormVariant,
     residual: Tensor | None = None,
     scale: float | None = None,
+    number: float = 1.0,
 ) -> tuple[Tensor, Tensor | None]:
     """Launch the forward.
 
@@ -75,6 +88,7 @@ def forward(
         variant: Where it rounds.
         residual: ``[..., width]``; ``residual + x`` is normalised.
         scale: On ``x`` before the sum.
+        number: The scale of the variant, or the width that it divides a sum by.
 
     Returns:
         The normalised rows, and the sum or None.
@@ -97,7 +111,7 @@ def forward(
         _launch_forward(
             (cdiv(rows, height),),
             (x_rows, r_rows, w, total if total is not None else y, y),
-            (rows, width, x_stride, r_stride, float(eps), 1.0 if scale is None else float(scale)),
+            (rows, width, x_stride, r_stride, float(eps), 1.0 if scale is None else float(scale), number),
             BLOCK=block,
             ROWS=height,
             ONE_PASS=one_pass,
@@ -105,6 +119,7 @@ def forward(
             SCALED=scale is not None,
             WEIGHT=weight is not None,
             **constants_of(variant, x.dtype, w_dtype),
+            **_form_of(variant),
             EVEN=block == width,
             num_warps=_warps(block * height),
         )
@@ -124,6 +139,7 @@ def backward(
     dh: Tensor | None = None,
     scale: float | None = None,
     weight_grad: bool = True,
+    number: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch the backward.
 
@@ -136,6 +152,7 @@ def backward(
         dh: ``[..., width]``, what reaches the sum directly.
         scale: On the addend.
         weight_grad: Whether the gradient of the weight is wanted.
+        number: As in forward.
 
     Returns:
         Gradients of the addend (of ``x`` without an add), of the residual (the same tensor unless
@@ -160,10 +177,11 @@ def backward(
         "WEIGHT": weight is not None,
         "ONE_PLUS": variant.weight == "one_plus",
         "S": constants_of(variant, x.dtype, None if weight is None else weight.dtype)["S"],
+        **_form_of(variant),
     }
     factor = 1.0 if scale is None else float(scale)
     tensors = (dy_rows, dh_rows, x_rows, w, dx, dr)
-    numbers = (rows, width, *strides, float(eps), factor)
+    numbers = (rows, width, *strides, float(eps), factor, number)
     with on_device(x):
         if block <= _ONE_PASS // 2:
             height = max(1, min(4096 // block, power_of_2(rows)))

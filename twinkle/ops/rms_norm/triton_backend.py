@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["accepts", "layer_class", "rms_norm", "supports"]
+__all__ = ["accepts", "layer_class", "rms_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
+_EPS = torch.finfo(torch.float32).eps
 _kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
 _LLAMA = _VARIANTS["llama"]
@@ -38,12 +39,28 @@ _LLAMA = _VARIANTS["llama"]
 def supports(
     variant: RMSNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a variant, or None (an ``optional`` group size must be None)."""
-    if variant.gate == "none" and variant.groups != "always" and variant.weight_place == "after":
+    """Why there is no kernel for a variant and an instance, or None (an ``optional`` group must be None)."""
+    if facts is not None and facts.get("bias") is not None:
+        return "no kernel for an RMSNorm with a bias"
+    if facts is not None and facts.get("offset", 0.0) not in (0.0, 1.0):
+        return f"no kernel for a weight and {facts['offset']}"
+    if variant.gate == "none" and variant.groups != "always" and variant.weight_place in ("after", "fused"):
         return None
     return f"no kernel for gates, groups, or a weight before the norm ({variant.name})"
 
 
+def takes_weight_and_eps(variant: RMSNormVariant) -> bool:
+    """Whether a kernel for more than the norm computes a variant: a root of a mean and eps, a weight."""
+    plain = variant.statistic == "mean" and variant.eps_place == "mean" and variant.scale == "none"
+    return plain and supports(variant) is None and variant.nullable != "cast"
+
+
+_WITH_OFFSET = {
+    (name, offset): _VARIANTS[name.replace("_offset", suffix)]
+    for name, variant in _VARIANTS.items()
+    if variant.weight == "offset"
+    for offset, suffix in ((0.0, ""), (1.0, "_one_plus"))
+}
 _SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
 
 
@@ -57,7 +74,12 @@ def rms_norm(
     activation: Callable[[Tensor], Tensor] = F.silu,
     group_size: int | None = None,
     with_weight: bool = True,
-    normalized_shape: tuple[int, ...] = (),
+    normalized_shape: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    width: int | None = None,
+    math_root: bool = False,
+    offset: float = 0.0,
 ) -> Tensor:
     """``x / sqrt(mean(x²) + eps) · w``, rounded as ``variant`` says.
 
@@ -66,21 +88,30 @@ def rms_norm(
     the last place. Gradients are computed in float32 and rounded once, so they are nearer to the exact ones
     than autograd's.
 
-    The kernel takes rows up to 65536 wide, and the last dimension alone as normalized shape. With a gate or
-    groups the definition runs.
+    The kernel takes rows up to 65536 wide, and the last dimension alone as normalized shape. With a gate,
+    groups or a bias the definition runs.
 
     Returns:
         ``[..., hidden]``.
     """
-    path = dispatch_path(x, weight) if eps is not None else REFERENCE
+    if variant.weight == "offset" and offset in (0.0, 1.0):
+        variant = _WITH_OFFSET[variant.name, float(offset)]
+    path = dispatch_path(x, weight) if bias is None else REFERENCE
     if path is not REFERENCE and accepts(x, weight, variant, group_size, normalized_shape):
         if variant.weight == "none" or not with_weight:
             weight = None
+        if eps is None:
+            eps = _EPS  # what torch's function takes where it computes in float32
+        number = 1.0
+        if variant.scale != "none":
+            number = reference.number(x, scale, width, variant, math_root)
+        elif variant.statistic == "sum":
+            number = float(x.shape[-1] if width is None else width)
         if path is EAGER and not torch.is_grad_enabled():
-            return _forward(x, weight, eps, variant.name)  # type: ignore[arg-type]
+            return _forward(x, weight, eps, variant.name, number)
         if path is EAGER:
-            return _eager(x, weight, eps, variant.name)
-        return _op(x, weight, eps, variant.name)
+            return _eager(x, weight, eps, variant.name, number)
+        return _op(x, weight, eps, variant.name, number)
     return reference.rms_norm(
         x,
         weight,
@@ -91,6 +122,11 @@ def rms_norm(
         group_size=group_size,
         with_weight=with_weight,
         normalized_shape=normalized_shape,
+        bias=bias,
+        scale=scale,
+        width=width,
+        math_root=math_root,
+        offset=offset,
     )
 
 
@@ -99,37 +135,47 @@ def accepts(
     weight: Tensor | None,
     variant: RMSNormVariant,
     group_size: int | None,
-    normalized_shape: tuple[int, ...],
+    normalized_shape: tuple[int, ...] | None,
 ) -> bool:
     """Whether the kernel takes tensors of these shapes and dtypes."""
-    if variant.name not in _SUPPORTED or group_size is not None or not 0 < x.shape[-1] <= WIDEST:
+    if (
+        variant.name not in _SUPPORTED
+        or variant.weight == "offset"
+        or group_size is not None
+        or not 0 < x.shape[-1] <= WIDEST
+    ):
         return False
     if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):
         return False
-    if variant.compute == "fused":
+    if variant.compute in ("fused", "fused_float32"):
+        if normalized_shape is not None and len(normalized_shape) != 1:
+            return False
         # Mixed dtypes: torch itself takes another way there, with other roundings.
-        return len(normalized_shape) == 1 and (weight is None or weight.dtype == x.dtype)
+        given = weight is not None and variant.weight_place == "fused" and variant.weight_cast == "none"
+        return not given or weight.dtype == (x.dtype if variant.compute == "fused" else torch.float32)  # type: ignore[union-attr]
     # Autocast computes powers and roots in float32; the other variants have cast by themselves before.
     return variant.compute != "input" or not torch.is_autocast_enabled(x.device.type)
 
 
-def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
-    return _kernels().forward(x, weight, eps, _VARIANTS[variant])[0]
+def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float) -> Tensor:
+    return _kernels().forward(x, weight, eps, _VARIANTS[variant], number=number)[0]
 
 
 def _backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
-    dx, _, dw = _kernels().backward(dy, x, weight, eps, _VARIANTS[variant], weight_grad=weight_grad)
+    dx, _, dw = _kernels().backward(
+        dy, x, weight, eps, _VARIANTS[variant], weight_grad=weight_grad, number=number
+    )
     return dx, dw
 
 
-def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
+def _fake_forward(x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float) -> Tensor:
     return like(x, result_dtype(x, weight, _VARIANTS[variant]))[0]
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, weight_grad: bool
+    dy: Tensor, x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float, weight_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     wanted = weight is not None and weight_grad
     return like(x)[0], torch.empty_like(weight) if wanted else None
@@ -139,28 +185,29 @@ def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     x, weight = ctx.saved_tensors
     wanted = weight is not None and ctx.needs_input_grad[1]
     dx, dw = function(dy, x, weight, *ctx.rest, wanted)
-    return dx, dw if wanted else None, None, None
+    return dx, dw if wanted else None, None, None, None
 
 
-def _reference(x: Tensor, weight: Tensor | None, eps: float, variant: str) -> Tensor:
+def _reference(x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float) -> Tensor:
     return reference.rms_norm(
         x,
         weight,
         eps,
         variant=_VARIANTS[variant],
-        normalized_shape=x.shape[-1:],
         with_weight=weight is not None,
+        scale=number,
+        width=number,  # type: ignore[arg-type]  # a sum is divided by it
     )
 
 
 _eager, _op = define_op(
     "_RMSNorm",
-    "rms_norm(Tensor x, Tensor? weight, float eps, str variant) -> Tensor",
+    "rms_norm(Tensor x, Tensor? weight, float eps, str variant, float number) -> Tensor",
     _forward,
     _fake_forward,
     Derivative(
         "rms_norm_backward(Tensor dy, Tensor x, Tensor? weight, float eps, str variant, "
-        "bool weight_grad) -> (Tensor, Tensor)",
+        "float number, bool weight_grad) -> (Tensor, Tensor)",
         _backward,
         _fake_backward,
         tensors=2,
@@ -170,7 +217,21 @@ _eager, _op = define_op(
 )
 
 
-@once_for("x", "weight", "eps", "gate", "activation", "group_size", "with_weight", "normalized_shape")
+@once_for(
+    "x",
+    "weight",
+    "eps",
+    "gate",
+    "activation",
+    "group_size",
+    "with_weight",
+    "normalized_shape",
+    "bias",
+    "scale",
+    "width",
+    "math_root",
+    "offset",
+)
 def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
     """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
 

@@ -43,6 +43,76 @@ def _divisor(mean, eps, COMPUTE: tl.constexpr, X: tl.constexpr):
 
 
 @triton.jit
+def _rounded(value, COMPUTE: tl.constexpr, X: tl.constexpr):
+    if COMPUTE == "input":
+        value = value.to(X).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _measured(
+    h,
+    squares,
+    width,
+    eps,
+    number,
+    STAT: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    X: tl.constexpr,
+):
+    """The row over what the variant measures it by, in float32, rounded to X where it computes in that."""
+    if STAT == "norm":
+        root = squares
+    elif STAT == "sum":
+        root = _rounded(_rounded(squares, COMPUTE, X) / number, COMPUTE, X)
+    else:
+        root = _rounded(squares / width, COMPUTE, X)
+    if EPS == "mean":
+        root = _rounded(root + eps, COMPUTE, X)
+    if not DIVIDE:
+        return _rounded(h * _rounded(tl.rsqrt(root), COMPUTE, X), COMPUTE, X)
+    root = _rounded(tl.sqrt_rn(root), COMPUTE, X)
+    if FACTOR == "multiply":
+        root = _rounded(root * number, COMPUTE, X)
+    elif FACTOR == "divide":
+        root = _rounded(root / number, COMPUTE, X)
+    if EPS == "root":
+        root = _rounded(root + eps, COMPUTE, X)
+    elif EPS == "least":
+        least = _rounded(eps + tl.zeros_like(root), COMPUTE, X)
+        root = tl.where(root < least, least, root)  # and so a NaN stays one
+    return _rounded(tl.div_rn(h, tl.broadcast_to(root, h.shape)), COMPUTE, X)
+
+
+@triton.jit
+def _slope(squares, width, eps, number, STAT: tl.constexpr, EPS: tl.constexpr, FACTOR: tl.constexpr):
+    """The inverse of a row's divisor ``r``, and how ``r`` changes with it: ``r'(q) / (q r)``, ``q = |h|``."""
+    length = tl.sqrt_rn(squares)
+    if STAT == "norm":
+        factor = 1.0
+        if FACTOR == "multiply":
+            factor = number
+        elif FACTOR == "divide":
+            factor = 1.0 / number
+    else:
+        factor = 1.0 / tl.sqrt_rn(width + 0.0)
+    root = length * factor
+    divisor = root + eps if EPS == "root" else tl.where(root < eps, eps, root)
+    slope = factor / (length * divisor)
+    if EPS == "least":
+        slope = tl.where(root < eps, 0.0, slope)
+    if STAT == "norm":
+        slope = tl.where(length == 0.0, 0.0, slope)
+    else:
+        # torch has no gradient there: that of the root of 0 is infinite.
+        slope = tl.where(length == 0.0, float("nan"), slope)
+    return 1.0 / divisor, slope
+
+
+@triton.jit
 def scale_of(w, ONE_PLUS: tl.constexpr, S: tl.constexpr):
     """The factor on the normalised row, in float32."""
     w = w.to(tl.float32)
@@ -71,6 +141,51 @@ def mean_square(h, width, COMPUTE: tl.constexpr, X: tl.constexpr):
 
 
 @triton.jit
+def _measure(h, width, STAT: tl.constexpr, EPS: tl.constexpr, COMPUTE: tl.constexpr, X: tl.constexpr):
+    """What rows that are 0 outside are measured by: their mean of squares, or the sum for other measures."""
+    if STAT == "mean" and EPS == "mean":
+        return mean_square(h, width, COMPUTE, X)
+    square = h * h
+    if STAT != "norm":
+        square = _rounded(square, COMPUTE, X)
+    return tl.sum(square, axis=1, keep_dims=True)
+
+
+@triton.jit
+def _normal(
+    h,
+    measure,
+    width,
+    eps,
+    number,
+    STAT: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GAIN: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    DIVIDE: tl.constexpr,
+    X: tl.constexpr,
+    N: tl.constexpr,
+):
+    """The row before the weight, rounded as the variant says, in float32."""
+    if STAT == "mean" and EPS == "mean":
+        return normalised(h, measure, eps, COMPUTE, DIVIDE, X, N)
+    n = _measured(h, measure, width, eps, number, STAT, EPS, FACTOR, COMPUTE, DIVIDE, X)
+    if GAIN == "result":
+        n = n * number
+    return n.to(N).to(tl.float32)
+
+
+@triton.jit
+def _weighed(n, w, number, GAIN: tl.constexpr, ONE_PLUS: tl.constexpr, S: tl.constexpr, P: tl.constexpr):
+    """The row times its weight."""
+    n = (n * scale_of(w, ONE_PLUS, S)).to(P)
+    if GAIN == "weighted":
+        n = (n.to(tl.float32) * number).to(P)
+    return n
+
+
+@triton.jit
 def _load(x, r, at, ok, x_row, scale, SCALED: tl.constexpr, X: tl.constexpr, r_row, ADD: tl.constexpr):
     h = tl.load(x + x_row + at, mask=ok, other=0.0).to(tl.float32)
     if SCALED:
@@ -93,6 +208,7 @@ def forward_kernel(
     r_stride,
     eps,
     scale,
+    number,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ONE_PASS: tl.constexpr,
@@ -106,6 +222,10 @@ def forward_kernel(
     N: tl.constexpr,
     S: tl.constexpr,
     P: tl.constexpr,
+    STAT: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GAIN: tl.constexpr,
     EVEN: tl.constexpr,
 ):
     """``ROWS`` rows: the sum with ``r``, if there is one, and its norm."""
@@ -117,28 +237,27 @@ def forward_kernel(
         h = _load(x, r, col, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
         if ADD:
             tl.store(total + row * width + col, h.to(total.dtype.element_ty), mask=ok)
-        n = normalised(h, mean_square(h, width, COMPUTE, X), eps, COMPUTE, DIVIDE, X, N)
+        measure = _measure(h, width, STAT, EPS, COMPUTE, X)
+        n = _normal(h, measure, width, eps, number, STAT, EPS, FACTOR, GAIN, COMPUTE, DIVIDE, X, N)
         if WEIGHT:
-            s = scale_of(tl.load(w + col, mask=col < width, other=0.0), ONE_PLUS, S)
-            n = (n * s).to(P)
+            n = _weighed(n, tl.load(w + col, mask=col < width, other=0.0), number, GAIN, ONE_PLUS, S, P)
         tl.store(y + row * width + col, n.to(y.dtype.element_ty), mask=ok)
     else:
-        mean = tl.zeros([ROWS, 1], tl.float32)
+        measure = tl.zeros([ROWS, 1], tl.float32)
         for start in range(0, width, BLOCK):
             at = start + col
             ok = inside & (at < width)
             h = _load(x, r, at, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
             if ADD:
                 tl.store(total + row * width + at, h.to(total.dtype.element_ty), mask=ok)
-            mean += mean_square(h, width, COMPUTE, X)
+            measure += _measure(h, width, STAT, EPS, COMPUTE, X)
         for start in range(0, width, BLOCK):
             at = start + col
             ok = inside & (at < width)
             h = _load(x, r, at, ok, row * x_stride, scale, SCALED, X, row * r_stride, ADD)
-            n = normalised(h, mean, eps, COMPUTE, DIVIDE, X, N)
+            n = _normal(h, measure, width, eps, number, STAT, EPS, FACTOR, GAIN, COMPUTE, DIVIDE, X, N)
             if WEIGHT:
-                s = scale_of(tl.load(w + at, mask=at < width, other=0.0), ONE_PLUS, S)
-                n = (n * s).to(P)
+                n = _weighed(n, tl.load(w + at, mask=at < width, other=0.0), number, GAIN, ONE_PLUS, S, P)
             tl.store(y + row * width + at, n.to(y.dtype.element_ty), mask=ok)
 
 
@@ -158,6 +277,7 @@ def backward_kernel(
     x_stride,
     eps,
     scale,
+    number,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
@@ -166,6 +286,10 @@ def backward_kernel(
     WEIGHT_GRAD: tl.constexpr,
     ONE_PLUS: tl.constexpr,
     S: tl.constexpr,
+    STAT: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GAIN: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -176,7 +300,7 @@ def backward_kernel(
         s = scale_of(tl.load(w + col, mask=here, other=0.0), ONE_PLUS, S)
     if WEIGHT_GRAD:
         dw = tl.zeros([ROWS, BLOCK], tl.float32)
-    inverse_width = 1.0 / width
+    inverse_width = 1.0 / number if STAT == "sum" else 1.0 / width
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
         ok = row < rows if EVEN else (row < rows) & here
@@ -184,16 +308,24 @@ def backward_kernel(
         g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
         if ADD:
             more = tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
+        if GAIN != "none":
+            g = g * number
         scaled = g * s if WEIGHT else g
         # Neither sum waits for the other: the chain from load to store is what a program spends its time on.
         square = tl.sum(h * h, axis=1, keep_dims=True) * inverse_width
         dot = tl.sum(scaled * h, axis=1, keep_dims=True) * inverse_width
-        root = tl.rsqrt(square + eps)
-        root = tl.where(row < rows, root, 0.0)  # no row: 0 / 0 with eps = 0 would reach the weight
-        n = h * root
+        if EPS == "mean":
+            root = tl.rsqrt(square + eps)
+            root = tl.where(row < rows, root, 0.0)  # no row: 0 / 0 with eps = 0 would reach the weight
+            n = h * root
+            d = (scaled - n * (dot * root)) * root
+        else:
+            root, slope = _slope(square * width, width, eps, number, STAT, EPS, FACTOR)
+            root = tl.where(row < rows, root, 0.0)
+            n = h * root
+            d = (scaled - h * (dot * width * slope)) * root
         if WEIGHT_GRAD:
             dw += g * n
-        d = (scaled - n * (dot * root)) * root
         if ADD:
             d += more
         if SCALED:
@@ -220,14 +352,23 @@ def backward_wide_kernel(
     x_stride,
     eps,
     scale,
+    number,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     SCALED: tl.constexpr,
     WEIGHT: tl.constexpr,
     ONE_PLUS: tl.constexpr,
     S: tl.constexpr,
+    STAT: tl.constexpr,
+    EPS: tl.constexpr,
+    FACTOR: tl.constexpr,
+    GAIN: tl.constexpr,
 ):
     """Gradients of one row that is read twice."""
+    inverse_width = 1.0 / number if STAT == "sum" else 1.0 / width
+    gain = 1.0
+    if GAIN != "none":
+        gain = number
     row = tl.program_id(0).to(tl.int64)
     squares = tl.zeros([BLOCK], tl.float32)
     products = tl.zeros([BLOCK], tl.float32)
@@ -240,8 +381,13 @@ def backward_wide_kernel(
             g *= scale_of(tl.load(w + col, mask=ok, other=0.0), ONE_PLUS, S)
         squares += h * h
         products += g * h
-    root = tl.rsqrt(tl.sum(squares) / width + eps)
-    dot = tl.sum(products) * root / width
+    if EPS == "mean":
+        root = tl.rsqrt(tl.sum(squares) * inverse_width + eps)
+        dot = tl.sum(products) * root * inverse_width * root
+    else:
+        root, slope = _slope(tl.sum(squares), width, eps, number, STAT, EPS, FACTOR)
+        dot = tl.sum(products) * slope
+    root = root * gain
     tl.store(roots + row, root)
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -250,7 +396,7 @@ def backward_wide_kernel(
         g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
         if WEIGHT:
             g *= scale_of(tl.load(w + col, mask=ok, other=0.0), ONE_PLUS, S)
-        d = (g - h * root * dot) * root
+        d = (g - h * dot) * root
         if ADD:
             d += tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
         if SCALED:

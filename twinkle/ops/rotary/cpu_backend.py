@@ -12,7 +12,7 @@ import torch
 
 from twinkle.ops.failures import backward_survives
 from twinkle.ops.plain import pays, runs_eagerly
-from twinkle.ops.rotary import reference
+from twinkle.ops.rotary import given, reference
 from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
 from twinkle.ops.rotary.triton_backend import (
     _compute,
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "function_for", "rotary", "supports"]
+__all__ = ["LEAST", "by_kernel", "function_for", "rotary", "supports"]
 
 LEAST, _NEVER = 1 << 16, 1 << 62
 """Elements of the query below which the definition is as fast; in half precision and without gradients it
@@ -44,6 +44,8 @@ def supports(
     """Why a variant is not computed here, or None."""
     if variant.tables == "repeated" and variant.compute == "input":
         return "not faster than the definition in bfloat16"
+    if variant.scaled:
+        return "nothing for a factor on both products"
     if variant.pairs in ("half", "interleaved") and variant.part in ("all", "first", "last"):
         return None
     return f"nothing for {variant.pairs} pairs of {variant.part} channels"
@@ -63,6 +65,8 @@ def rotary(
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
+    rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
@@ -70,22 +74,20 @@ def rotary(
     Returns:
         A tensor for a variant of one tensor, else a tuple.
     """
-    grad = torch.is_grad_enabled()
-    if (
-        pays(q, LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER)
-        and variant.name in _SUPPORTED
-        and runs_eagerly(q, k, cos, sin, v)
-        and not (grad and (cos.requires_grad or sin.requires_grad))
-    ):
-        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
-        if plan is not None:
-            turned: Callable[..., Any] = _Rotary.apply if grad else _forward
-            if variant.tensors == 1:
-                return turned(q, None, *plan, variant, q.dtype)[0]
-            results = turned(q, k, *plan, variant, q.dtype)
-            if variant.tensors == 2:
-                return results[0], results[1]
-            return (*results, turned(v, None, *plan, variant, q.dtype)[0])
+    made = by_kernel(
+        q,
+        k,
+        cos,
+        sin,
+        unsqueeze_dim,
+        variant=variant,
+        v=v,
+        position_ids=position_ids,
+        mrope_section=mrope_section,
+        rotary_dim=rotary_dim,
+    )
+    if made is not None:
+        return made
     return reference.rotary(
         q,
         k,
@@ -96,8 +98,47 @@ def rotary(
         v=v,
         position_ids=position_ids,
         mrope_section=mrope_section,
+        rotary_dim=rotary_dim,
+        scale=scale,
         slice_last=slice_last,
     )
+
+
+def by_kernel(
+    q: Tensor,
+    k: Tensor | None = None,
+    cos: Any = None,
+    sin: Any = None,
+    unsqueeze_dim: int = 1,
+    *,
+    variant: RotaryVariant = _HALF,
+    v: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    mrope_section: list[int] | None = None,
+    rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
+) -> Tensor | tuple[Tensor, ...] | None:
+    """As `rotary` where it is computed here, else None."""
+    grad = torch.is_grad_enabled()
+    least = LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER
+    if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor) or not pays(q, least):
+        return None
+    if not runs_eagerly(q, k, cos, sin, v) or (grad and (cos.requires_grad or sin.requires_grad)):
+        return None
+    if variant.broadcast == "given":
+        plan = given.plan(q, k, v, cos, sin, rotary_dim, variant)
+    else:
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
+    if plan is None:
+        return None
+    turned: Callable[..., Any] = _Rotary.apply if grad else _forward
+    count = variant.tensors if variant.broadcast != "given" else 1 + (k is not None) + (v is not None)
+    if count == 1:
+        return turned(q, None, *plan, variant, q.dtype)[0]
+    results = turned(q, k, *plan, variant, q.dtype)
+    if count == 2:
+        return results[0], results[1]
+    return (*results, turned(v, None, *plan, variant, q.dtype)[0])
 
 
 def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -211,5 +252,5 @@ class _Rotary(torch.autograd.Function):
         return (found[0], found[1], None, None, None, None, None)
 
 
-function_for = maker_of(rotary)
+function_for = maker_of(rotary, by_kernel)
 """A function with the arguments of another; see :func:`twinkle.ops.rotary.triton_backend.maker_of`."""

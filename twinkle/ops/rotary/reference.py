@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Final, Literal
 
     from torch import Tensor
@@ -36,28 +37,32 @@ class RotaryVariant:
             pair, for ``chunk`` arithmetic), ``first_half`` (the first half of a full table, one a pair),
             ``first_half_repeated`` (that, each twice), ``repeated`` (a half table, each twice).
         compute: ``input``: in the dtypes given; ``float32``: the inputs are cast; ``float32_tables``: the
-            tables too. ``float32_product``: as ``float32`` after rotating.
+            tables too. ``float32_each``: an input is cast, and its rotated copy by itself, which rounds two
+            gradients; ``float64``: as ``float32``.
         cast: The outputs are cast to the dtype of their ``own`` input, of the ``query``, or not.
         part: ``all`` channels, as many ``first`` or ``last`` ones as the tables are wide, or of the
             tokens, all but a ``prefix`` that the tables do not cover.
         broadcast: How the tables get their head dimension: ``argument`` (an ``unsqueeze_dim``), a fixed
-            dimension ``-2`` or ``2`` or ``1``, or ``none``.
+            dimension ``-2`` or ``2`` or ``1``, or ``none``. ``given``: they have it, and any code may have
+            made them; such a variant turns as many tensors as there are.
         indexed: The tables are rows taken by position ids.
         sections: Multimodal: the channels take the tables of time, height and width in turn.
         tensors: How many tensors are turned: 1, 2 (q, k) or 3 (q, k, v).
+        scaled: Both products are multiplied with a factor (xPos).
     """
 
     name: str
     pairs: Literal["half", "interleaved", "interleaved_to_half", "complex", "matrix"] = "half"
     inverse: bool = False
     tables: Literal["full", "half", "first_half", "first_half_repeated", "repeated"] = "full"
-    compute: Literal["input", "float32", "float32_tables"] = "input"
+    compute: Literal["input", "float32", "float32_tables", "float32_each", "float64"] = "input"
     cast: Literal["none", "own", "query"] = "none"
     part: Literal["all", "first", "last", "prefix"] = "all"
-    broadcast: Literal["argument", "none", "-2", "1", "2"] = "argument"
+    broadcast: Literal["argument", "none", "-2", "1", "2", "given"] = "argument"
     indexed: bool = False
     sections: bool = False
     tensors: Literal[1, 2, 3] = 2
+    scaled: bool = False
 
 
 def rotary(
@@ -71,6 +76,8 @@ def rotary(
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
+    rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """The definition.
@@ -85,11 +92,24 @@ def rotary(
         v: The third tensor of a variant of three.
         position_ids: Of an indexed variant.
         mrope_section: Channels of time, height and width, of a variant with sections.
+        rotary_dim: How many channels are turned, where the tables are given and only the first are.
+        scale: Of a variant with a factor; it broadcasts as the tables do.
         slice_last: The order of slicing and unsqueezing the tables, which changes no value.
 
     Returns:
         A tensor for a variant of one tensor, else a tuple.
     """
+    if variant.broadcast == "given":
+        turn: Callable[..., Tensor] = _turn_complex if variant.pairs == "complex" else _turn_given
+        if variant.pairs == "matrix":
+            turn = _turn_matrix
+        q_out = turn(q, cos, sin, rotary_dim, scale, variant)
+        if k is None:
+            return q_out
+        k_out = turn(k, cos, sin, rotary_dim, scale, variant)
+        if v is None:
+            return q_out, k_out
+        return q_out, k_out, turn(v, cos, sin, rotary_dim, scale, variant)
     if variant.pairs == "complex":
         return _complex(q, k, cos, variant)
     if variant.pairs == "matrix":
@@ -145,9 +165,38 @@ def _widen(table: Tensor, variant: RotaryVariant) -> Tensor:
     return table
 
 
+def _turn_given(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    rotary_dim: int | None,
+    scale: Tensor | float,
+    variant: RotaryVariant,
+) -> Tensor:
+    if variant.part == "first":
+        turned = _rounded(x[..., :rotary_dim], x, cos, sin, x.dtype, variant, scale)
+        return torch.cat([turned, x[..., rotary_dim:]], dim=-1)
+    return _rounded(x, x, cos, sin, x.dtype, variant, scale)
+
+
+def _turn_complex(x: Tensor, cos: Tensor, *rest: object) -> Tensor:
+    variant = rest[-1]
+    wide = x.double() if variant.compute == "float64" else x.float()
+    turned = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2)) * cos
+    y = torch.view_as_real(turned).flatten(-2)
+    return y.to(x.dtype) if variant.cast == "own" else y
+
+
+def _turn_matrix(x: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
+    """By matrices: ``cos`` is their first column, ``sin`` the second, as ``[..., channels / 2, 2]``."""
+    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
+    y = cos * pairs[..., 0] + sin * pairs[..., 1]
+    return y.reshape(x.shape).to(x.dtype)
+
+
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVariant) -> Tensor:
     if variant.part == "first":
-        width = cos.shape[-1]
+        width = cos.shape[-1] * 2 if variant.tables == "half" else cos.shape[-1]
         return torch.cat(
             [_rounded(x[..., :width], x, cos, sin, query.dtype, variant), x[..., width:]], dim=-1
         )
@@ -163,8 +212,20 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVar
 
 
 def _rounded(
-    x: Tensor, whole: Tensor, cos: Tensor, sin: Tensor, query_dtype: torch.dtype, variant: RotaryVariant
+    x: Tensor,
+    whole: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    query_dtype: torch.dtype,
+    variant: RotaryVariant,
+    scale: Tensor | float = 1.0,
 ) -> Tensor:
+    if variant.scaled:
+        y = x * cos * scale + _rotate(x, variant) * sin * scale
+        return y.to(whole.dtype) if variant.cast == "own" else y
+    if variant.compute == "float32_each":
+        y = x.float() * cos + _rotate(x, variant).float() * sin
+        return y.to(whole.dtype) if variant.cast == "own" else y
     if variant.compute != "input":
         x = x.float()
     if variant.pairs == "interleaved_to_half":
@@ -172,10 +233,10 @@ def _rounded(
         y = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
     elif variant.tables == "half" and variant.pairs == "half":
         x1, x2 = torch.chunk(x, 2, dim=-1)
-        y = torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
+        y = torch.cat(_pair(x1, x2, cos, sin, variant), dim=-1)
     elif variant.tables == "half":
         x1, x2 = x[..., ::2], x[..., 1::2]
-        y = torch.stack((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1).flatten(-2)
+        y = torch.stack(_pair(x1, x2, cos, sin, variant), dim=-1).flatten(-2)
     else:
         y = x * cos + _rotate(x, variant) * sin
     if variant.cast == "own":
@@ -183,6 +244,12 @@ def _rounded(
     if variant.cast == "query":
         return y.to(query_dtype)
     return y
+
+
+def _pair(x1: Tensor, x2: Tensor, cos: Tensor, sin: Tensor, variant: RotaryVariant) -> tuple[Tensor, Tensor]:
+    if variant.inverse:
+        return x1 * cos + x2 * sin, x2 * cos - x1 * sin
+    return x1 * cos - x2 * sin, x2 * cos + x1 * sin
 
 
 def _rotate(x: Tensor, variant: RotaryVariant) -> Tensor:
@@ -194,6 +261,8 @@ def _rotate(x: Tensor, variant: RotaryVariant) -> Tensor:
         return torch.cat((-x2, x1), dim=-1)
     x1 = x[..., 0::2]
     x2 = x[..., 1::2]
+    if variant.inverse:
+        return torch.stack((x2, -x1), dim=-1).flatten(-2)
     return torch.stack((-x2, x1), dim=-1).flatten(-2)
 
 
@@ -219,7 +288,45 @@ def _matrix(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) 
     return (q_ * table).sum(5).flatten(3), (k_ * table).sum(5).flatten(3)
 
 
+def _given() -> tuple[RotaryVariant, ...]:
+    """The rotations whose tables may come from any code: every pairing with every rounding."""
+    found: list[RotaryVariant] = []
+    for pairs, called in _PAIRS:
+        for tables, suffix in (("half", ""), ("full", "_full")):
+            for rounding, compute, cast in _ROUNDINGS:
+                if compute == "float32_each" and tables == "half":
+                    continue
+                for part, inverse, how in _PARTS:
+                    found.append(
+                        RotaryVariant(
+                            f"{called}{suffix}{rounding}{how}",
+                            pairs=pairs,
+                            inverse=inverse,
+                            tables=tables,  # type: ignore[arg-type]
+                            compute=compute,  # type: ignore[arg-type]
+                            cast=cast,  # type: ignore[arg-type]
+                            part=part,  # type: ignore[arg-type]
+                            broadcast="given",
+                            tensors=1,
+                        )
+                    )
+    return tuple(found)
+
+
 _Q: Final = "query"
+_PAIRS: tuple[tuple[Literal["half", "interleaved"], str], ...] = (
+    ("half", "halves"),
+    ("interleaved", "pairs"),
+)
+_ENDS: tuple[tuple[Literal["all", "first"], str], ...] = (("all", ""), ("first", "_first"))
+_PARTS: Final = (("all", False, ""), ("all", True, "_inverse"), ("first", False, "_first"))
+_ROUNDINGS: Final = (
+    ("", "input", "none"),
+    ("_cast", "input", "own"),
+    ("_float32", "float32", "own"),
+    ("_float32_wide", "float32", "none"),
+    ("_float32_each", "float32_each", "own"),
+)
 VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant("half"),
     RotaryVariant("half_one", tensors=1),
@@ -278,5 +385,26 @@ VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant("complex_head_2", pairs="complex", broadcast="2"),
     RotaryVariant("complex_head_1", pairs="complex", broadcast="1"),
     RotaryVariant("matrix", pairs="matrix"),
+    *_given(),
+    *(
+        RotaryVariant(
+            f"{called}_full_scaled{how}",
+            pairs=pairs,
+            cast="own",
+            part=part,
+            broadcast="given",
+            tensors=1,
+            scaled=True,
+        )
+        for pairs, called in _PAIRS
+        for part, how in _ENDS
+    ),
+    RotaryVariant(
+        "matrix_float32", pairs="matrix", compute="float32", cast="own", broadcast="given", tensors=1
+    ),
+    RotaryVariant("complex_float32", pairs="complex", cast="own", broadcast="given", tensors=1),
+    RotaryVariant(
+        "complex_float64", pairs="complex", compute="float64", cast="own", broadcast="given", tensors=1
+    ),
 )
 """Every variant that is recognised."""

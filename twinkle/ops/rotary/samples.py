@@ -34,7 +34,16 @@ def variants() -> tuple[RotaryVariant, ...]:
 
 
 def inputs(instance: Instance) -> dict[str, Any] | None:
-    """Queries, keys and tables of a model with heads of 64 channels."""
+    """Queries, keys and tables of a model with heads of 64 channels.
+
+    None where the tables are made of arguments that only the code knows the shapes of.
+    """
+    if instance.variant.broadcast == "given" and not all(
+        isinstance(fact, str) and fact.isidentifier()
+        for role, fact in instance.facts.items()
+        if role not in ("requires", "dense")
+    ):
+        return None
     (batch, tokens), dtype = instance.lead, instance.dtype
     return _values(instance.variant, (batch, 4, 2, tokens, 64), dtype, dtype, instance.generator)
 
@@ -60,6 +69,8 @@ def _values(
 
     if variant.broadcast in ("-2", "none"):
         table = (tokens, columns)
+    if variant.broadcast == "given":
+        table = (batch, 1, tokens, columns)
     if variant.indexed:
         table = (tokens + 6, columns)
     if variant.sections:
@@ -77,12 +88,17 @@ def _values(
         "sin": angle.sin().to(table_dtype),
         "unsqueeze_dim": 1,
         "position_ids": positions % (tokens + 6),
+        "rotary_dim": turned,
+        "scale": 1.2,
         "mrope_section": [columns // 8, columns // 8, columns // 2 - 2 * (columns // 8)],
     }
     return {role: value for role, value in values.items() if role in _roles(variant)}
 
 
 def _roles(variant: RotaryVariant) -> tuple[str, ...]:
+    if variant.broadcast == "given":
+        more = (("rotary_dim",) if variant.part == "first" else ()) + (("scale",) if variant.scaled else ())
+        return ("q", "k", "cos", "sin", *more)
     roles: tuple[str, ...] = (*("q", "k", "v")[: variant.tensors], "cos", "sin")
     roles += ("unsqueeze_dim",) if variant.broadcast == "argument" else ()
     roles += ("position_ids",) if variant.indexed else ()
@@ -114,7 +130,7 @@ def cases(
         table = torch.float32 if shape == "float32 tables" else dtype
         values = _values(variant, sizes, dtype, table, generator)
         if shape == "one table":
-            if values["cos"].dim() != 3 or variant.indexed:
+            if values["cos"].dim() < 3 or variant.indexed:
                 continue
             values |= {name: values[name][:1] for name in ("cos", "sin")}
         if shape == "plain":  # heads before tokens in memory as well

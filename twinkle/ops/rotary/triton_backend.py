@@ -10,7 +10,7 @@ import torch
 from twinkle.ops.build import once_for, plain_function
 from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
-from twinkle.ops.rotary import reference
+from twinkle.ops.rotary import given, reference
 from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
 
 if TYPE_CHECKING:
@@ -19,12 +19,26 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["function_for", "maker_of", "rotary", "supports"]
+__all__ = ["by_kernel", "function_for", "maker_of", "rotary", "supports"]
 
 _kernels = lazy_module("twinkle.ops.rotary.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
 _HALF = _VARIANTS["half"]
 _ONE = ("half", "first_half", "first_half_repeated", "repeated")
+_FACTS = (
+    "q",
+    "k",
+    "cos",
+    "sin",
+    "unsqueeze_dim",
+    "v",
+    "position_ids",
+    "mrope_section",
+    "rotary_dim",
+    "scale",
+    "requires",
+    "dense",
+)
 _PAIRS = {"half": 0, "interleaved": 1, "interleaved_to_half": 2}
 
 
@@ -32,6 +46,8 @@ def supports(
     variant: RotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
     """Why there is no kernel for a variant, or None."""
+    if variant.scaled:
+        return "no kernel for a factor on both products"
     if variant.pairs in _PAIRS and variant.part in ("all", "first", "last"):
         return None
     return f"no kernel for {variant.pairs} pairs of {variant.part} channels"
@@ -51,6 +67,8 @@ def rotary(
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
+    rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
     slice_last: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
@@ -60,18 +78,20 @@ def rotary(
     Returns:
         A tensor for a variant of one tensor, else a tuple.
     """
-    path = dispatch_path(q, k, cos, sin, v) if variant.name in _SUPPORTED else REFERENCE
-    if path is not REFERENCE and not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
-        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
-        if plan is not None:
-            cos, sin, tokens_first = plan
-            turned: Callable[..., Any] = _eager if path is EAGER else _op
-            if variant.tensors == 1:
-                return turned(q, None, cos, sin, variant.name, tokens_first, q.dtype)[0]
-            results = turned(q, k, cos, sin, variant.name, tokens_first, q.dtype)
-            if variant.tensors == 2:
-                return results[0], results[1]
-            return (*results, turned(v, None, cos, sin, variant.name, tokens_first, q.dtype)[0])
+    made = by_kernel(
+        q,
+        k,
+        cos,
+        sin,
+        unsqueeze_dim,
+        variant=variant,
+        v=v,
+        position_ids=position_ids,
+        mrope_section=mrope_section,
+        rotary_dim=rotary_dim,
+    )
+    if made is not None:
+        return made
     return reference.rotary(
         q,
         k,
@@ -82,8 +102,47 @@ def rotary(
         v=v,
         position_ids=position_ids,
         mrope_section=mrope_section,
+        rotary_dim=rotary_dim,
+        scale=scale,
         slice_last=slice_last,
     )
+
+
+def by_kernel(
+    q: Tensor,
+    k: Tensor | None = None,
+    cos: Any = None,
+    sin: Any = None,
+    unsqueeze_dim: int = 1,
+    *,
+    variant: RotaryVariant = _HALF,
+    v: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    mrope_section: list[int] | None = None,
+    rotary_dim: int | None = None,
+    scale: Tensor | float = 1.0,
+) -> Tensor | tuple[Tensor, ...] | None:
+    """As `rotary` where the kernel computes it, else None."""
+    if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor):
+        return None
+    path = dispatch_path(q, k, cos, sin, v)
+    if path is REFERENCE or (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+        return None
+    if variant.broadcast == "given":
+        plan = given.plan(q, k, v, cos, sin, rotary_dim, variant)
+    else:
+        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
+    if plan is None:
+        return None
+    cos, sin, tokens_first = plan
+    turned: Callable[..., Any] = _eager if path is EAGER else _op
+    count = variant.tensors if variant.broadcast != "given" else 1 + (k is not None) + (v is not None)
+    if count == 1:
+        return turned(q, None, cos, sin, variant.name, tokens_first, q.dtype)[0]
+    results = turned(q, k, cos, sin, variant.name, tokens_first, q.dtype)
+    if count == 2:
+        return results[0], results[1]
+    return (*results, turned(v, None, cos, sin, variant.name, tokens_first, q.dtype)[0])
 
 
 def _plan(
@@ -216,7 +275,7 @@ def _launch(
         half=half,
         start=x[0].shape[-1] - 2 * half if variant.part == "last" else 0,
         compute=compute,
-        sums=inputs if variant.compute == "input" else torch.float32,
+        sums=inputs if variant.compute in ("input", "float32_each") else torch.float32,
         back=back,
     )
 
@@ -351,21 +410,26 @@ _differentiable, _op = define_op(
 )
 
 
-def maker_of(function: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
+def maker_of(function: Callable[..., Any], attempt: Callable[..., Any]) -> Callable[..., Callable[..., Any]]:
     """What makes functions with the arguments of others that compute ``function``, a `rotary`.
+
+    Where the definition is that of the original on some inputs alone, ``attempt`` is called, and the original
+    wherever that gives None.
 
     The maker takes the variant, the facts (from the argument of `rotary` to the name of the argument of the
     original, or its value) and the original. It returns the same function for the same arguments.
     """
 
-    @once_for("q", "k", "cos", "sin", "unsqueeze_dim", "v", "position_ids", "mrope_section")
+    @once_for(*_FACTS)
     def function_for(
         variant: RotaryVariant, facts: Mapping[str, Any], original: Callable[..., Any]
     ) -> Callable[..., Any]:
+        if variant.broadcast == "given" or "requires" in facts:
+            return given.guarded_function(original, facts, variant, attempt)
         return plain_function(original, function, {"k": None, **facts}, constants={"variant": variant})
 
     return function_for
 
 
-function_for = maker_of(rotary)
+function_for = maker_of(rotary, by_kernel)
 """See :func:`maker_of`."""
