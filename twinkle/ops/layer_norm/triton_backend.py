@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "layer_class", "layer_norm", "supports"]
+__all__ = ["LEAST", "accepts", "exactly", "layer_class", "layer_norm", "supports"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
@@ -81,7 +81,7 @@ def layer_norm(
         weight = None if variant.affine == "none" else weight
     if pays(x, LEAST) and not x.is_nested:
         path = dispatch_path(x, weight, bias)
-        if path is not REFERENCE and _accepts(x, weight, bias, variant, normalized_shape):
+        if path is not REFERENCE and accepts(x, weight, bias, variant, normalized_shape):
             if path is not EAGER:
                 return _op(x, weight, bias, eps)[0]
             if torch.is_grad_enabled():
@@ -94,7 +94,7 @@ def layer_norm(
     return reference.layer_norm(x, weight, bias, eps, variant=variant, normalized_shape=normalized_shape)
 
 
-def _accepts(
+def accepts(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -122,7 +122,7 @@ def _accepts(
     return True
 
 
-def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What the kernel computes, whichever the variant: in float32, rounded once."""
     with torch.autocast(x.device.type, enabled=False):
         w, b = (None if p is None else p.float() for p in (weight, bias))
@@ -188,7 +188,7 @@ _eager, _op = define_op(
         tensors=3,
         auxiliary=True,
         gradients=_gradients,
-        reference=_exactly,
+        reference=exactly,
     ),
 )
 

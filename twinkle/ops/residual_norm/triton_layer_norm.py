@@ -1,0 +1,223 @@
+"""Residual add and LayerNorm by Triton: the kernels of ``twinkle.ops.layer_norm`` with an addend.
+
+Bytes a row of ``n`` elements: forward reads two and writes two (one where nothing is to be differentiated and
+nobody wants the sum), backward reads two, or three where something reaches the sum directly, and writes one.
+The gradient of both addends is one tensor (two, with a scale).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.derivative import Derivative, define_op, through_definition
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
+from twinkle.ops.layer_norm.reference import VARIANTS
+from twinkle.ops.layer_norm.triton_backend import accepts, exactly
+from twinkle.ops.layer_norm.triton_backend import supports as supports_norm
+from twinkle.ops.plain import pays
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from torch import Tensor
+
+    from twinkle.ops.layer_norm.reference import LayerNormVariant
+
+__all__ = ["LEAST", "path_for", "run", "supports"]
+
+LEAST = 1 << 20
+"""Elements of the sum below which the steps of the original run."""
+
+_kernels = lazy_module("twinkle.ops.layer_norm.triton")
+_NAMES = frozenset(variant.name for variant in VARIANTS)
+
+
+def supports(norm: LayerNormVariant, device: str | None = None) -> str | None:
+    """Why there is no kernel for a sum and that norm, or None."""
+    if norm.name not in _NAMES:
+        return f"{norm.name} is no variant of its definition"
+    return supports_norm(norm, device)
+
+
+def path_for(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, norm: LayerNormVariant
+) -> DispatchPath:
+    """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
+
+    Only contiguous addends: the layout of the sum of others is torch's to choose.
+
+    Args:
+        x: ``[..., hidden]``, what a sublayer returned.
+        residual: As ``x``.
+        weight: ``[hidden]`` or None.
+        bias: ``[hidden]`` or None.
+        norm: Which norm.
+    """
+    if x.dtype != residual.dtype or x.shape != residual.shape or not pays(x, LEAST):
+        return REFERENCE
+    if norm.affine != "both":
+        bias = None
+        weight = None if norm.affine == "none" else weight
+    path = dispatch_path(x, residual, weight, bias)
+    if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:]):
+        return REFERENCE
+    return path if x.is_contiguous() and residual.is_contiguous() else REFERENCE
+
+
+def run(
+    path: DispatchPath,
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    norm: LayerNormVariant,
+    scale: float | None,
+    wanted: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`).
+
+    Args:
+        path: What :func:`path_for` found.
+        x: As for :func:`path_for`, with all that follows.
+        residual: As ``x``.
+        weight: ``[hidden]`` or None.
+        bias: ``[hidden]`` or None.
+        eps: Added to the variance.
+        norm: Which norm.
+        scale: On ``x``, or None.
+        wanted: Whether somebody wants the sum.
+
+    Returns:
+        The sum and the normalised sum; None for a sum that was not written.
+    """
+    if norm.affine != "both":
+        bias = None
+        weight = None if norm.affine == "none" else weight
+    if path is EAGER and not torch.is_grad_enabled():
+        total = torch.empty_like(x) if wanted else None
+        y, _ = _kernels().forward(
+            x, weight, bias, eps, stats=False, residual=residual, scale=scale, total=total
+        )
+        return total, y
+    function = _eager if path is EAGER else _op
+    h, y, _ = function(x, residual, weight, bias, eps, scale)
+    return h, y
+
+
+def _forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = torch.empty_like(x)
+    y, stats = _kernels().forward(x, weight, bias, eps, residual=residual, scale=scale, total=total)
+    return total, y, stats
+
+
+def _fake_forward(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1]
+    empty = x.new_empty(x.shape)
+    return torch.empty_like(empty), empty, x.new_empty((2, rows), dtype=torch.float32)
+
+
+def _backward(
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    scale: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    dx_wanted, dw_wanted, db_wanted = wanted
+    dr = torch.empty_like(h) if scale is not None and dx_wanted else None
+    dx, dw, db = _kernels().backward(
+        dy,
+        h,
+        weight,
+        bias,
+        stats,
+        input_grad=dx_wanted,
+        weight_grad=dw_wanted,
+        bias_grad=db_wanted,
+        dh=dh if dx_wanted else None,
+        scale=scale,
+        dr=dr,
+    )
+    return dx, dr, dw, db
+
+
+def _fake_backward(
+    dh: Tensor | None,
+    dy: Tensor,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    scale: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    flags = (wanted[0], wanted[0] and scale is not None, *wanted[1:])
+    return tuple(
+        p.new_empty(p.shape) if p is not None and is_wanted else None
+        for p, is_wanted in zip((h, h, weight, bias), flags, strict=True)
+    )
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
+    h, _, stats = results
+    _, _, weight, bias, eps, scale = inputs
+    ctx.save_for_backward(h, weight, bias, stats)
+    ctx.rest = eps, scale
+    ctx.mark_non_differentiable(stats)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(
+    ctx: Any, function: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    h, weight, bias, stats = ctx.saved_tensors
+    scale = ctx.rest[1]
+    if dy is None:
+        dx = dh if dh is None or scale is None else dh * scale
+        return dx, dh, None, None, None, None
+    x, residual, w, b, _, _ = ctx.needs_input_grad
+    wanted = [x or residual, weight is not None and w, bias is not None and b]
+    dx, dr, dw, db = function(dh, dy, h, weight, bias, stats, scale, wanted)
+    if not wanted[0]:
+        dx = dr = None
+    elif scale is None:
+        dr = dx
+    return dx, dr, dw if wanted[1] else None, db if wanted[2] else None, None, None
+
+
+def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    eps, scale = ctx.rest
+
+    def definition(h: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        return h * 1, exactly(h, w, b, eps)
+
+    dr, dw, db = through_definition(definition, ctx.saved_tensors[:3], (dh, dy))
+    return dr if dr is None or scale is None else dr * scale, dr, dw, db, None, None
+
+
+_eager, _op = define_op(
+    "_ResidualLayerNorm",
+    "residual_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float? scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    Derivative(
+        "residual_layer_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, Tensor? bias, "
+        "Tensor stats, float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        keep=_keep,
+        gradients=_gradients,
+        again=_again,
+    ),
+)
