@@ -1,11 +1,11 @@
 """LayerNorm on the GPU, alone or after a residual add: one pass each way, whatever the layer is written as.
 
-Bytes a row of ``n`` elements: forward ``2n`` (``4n`` after an add, ``3n`` where nobody wants the sum), backward
-``3n`` (``4n`` where something reaches the sum directly), and eight for its mean and its inverse deviation,
-which forward keeps: with them the two sums of backward wait for nothing but the row. Everything is computed in
-float32 and rounded once; the sum is rounded to its dtype before it is normalised, as the definition rounds it.
-The gradients of weight and bias are one partial sum a program and one reduction, in an order that depends on
-the shape and the device alone.
+Bytes a row of ``n`` elements: forward ``2n`` (``4n`` after an add, ``3n`` where nobody wants the sum),
+backward ``3n`` (``4n`` where something reaches the sum directly), and eight for its mean and its inverse
+deviation, which forward keeps: with them the two sums of backward wait for nothing but the row. Everything is
+computed in float32 and rounded once; the sum is rounded to its dtype before it is normalised, as the
+definition rounds it. The gradients of weight and bias are one partial sum a program and one
+reduction, in an order that depends on the shape and the device alone.
 """
 
 from __future__ import annotations
@@ -87,9 +87,7 @@ def forward_kernel(
             count = tl.minimum(width - start, BLOCK).to(tl.float32)
             h = _load(x, r, start + col, inside & here, x_row, r_row, scale, SCALED, ADD)
             if KEEP:
-                tl.store(
-                    total + row * width + start + col, h.to(total.dtype.element_ty), mask=inside & here
-                )
+                tl.store(total + row * width + start + col, h.to(total.dtype.element_ty), mask=inside & here)
             own = tl.sum(h, axis=1, keep_dims=True) / count
             h = tl.where(here, h - own, 0.0)
             # Two means and two sums of squares about them, made one (Chan et al. 1979).

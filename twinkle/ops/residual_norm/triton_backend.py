@@ -60,7 +60,7 @@ def residual_norm(
     """
     path = path_for(x, residual, weight, variant, bias)
     if path is not REFERENCE:
-        return run(path, x, residual, weight, eps, variant, scale, bias)  # type: ignore[return-value]
+        return run(path, x, residual, weight, eps, variant, scale, bias)
     return reference.residual_norm(x, residual, weight, eps, variant=variant, bias=bias, scale=scale)
 
 
