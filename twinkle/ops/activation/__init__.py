@@ -1,4 +1,4 @@
-"""Activations as programs write them out, such as ``x · sigmoid(1.702 · x)``: one kernel in the place of up to 8.
+"""Activations as programs write them out, as ``x · sigmoid(1.702 · x)``: one kernel in the place of up to 8.
 
 Formulas: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016; So et al., "Primer", 2021, for the
 squared ReLU. Every intermediate result is rounded where torch's operators round it; gradients are computed in
