@@ -49,15 +49,16 @@ def forward(
         bias: ``[width]`` or None.
         eps: Added to the variance.
         stats: Whether backward will follow.
-        residual: ``[..., width]``, of the dtype of ``x``; ``residual + x`` is normalised.
+        residual: ``[..., width]``; ``residual + x`` is normalised, in the wider of the two dtypes.
         scale: On ``x`` before the sum.
         total: ``[..., width]``, contiguous: the sum is written to it.
 
     Returns:
-        The normalised rows, contiguous as torch's are, in the dtype of ``x``; and as ``[2, rows]`` in float32
+        The normalised rows, contiguous as torch's are, in the dtype of ``x`` or of the sum; and as ``[2, rows]`` in float32
         their means and inverse deviations, or None.
     """
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty(x.shape, dtype=dtype, device=x.device)
     width = x.shape[-1]
     rows = x.numel() // width if width else 0
     kept = torch.empty((2, rows), dtype=torch.float32, device=x.device) if stats else None
@@ -109,6 +110,7 @@ def backward(
     bias_grad: bool = True,
     dh: Tensor | None = None,
     scale: float | None = None,
+    dx_dtype: torch.dtype | None = None,
     dr: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Launch the backward.
@@ -124,12 +126,14 @@ def backward(
         bias_grad: Whether that of the bias is.
         dh: ``[..., width]``, what reaches the sum directly.
         scale: On the addend.
-        dr: ``[..., width]``, contiguous: with a scale, the gradient of the residual is written to it.
+        dx_dtype: Of the addend, where it is not that of ``x``.
+        dr: ``[..., width]``, contiguous: the gradient of the residual is written to it, where it is not that
+            of the addend.
 
     Returns:
         Gradients of ``x`` (after an add, of the addend), weight and bias; None for one that is not wanted.
     """
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if input_grad else None
+    dx = torch.empty(x.shape, dtype=dx_dtype or x.dtype, device=x.device) if input_grad else None
     dw = torch.empty_like(weight) if weight is not None and weight_grad else None
     db = torch.empty_like(bias) if bias is not None and bias_grad else None
     if x.numel() == 0:
@@ -141,7 +145,7 @@ def backward(
     dh_rows, dh_stride = (dy_rows, dy_stride) if dh is None else base_of(dh)
     sums = (dw is not None) + (db is not None)
     numbers = (rows, width, dy_stride, dh_stride, x_stride, 1.0 if scale is None else float(scale))
-    added = {"ADD": dh is not None, "SCALED": scale is not None}
+    added = {"ADD": dh is not None, "SCALED": scale is not None, "SPLIT": dr is not None}
     w = x_rows if weight is None else weight
     dr_rows = x_rows if dr is None else dr
     block = power_of_2(width)

@@ -100,8 +100,9 @@ def accepts(
     bias: Tensor | None,
     variant: LayerNormVariant,
     normalized_shape: tuple[int, ...],
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether the kernel takes tensors of these shapes and dtypes."""
+    """Whether the kernel takes tensors of these shapes and dtypes; ``dtype`` is that of a sum."""
     last = x.shape[-1:]
     if not last or not 0 < last[0] <= WIDEST:
         return False
@@ -109,7 +110,7 @@ def accepts(
         if tuple(normalized_shape) != tuple(last):
             return False
         # Autocast makes float32 of everything, and mixed dtypes are torch's to refuse.
-        only = x.dtype if variant.compute == "input" else torch.float32
+        only = (dtype or x.dtype) if variant.compute == "input" else torch.float32
         if only != torch.float32 and torch.is_autocast_enabled(x.device.type):
             return False
     else:

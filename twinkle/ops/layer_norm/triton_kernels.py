@@ -26,12 +26,13 @@ def _affine(n, w, b, at, here, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _load(x, r, at, ok, x_row, r_row, scale, SCALED: tl.constexpr, ADD: tl.constexpr):
+def _load(x, r, y, at, ok, x_row, r_row, scale, SCALED: tl.constexpr, ADD: tl.constexpr):
+    """The row in float32; a sum rounded to the dtype of ``y``, which may be wider than that of an addend."""
     h = tl.load(x + x_row + at, mask=ok, other=0.0).to(tl.float32)
     if SCALED:
         h = (h * scale).to(x.dtype.element_ty).to(tl.float32)
     if ADD:
-        h = (tl.load(r + r_row + at, mask=ok, other=0.0).to(tl.float32) + h).to(x.dtype.element_ty)
+        h = (tl.load(r + r_row + at, mask=ok, other=0.0).to(tl.float32) + h).to(y.dtype.element_ty)
         h = h.to(tl.float32)
     return h
 
@@ -70,7 +71,7 @@ def forward_kernel(
     if ONE_PASS:
         here = col < width
         ok = inside if EVEN else inside & here
-        h = _load(x, r, col, ok, x_row, r_row, scale, SCALED, ADD)
+        h = _load(x, r, y, col, ok, x_row, r_row, scale, SCALED, ADD)
         if KEEP:
             tl.store(total + row * width + col, h.to(total.dtype.element_ty), mask=ok)
         mean = tl.sum(h, axis=1, keep_dims=True) / width
@@ -85,7 +86,7 @@ def forward_kernel(
         for start in range(0, width, BLOCK):
             here = start + col < width
             count = tl.minimum(width - start, BLOCK).to(tl.float32)
-            h = _load(x, r, start + col, inside & here, x_row, r_row, scale, SCALED, ADD)
+            h = _load(x, r, y, start + col, inside & here, x_row, r_row, scale, SCALED, ADD)
             if KEEP:
                 tl.store(total + row * width + start + col, h.to(total.dtype.element_ty), mask=inside & here)
             own = tl.sum(h, axis=1, keep_dims=True) / count
@@ -99,7 +100,7 @@ def forward_kernel(
         for start in range(0, width, BLOCK):
             at = start + col
             here = at < width
-            h = _load(x, r, at, inside & here, x_row, r_row, scale, SCALED, ADD)
+            h = _load(x, r, y, at, inside & here, x_row, r_row, scale, SCALED, ADD)
             n = _affine((h - mean) * root, w, b, at, here, WEIGHT, BIAS)
             tl.store(y + row * width + at, n.to(y.dtype.element_ty), mask=inside & here)
     if STATS:
@@ -127,6 +128,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     ADD: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
     WEIGHT: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
@@ -163,8 +165,9 @@ def backward_kernel(
             d = (scaled - level - n * dot) * root
             if ADD:
                 d += tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
-            if SCALED:
+            if SPLIT:
                 tl.store(dr + row * width + col, d.to(dr.dtype.element_ty), mask=ok)
+            if SCALED:
                 d = d * scale
             tl.store(dx + row * width + col, d.to(dx.dtype.element_ty), mask=ok)
     # The place of this program in partial, whose shape is [programs, sums, width].
@@ -194,6 +197,7 @@ def input_wide_kernel(
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
     SCALED: tl.constexpr,
+    SPLIT: tl.constexpr,
     WEIGHT: tl.constexpr,
 ):
     """The gradient of a row that is read twice."""
@@ -223,8 +227,9 @@ def input_wide_kernel(
         d = (g - level - (h - mean) * root * dot) * root
         if ADD:
             d += tl.load(dh + row * dh_stride + col, mask=ok, other=0.0).to(tl.float32)
-        if SCALED:
+        if SPLIT:
             tl.store(dr + row * width + col, d.to(dr.dtype.element_ty), mask=ok)
+        if SCALED:
             d = d * scale
         tl.store(dx + row * width + col, d.to(dx.dtype.element_ty), mask=ok)
 

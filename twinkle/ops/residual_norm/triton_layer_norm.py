@@ -46,7 +46,8 @@ def path_for(
 ) -> DispatchPath:
     """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
-    Only contiguous addends: the layout of the sum of others is torch's to choose.
+    Only contiguous addends: the layout of the sum of others is torch's to choose. Their dtypes may differ, as
+    they do under autocast, where a sublayer gives half precision and the norm before it gave float32.
 
     Args:
         x: ``[..., hidden]``, what a sublayer returned.
@@ -55,13 +56,14 @@ def path_for(
         bias: ``[hidden]`` or None.
         norm: Which norm.
     """
-    if x.dtype != residual.dtype or x.shape != residual.shape or not pays(x, LEAST):
+    if x.shape != residual.shape or not pays(x, LEAST):
         return REFERENCE
     if norm.affine != "both":
         bias = None
         weight = None if norm.affine == "none" else weight
     path = dispatch_path(x, residual, weight, bias)
-    if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:]):
+    dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
+    if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:], dtype):
         return REFERENCE
     return path if x.is_contiguous() and residual.is_contiguous() else REFERENCE
 
@@ -97,7 +99,7 @@ def run(
         bias = None
         weight = None if norm.affine == "none" else weight
     if path is EAGER and not torch.is_grad_enabled():
-        total = torch.empty_like(x) if wanted else None
+        total = _empty_sum(x, residual) if wanted else None
         y, _ = _kernels().forward(
             x, weight, bias, eps, stats=False, residual=residual, scale=scale, total=total
         )
@@ -107,10 +109,15 @@ def run(
     return h, y
 
 
+def _empty_sum(x: Tensor, residual: Tensor) -> Tensor:
+    dtype = torch.promote_types(x.dtype, residual.dtype)
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
 def _forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    total = torch.empty_like(x)
+    total = _empty_sum(x, residual)
     y, stats = _kernels().forward(x, weight, bias, eps, residual=residual, scale=scale, total=total)
     return total, y, stats
 
@@ -119,8 +126,7 @@ def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    empty = x.new_empty(x.shape)
-    return torch.empty_like(empty), empty, x.new_empty((2, rows), dtype=torch.float32)
+    return _empty_sum(x, residual), _empty_sum(x, residual), x.new_empty((2, rows), dtype=torch.float32)
 
 
 def _backward(
@@ -130,11 +136,13 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
+    dtypes: list[torch.dtype],
     scale: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     dx_wanted, dw_wanted, db_wanted = wanted
-    dr = torch.empty_like(h) if scale is not None and dx_wanted else None
+    split = dx_wanted and (scale is not None or dtypes[0] != dtypes[1])
+    dr = torch.empty_like(h, dtype=dtypes[1]) if split else None
     dx, dw, db = _kernels().backward(
         dy,
         h,
@@ -146,6 +154,7 @@ def _backward(
         bias_grad=db_wanted,
         dh=dh if dx_wanted else None,
         scale=scale,
+        dx_dtype=dtypes[0],
         dr=dr,
     )
     return dx, dr, dw, db
@@ -158,21 +167,28 @@ def _fake_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
+    dtypes: list[torch.dtype],
     scale: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    flags = (wanted[0], wanted[0] and scale is not None, *wanted[1:])
+    split = wanted[0] and (scale is not None or dtypes[0] != dtypes[1])
+    given = (
+        (h, wanted[0], dtypes[0]),
+        (h, split, dtypes[1]),
+        (weight, wanted[1], None),
+        (bias, wanted[2], None),
+    )
     return tuple(
-        p.new_empty(p.shape) if p is not None and is_wanted else None
-        for p, is_wanted in zip((h, h, weight, bias), flags, strict=True)
+        p.new_empty(p.shape, dtype=dtype or p.dtype) if p is not None and is_wanted else None
+        for p, is_wanted, dtype in given
     )
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tensor]) -> None:
     h, _, stats = results
-    _, _, weight, bias, eps, scale = inputs
+    x, residual, weight, bias, eps, scale = inputs
     ctx.save_for_backward(h, weight, bias, stats)
-    ctx.rest = eps, scale
+    ctx.rest = eps, scale, [x.dtype, residual.dtype]
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
@@ -181,28 +197,36 @@ def _gradients(
     ctx: Any, function: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     h, weight, bias, stats = ctx.saved_tensors
-    scale = ctx.rest[1]
+    _, scale, dtypes = ctx.rest
     if dy is None:
-        dx = dh if dh is None or scale is None else dh * scale
-        return dx, dh, None, None, None, None
+        return *_of_addends(dh, scale, dtypes), None, None, None, None
     x, residual, w, b, _, _ = ctx.needs_input_grad
     wanted = [x or residual, weight is not None and w, bias is not None and b]
-    dx, dr, dw, db = function(dh, dy, h, weight, bias, stats, scale, wanted)
+    dx, dr, dw, db = function(dh, dy, h, weight, bias, stats, dtypes, scale, wanted)
     if not wanted[0]:
         dx = dr = None
-    elif scale is None:
+    elif scale is None and dtypes[0] == dtypes[1]:
         dr = dx
     return dx, dr, dw if wanted[1] else None, db if wanted[2] else None, None, None
 
 
 def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    eps, scale = ctx.rest
+    eps, scale, dtypes = ctx.rest
 
     def definition(h: Tensor, w: Tensor | None, b: Tensor | None) -> tuple[Tensor, Tensor]:
         return h * 1, exactly(h, w, b, eps)
 
     dr, dw, db = through_definition(definition, ctx.saved_tensors[:3], (dh, dy))
-    return dr if dr is None or scale is None else dr * scale, dr, dw, db, None, None
+    return *_of_addends(dr, scale, dtypes), dw, db, None, None
+
+
+def _of_addends(
+    dh: Tensor | None, scale: float | None, dtypes: list[torch.dtype]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the addend and the residual, of that of their sum."""
+    if dh is None:
+        return None, None
+    return (dh if scale is None else dh * scale).to(dtypes[0]), dh.to(dtypes[1])
 
 
 _eager, _op = define_op(
@@ -213,7 +237,7 @@ _eager, _op = define_op(
     _fake_forward,
     Derivative(
         "residual_layer_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, Tensor? bias, "
-        "Tensor stats, float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor stats, ScalarType[] dtypes, float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,
         keep=_keep,
