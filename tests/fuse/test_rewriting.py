@@ -83,7 +83,11 @@ def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
             total = left + right * factor
             return total, layer(total)
 
-        return (both,)
+        def normed(owner: Any, left: Any, right: Any, layer: Any, factor: float = 1.0) -> Any:
+            done.append("normed")
+            return layer(left + right * factor)
+
+        return both, normed
 
     def ready(owner: Any, q_layer: Any, k_layer: Any, function: Any) -> bool:
         done.append("ready")
@@ -97,7 +101,7 @@ def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
 
 
 CASES = [
-    (Inside, {}, ["sum", "sum"]),
+    (Inside, {}, ["normed", "normed"]),
     (Listed, {}, ["sum"]),
     (Sometimes, {"last": False}, ["sum"]),
     (Sometimes, {"last": True}, []),

@@ -54,8 +54,8 @@ def forward(
         total: ``[..., width]``, contiguous: the sum is written to it.
 
     Returns:
-        The normalised rows, contiguous as torch's are, in the dtype of ``x`` or of the sum; and as ``[2, rows]`` in float32
-        their means and inverse deviations, or None.
+        The normalised rows, contiguous as torch's are, in the dtype of ``x`` or of the sum; and as
+        ``[2, rows]`` in float32 their means and inverse deviations, or None.
     """
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
