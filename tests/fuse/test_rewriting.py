@@ -48,6 +48,21 @@ class Sometimes(Base):
         return self.grow(x) + r
 
 
+class Skipped(Base):
+    """As a decoder's layer: its second attention is between the sum and the norm, where there is one."""
+
+    def forward(self, x: Any, r: Any) -> Any:
+        other = self.attended
+        total = r + self.mix(x)
+        if other is not None:
+            x = total
+            total = self.other(total)
+            total = x + total * other
+        x = total
+        total = self.norm(total)
+        return x + self.grow(total)
+
+
 class Clipped(Base):
     def forward(self, x: Any, r: Any) -> Any:
         q = self.norm(self.mix(x))
@@ -105,6 +120,8 @@ CASES = [
     (Listed, {}, ["sum"]),
     (Sometimes, {"last": False}, ["sum"]),
     (Sometimes, {"last": True}, []),
+    (Skipped, {"attended": None}, ["sum"]),
+    (Skipped, {"attended": 2.0}, []),
     (Clipped, {"clip": None, "window": None, "slides": False}, ["ready", "pair"]),
     (Clipped, {"clip": 0.1, "window": None, "slides": False}, []),
     (Clipped, {"clip": None, "window": 3, "slides": True}, ["ready", "pair"]),

@@ -191,6 +191,7 @@ def test_a_compiler_sees_the_op(at_any_size: torch.device, counted: dict[str, in
 
 MODELS = {
     "Bert": ("BertConfig", "BertModel", {}),
+    "GPT2": ("GPT2Config", "GPT2Model", {"n_positions": 16}),
     "ViT": ("ViTConfig", "ViTModel", {"image_size": 8, "patch_size": 4}),
 }
 

@@ -174,7 +174,8 @@ class _Edit(ast.NodeTransformer):
         result: ast.expr = _name(normed)
         if place.when is not None:
             bare = ast.Tuple([copy.deepcopy(given.value), ast.Constant(None)], ast.Load())
-            value = ast.IfExp(copy.deepcopy(place.when), value, bare)
+            both, alone = (bare, value) if place.skipped else (value, bare)
+            value = ast.IfExp(copy.deepcopy(place.when), both, alone)
             # What the condition reads may change in between: never use a result that was not computed.
             there = ast.Compare(_name(normed), [ast.IsNot()], [ast.Constant(None)])
             result = ast.IfExp(there, result, place.call)

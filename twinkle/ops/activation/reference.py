@@ -28,18 +28,20 @@ class ActivationVariant:
     name: str
 
 
-def activation(x: Tensor, *, variant: ActivationVariant) -> Tensor:
+def activation(x: Tensor, *, variant: ActivationVariant, root: float | None = None) -> Tensor:
     """The definition.
 
     Args:
         x: Of any shape.
         variant: Which one.
+        root: The root of 2 / pi, where it is written as a number.
 
     Returns:
         Of the shape and dtype of ``x``.
     """
     if variant.name == "gelu_tanh_cubed":
-        inner = math.sqrt(2.0 / math.pi) * (x + 0.044715 * torch.pow(x, 3.0))
+        factor = math.sqrt(2.0 / math.pi) if root is None else root
+        inner = factor * (x + 0.044715 * torch.pow(x, 3.0))
         return 0.5 * x * (1.0 + torch.tanh(inner))
     if variant.name == "gelu_tanh_factored":
         return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
