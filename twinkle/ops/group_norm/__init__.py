@@ -8,9 +8,10 @@ from twinkle.ops.catalog import Op
 
 OP = Op(
     "group_norm",
-    kind="inside",
-    summary="inside a layer: a GroupNorm and the SiLU that is its next step",
+    kind="layer",
+    summary="`torch.nn.GroupNorm`, and layers that call `F.group_norm` and a SiLU of it",
     rank=10,
-    functions={"group_norm": "triton_backend"},
+    roles={"x": "input", "groups": "number", "weight": "tensor", "bias": "tensor", "eps": "number"},
+    layers={"GroupNorm": "layer"},
     backends=("triton_backend",),
 )

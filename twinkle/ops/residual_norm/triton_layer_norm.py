@@ -14,7 +14,7 @@ import torch
 from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layer_norm.reference import VARIANTS
-from twinkle.ops.layer_norm.triton_backend import accepts, exactly
+from twinkle.ops.layer_norm.triton_backend import LEAST, accepts, exactly
 from twinkle.ops.layer_norm.triton_backend import supports as supports_norm
 from twinkle.ops.plain import pays
 
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
     from twinkle.ops.layer_norm.reference import LayerNormVariant
 
 __all__ = ["LEAST", "path_for", "run", "supports"]
-
-LEAST = 1 << 20
-"""Elements of the sum below which the steps of the original run."""
 
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
 _NAMES = frozenset(variant.name for variant in VARIANTS)
