@@ -13,11 +13,22 @@ from twinkle.match.structure import recognise
 from twinkle.ops.activation import reference
 from twinkle.ops.activation.samples import cases
 from twinkle.ops.activation.triton_backend import activation, layer_class
+from twinkle.ops.plain import at_every_size
 from twinkle.proof.compare import compare
 
 VARIANTS = {variant.name: variant for variant in reference.VARIANTS}
 OPERATIONS = 40
 """Behind a number: a dozen operators, two of them with a function of the device behind."""
+
+
+@pytest.fixture(autouse=True)
+def at_any_size(request):
+    """Small inputs take the kernel as well, but where a test is about them."""
+    if "small" in request.node.name:
+        yield
+        return
+    with at_every_size():
+        yield
 
 
 def inputs(device, dtype=torch.float32):
@@ -79,6 +90,12 @@ def test_what_is_not_contiguous_or_not_floating_goes_through_the_definition(kern
     assert torch.equal(y, reference.activation(x, variant=variant))
     whole = torch.arange(5, device=kernels)
     assert torch.equal(activation(whole, variant=variant), reference.activation(whole, variant=variant))
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("relu2", False), ("quick_gelu", False), ("gelu_erf", True)])
+def test_small_inputs_of_few_operators_are_torch_s(kernels, name, kernel):
+    y = activation(inputs(kernels), variant=VARIANTS[name])
+    assert (type(y.grad_fn).__name__ == "_ActivationBackward") is kernel
 
 
 @pytest.mark.parametrize("shape", [(0,), (2, 0, 3), ()])

@@ -12,6 +12,7 @@ OP = Op(
     kind="layer",
     summary="elementwise activations that are written out: GELU by `tanh` or `erf`, `x * sigmoid(1.702 * x)`",
     rank=9,
+    words=("erf", "sigmoid", "square", "tanh"),
     roles={"x": "input"},
     layers={"Activation": "layer"},
     backends=("triton_backend",),

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEAST", "group_norm", "layer_class", "path_for", "run", "supports"]
 
-LEAST = 1 << 22
+LEAST = 1 << 23
 """Elements of the input below which torch's kernels run: ours takes longer to launch than it saves."""
 
 _kernels = lazy_module("twinkle.ops.group_norm.triton")
