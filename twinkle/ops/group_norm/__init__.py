@@ -8,11 +8,10 @@ from twinkle.ops.catalog import Op
 
 OP = Op(
     "group_norm",
-    kind="layer",
-    summary="`torch.nn.GroupNorm`, and layers that call `F.group_norm` and a SiLU of it",
+    kind="inside",
+    summary="a GroupNorm and the SiLU that is its next step, to be called by hand: nothing binds it yet",
     rank=10,
     words=("group_norm", "native_group_norm"),
-    roles={"x": "input", "groups": "number", "weight": "tensor", "bias": "tensor", "eps": "number"},
-    layers={"GroupNorm": "layer"},
+    functions={"group_norm": "triton_backend"},
     backends=("triton_backend",),
 )
