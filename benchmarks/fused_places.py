@@ -443,11 +443,11 @@ def main() -> None:
             document["seconds"] = time.perf_counter() - _started
             options.json.write_text(json.dumps(document, indent=1) + "\n")
 
-    for case in cases():
-        if case.op in only:
-            check_and_measure(document, case, options.rounds)
-            save()
     with at_every_size():
+        for case in cases():
+            if case.op in only:
+                check_and_measure(document, case, options.rounds)
+                save()
         for case in small_cases():
             if case.op not in only:
                 continue
