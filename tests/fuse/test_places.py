@@ -52,6 +52,12 @@ def test_a_sum_and_the_layer_behind_it(body):
         "h = r + x\nreturn [self.norm(h) for _ in x]",
         "h = r + x\nreturn self.flag and self.norm(h)",
         "self = x\nh = r + x\nreturn self.norm(h)",
+        "h = r + x\nif self.flag:\n    h = h * 2\nreturn self.norm(h)",  # may change in between
+        "h = r + x\nif h is None:\n    h = h * 2\nreturn self.norm(h)",
+        "h = r + x\nif cos:\n    h = h * 2\nreturn self.norm(h)",  # asking may do something
+        "h = r + x\nif cos is sin:\n    h = h * 2\nreturn self.norm(h)",
+        "h = r + x\nif cos is None:\n    pass\nelse:\n    self.log(x)\nreturn self.norm(h)",
+        "h = r + x\nif cos is None:\n    pass\nself.log(x)\nreturn self.norm(h)",
     ],
 )
 def test_what_is_no_sum_before_a_layer(body):
@@ -72,6 +78,14 @@ def test_other_ways_to_write_a_sum_before_a_layer(body, path, when):
     [place] = places(body)
     assert place.path == path
     assert (place.when and ast.unparse(place.when)) == when
+
+
+@pytest.mark.parametrize("test", ["cos is not None", "cos is None and sin is not None"])
+def test_what_is_left_out_may_stand_between(test):
+    [place] = places(
+        f"h = r + x\nif {test}:\n    r = h\n    h = r + self.cross(h)\nr = h\nh = self.norm(h)\nreturn h"
+    )
+    assert (place.path, place.skipped, ast.unparse(place.when)) == ("norm", True, test)
 
 
 def test_two_sums_in_one_expression():

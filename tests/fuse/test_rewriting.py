@@ -48,6 +48,21 @@ class Sometimes(Base):
         return self.grow(x) + r
 
 
+class Skipped(Base):
+    """As a decoder's layer: its second attention is between the sum and the norm, where there is one."""
+
+    def forward(self, x: Any, r: Any) -> Any:
+        other = self.attended
+        total = r + self.mix(x)
+        if other is not None:
+            x = total
+            total = self.other(total)
+            total = x + total * other
+        x = total
+        total = self.norm(total)
+        return x + self.grow(total)
+
+
 class Clipped(Base):
     def forward(self, x: Any, r: Any) -> Any:
         q = self.norm(self.mix(x))
@@ -83,7 +98,11 @@ def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
             total = left + right * factor
             return total, layer(total)
 
-        return (both,)
+        def normed(owner: Any, left: Any, right: Any, layer: Any, factor: float = 1.0) -> Any:
+            done.append("normed")
+            return layer(left + right * factor)
+
+        return both, normed
 
     def ready(owner: Any, q_layer: Any, k_layer: Any, function: Any) -> bool:
         done.append("ready")
@@ -97,10 +116,12 @@ def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
 
 
 CASES = [
-    (Inside, {}, ["sum", "sum"]),
+    (Inside, {}, ["normed", "normed"]),
     (Listed, {}, ["sum"]),
     (Sometimes, {"last": False}, ["sum"]),
     (Sometimes, {"last": True}, []),
+    (Skipped, {"attended": None}, ["sum"]),
+    (Skipped, {"attended": 2.0}, []),
     (Clipped, {"clip": None, "window": None, "slides": False}, ["ready", "pair"]),
     (Clipped, {"clip": 0.1, "window": None, "slides": False}, []),
     (Clipped, {"clip": None, "window": 3, "slides": True}, ["ready", "pair"]),

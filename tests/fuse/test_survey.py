@@ -25,11 +25,25 @@ class Norm(nn.Module):
         return self.scale * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype)
 
 
+class Rounded(nn.Module):
+    """A LayerNorm that rounds before its weight: no kernel does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        mean = wide.mean(-1, keepdim=True)
+        variance = (wide - mean).pow(2).mean(-1, keepdim=True)
+        return self.weight * ((wide - mean) / torch.sqrt(variance + 1e-5)).to(x.dtype) + self.bias
+
+
 class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mix, self.grow = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.first = nn.LayerNorm(8)
+        self.first = Rounded()
         self.after = Norm()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -53,11 +67,12 @@ def test_places_with_a_kernel_and_without() -> None:
         "sites": (
             {"variant": "rms_norm_llama_scaled", "norm": "after", "scale": "0.5", "wired": True},
             {
-                "variant": "layer_norm_fused",
+                "variant": "layer_norm_out_float32_both_mean_square_divide_before_weight",
                 "norm": "first",
                 "scale": None,
                 "wired": False,
-                "reason": "there is no kernel for a LayerNorm behind other steps",
+                "reason": "there is no kernel for Rounded behind other steps "
+                "(out_float32_both_mean_square_divide_before_weight)",
             },
         ),
     }
@@ -75,7 +90,7 @@ def test_a_forward_that_cannot_be_rewritten_says_why() -> None:
         ("llama:LlamaDecoderLayer", "residual_norm", "rms_norm_llama", True),
         ("gemma4:Gemma4TextDecoderLayer", "residual_norm", "rms_norm_gemma4", True),
         ("longcat_flash:LongcatFlashDecoderLayer", "residual_norm", "rms_norm_llama", True),
-        ("bert:BertSelfOutput", "residual_norm", "layer_norm_fused", False),
+        ("bert:BertSelfOutput", "residual_norm", "layer_norm_fused", True),
         ("qwen3:Qwen3Attention", "qk_norm_rotary", "llama_half_head", True),
         ("exaone4:Exaone4Attention", "qk_norm_rotary", "llama_half_head", True),
         ("olmoe:OlmoeAttention", "qk_norm_rotary", "llama_half_all", True),
@@ -96,9 +111,9 @@ def test_known_families(target: str, op: str | None, variant: str | None, wired:
 def test_the_command_says_what_is_left_as_it_is(capsys: Any) -> None:
     from twinkle.cli.match import main
 
-    assert main(["transformers.models.bert"]) == 0
+    assert main(["transformers.models.deberta"]) == 0
     out = capsys.readouterr().out
-    assert "left as it is: there is no kernel for a LayerNorm behind other steps" in out
+    assert "left as it is: there is no kernel for DebertaLayerNorm behind other steps" in out
     assert "of these are places inside a forward, 0 with a kernel" in out
     assert main(["transformers.models.llama", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)

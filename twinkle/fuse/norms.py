@@ -1,4 +1,4 @@
-"""Recognises the RMSNorm layers that a fused kernel can compute, and reads their weight and eps."""
+"""Recognises the norms that a fused kernel can compute, and reads their weight, bias and eps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,12 @@ from torch.nn.modules import module as _torch
 
 from twinkle.match.reads import Guard, of_forward
 from twinkle.match.structure import recognise
-from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
-from twinkle.ops.rms_norm.triton_backend import takes_weight_and_eps
+from twinkle.ops.layer_norm import triton_backend as layer_norm
+from twinkle.ops.layer_norm.reference import VARIANTS as LAYER_NORMS
+from twinkle.ops.layer_norm.reference import LayerNormVariant
+from twinkle.ops.rms_norm import triton_backend as rms_norm
+from twinkle.ops.rms_norm.reference import VARIANTS as RMS_NORMS
+from twinkle.ops.rms_norm.reference import RMSNormVariant
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
@@ -20,35 +24,43 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from twinkle.ops.layer_norm.reference import LayerNormVariant
-
 __all__ = ["Norm", "described", "hooked", "norm_from", "norm_of", "norm_variant", "numbers_of", "unswapped"]
 
-_VARIANTS = {variant.name: variant for variant in VARIANTS}
+_VARIANTS: dict[tuple[str, str], RMSNormVariant | LayerNormVariant] = {
+    **{("rms_norm", variant.name): variant for variant in RMS_NORMS},
+    **{("layer_norm", variant.name): variant for variant in LAYER_NORMS},
+}
+
+
+_ROLES = ("weight", "bias", "eps", "normalized_shape", "with_weight")
 
 
 class Norm(NamedTuple):
-    """An RMSNorm class: its variant, and where an instance keeps weight and eps.
+    """A class of norms: its variant, and where an instance keeps weight, bias and eps.
 
     Attributes:
+        op: ``rms_norm`` or ``layer_norm``.
         variant: Where it rounds.
         weight: The name of its parameter, or None.
         eps: The name of an attribute, or the number itself.
         shape: The name of the attribute with the normalised shape, or None.
         switch: The name of a flag that must be True for the layer to use its weight, or None.
+        bias: The name of its bias, or None.
         guard: Whether the class, and a layer of it, still compute it.
     """
 
-    variant: RMSNormVariant
+    op: str
+    variant: RMSNormVariant | LayerNormVariant
     weight: str | None
     eps: str | float
     shape: str | None
     switch: str | None = None
+    bias: str | None = None
     guard: Guard = Guard(())
 
 
 def norm_of(cls: type) -> Norm | str:
-    """The RMSNorm that a class is, or in words why a fused kernel cannot compute it.
+    """The norm that a class is, or in words why a fused kernel cannot compute it.
 
     Of a class that Twinkle put an embedded kernel in, the original class counts.
     """
@@ -61,24 +73,26 @@ def norm_of(cls: type) -> Norm | str:
     if {"__getattr__", "__getattribute__"} & _defined(plain):
         return f"{name} looks its attributes up in a way of its own"
     found = recognise(plain)
-    if found.op == "layer_norm":
-        return f"there is no kernel for a {name} behind other steps"
-    if found.op != "rms_norm":
-        return f"{name} is not recognised as an RMSNorm"
+    if found.op not in ("rms_norm", "layer_norm"):
+        return f"{name} is not recognised as a norm"
     variant, facts = found.variant, found.facts
-    if not takes_weight_and_eps(variant) or variant.groups != "none" or found.guards:
+    takes = (layer_norm if found.op == "layer_norm" else rms_norm).takes_weight_and_eps
+    if not takes(variant) or getattr(variant, "groups", "none") != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({variant.name})"
-    if set(facts) - {"x", "weight", "eps", "normalized_shape", "with_weight"}:
-        return f"{name} depends on more than its weight and eps"
-    weight, eps, shape, switch = map(facts.get, ("weight", "eps", "normalized_shape", "with_weight"))
+    if set(facts) - {"x", "weight", "bias", "eps", "normalized_shape", "with_weight"}:
+        return f"{name} depends on more than its weight, its bias and its eps"
+    weight, bias, eps, shape, switch = map(facts.get, _ROLES)
     if isinstance(eps, bool) or not isinstance(eps, str | int | float):
         return f"the eps of {name} is not a number"
-    if any(isinstance(value, str) and not value.isidentifier() for value in (weight, eps, shape, switch)):
+    if any(
+        isinstance(value, str) and not value.isidentifier() for value in (weight, bias, eps, shape, switch)
+    ):
         return f"the numbers of {name} are not its own attributes"
     if switch is not None and not isinstance(switch, str):
         return f"{name} has no attribute that says whether it has a weight"
     guard = Guard((of_forward(plain), *Guard(found.reads).of(plain).reads))
-    return Norm(variant, weight, eps if isinstance(eps, str) else float(eps), shape, switch, guard)
+    number = eps if isinstance(eps, str) else float(eps)
+    return Norm(found.op, variant, weight, number, shape, switch, bias, guard)
 
 
 def norm_variant(cls: type) -> RMSNormVariant | LayerNormVariant | None:
@@ -136,16 +150,30 @@ def hooked(layer: nn.Module) -> Any:
     )
 
 
-def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None:
-    """The weight ``[hidden]`` (or None) and the eps of a layer; None where its class promises others."""
+def numbers_of(
+    norm: Norm, layer: nn.Module, last: Any = None
+) -> tuple[Tensor | None, Any, Tensor | None] | None:
+    """The weight ``[hidden]`` (or None), eps and bias of a layer; None where its class promises others.
+
+    Args:
+        norm: What its class is.
+        layer: The layer.
+        last: The shape that it is to normalise over, where that is known.
+    """
     state = layer.__dict__
     if norm.switch is not None and state.get(norm.switch) is not True:
         return None
-    weight = None
+    weight = bias = None
+    absent = False
     if norm.weight is not None:
         weight = state["_parameters"].get(norm.weight)
-        if weight is None:
-            return None
+        absent = weight is None
+    if norm.bias is not None:
+        bias = state["_parameters"].get(norm.bias)
+        absent = absent or bias is None
+    # Torch's own layer norm does without; one that is written out does not, nor does an RMSNorm.
+    if absent and getattr(norm.variant, "written", "out") == "out":
+        return None
     eps = state.get(norm.eps) if isinstance(norm.eps, str) else norm.eps
     if type(eps) is not float:
         return None
@@ -153,7 +181,9 @@ def numbers_of(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any] | None
         shape = state.get(norm.shape, ())
         if not isinstance(shape, tuple | list) or len(shape) != 1:
             return None
-    return weight, eps
+        if last is not None and shape[0] != last[0]:
+            return None
+    return weight, eps, bias
 
 
 def _described(cls: type) -> str:
@@ -161,7 +191,8 @@ def _described(cls: type) -> str:
     if isinstance(norm, str):
         return ""
     eps = norm.eps if isinstance(norm.eps, str) else repr(norm.eps)
-    return "|".join((norm.variant.name, norm.weight or "", eps, norm.shape or "", norm.switch or ""))
+    names = (norm.weight, eps, norm.shape, norm.switch, norm.bias)
+    return "|".join((norm.op, norm.variant.name, *(name or "" for name in names)))
 
 
 described: Callable[[type], str] = constant(_described)
@@ -170,6 +201,8 @@ described: Callable[[type], str] = constant(_described)
 
 def norm_from(text: str) -> Norm:
     """The norm of a text that :func:`described` gave."""
-    variant, weight, eps, shape, switch = text.split("|")
+    op, variant, weight, eps, shape, switch, bias = text.split("|")
     number = eps if eps.isidentifier() else float(eps)
-    return Norm(_VARIANTS[variant], weight or None, number, shape or None, switch or None)
+    return Norm(
+        op, _VARIANTS[op, variant], weight or None, number, shape or None, switch or None, bias or None
+    )

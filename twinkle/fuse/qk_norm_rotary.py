@@ -82,6 +82,8 @@ def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pa
 def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if q.variant is not k.variant:
         return "the norms of queries and keys differ"
+    if not isinstance(q.variant, RMSNormVariant):
+        return f"there is no kernel for a {q.op} before a rotation"
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
     variant = _variant(q.variant, _ROTATIONS[rotation], between)
@@ -244,6 +246,7 @@ class PairStep(FusedStep):
         if rotation:
             q_norm, k_norm = norm_from(q_text), norm_from(k_text)
             u, v = numbers_of(q_norm, q_layer), numbers_of(k_norm, k_layer)
+            assert isinstance(q_norm.variant, RMSNormVariant)  # else there is no name
             variant = _variant(q_norm.variant, _ROTATIONS[rotation], self.between)
             if u is not None and v is not None and path_for(q, k, u[0], v[0], cos, sin, variant) is CUSTOM_OP:
                 return run(CUSTOM_OP, q, k, u[0], v[0], u[1], v[1], cos, sin, variant)
@@ -345,13 +348,13 @@ class PairStep(FusedStep):
             return self.unfused(q, k, q_copy, k_copy, rotate, cos_, sin_)
 
         def kernel(layers: nn.Module, q: Tensor, k: Tensor) -> Any:
-            (q_weight, q_eps), (k_weight, k_eps) = _numbers(pair, *layers.children())
+            (q_weight, q_eps, _), (k_weight, k_eps, _) = _numbers(pair, *layers.children())
             path = path_for(q, k, q_weight, k_weight, cos_, sin_, pair.variant)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
             return run(path, q, k, q_weight, k_weight, q_eps, k_eps, cos_, sin_, pair.variant)
 
-        (_, q_eps), (_, k_eps) = _numbers(pair, q_layer, k_layer)
+        (_, q_eps, _), (_, k_eps, _) = _numbers(pair, q_layer, k_layer)
         return Comparison(
             EmbeddedLayer(self.op, pair.variant, {"q_eps": q_eps, "k_eps": k_eps, "table": cos.itemsize}),
             original,
@@ -361,7 +364,9 @@ class PairStep(FusedStep):
         )
 
 
-def _numbers(pair: Pair, q_layer: nn.Module, k_layer: nn.Module) -> tuple[tuple[Tensor | None, Any], ...]:
+def _numbers(
+    pair: Pair, q_layer: nn.Module, k_layer: nn.Module
+) -> tuple[tuple[Tensor | None, Any, Any], ...]:
     u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
     assert u is not None
     assert v is not None

@@ -10,8 +10,10 @@ from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
+from twinkle.ops.plain import pays
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, run
+from twinkle.ops.residual_norm.triton_layer_norm import LEAST
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class NormVariants(NamedTuple):
 
 def variants_of(norm: Norm) -> NormVariants:
     """The variants of a sum before that norm."""
-    name = f"rms_norm_{norm.variant.name}"
+    name = f"{norm.op}_{norm.variant.name}"
     return NormVariants(
         norm,
         ResidualNormVariant(name, norm.variant),
@@ -56,17 +58,34 @@ class SumStep(FusedStep):
 
     The forward calls :meth:`fused`. The kernel runs once it is proven for the class of the norm and the
     dtypes of the addends (:attr:`proven`); until then :meth:`first_call` decides.
+
+    Attributes:
+        least: By class of norm, the elements of the sum below which the original steps are the faster ones.
     """
 
     op = "residual_norm"
 
+    def __init__(self, source: Any, *, proofs: int, recall: bool) -> None:
+        super().__init__(source, proofs=proofs, recall=recall)
+        self.least: dict[type, int] = {}
+
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
-        """What the forward calls: :meth:`fused`."""
-        return (self.fused,)
+        """What the forward calls: :meth:`fused`, and :meth:`normed` where nothing else reads the sum."""
+        return (self.fused, self.normed)
+
+    def normed(self, owner: nn.Module, left: Any, right: Any, layer: Any, factor: Any = None) -> Any:
+        """What the layer makes of the sum; see :meth:`fused`."""
+        return self.fused(owner, left, right, layer, factor, wanted=False)[1]
 
     def fused(
-        self, owner: nn.Module, left: Any, right: Any, layer: Any, factor: Any = None
+        self,
+        owner: nn.Module,
+        left: Any,
+        right: Any,
+        layer: Any,
+        factor: Any = None,
+        wanted: bool = True,
     ) -> tuple[Any, Any]:
         """The sum and what the layer makes of it: from the kernel, or by the original steps.
 
@@ -76,6 +95,7 @@ class SumStep(FusedStep):
             right: The second, without its factor.
             layer: What is called with the sum.
             factor: Of ``right``; None for none.
+            wanted: Whether the forward reads the sum.
         """
         if _compiling():
             return self.traced(left, right, layer, factor)
@@ -86,19 +106,23 @@ class SumStep(FusedStep):
         proven = self.proven_with_grad if _recording() else self.proven
         variants = proven.get((type(layer), left.dtype, right.dtype))
         if variants is None:
+            least = self.least.get(type(layer))
+            if least is not None and not pays(left, least):
+                return unfused(left, right, layer, factor)
             done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
                 return done
         elif not variants.norm.guard.holds(layer):
             self.note(owner, f"the norm {CHANGED}")
         elif not hooked(layer):
-            numbers = numbers_of(variants.norm, layer)
+            numbers = numbers_of(variants.norm, layer, left.shape[-1:])
             if numbers is not None:
+                weight, eps, bias = numbers
                 variant = variants.variant if factor is None else variants.scaled
-                path = path_for(right, left, numbers[0], variant)
+                path = path_for(right, left, weight, variant, bias)
                 if path is EAGER:
                     try:
-                        return run(path, right, left, numbers[0], numbers[1], variant, factor)
+                        return run(path, right, left, weight, eps, variant, factor, bias, wanted)
                     except Exception as error:
                         take_out = self.failed(owner, error)
                     both = unfused(left, right, layer, factor)
@@ -113,12 +137,13 @@ class SumStep(FusedStep):
         text = described(type(layer))
         if text and not hooked(layer):
             norm = norm_from(text)
-            numbers = numbers_of(norm, layer)
+            numbers = numbers_of(norm, layer, left.shape[-1:])
             if numbers is not None:
+                weight, eps, bias = numbers
                 variants = variants_of(norm)
                 variant = variants.variant if factor is None else variants.scaled
-                if path_for(right, left, numbers[0], variant) is CUSTOM_OP:
-                    return run(CUSTOM_OP, right, left, numbers[0], numbers[1], variant, factor)
+                if path_for(right, left, weight, variant, bias) is CUSTOM_OP:
+                    return run(CUSTOM_OP, right, left, weight, eps, variant, factor, bias)
         return unfused(left, right, layer, factor)
 
     def first_call(
@@ -126,20 +151,23 @@ class SumStep(FusedStep):
     ) -> tuple[Tensor, Tensor] | None:
         """Compare the kernel and run it; None, with a note in the report, where it cannot run."""
         norm, reason = norm_of(type(layer)), reason_against((layer,))
-        numbers = None if isinstance(norm, str) else numbers_of(norm, layer)
+        numbers = None if isinstance(norm, str) else numbers_of(norm, layer, left.shape[-1:])
         if reason is not None or isinstance(norm, str) or numbers is None:
             self.note(owner, reason or "its norm lacks its weight or eps")
             return None
         variants = variants_of(norm)
         variant = variants.variant if factor is None else variants.scaled
-        if path_for(right, left, numbers[0], variant) is not EAGER:
+        weight, eps, bias = numbers
+        if norm.op == "layer_norm":
+            self.least[type(layer)] = LEAST
+        if path_for(right, left, weight, variant, bias) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(left)} + {tensor_text(right)}")
             return None
         done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
             (type(layer), left.dtype, right.dtype),
             variants,
-            lambda: run(EAGER, right, left, *numbers, variant, factor),
+            lambda: run(EAGER, right, left, weight, eps, variant, factor, bias),
             lambda: self.comparison(norm, variant, left, right, layer, factor),
         )
         if done is not None:
@@ -161,13 +189,13 @@ class SumStep(FusedStep):
             return unfused(left, right, layers.get_submodule("0"), factor)
 
         def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            weight, eps = _numbers(norm, layers.get_submodule("0"))
-            path = path_for(right, left, weight, variant)
+            weight, eps, bias = _numbers(norm, layers.get_submodule("0"))
+            path = path_for(right, left, weight, variant, bias)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
-            return run(path, right, left, weight, eps, variant, factor)
+            return run(path, right, left, weight, eps, variant, factor, bias)
 
-        _, eps = _numbers(norm, layer)
+        _, eps, _ = _numbers(norm, layer)
         subject = EmbeddedLayer(self.op, variant, {"eps": eps, "scale": factor})
         return Comparison(subject, original, kernel, (left, right), layer_copies((layer,)))
 
@@ -178,7 +206,7 @@ def unfused(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:
     return total, layer(total)
 
 
-def _numbers(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any]:
+def _numbers(norm: Norm, layer: nn.Module) -> tuple[Tensor | None, Any, Tensor | None]:
     numbers = numbers_of(norm, layer)
     assert numbers is not None
     return numbers

@@ -80,9 +80,10 @@ class Draft:
         Args:
             steps: From the index of a place to its functions. For a sum and a layer: one that takes
                 ``(self, left, right, layer)``, or the factor of ``right`` as well, and returns the sum and
-                the layer's result. For queries and keys: one that takes ``(self, q_layer, k_layer,
-                function)`` and says whether the next takes over both layers and the function, and that
-                one, with ``(self, q, k, q_layer, k_layer, function, cos, sin)``.
+                the layer's result, and one that returns the latter alone. For queries and keys: one that
+                takes ``(self, q_layer, k_layer, function)`` and says whether the next takes over both
+                layers and the function, and that one, with ``(self, q, k, q_layer, k_layer, function, cos,
+                sin)``.
         """
         memo: dict[int, Any] = {}
         tree = copy.deepcopy(self._tree, memo)
@@ -93,7 +94,7 @@ class Draft:
             scope.update(zip(names, functions, strict=True))
             place = _moved(self.places[index], memo)
             if isinstance(place, SumThenLayer):
-                edit.sum(place, names[0], f"_twinkle_{index}_normed")
+                edit.sum(place, names, f"_twinkle_{index}_normed")
             else:
                 edit.pair(place, names, f"_twinkle_{index}_fused")
         tree = edit.visit(tree)
@@ -155,23 +156,26 @@ class _Edit(ast.NodeTransformer):
             new = [self.generic_visit(new)]
         return [*before, *new, *after] if before or after or len(new) > 1 else new[0]
 
-    def sum(self, place: SumThenLayer, helper: str, normed: str) -> None:
-        """Replace a sum and its layer by ``total, normed = helper(self, left, right, layer)``."""
+    def sum(self, place: SumThenLayer, helpers: tuple[str, ...], normed: str) -> None:
+        """Replace a sum and its layer by ``total, normed = helper(self, left, right, layer)``.
+
+        Where nothing gives the sum a name, the other helper gives ``normed`` alone.
+        """
         arguments = [place.left, place.right, copy.deepcopy(place.call.func)]
         if place.scale is not None:
             arguments.append(place.scale)
         statement, then = place.total, place.then
         if statement is None or then is None:
-            both = self._call(helper, arguments)
-            self.instead[id(place.call)] = _at(ast.Subscript(both, ast.Constant(1), ast.Load()), place.call)
+            self.instead[id(place.call)] = _at(self._call(helpers[1], arguments), place.call)
             return
         given: Any = statement
         targets: list[Any] = given.targets if isinstance(given, ast.Assign) else [given.target]
-        value: ast.expr = self._call(helper, arguments)
+        value: ast.expr = self._call(helpers[0], arguments)
         result: ast.expr = _name(normed)
         if place.when is not None:
             bare = ast.Tuple([copy.deepcopy(given.value), ast.Constant(None)], ast.Load())
-            value = ast.IfExp(copy.deepcopy(place.when), value, bare)
+            both, alone = (bare, value) if place.skipped else (value, bare)
+            value = ast.IfExp(copy.deepcopy(place.when), both, alone)
             # What the condition reads may change in between: never use a result that was not computed.
             there = ast.Compare(_name(normed), [ast.IsNot()], [ast.Constant(None)])
             result = ast.IfExp(there, result, place.call)

@@ -71,8 +71,8 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     other = None if cls is None else norm_variant(cls)
     if other is None:
         return Site(number, SumStep.op, None, norm)
-    kind = "layer_norm" if isinstance(other, LayerNormVariant) else "rms_norm"
-    name = f"{kind}_{other.name}{'_scaled' * scaled}"
+    op = "layer_norm" if isinstance(other, LayerNormVariant) else "rms_norm"
+    name = f"{op}_{other.name}{'_scaled' * scaled}"
     return Site(number, SumStep.op, ResidualNormVariant(name, other, scaled), norm)
 
 

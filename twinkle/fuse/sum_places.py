@@ -19,11 +19,13 @@ class SumThenLayer(NamedTuple):
     Attributes:
         total: The statement that gives the sum its names; None where nothing does.
         then: The statement with the call; None where the sum is the argument of the call.
-        when: The condition of ``then``, where it is an ``if`` and the call the first step under it.
+        when: The condition of ``then``, where it is an ``if`` and the call the first step under it; or that
+            of an ``if`` before ``then``.
         call: The call.
         path: The layer, as a path from ``self``.
         left, right: The addends; ``right`` without its factor.
         scale: The factor of ``right``, an attribute of ``self`` or a number, or None.
+        skipped: Whether the statement under ``when`` is between the two: where it runs there is no place.
     """
 
     total: ast.stmt | None
@@ -34,6 +36,7 @@ class SumThenLayer(NamedTuple):
     left: ast.expr
     right: ast.expr
     scale: ast.expr | None
+    skipped: bool = False
 
 
 def sum_before_layer(block: list[ast.stmt], at: int, owner: str) -> SumThenLayer | None:
@@ -49,26 +52,65 @@ def sum_before_layer(block: list[ast.stmt], at: int, owner: str) -> SumThenLayer
     if given is None or total is None:
         return None
     names = set(given[0])
-    then = at + 1
-    while then < len(block):
-        more = given_names(block[then])
+    then, when, skipped = _past_names(block, at + 1, names), None, False
+    found = None if then == len(block) else _call_of(block[then], owner, names)
+    if found is None and then < len(block):
+        step = block[then]
+        if isinstance(step, ast.If) and repeatable(step.test, owner) and not loaded(step.test) & names:
+            when, found = step.test, _call_of(step.body[0], owner, names)
+        if found is None and _may_be_skipped(step, names):
+            when, skipped = step.test, True  # type: ignore[attr-defined]
+            then = _past_names(block, then + 1, names)
+            found = None if then == len(block) else _call_of(block[then], owner, names)
+    if found is None:
+        return None
+    left, right, scale = _addends(total, owner)
+    return SumThenLayer(block[at], block[then], when, *found, left, right, scale, skipped)
+
+
+def _call_of(step: ast.stmt, owner: str, names: set[str]) -> tuple[ast.Call, str] | None:
+    """The call of a layer with one of these names, where it is the first step of a statement."""
+    found = _layer_call(first_step(step, owner), owner)
+    argument = None if found is None else found[0].args[0]
+    return found if isinstance(argument, ast.Name) and argument.id in names else None
+
+
+def _past_names(block: list[ast.stmt], at: int, names: set[str]) -> int:
+    """The index of the first statement that does more than to give the sum another name; ``names`` grows."""
+    while at < len(block):
+        more = given_names(block[at])
         if more is None or not isinstance(more[1], ast.Name) or more[1].id not in names:
             break
         names.update(more[0])
-        then += 1
-    if then == len(block):
-        return None
-    step, when = block[then], None
-    if isinstance(step, ast.If) and repeatable(step.test, owner) and not loaded(step.test) & names:
-        when, step = step.test, step.body[0]
-    found = _layer_call(first_step(step, owner), owner)
-    if found is None:
-        return None
-    (call, path), argument = found, found[0].args[0]
-    if not isinstance(argument, ast.Name) or argument.id not in names:
-        return None
-    left, right, scale = _addends(total, owner)
-    return SumThenLayer(block[at], block[then], when, call, path, left, right, scale)
+        at += 1
+    return at
+
+
+def _may_be_skipped(step: ast.stmt, names: set[str]) -> bool:
+    """Whether a statement is left out where local names are None, or are not: nothing can change that before.
+
+    A decoder's second attention stands under such a condition, between the sum and the norm of most calls.
+    """
+    if not isinstance(step, ast.If) or step.orelse or loaded(step.test) & names:
+        return False
+    return all(_asks_for_none(part) for part in _terms(step.test))
+
+
+def _terms(test: ast.expr) -> list[ast.expr]:
+    if isinstance(test, ast.BoolOp):
+        return [term for value in test.values for term in _terms(value)]
+    return [test]
+
+
+def _asks_for_none(test: ast.expr) -> bool:
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and len(test.ops) == 1
+        and isinstance(test.ops[0], ast.Is | ast.IsNot)
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value is None
+    )
 
 
 def sums_inside_calls(node: ast.FunctionDef, owner: str) -> Iterator[SumThenLayer]:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "layer_class", "layer_norm", "supports", "takes_weight_and_eps"]
+__all__ = ["LEAST", "accepts", "exactly", "layer_class", "layer_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
@@ -89,7 +89,7 @@ def layer_norm(
         weight = None if variant.affine == "none" else weight
     if pays(x, LEAST) and not x.is_nested:
         path = dispatch_path(x, weight, bias)
-        if path is not REFERENCE and _accepts(x, weight, bias, variant, normalized_shape):
+        if path is not REFERENCE and accepts(x, weight, bias, variant, normalized_shape):
             given = weight + 1 if variant.one_plus and weight is not None else weight
             if path is not EAGER:
                 return _op(x, given, bias, eps)[0]
@@ -103,23 +103,24 @@ def layer_norm(
     return reference.layer_norm(x, weight, bias, eps, variant=variant, normalized_shape=normalized_shape)
 
 
-def _accepts(
+def accepts(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     variant: LayerNormVariant,
     normalized_shape: tuple[int, ...] | None,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Whether the kernel takes tensors of these shapes and dtypes."""
+    """Whether the kernel takes tensors of these shapes and dtypes; ``dtype`` is that of a sum."""
     last = x.shape[-1:]
-    if not last or not 0 < last[0] <= WIDEST or not rounds_as(variant, x.dtype):
+    if not last or not 0 < last[0] <= WIDEST or not rounds_as(variant, dtype or x.dtype):
         return False
     only = None
     if variant.written == "fused":
         if normalized_shape is not None and tuple(normalized_shape) != tuple(last):
             return False
         # Autocast makes float32 of everything, and mixed dtypes are torch's to refuse.
-        computed = x.dtype if variant.compute == "input" else torch.float32
+        computed = (dtype or x.dtype) if variant.compute == "input" else torch.float32
         if computed != torch.float32 and torch.is_autocast_enabled(x.device.type):
             return False
         if variant.affine_place == "fused" and not (variant.weight_cast or variant.nullable):
@@ -132,7 +133,7 @@ def _accepts(
     return True
 
 
-def _exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """What the kernel computes, whichever the variant: in float32, rounded once."""
     with torch.autocast(x.device.type, enabled=False):
         w, b = (None if p is None else p.float() for p in (weight, bias))
@@ -198,7 +199,7 @@ _eager, _op = define_op(
         tensors=3,
         auxiliary=True,
         gradients=_gradients,
-        reference=_exactly,
+        reference=exactly,
     ),
 )
 

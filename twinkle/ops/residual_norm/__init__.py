@@ -10,7 +10,7 @@ from twinkle.ops.catalog import Op
 OP = Op(
     "residual_norm",
     kind="inside",
-    summary="inside a layer: a sum and the RMSNorm that is its next step",
+    summary="inside a layer: a sum and the norm that is its next step",
     rank=5,
     words=("+", "add", "add_"),
     functions={"residual_norm": "triton_backend"},

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from twinkle.ops.cases import SHAPES, Case, implementation, random, seeded, strided
+from twinkle.ops.layer_norm.reference import VARIANTS as LAYER_NORMS
+from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.residual_norm import reference, triton_backend
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm.reference import VARIANTS as NORMS
@@ -25,12 +27,17 @@ def variants() -> tuple[ResidualNormVariant, ...]:
     """Every norm that has a kernel behind a sum, and one behind a scaled sum."""
     plain = [ResidualNormVariant(f"rms_norm_{norm.name}", norm) for norm in NORMS]
     scaled = [ResidualNormVariant(f"rms_norm_{norm.name}_scaled", norm, True) for norm in NORMS[:2]]
-    return tuple(variant for variant in (*plain, *scaled) if triton_backend.supports(variant) is None)
+    layers = [ResidualNormVariant(f"layer_norm_{norm.name}", norm) for norm in LAYER_NORMS]
+    return tuple(
+        variant for variant in (*plain, *scaled, *layers) if triton_backend.supports(variant) is None
+    )
 
 
 def _bound(function: Callable[..., Any], variant: ResidualNormVariant) -> Callable[..., Any]:
-    def call(x: Tensor, residual: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
-        h, y = function(x, residual, weight, 1e-6, variant=variant, scale=_SCALE)
+    def call(
+        x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        h, y = function(x, residual, weight, 1e-6, variant=variant, bias=bias, scale=_SCALE)
         return h, y
 
     return call
@@ -46,10 +53,13 @@ def cases(
         weight = random((width,), dtype, generator).abs() + 0.5
         if shape == "strided":
             x, residual = strided(x), strided(residual)
-        bare = variant.norm.weight == "none"  # type: ignore[union-attr]
+        norm, bias = variant.norm, None
+        bare = (norm.affine if isinstance(norm, LayerNormVariant) else norm.weight) == "none"
+        if isinstance(norm, LayerNormVariant) and norm.affine == "both":
+            bias = random((width,), dtype, generator)
         yield Case(
             shape,
             _bound(reference.residual_norm, variant),
             _bound(implementation("residual_norm", backend).residual_norm, variant),
-            (x, residual, None if bare else weight),
+            (x, residual, None if bare else weight, bias),
         )

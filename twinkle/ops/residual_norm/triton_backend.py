@@ -8,8 +8,9 @@ import torch
 
 from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
+from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.layout import like
-from twinkle.ops.residual_norm import reference
+from twinkle.ops.residual_norm import reference, triton_layer_norm
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm import triton_backend
 from twinkle.ops.rms_norm.dtypes import result_dtype
@@ -32,10 +33,12 @@ LLAMA = ResidualNormVariant("rms_norm_llama", _VARIANTS["llama"])
 def supports(
     variant: ResidualNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
-    """Why there is no kernel for a variant, or None: there is one behind most RMSNorms that have one."""
+    """Why there is no kernel for a variant, or None: there is one behind most norms that have one."""
     norm = variant.norm
+    if isinstance(norm, LayerNormVariant):
+        return triton_layer_norm.supports(norm, device)
     if isinstance(norm, RMSNormVariant) and norm.name in _VARIANTS and takes_weight_and_eps(norm):
-        return None
+        return triton_backend.supports(norm, device)
     return f"there is no kernel for {variant.name}"
 
 
@@ -52,19 +55,23 @@ def residual_norm(
     """``h = residual + x`` and ``norm(h)``; see ``reference.residual_norm`` for the arguments.
 
     The sum equals the definition's bit for bit, the norm as ``rms_norm`` says; the gradient of the sum is
-    rounded once, where autograd rounds the norm's part before it adds. For a layer norm the definition runs.
+    rounded once, where autograd rounds the norm's part before it adds.
 
     Returns:
         The sum and the normalised sum.
     """
-    path = path_for(x, residual, weight, variant)
+    path = path_for(x, residual, weight, variant, bias)
     if path is not REFERENCE:
-        return run(path, x, residual, weight, eps, variant, scale)
+        return run(path, x, residual, weight, eps, variant, scale, bias)
     return reference.residual_norm(x, residual, weight, eps, variant=variant, bias=bias, scale=scale)
 
 
 def path_for(
-    x: Tensor, residual: Tensor, weight: Tensor | None, variant: ResidualNormVariant
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    variant: ResidualNormVariant,
+    bias: Tensor | None = None,
 ) -> DispatchPath:
     """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
@@ -73,11 +80,14 @@ def path_for(
         residual: ``[..., hidden]``.
         weight: ``[hidden]`` or None.
         variant: Which norm.
+        bias: ``[hidden]`` or None, of a layer norm.
     """
+    if isinstance(variant.norm, LayerNormVariant):
+        return triton_layer_norm.path_for(x, residual, weight, bias, variant.norm)
     if x.dtype != residual.dtype or x.shape != residual.shape or supports(variant) is not None:
         return REFERENCE
     path = dispatch_path(x, residual, weight)
-    if path is not REFERENCE and triton_backend.accepts(x, weight, variant.norm, None, x.shape[-1:]):  # type: ignore[arg-type]
+    if path is not REFERENCE and triton_backend.accepts(x, weight, variant.norm, None, x.shape[-1:]):
         return path
     return REFERENCE
 
@@ -90,11 +100,30 @@ def run(
     eps: float,
     variant: ResidualNormVariant,
     scale: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
-    if variant.norm.weight == "none":  # type: ignore[union-attr]
-        weight = None
+    bias: Tensor | None = None,
+    wanted: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`).
+
+    Args:
+        path: What :func:`path_for` found.
+        x: As for :func:`residual_norm`, with all that follows.
+        residual: ``[..., hidden]``.
+        weight: ``[hidden]`` or None.
+        eps: Of the norm.
+        variant: Which norm.
+        scale: Of a scaled variant.
+        bias: Of a layer norm.
+        wanted: Whether somebody wants the sum.
+
+    Returns:
+        The sum and the normalised sum; None for a sum that nobody wants and that was not written.
+    """
     factor = scale if variant.scaled else None
+    if isinstance(variant.norm, LayerNormVariant):
+        return triton_layer_norm.run(path, x, residual, weight, bias, eps, variant.norm, factor, wanted)
+    if variant.norm.weight == "none":
+        weight = None
     if path is EAGER and not torch.is_grad_enabled():
         return _forward(x, residual, weight, eps, variant.norm.name, factor)
     if path is EAGER:

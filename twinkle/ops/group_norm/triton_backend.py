@@ -1,0 +1,180 @@
+"""GroupNorm and SiLU by Triton, as one function with the signature of its definition."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.group_norm import reference
+from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
+from twinkle.ops.plain import pays
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+__all__ = ["LEAST", "group_norm", "path_for", "run", "supports"]
+
+LEAST = 1 << 23
+"""Elements of the input below which torch's kernels run: ours takes longer to launch than it saves."""
+
+_kernels = lazy_module("twinkle.ops.group_norm.triton")
+_VARIANTS = {variant.name: variant for variant in VARIANTS}
+
+
+def supports(
+    variant: GroupNormVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
+) -> str | None:
+    """Why there is no kernel for a variant, or None: there is one for each."""
+    return None if variant.name in _VARIANTS else f"{variant.name} is no variant of its definition"
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    variant: GroupNormVariant,
+) -> Tensor:
+    """``silu(group_norm(x))`` in one kernel; see ``reference.group_norm`` for the arguments.
+
+    Statistics and arithmetic are float32; the normed value is rounded before the activation, as the
+    definition rounds it; gradients are rounded once.
+
+    Returns:
+        As ``x``, contiguous as torch's result is on a GPU.
+    """
+    path = path_for(x, groups, weight, bias)
+    if path is not REFERENCE:
+        return run(path, x, groups, weight, bias, eps, variant)
+    return reference.group_norm(x, groups, weight, bias, eps, variant=variant)
+
+
+def path_for(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None) -> DispatchPath:
+    """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
+
+    Autocast makes float32 of everything, and mixed dtypes and wrong shapes are torch's to refuse.
+
+    Args:
+        x: As for :func:`group_norm`, with all that follows.
+        groups: Of channels.
+        weight: ``[channels]`` or None.
+        bias: ``[channels]`` or None.
+    """
+    if not pays(x, LEAST) or x.dim() < 3 or groups < 1 or x.shape[1] % groups:
+        return REFERENCE
+    path = dispatch_path(x, weight, bias)
+    if path is REFERENCE:
+        return path
+    if x.dtype != torch.float32 and torch.is_autocast_enabled(x.device.type):
+        return REFERENCE
+    for p in (weight, bias):
+        if p is not None and (p.shape != x.shape[1:2] or p.dtype != x.dtype or not p.is_contiguous()):
+            return REFERENCE
+    if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+        return REFERENCE
+    return path
+
+
+def run(
+    path: DispatchPath,
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    variant: GroupNormVariant,
+) -> Tensor:
+    """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
+    silu = variant.activation == "silu"
+    if path is not EAGER:
+        return _op(x, weight, bias, groups, eps, silu)[0]
+    if torch.is_grad_enabled():
+        return _eager(x, weight, bias, groups, eps, silu)
+    return _kernels().forward(x, groups, weight, bias, eps, silu, stats=False)[0]
+
+
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    return _kernels().forward(x, groups, weight, bias, eps, silu)  # type: ignore[no-any-return]
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
+
+
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    groups: int,
+    silu: bool,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    dx, dw, db = wanted
+    return _kernels().backward(  # type: ignore[no-any-return]
+        dy, x, weight, bias, stats, groups, silu, input_grad=dx, weight_grad=dw, bias_grad=db
+    )
+
+
+def _fake_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    groups: int,
+    silu: bool,
+    wanted: list[bool],
+) -> tuple[Tensor | None, ...]:
+    return tuple(
+        torch.empty_like(p) if p is not None and is_wanted else None
+        for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
+    )
+
+
+def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias, stats = ctx.saved_tensors
+    groups, _, silu = ctx.rest
+    dx, dw, db = ctx.needs_input_grad[:3]
+    wanted = [dx, weight is not None and dw, bias is not None and db]
+    found = function(dy, x, weight, bias, stats, groups, silu, wanted)
+    given = (made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True))
+    return (*given, None, None, None)
+
+
+def _definition(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+) -> Tensor:
+    return reference.group_norm(x, groups, weight, bias, eps, variant=VARIANTS[0 if silu else 1])
+
+
+_eager, _op = define_op(
+    "_GroupNorm",
+    "group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu)"
+    " -> (Tensor, Tensor)",
+    _forward,
+    _fake_forward,
+    Derivative(
+        "group_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, int groups, "
+        "bool silu, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+        _backward,
+        _fake_backward,
+        tensors=3,
+        auxiliary=True,
+        gradients=_gradients,
+        reference=_definition,
+    ),
+)
