@@ -58,6 +58,26 @@ class Pre(nn.Module):
         return x + self.grow(self.norm(x))
 
 
+class OverItsWeight(nn.Module):
+    """A LayerNorm of one's own, over the shape of its weight; the bias may be None."""
+
+    def __init__(self, width: int, bias: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.bias = nn.Parameter(torch.rand(width)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class Own(Pre):
+    """As the blocks of programs in plain PyTorch."""
+
+    def __init__(self, **norm: Any) -> None:
+        super().__init__()
+        self.norm = OverItsWeight(8, **norm)  # type: ignore[assignment]
+
+
 def step(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     x = x.clone().requires_grad_()
     torch.manual_seed(1)  # of the dropout
@@ -66,8 +86,19 @@ def step(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y, *torch.autograd.grad(y.float().sin().sum(), wanted)]
 
 
-@pytest.mark.parametrize("norm", [{}, {"bias": False}, {"elementwise_affine": False}], ids=str)
-@pytest.mark.parametrize("cls", [Post, Pre])
+@pytest.mark.parametrize(
+    ("cls", "norm"),
+    [
+        *[
+            (cls, norm)
+            for cls in (Post, Pre)
+            for norm in ({}, {"bias": False}, {"elementwise_affine": False})
+        ],
+        (Own, {}),
+        (Own, {"bias": False}),
+    ],
+    ids=str,
+)
 def test_outputs_and_gradients_are_those_of_the_original(
     at_any_size: torch.device, counted: dict[str, int], clean_registry: Registry, cls: type, norm: Any
 ) -> None:

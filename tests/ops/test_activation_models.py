@@ -1,4 +1,4 @@
-"""Written-out activations in whole models, with no configuration."""
+"""Written-out activations and GroupNorm in whole models, with no configuration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from rounding import assert_near
 from torch import nn
 
 from twinkle.apply.layers import kernelize_layers
+from twinkle.kernel import unkernelize_model
+from twinkle.ops.group_norm import triton_backend
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -17,9 +19,10 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def device(kernels: torch.device, clean_registry: Registry) -> torch.device:
-    """Where triton runs, with the op wanted."""
-    runtime.options.kernels = ("activation",)
+def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where triton runs, with the two ops wanted, at every size."""
+    monkeypatch.setattr(triton_backend, "LEAST", 0)
+    runtime.options.kernels = ("activation", "group_norm")
     runtime.options.verify = "auto"
     return kernels
 
@@ -33,12 +36,13 @@ class NewGELU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: nn.Module, channels: int = 8) -> None:
         super().__init__()
-        self.grow, self.act = nn.Linear(8, 8), act
+        self.norm = nn.GroupNorm(2, channels, eps=0.1)
+        self.grow, self.act = nn.Conv2d(channels, channels, 1), act
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + self.act(self.grow(x))
+        return x + self.act(self.grow(self.norm(x)))
 
 
 def step(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -51,16 +55,21 @@ def states(registry: Registry) -> dict[str, tuple[str, str]]:
     return {b.kernel: (b.state, b.proof.partition(":")[0]) for b in registry.bindings}
 
 
-def test_it_is_proven_and_runs(device: torch.device, clean_registry: Registry) -> None:
+@pytest.mark.parametrize("channels", [8, 320], ids=["few channels", "more than a proof has tokens"])
+def test_both_are_proven_and_run(device: torch.device, clean_registry: Registry, channels: int) -> None:
     torch.manual_seed(0)
-    block = Block(NewGELU()).to(device)
-    x = torch.randn(2, 5, 8, device=device)
+    block = Block(NewGELU(), channels).to(device)
+    x = torch.randn(2, channels, 5, 3, device=device)
     expected = step(block, x)
     kernelize_layers(block)
     found = step(block, x)
-    assert states(clean_registry) == {"activation": ("active", "proven")}
+    assert states(clean_registry) == dict.fromkeys(("activation", "group_norm"), ("active", "proven"))
     for ours, theirs in zip(found, expected, strict=True):
         assert_near(ours, theirs, 400)
+    block.norm.num_groups = 4
+    other = block(x)
+    unkernelize_model(block)
+    assert_near(other, block(x), 400)
 
 
 def test_torch_s_own_activations_are_left_alone(device: torch.device, clean_registry: Registry) -> None:

@@ -155,3 +155,38 @@ def test_rows_bound_the_work() -> None:
     assert judged(kernel, torch.float32, rows=7).ok
     assert seen[:2] == [torch.Size([2, 7, 64])] * 2
     assert max(shape.numel() for shape in seen) <= 1 << 19, "and no derived call is large"
+
+
+class Channels(nn.Module):
+    """Its weight has the length of an axis that a comparison takes for one of tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.0, True), (1.01, False)])
+def test_an_axis_that_cannot_be_cut_is_compared_whole(factor: float, ok: bool) -> None:
+    seen = []
+
+    def kernel(self: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(x.shape))
+        return x * self.weight * factor
+
+    x = torch.randn(5, 64, 40, 6, requires_grad=True)
+    verdict = compare(Channels.forward, kernel, (x,), {}, module=Channels(), backward=True, rows=16)
+    assert verdict.ok is ok
+    assert seen[0] == (2, 64, 40, 6)
+
+
+def test_what_the_original_refuses_whole_is_not_compared_yet() -> None:
+    def refuses(self: Any, x: torch.Tensor) -> torch.Tensor:
+        raise ValueError("not these")
+
+    x = torch.randn(5, 64, 40, 6)
+    verdict = compare(refuses, refuses, (x,), {}, module=Channels(), rows=16)
+    assert verdict.pending
+    assert "not these" in str(verdict)

@@ -82,6 +82,8 @@ def norm_of(cls: type) -> Norm | str:
     if set(facts) - {"x", "weight", "bias", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight, its bias and its eps"
     weight, bias, eps, shape, switch = map(facts.get, _ROLES)
+    if weight is not None and shape == f"{weight}.shape":
+        shape = weight
     if isinstance(eps, bool) or not isinstance(eps, str | int | float):
         return f"the eps of {name} is not a number"
     if any(
@@ -178,7 +180,9 @@ def numbers_of(
     if type(eps) is not float:
         return None
     if norm.shape is not None:
-        shape = state.get(norm.shape, ())
+        # Some normalise over the shape of their weight, and have none without it.
+        own = norm.shape == norm.weight
+        shape = state.get(norm.shape, ()) if not own else () if weight is None else tuple(weight.shape)
         if not isinstance(shape, tuple | list) or len(shape) != 1:
             return None
         if last is not None and shape[0] != last[0]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.ops.plain import at_every_size
-from twinkle.proof.inputs import fewer, tensors_of
+from twinkle.proof.inputs import fewer, fewer_sequences, tensors_of
 from twinkle.proof.measure import HIGHER_PRECISION, SLACK, row_norms, worst
 from twinkle.proof.results import Parts, check_alike, check_memory, detached, equal, taken_apart
 from twinkle.proof.room import NotNow, clean_room
@@ -63,8 +63,9 @@ def compare(
         module: The layer, when they are ``forward`` functions.
         plain_class: The class of the layer without Twinkle, for the upcast copy.
         backward: Compare the gradients of the inputs and parameters as well.
-        rows: At most so many tokens of at most two sequences, where that can be told from the inputs;
-            see :func:`twinkle.proof.inputs.fewer`.
+        rows: At most so many tokens of at most two sequences, where that can be told from the inputs
+            (:func:`twinkle.proof.inputs.fewer`); two sequences as they are where the original does not take
+            fewer tokens.
         traced: A compiler's trace asks: see :func:`twinkle.proof.room.reason_against`.
         extent: How much is derived from the call: see :func:`twinkle.proof.trials.trials`.
         flips: The kernel is to be right in training and in inference.
@@ -76,14 +77,27 @@ def compare(
     try:
         with clean_room(tensors, traced=traced) as generators, at_every_size():
             with torch._C.DisableTorchFunctionSubclass():
-                inputs = (tuple(args), dict(kwargs))
-                if rows is not None:
-                    inputs = fewer(inputs, rows)
-                dtype, device = dtype_of(inputs, module), _device_type(inputs)
-            given = Given(inputs, module, plain_class, dtype, device, backward, generators)
+                whole = (tuple(args), dict(kwargs))
+                dtype, device = dtype_of(whole, module), _device_type(whole)
+
+            def compared(inputs: Any) -> Verdict:
+                given = Given(inputs, module, plain_class, dtype, device, backward, generators)
+                with torch._C.DisableTorchFunctionSubclass():
+                    more = [*trials(inputs, module, backward=backward, extent=extent, flips=flips)]
+                return _compare(original, kernel, given, more)
+
+            if rows is None:
+                return compared(whole)
             with torch._C.DisableTorchFunctionSubclass():
-                more = [*trials(inputs, module, backward=backward, extent=extent, flips=flips)]
-            return _compare(original, kernel, given, more)
+                cut = fewer(whole, rows)
+            try:
+                return compared(cut)
+            except _NotTaken:
+                with torch._C.DisableTorchFunctionSubclass():
+                    cut = fewer_sequences(whole)
+                return compared(cut)
+    except _NotTaken as refused:
+        return Verdict(False, in_a_line(refused.error), pending=True)
     except NotNow as reason:
         return Verdict.not_yet(reason)
     except Rejected as rejected:
@@ -92,11 +106,24 @@ def compare(
         return Verdict(False, in_a_line(error), pending=True)
 
 
+class _NotTaken(Exception):
+    """The original raises on the inputs; ``error`` is what it raises."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def _compare(
     original: Callable[..., Any], kernel: Callable[..., Any], given: Given, more: list[Trial]
 ) -> Verdict:
     held = Held(given.module)
-    theirs = run(original, given, held)
+    try:
+        theirs = run(original, given, held)
+    except (NotNow, Rejected, *_MOST_OUT_OF_MEMORY):
+        raise
+    except Exception as error:
+        raise _NotTaken(error) from error
     again: list[Any] = []
     try:
         ours = run(

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Axes", "axes_of", "duplicate", "fewer", "fewer_of", "tensors_of"]
+__all__ = ["Axes", "axes_of", "duplicate", "fewer", "fewer_of", "fewer_sequences", "tensors_of"]
 
 # Two, so that a kernel which takes all sequences for the first one is seen.
 _SEQUENCES = 2
@@ -82,10 +82,7 @@ def fewer(inputs: Any, tokens: int) -> Any:
         for key, axis in found.tokens.items()
         if found.length > tokens
     }
-    if found.batch > _SEQUENCES:
-        for key in found.sequences:
-            cuts.setdefault(key, {})[0] = _SEQUENCES
-
+    _cut_sequences(cuts, found)
     wide = [tensor for tensor in tensors_of(inputs) if tensor.ndim > 1]
     if len(wide) == 1:  # rows of heads, say, of tokens: each axis between counts rows
         between = range(1, wide[0].ndim - 2)
@@ -93,7 +90,28 @@ def fewer(inputs: Any, tokens: int) -> Any:
             axis: fewer_of(wide[0].shape[axis], tokens) for axis in between if wide[0].shape[axis] > tokens
         }
         cuts.setdefault(id(wide[0]), {}).update(more)
+    return _with_cuts(inputs, cuts)
 
+
+def fewer_sequences(inputs: Any) -> Any:
+    """Cut inputs to at most two sequences, and leave all else whole.
+
+    Not every axis holds tokens: that of an image's channels has the length of a layer's weight.
+    """
+    found = axes_of(inputs)
+    cuts: dict[int, dict[int, int]] = {}
+    if found is not None:
+        _cut_sequences(cuts, found)
+    return _with_cuts(inputs, cuts)
+
+
+def _cut_sequences(cuts: dict[int, dict[int, int]], found: Axes) -> None:
+    if found.batch > _SEQUENCES:
+        for key in found.sequences:
+            cuts.setdefault(key, {})[0] = _SEQUENCES
+
+
+def _with_cuts(inputs: Any, cuts: dict[int, dict[int, int]]) -> Any:
     def cut(value: Any) -> Any:
         found = cuts.get(id(value)) if isinstance(value, Tensor) else None
         return _cut(value, found) if found else value

@@ -8,10 +8,11 @@ from twinkle.ops.catalog import Op
 
 OP = Op(
     "group_norm",
-    kind="inside",
-    summary="a GroupNorm and the SiLU that is its next step, to be called by hand: nothing binds it yet",
+    kind="layer",
+    summary="`torch.nn.GroupNorm`, and layers that call `F.group_norm` and a SiLU of it",
     rank=10,
     words=("group_norm", "native_group_norm"),
-    functions={"group_norm": "triton_backend"},
+    roles={"x": "input", "groups": "number", "weight": "tensor", "bias": "tensor", "eps": "number"},
+    layers={"GroupNorm": "layer"},
     backends=("triton_backend",),
 )

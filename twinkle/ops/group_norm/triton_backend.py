@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.group_norm import reference
 from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor
+    from torch import Tensor, nn
 
-__all__ = ["LEAST", "group_norm", "path_for", "run", "supports"]
+__all__ = ["LEAST", "group_norm", "layer_class", "path_for", "run", "supports"]
 
 LEAST = 1 << 23
 """Elements of the input below which torch's kernels run: ours takes longer to launch than it saves."""
@@ -178,3 +179,21 @@ _eager, _op = define_op(
         reference=_definition,
     ),
 )
+
+
+@once_for("x", "groups", "weight", "bias", "eps")
+def layer_class(variant: GroupNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
+    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
+
+    Args:
+        variant: What follows the norm.
+        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
+            ``forward``, or the value itself.
+
+    Returns:
+        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
+    """
+    values = {"weight": None, "bias": None, **facts}
+    return forward_class(
+        f"GroupNorm_{variant.name}", group_norm, values, inputs=("x",), constants={"variant": variant}
+    )
