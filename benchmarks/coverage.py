@@ -42,6 +42,8 @@ OPS = (
     "residual_norm",
     "qk_norm_rotary",
     "layer_norm",
+    "activation",
+    "group_norm",
 )
 # Places inside a forward: recognised, and taken by a kernel where there is one for their variant.
 INSIDE = ("residual_norm", "qk_norm_rotary")

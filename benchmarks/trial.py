@@ -15,8 +15,10 @@ import torch
 from torch import nn
 
 from twinkle.match.symbolic import source
+from twinkle.ops.activation.reference import activation
 from twinkle.ops.experts.reference import experts
 from twinkle.ops.gated_mlp.reference import gated_mlp
+from twinkle.ops.group_norm.reference import group_norm
 from twinkle.ops.layer_norm.reference import layer_norm
 from twinkle.ops.rms_norm.reference import rms_norm
 from twinkle.ops.rotary.reference import rotary
@@ -330,10 +332,25 @@ def _experts(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     return values, experts
 
 
+def _activation(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+    return {"x": torch.randn(3, 5, _HIDDEN, dtype=dtype) * 3}, activation
+
+
+def _group_norm(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
+    def reference(weight: Any = None, bias: Any = None, **rest: Any) -> Tensor:
+        return group_norm(weight=weight, bias=bias, **rest)
+
+    # torch's function wants the weight in the dtype of its input.
+    values = _norm_values(dtype, dtype)
+    return {**values, "x": torch.randn(3, _HIDDEN, 5, 7, dtype=dtype), "groups": 4}, reference
+
+
 _SETUPS: dict[str, Callable[[Any, torch.dtype, torch.dtype], Setup]] = {
     "rms_norm": _rms_norm,
     "layer_norm": _layer_norm,
     "gated_mlp": _gated_mlp,
     "rotary": _rotary,
     "experts": _experts,
+    "activation": _activation,
+    "group_norm": _group_norm,
 }
