@@ -53,6 +53,7 @@ BUILDS, SECONDS = 4, 30
 RESULTS = Path(__file__).parent / "results"
 VERSIONS = RESULTS / "coverage-versions.json"
 DATA = RESULTS / "coverage.json"
+PACKAGES = RESULTS / "coverage-packages.json"
 
 
 def family(name: str) -> str:
@@ -344,10 +345,12 @@ def page(found: dict) -> str:
 - **model types in liger-kernel** counts those for which liger-kernel has the op on by default.""",
         _prose(f"""
             `residual_norm` and `qk_norm_rotary` are places inside a forward, found in its statements.
-            {" ".join(taken)} The others hold a norm (mostly LayerNorm) or a rotation for which there is no
-            kernel; the data has them under `families_without_kernel`.
+            {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel; the data has
+            them under `families_without_kernel`. Many of the classes with a `causal_lm_loss` are classifiers,
+            which write their loss alike: their instances are left alone.
         """),
         *_right(found),
+        *_packages(),
         *_instances(found["instances"]),
     ]
     if found["errors"]:
@@ -385,11 +388,39 @@ def _right(found: dict) -> list:
     if wrong:
         blocks.append("\n".join(wrong))
     if found["not_run"]:
-        blocks += [
-            "These did not run, because the stand-in does not satisfy the rest of their forward:",
-            "\n".join(f"- `{row['target']}` ({row['variant']})" for row in found["not_run"]),
-        ]
+        blocks.append(
+            _prose(f"""
+                {len(found["not_run"])} did not run, because the stand-in does not satisfy the rest of their
+                forward, most of them classifiers; the data lists them under `not_run`.
+            """)
+        )
     return blocks
+
+
+def _packages() -> list:
+    """What coverage_packages.py has found in other packages and in the corpus, as blocks of Markdown."""
+    if not PACKAGES.is_file():
+        return []
+    data = json.loads(PACKAGES.read_text())
+    names = list(data["packages"])
+    rows = []
+    for op in OPS:
+        counts = [len(one["recognised"].get(op, ())) for one in data["packages"].values()]
+        if any(counts) or op in data["corpus"]:
+            rows.append(f"| `{op}` | {data['corpus'].get(op, 0)} | " + " | ".join(map(str, counts)) + " |")
+    shown = [f"{name} {one['version']}" for name, one in data["packages"].items()]
+    tried = sum(one["tried"] for one in data["packages"].values())
+    wrong = sum(len(one["not_equal"]) for one in data["packages"].values())
+    return [
+        "## Other packages, and the ways people write",
+        _prose(f"""
+            Spellings in `tests/corpus`, each with look-alikes that must not match, and classes and functions
+            of other packages (`python benchmarks/coverage_packages.py`). {tried} trials of these packages'
+            code in float32 and bfloat16 ran; **{wrong}** differ. torchtune cannot be imported beside torch
+            2.13 (it wants an older torchao); its forms are in the corpus.
+        """),
+        _table(f"| op | corpus | {' | '.join(shown)} |", rows) if names else "",
+    ]
 
 
 def _instances(found: dict) -> list:
