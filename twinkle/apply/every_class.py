@@ -75,10 +75,13 @@ def notice(cls: type[nn.Module]) -> bool | None:
     models = runtime.of(Arrivals).models
     if not _are_on() or (models is not None and models.is_family(cls)):
         return False
-    if not may_hold_one(cls):
+    # A plain layer of torch is settled wherever it is: compiled code constructs them.
+    if cls.__module__.partition(".")[0] == "torch" and not may_hold_one(cls):
         return False
     if models is not None and any(map(models.is_in, under_construction())):
         return None
+    if not may_hold_one(cls):
+        return False
     return not watch_first_use(cls, look_at, owner=OWNER, strict=runtime.options.raises)
 
 
