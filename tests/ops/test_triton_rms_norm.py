@@ -64,7 +64,8 @@ def test_half_precision_rounds_where_the_definition_rounds(kernels, half, name, 
     x = torch.randn(7, 200, device=kernels, dtype=half)
     w = torch.randn(200, device=kernels, dtype=half if weight_dtype == "half" else torch.float32)
     w = None if variant.weight == "none" else w
-    if not accepts(x, w, variant, None, None):
+    # A weight with an offset becomes a weight without, or with one, before it is asked about.
+    if variant.weight != "offset" and not accepts(x, w, variant, None, None):
         assert variant.weight_place == "fused"
         assert variant.weight_cast == "none"
         pytest.skip("torch takes its own way with a weight of another dtype, and so do we")

@@ -15,8 +15,9 @@ _ROOT = 0.7978845608028654  # math.sqrt(2 / math.pi), to the last bit
 
 def core(code: Any) -> bool:
     """A few operators with a ``tanh``, ``erf`` or ``sigmoid`` among them, and no layer that is called."""
-    bent = not code.ops.isdisjoint(("tanh", "sigmoid", "relu", "call"))
-    return bent and not code.ops.isdisjoint(("mul", "pow2")) and code.size < 40 and not code.layer_calls
+    bent = not code.ops.isdisjoint(("tanh", "sigmoid", "relu", "relu2", "call"))
+    several = not code.ops.isdisjoint(("mul", "pow2", "relu2"))
+    return bent and several and code.size < 40 and not code.layer_calls
 
 
 def spellings(variant: ActivationVariant) -> tuple[dict[str, Any], ...]:

@@ -123,7 +123,10 @@ def _through(d: Tensor, x: Tensor, activation: str) -> Tensor:
         return d * 2 * x.clamp(min=0)
     if activation == "sigmoid":
         return aten.sigmoid_backward(d, torch.sigmoid(x))
-    if activation == "quick_gelu":
-        s = torch.sigmoid(1.702 * x)
-        return d * (s * (1 + 1.702 * x * (1 - s)))
+    if activation in ("quick_gelu", "swish"):
+        alpha = 1.702 if activation == "quick_gelu" else 1.0
+        s = torch.sigmoid(alpha * x)
+        return d * (s * (1 + alpha * x * (1 - s)))
+    if activation != "identity":
+        raise ValueError(f"nobody wrote down the gradient of {activation}")
     return d

@@ -67,7 +67,7 @@ def _limited(g, u, limit, CLAMP: tl.constexpr, X: tl.constexpr):
 @triton.jit
 def _gated(g, u, limit, alpha, KIND: tl.constexpr, CLAMP: tl.constexpr, R: tl.constexpr, X: tl.constexpr):
     """Of the limited gate and up: the activated gate, the other factor, their product before it is stored."""
-    if KIND == "swish":
+    if KIND == "swish_of_alpha":
         a = (g * tl.sigmoid((g * alpha).to(R).to(tl.float32)).to(R).to(tl.float32)).to(R).to(tl.float32)
         u = (u + 1.0).to(R).to(tl.float32)
     else:
@@ -158,7 +158,7 @@ def _gate_backward(
             dot += d * y
             tl.store(out + row * width + col, (y * weight).to(out.dtype.element_ty), mask=ok)
             d *= weight
-            if KIND == "swish":
+            if KIND == "swish_of_alpha":
                 s = tl.sigmoid(alpha * g)
                 dg = d * factor * (s * (1.0 + alpha * g * (1.0 - s)))
             else:
@@ -274,7 +274,7 @@ def _gating(gating: Gating, h: Tensor, bias: Tensor | None) -> tuple[tuple[float
         0.0 if gating.alpha is None else float(gating.alpha),
     )
     return numbers, {
-        "KIND": "swish" if gating.alpha is not None else gating.activation,
+        "KIND": "swish_of_alpha" if gating.alpha is not None else gating.activation,
         "CLAMP": gating.clamp,
         "BIAS": bias is not None,
         "INTERLEAVED": gating.interleaved,

@@ -60,7 +60,7 @@ def cases(
     facts: dict[str, Any] = {"x": "x", "eps": 1e-6}
     if variant.weight != "none":
         facts["weight"] = "weight"
-    if variant.compute == "fused":
+    if variant.compute in ("fused", "fused_float32"):
         facts["normalized_shape"] = "normalized_shape"
     kernel: Any = implementation("rms_norm", backend).layer_class(variant, facts).forward
     generator = seeded(device)
