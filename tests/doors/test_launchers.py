@@ -10,7 +10,9 @@ import pytest
 
 WORKER = """\
 import os, sys
-print("worker", os.environ.get("RANK", "0"), "twinkle._bootstrap" in sys.modules, __name__, sys.argv[1:])
+patched = "twinkle._bootstrap" in sys.modules
+# In one write: the other worker has the same stdout.
+sys.stdout.write(f"worker {os.environ.get('RANK', '0')} {patched} {__name__} {sys.argv[1:]}" + chr(10))
 """
 
 LAUNCHERS = {
