@@ -56,6 +56,15 @@ class Options:
         self.trust_remote_code: bool | Collection[str] = False
         self.where: Where | None = None
 
+    @property
+    def embedded(self) -> bool:
+        """Whether any of the embedded kernels are asked for."""
+        return bool(self.kernels) and self.kernels != "off"
+
+    def wants(self, op: str) -> bool:
+        """Whether the embedded kernels of an op are asked for."""
+        return self.embedded and op not in self.disabled and (self.kernels == "auto" or op in self.kernels)
+
     def take(self, settings: object, *, given: Collection[str] | None = None) -> None:
         """Bring settings into force.
 

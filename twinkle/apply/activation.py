@@ -132,7 +132,7 @@ def watch_new() -> None:
     new = [target for target in runtime.registry.layer_targets if target not in state.layers_seen]
     functions = dict.fromkeys(kernel.target_module for kernel in runtime.registry.function_kernels)
     in_models = runtime.registry.layer_kernels or None in functions
-    if (in_models or runtime.options.kernels != "off") and not state.watches_models:
+    if (in_models or runtime.options.embedded) and not state.watches_models:
         state.watches_models = True
         from twinkle.hooks.construction import watch_pretrained
 
@@ -140,7 +140,7 @@ def watch_new() -> None:
         models = runtime.of(Arrivals).models = watch_pretrained(on_model, owner=OWNER, strict=strict)
         state.watches.append(models)
         watch("transformers.modeling_utils", models_may_come)
-    embedded = runtime.options.kernels != "off"
+    embedded = runtime.options.embedded
     if (in_models or functions or embedded) and not state.watches_torch:
         state.watches_torch = True
         watch("torch", torch_has_come)

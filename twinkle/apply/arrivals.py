@@ -333,16 +333,16 @@ def _wait(binding: Any, reason: str) -> None:
 
 def _watch_classes() -> None:
     """Ask about every class of layers, where something may be for one."""
-    state, kernels = runtime.of(Arrivals), runtime.options.kernels
+    state = runtime.of(Arrivals)
     functions = any(kernel.op for kernel in runtime.registry.function_kernels)
-    embedded = bool(kernels) and kernels != "off"
-    if state.classes is not None or not (runtime.registry.layer_kernels or functions or embedded):
+    registered = bool(runtime.registry.layer_kernels) or functions
+    if state.classes is not None or not (registered or runtime.options.embedded):
         return
     from torch import nn
 
     from twinkle.hooks.classes import watch_classes
 
-    if runtime.registry.layer_kernels or functions:
+    if registered:
         import_module("twinkle.apply.matching")  # whole, before it is asked: it makes classes itself
 
     state.classes = watch_classes(

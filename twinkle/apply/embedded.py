@@ -57,9 +57,7 @@ def offer() -> None:
 
 def wanted(op: str | None) -> bool:
     """Whether the settings ask for the embedded kernels of an op."""
-    if op is None or op in runtime.options.disabled:
-        return False
-    return runtime.options.kernels == "auto" or op in runtime.options.kernels
+    return op is not None and runtime.options.wants(op)
 
 
 def _offered(op: str) -> tuple[LayerKernel, ...]:

@@ -57,8 +57,7 @@ class _Sought:
             here = device()
             found = set[str]()
             for op in all_ops():
-                asked_for = options.kernels == "auto" or op.name in options.kernels
-                if asked_for and op.name not in options.disabled and any(b.is_for(here) for b in op.backends):
+                if options.wants(op.name) and any(b.is_for(here) for b in op.backends):
                     found |= op.words
             self._made_of, self._words = made_of, frozenset(found)
         return self._words
@@ -73,7 +72,7 @@ def notice(cls: type[nn.Module]) -> bool | None:
         the next may not be.
     """
     models = runtime.of(Arrivals).models
-    if not _are_on() or (models is not None and models.is_family(cls)):
+    if not runtime.options.embedded or (models is not None and models.is_family(cls)):
         return False
     # A plain layer of torch is settled wherever it is: compiled code constructs them.
     if cls.__module__.partition(".")[0] == "torch" and not may_hold_one(cls):
@@ -118,10 +117,6 @@ def _came(module: ModuleType, name: str) -> None:
     from twinkle.apply.layers import serve_functions
 
     serve_functions([name])
-
-
-def _are_on() -> bool:
-    return bool(runtime.options.kernels) and runtime.options.kernels != "off"
 
 
 def may_hold_one(cls: type[nn.Module]) -> bool:

@@ -259,7 +259,7 @@ def _decided_by_program(model: nn.Module) -> None:
 
 def _embedded_device() -> str | None:
     """The device of the embedded kernels, where they were asked for."""
-    if runtime.options.kernels == "off" or not runtime.options.kernels:
+    if not runtime.options.embedded:
         return None
     from twinkle.ops.backends import device
 

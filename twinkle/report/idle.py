@@ -160,8 +160,7 @@ def nothing_bound() -> list[str]:
     """Why nothing is bound in this process, and what to do."""
     if switched_off(variables()):
         return ["switched off by TWINKLE_DISABLE or TWINKLE_USE_KERNELS"]
-    kernels = runtime.options.kernels
-    if not kernels or kernels == "off":
+    if not runtime.options.embedded:
         reason = "nothing was registered, and the embedded kernels are off"
         return [f'{reason}: TWINKLE_CONFIG=auto, or kernels = "auto" in a file, turns them on']
     if "torch" not in sys.modules:
