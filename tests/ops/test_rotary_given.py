@@ -8,6 +8,7 @@ import torch
 from twinkle.match.structure import recognise
 from twinkle.ops import plain
 from twinkle.ops.rotary import cpu_backend, triton_backend
+from twinkle.ops.rotary.call import maker_of
 
 BATCH, TOKENS, HEADS, WIDTH = 2, 5, 3, 8
 
@@ -60,7 +61,7 @@ def kernel_of(original, backend=triton_backend):
         calls.append(made is not None)
         return made
 
-    return triton_backend.maker_of(backend.rotary, attempt)(found.variant, found.facts, original), calls
+    return maker_of(backend.rotary, attempt)(found.variant, found.facts, original), calls
 
 
 def tensors(*table, dtype=torch.float32, shape=(BATCH, TOKENS, HEADS, WIDTH)):

@@ -68,12 +68,13 @@ DEVICE_TYPES = _kinds()
 """Device types whose kernels triton runs here; the CPU with ``TRITON_INTERPRET=1``, as the tests do."""
 
 
-def dispatch_path(x: Tensor, *others: Tensor | None) -> DispatchPath:
+def dispatch_path(x: Tensor, *others: Tensor | None, wide: tuple[Tensor, ...] = ()) -> DispatchPath:
     """What computes with these tensors.
 
     Args:
         x: The tensor that says the device.
         others: Further inputs; None is skipped.
+        wide: Inputs that may be float64 as well.
 
     Returns:
         `EAGER` for plain tensors outside every transform; `CUSTOM_OP` under a compiler, a tracer or a fake
@@ -87,10 +88,11 @@ def dispatch_path(x: Tensor, *others: Tensor | None) -> DispatchPath:
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0
     if not compiling and torch._C._are_functorch_transforms_active():
         return REFERENCE
-    for tensor in (x, *others):
+    for tensor in (x, *others, *wide):
         if tensor is None:
             continue
-        if tensor.device != device or tensor.dtype not in _DTYPES:
+        known = tensor.dtype in _DTYPES or (tensor.dtype == torch.float64 and any(tensor is t for t in wide))
+        if tensor.device != device or not known:
             return REFERENCE
         if not traced and type(tensor) not in _PLAIN:
             return REFERENCE
@@ -200,6 +202,7 @@ _CODES: dict[torch.dtype, str] = {
     torch.float32: "float32",
     torch.bfloat16: "bfloat16",
     torch.float16: "float16",
+    torch.float64: "float64",
 }
 
 

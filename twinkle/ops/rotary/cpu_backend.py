@@ -12,15 +12,17 @@ import torch
 
 from twinkle.ops.failures import backward_survives
 from twinkle.ops.plain import pays, runs_eagerly
-from twinkle.ops.rotary import given, reference
-from twinkle.ops.rotary.reference import VARIANTS, RotaryVariant
-from twinkle.ops.rotary.triton_backend import (
-    _compute,
-    _empty,
-    _out_dtype,
-    _plan,
+from twinkle.ops.rotary.call import (
+    HALF,
+    NAMED,
+    compute_dtype,
+    empty,
     gradients_with_graph,
     maker_of,
+    or_definition,
+    out_dtype,
+    plan,
+    turn_each,
 )
 
 if TYPE_CHECKING:
@@ -29,13 +31,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from twinkle.ops.rotary.reference import RotaryVariant
+
 __all__ = ["LEAST", "by_kernel", "function_for", "rotary", "supports"]
 
 LEAST, _NEVER = 1 << 16, 1 << 62
 """Elements of the query below which the definition is as fast; in half precision and without gradients it
 always is where only a part of the channels is turned."""
-_VARIANTS = {variant.name: variant for variant in VARIANTS}
-_HALF = _VARIANTS["half"]
 
 
 def supports(
@@ -51,57 +53,7 @@ def supports(
     return f"nothing for {variant.pairs} pairs of {variant.part} channels"
 
 
-_SUPPORTED = frozenset(name for name, variant in _VARIANTS.items() if supports(variant) is None)
-
-
-def rotary(
-    q: Tensor,
-    k: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    unsqueeze_dim: int = 1,
-    *,
-    variant: RotaryVariant = _HALF,
-    v: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    mrope_section: list[int] | None = None,
-    rotary_dim: int | None = None,
-    scale: Tensor | float = 1.0,
-    slice_last: bool = False,
-) -> Tensor | tuple[Tensor, ...]:
-    """``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments.
-
-    Returns:
-        A tensor for a variant of one tensor, else a tuple.
-    """
-    made = by_kernel(
-        q,
-        k,
-        cos,
-        sin,
-        unsqueeze_dim,
-        variant=variant,
-        v=v,
-        position_ids=position_ids,
-        mrope_section=mrope_section,
-        rotary_dim=rotary_dim,
-    )
-    if made is not None:
-        return made
-    return reference.rotary(
-        q,
-        k,
-        cos,
-        sin,
-        unsqueeze_dim,
-        variant=variant,
-        v=v,
-        position_ids=position_ids,
-        mrope_section=mrope_section,
-        rotary_dim=rotary_dim,
-        scale=scale,
-        slice_last=slice_last,
-    )
+_SUPPORTED = frozenset(name for name, variant in NAMED.items() if supports(variant) is None)
 
 
 def by_kernel(
@@ -111,7 +63,7 @@ def by_kernel(
     sin: Any = None,
     unsqueeze_dim: int = 1,
     *,
-    variant: RotaryVariant = _HALF,
+    variant: RotaryVariant = HALF,
     v: Tensor | None = None,
     position_ids: Tensor | None = None,
     mrope_section: list[int] | None = None,
@@ -125,20 +77,15 @@ def by_kernel(
         return None
     if not runs_eagerly(q, k, cos, sin, v) or (grad and (cos.requires_grad or sin.requires_grad)):
         return None
-    if variant.broadcast == "given":
-        plan = given.plan(q, k, v, cos, sin, rotary_dim, variant)
-    else:
-        plan = _plan(q, k, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section)
-    if plan is None:
+    found = plan(q, k, v, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section, rotary_dim)
+    if found is None:
         return None
     turned: Callable[..., Any] = _Rotary.apply if grad else _forward
-    count = variant.tensors if variant.broadcast != "given" else 1 + (k is not None) + (v is not None)
-    if count == 1:
-        return turned(q, None, *plan, variant, q.dtype)[0]
-    results = turned(q, k, *plan, variant, q.dtype)
-    if count == 2:
-        return results[0], results[1]
-    return (*results, turned(v, None, *plan, variant, q.dtype)[0])
+    return turn_each(lambda x, other: turned(x, other, *found, variant, q.dtype), q, k, v, variant)
+
+
+rotary = or_definition(by_kernel)
+"""``x · cos + rotate(x) · sin``; see ``reference.rotary`` for the arguments."""
 
 
 def _halves(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -206,8 +153,8 @@ def _forward(
             made.append(q.new_empty(0))
             continue
         wide = _wide(cos, x.dim(), tokens_first), _wide(sin, x.dim(), tokens_first)
-        out = _empty(x, _out_dtype(x.dtype, cos.dtype, query, variant), variant)
-        _turn(x, out, *wide, _compute(x.dtype, cos.dtype, variant), variant, back=False)
+        out = empty(x, out_dtype(x.dtype, cos.dtype, query, variant), variant)
+        _turn(x, out, *wide, compute_dtype(x.dtype, cos.dtype, variant), variant, back=False)
         made.append(out)
     return made[0], made[1]
 
@@ -239,18 +186,18 @@ class _Rotary(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (*gradients_with_graph(ctx, cos, sin, dq, dk), None, None, None, None, None)
         name, tokens_first, dtype = ctx.rest
-        variant = _VARIANTS[name]
+        variant = NAMED[name]
         found: list[Tensor | None] = []
         for dy in (dq, dk):
             if dy is None:
                 found.append(None)
                 continue
-            dx = _empty(dy, dtype)
+            dx = empty(dy, dtype)
             wide = _wide(cos, dy.dim(), tokens_first), _wide(sin, dy.dim(), tokens_first)
-            _turn(dy, dx, *wide, _compute(dtype, cos.dtype, variant), variant, back=True)
+            _turn(dy, dx, *wide, compute_dtype(dtype, cos.dtype, variant), variant, back=True)
             found.append(dx)
         return (found[0], found[1], None, None, None, None, None)
 
 
 function_for = maker_of(rotary, by_kernel)
-"""A function with the arguments of another; see :func:`twinkle.ops.rotary.triton_backend.maker_of`."""
+"""A function with the arguments of another; see :func:`twinkle.ops.rotary.call.maker_of`."""

@@ -21,10 +21,37 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["guarded_function", "plan"]
+__all__ = ["flat_columns", "guarded_function", "plan", "real_and_imaginary"]
 
 _TURNED = ("q", "k", "v")
 _STATES = {"given": "is not None", "absent": "is None"}
+
+
+def real_and_imaginary(q: Any, table: Tensor, variant: RotaryVariant) -> tuple[Tensor, Tensor] | None:
+    """The parts of a complex table, which are its cosines and sines; None where the product is not computed.
+
+    Args:
+        q: The turned tensor.
+        table: ``complex64`` or ``complex128``.
+        variant: A complex one.
+    """
+    if table.dtype not in (torch.complex64, torch.complex128) or not isinstance(q, Tensor):
+        return None
+    result = torch.promote_types(q.dtype, torch.float32) if variant.cast == "none" else None
+    if variant.compute == "input" and q.dtype != torch.float32:
+        return None  # torch has no complex numbers of bfloat16
+    if result is not None and table.dtype == torch.complex128:
+        return None  # a result in float64
+    pairs = torch.view_as_real(table.resolve_conj())
+    return pairs[..., 0], pairs[..., 1]
+
+
+def flat_columns(first: Any, second: Any) -> tuple[Tensor, Tensor] | None:
+    """The columns of matrices, ``[..., channels / 2, 2]``, as tables of an entry a channel; or None."""
+    for column in (first, second):
+        if not isinstance(column, Tensor) or column.dim() < 3 or column.shape[-1] != 2:
+            return None
+    return first.flatten(-2), second.flatten(-2)
 
 
 def plan(

@@ -24,7 +24,7 @@ def apply_rotary_pos_emb(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, ...]:
     """The function of most models: half-split pairs, full tables; see ``triton_backend.rotary``."""
-    return rotary(q, k, cos, sin, unsqueeze_dim)
+    return rotary(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-any-return]
 
 
 class ApplyRotaryPosEmb(nn.Module):

@@ -181,7 +181,11 @@ def _turn_given(
 
 def _turn_complex(x: Tensor, cos: Tensor, *rest: object) -> Tensor:
     variant = rest[-1]
-    wide = x.double() if variant.compute == "float64" else x.float()
+    wide = x
+    if variant.compute == "float32":
+        wide = x.float()
+    elif variant.compute == "float64":
+        wide = x.double()
     turned = torch.view_as_complex(wide.reshape(*x.shape[:-1], -1, 2)) * cos
     y = torch.view_as_real(turned).flatten(-2)
     return y.to(x.dtype) if variant.cast == "own" else y
@@ -327,6 +331,12 @@ _ROUNDINGS: Final = (
     ("_float32_wide", "float32", "none"),
     ("_float32_each", "float32_each", "own"),
 )
+_COMPLEX: tuple[tuple[str, Literal["input", "float32", "float64"]], ...] = (
+    ("", "input"),
+    ("_float32", "float32"),
+    ("_float64", "float64"),
+)
+_CASTS: tuple[tuple[str, Literal["own", "none"]], ...] = (("", "own"), ("_wide", "none"))
 VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant("half"),
     RotaryVariant("half_one", tensors=1),
@@ -382,9 +392,13 @@ VARIANTS: tuple[RotaryVariant, ...] = (
         compute="float32",
         cast=_Q,
     ),
-    RotaryVariant("complex_head_2", pairs="complex", broadcast="2"),
-    RotaryVariant("complex_head_1", pairs="complex", broadcast="1"),
-    RotaryVariant("matrix", pairs="matrix"),
+    RotaryVariant(
+        "complex_head_2", pairs="complex", tables="half", compute="float32", cast="own", broadcast="2"
+    ),
+    RotaryVariant(
+        "complex_head_1", pairs="complex", tables="half", compute="float32", cast="own", broadcast="1"
+    ),
+    RotaryVariant("matrix", pairs="matrix", tables="first_half"),
     *_given(),
     *(
         RotaryVariant(
@@ -402,9 +416,18 @@ VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant(
         "matrix_float32", pairs="matrix", compute="float32", cast="own", broadcast="given", tensors=1
     ),
-    RotaryVariant("complex_float32", pairs="complex", cast="own", broadcast="given", tensors=1),
-    RotaryVariant(
-        "complex_float64", pairs="complex", compute="float64", cast="own", broadcast="given", tensors=1
+    *(
+        RotaryVariant(
+            f"complex{rounding}{how}",
+            pairs="complex",
+            tables="half",
+            compute=compute,
+            cast=cast,
+            broadcast="given",
+            tensors=1,
+        )
+        for rounding, compute in _COMPLEX
+        for how, cast in _CASTS
     ),
 )
 """Every variant that is recognised."""

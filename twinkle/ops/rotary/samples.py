@@ -92,14 +92,21 @@ def _values(
         "scale": 1.2,
         "mrope_section": [columns // 8, columns // 8, columns // 2 - 2 * (columns // 8)],
     }
+    if variant.pairs == "complex":
+        real = torch.float64 if variant.compute == "float64" else torch.float32
+        values["cos"] = torch.polar(torch.ones_like(angle, dtype=real), angle.to(real))
+    elif variant.pairs == "matrix" and variant.broadcast == "given":
+        cos, sin = (values[name][..., : columns // 2] for name in ("cos", "sin"))
+        values |= {"cos": torch.stack((cos, sin), -1), "sin": torch.stack((-sin, cos), -1)}
     return {role: value for role, value in values.items() if role in _roles(variant)}
 
 
 def _roles(variant: RotaryVariant) -> tuple[str, ...]:
+    tables = ("cos",) if variant.pairs == "complex" else ("cos", "sin")
     if variant.broadcast == "given":
         more = (("rotary_dim",) if variant.part == "first" else ()) + (("scale",) if variant.scaled else ())
-        return ("q", "k", "cos", "sin", *more)
-    roles: tuple[str, ...] = (*("q", "k", "v")[: variant.tensors], "cos", "sin")
+        return ("q", "k", *tables, *more)
+    roles: tuple[str, ...] = (*("q", "k", "v")[: variant.tensors], *tables)
     roles += ("unsqueeze_dim",) if variant.broadcast == "argument" else ()
     roles += ("position_ids",) if variant.indexed else ()
     return roles + (("mrope_section",) if variant.sections else ())
@@ -109,7 +116,8 @@ def _definition(variant: RotaryVariant) -> Callable[..., Any]:
     """With the arguments of the variant in the order of its roles."""
     roles = _roles(variant)
     scope: dict[str, Any] = {"rotary": reference.rotary, "variant": variant}
-    handed = ", ".join([*(f"{role}={role}" for role in roles), *(() if "k" in roles else ("k=None",))])
+    absent = [f"{role}=None" for role in ("k", "sin") if role not in roles]
+    handed = ", ".join([*(f"{role}={role}" for role in roles), *absent])
     exec(f"def definition({', '.join(roles)}):\n    return rotary({handed}, variant=variant)\n", scope)
     made: Callable[..., Any] = scope["definition"]
     return made
@@ -132,7 +140,7 @@ def cases(
         if shape == "one table":
             if values["cos"].dim() < 3 or variant.indexed:
                 continue
-            values |= {name: values[name][:1] for name in ("cos", "sin")}
+            values |= {name: values[name][:1] for name in ("cos", "sin") if name in values}
         if shape == "plain":  # heads before tokens in memory as well
             values |= {name: values[name].contiguous() for name in ("q", "k", "v") if name in values}
         yield Case(shape, original, kernel, tuple(values.values()), None, facts)

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 import triton
 import triton.language as tl
 
 from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-__all__ = ["HALF", "INTERLEAVED", "TO_HALF", "pair_of_tables", "turn", "turned"]
+__all__ = ["COMPLEX", "HALF", "INTERLEAVED", "MATRIX", "TO_HALF", "pair_of_tables", "turn", "turned"]
 
-HALF, INTERLEAVED, TO_HALF = 0, 1, 2
-"""Pairs are (i, i + d/2), (2i, 2i + 1), or the latter read and the former written."""
+HALF, INTERLEAVED, TO_HALF, COMPLEX, MATRIX = range(5)
+"""Pairs are (i, i + d/2), (2i, 2i + 1), or the latter read and the former written.
+
+Or the latter, as a complex number that is multiplied with another one, or as a vector times a matrix.
+"""
 
 
 @triton.jit
@@ -40,17 +43,37 @@ def turned_back(y1, y2, c1, s1, c2, s2, C: tl.constexpr, B: tl.constexpr):
 
 
 @triton.jit
-def pair_of_tables(table, i, ok, half, PAIRS: tl.constexpr, ONE: tl.constexpr):
-    """The entries for the first and the second channel of the pairs ``i``."""
+def multiplied(a, b, c, d, A: tl.constexpr):
+    """The product of a + bi and c + di, computed in ``A``, as compilers for GPUs contract it.
+
+    The second product of each part is rounded, and the first one is not: a fused multiply-add.
+    """
+    a = a.to(A)
+    b = b.to(A)
+    return tl.fma(a, c, -(b * d)).to(tl.float32), tl.fma(a, d, b * c).to(tl.float32)
+
+
+@triton.jit
+def pair_of_tables(
+    table,
+    i,
+    ok,
+    half,
+    PAIRS: tl.constexpr,
+    ONE: tl.constexpr,
+    A: tl.constexpr = tl.float32,
+    STEP: tl.constexpr = 1,
+):
+    """The entries for both channels of the pairs ``i``, columns ``STEP`` apart, in the dtype ``A``."""
     if ONE:
-        first = tl.load(table + i, mask=ok, other=0.0).to(tl.float32)
+        first = tl.load(table + i * STEP, mask=ok, other=0.0).to(A)
         return first, first
     elif PAIRS == 1:
-        first = tl.load(table + 2 * i, mask=ok, other=0.0).to(tl.float32)
-        return first, tl.load(table + 2 * i + 1, mask=ok, other=0.0).to(tl.float32)
+        first = tl.load(table + 2 * i * STEP, mask=ok, other=0.0).to(A)
+        return first, tl.load(table + (2 * i + 1) * STEP, mask=ok, other=0.0).to(A)
     else:
-        first = tl.load(table + i, mask=ok, other=0.0).to(tl.float32)
-        return first, tl.load(table + half + i, mask=ok, other=0.0).to(tl.float32)
+        first = tl.load(table + i * STEP, mask=ok, other=0.0).to(A)
+        return first, tl.load(table + (half + i) * STEP, mask=ok, other=0.0).to(A)
 
 
 @triton.jit
@@ -98,6 +121,7 @@ def _heads(
     W: tl.constexpr,
     REST: tl.constexpr,
     PAIRS: tl.constexpr,
+    A: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
     BACK: tl.constexpr,
@@ -108,12 +132,16 @@ def _heads(
         ok = token_ok & (h < heads) & (i < half)
         x_at = x + t * x_t + h * x_h
         y_at = y + t * y_t + h * y_h
-        a, b = _load_pairs(x_at + start, i, ok, half, PAIRS == 1 or (PAIRS == 2 and not BACK))
-        if BACK:
+        adjacent: tl.constexpr = PAIRS == 1 or PAIRS > 2
+        a, b = _load_pairs(x_at + start, i, ok, half, adjacent or (PAIRS == 2 and not BACK))
+        if PAIRS == 3:
+            # Back, the table is conjugated, which its sines are here.
+            a, b = multiplied(a, b, c1, s1, A)
+        elif BACK:
             a, b = turned_back(a, b, c1, s1, c2, s2, C, B)
         else:
             a, b = turned(a, b, c1, s1, c2, s2, C)
-        _store_pairs(y_at + start, i, ok, half, a, b, PAIRS == 1 or (PAIRS == 2 and BACK))
+        _store_pairs(y_at + start, i, ok, half, a, b, adjacent or (PAIRS == 2 and BACK))
         if REST > 0:
             j = tl.arange(0, REST)[None, None, :]
             through = token_ok & (h < heads) & (j < rest)
@@ -160,6 +188,8 @@ def _turn(
     PAIRS: tl.constexpr,
     ONE: tl.constexpr,
     INVERSE: tl.constexpr,
+    STEP: tl.constexpr,
+    A: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
     TWO: tl.constexpr,
@@ -171,9 +201,14 @@ def _turn(
     token_ok = t < tokens
     i = tl.arange(0, W)[None, None, :]
     ok = token_ok & (i < half)
-    c1, c2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, PAIRS, ONE)
-    s1, s2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, PAIRS, ONE)
-    if INVERSE:
+    if PAIRS == 4:
+        c1, s2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, 1, False, A, STEP)
+        s1, c2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, 1, False, A, STEP)
+        s1 = -s1
+    else:
+        c1, c2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, PAIRS, ONE, A, STEP)
+        s1, s2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, PAIRS, ONE, A, STEP)
+    if INVERSE or (PAIRS == 3 and BACK):
         s1 = -s1
         s2 = -s2
     _heads(
@@ -198,6 +233,7 @@ def _turn(
         W,
         REST,
         PAIRS,
+        A,
         C,
         B,
         BACK,
@@ -225,6 +261,7 @@ def _turn(
             W,
             REST,
             PAIRS,
+            A,
             C,
             B,
             BACK,
@@ -258,14 +295,15 @@ def turn(
         k: As ``q`` with its own number of heads, or None.
         q_out: Written; as ``q``.
         k_out: Written; as ``k``.
-        cos: ``[batch, tokens, width]``; strides of 0 repeat it.
-        sin: As ``cos``.
-        pairs: `HALF`, `INTERLEAVED` or `TO_HALF`.
+        cos: ``[batch, tokens, width]``; strides of 0 repeat it, and columns may be any distance apart.
+            Of `MATRIX`, the first columns of the matrices, two entries each, and ``sin`` the second.
+        sin: As ``cos``, and its columns as far apart.
+        pairs: `HALF`, `INTERLEAVED`, `TO_HALF`, `COMPLEX` or `MATRIX`.
         one: The tables hold one entry a pair, not one a channel.
         inverse: Turn the other way round.
         half: How many pairs.
         start: The first channel that is turned; the others are copied.
-        compute: The dtype that products are rounded to.
+        compute: The dtype that products are rounded to; of `COMPLEX`, the one that they are computed in.
         sums: In backward, the dtype that gradients are rounded to.
         back: Compute the gradients.
     """
@@ -314,7 +352,9 @@ def turn(
             PAIRS=pairs,
             ONE=one,
             INVERSE=inverse,
-            C=tl_dtype(compute),
+            STEP=cos.stride(-1),
+            A=tl_dtype(compute if pairs == COMPLEX else torch.float32),
+            C=tl_dtype(torch.float32 if pairs == COMPLEX else compute),
             B=tl_dtype(sums),
             TWO=two,
             BACK=back,
