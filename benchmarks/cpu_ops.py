@@ -83,6 +83,12 @@ def rotary_case(name: str, batch: int, tokens: int, dtype: torch.dtype) -> Case:
     q = torch.randn(batch, tokens, heads, dim).to(dtype).transpose(1, 2)
     k = torch.randn(batch, tokens, kv_heads, dim).to(dtype).transpose(1, 2)
     cos, sin = (torch.randn(batch, tokens, width).to(dtype) for _ in range(2))
+    if variant.pairs == "complex":
+        real = torch.float64 if variant.compute == "float64" else torch.float32
+        table = torch.randn(batch, 1, tokens, dim // 2, dtype=real)
+        cos, sin = torch.polar(torch.ones_like(table), table), None
+    elif variant.broadcast == "given":
+        cos, sin = torch.randn(batch, 1, tokens, dim // 2, 2, 2).unbind(-1)
     return Case(
         f"rotary ({name})",
         f"{batch}x{tokens}x{heads}+{kv_heads}x{dim}",
@@ -143,6 +149,10 @@ def cases(dtype: torch.dtype) -> list[Callable[[], Case]]:
                 ("half_float32", 1, 2048),
                 ("partial", 1, 2048),
                 ("interleaved", 1, 2048),
+                ("complex_float32", 1, 2048),
+                ("complex_float64", 1, 2048),
+                ("matrix_float32", 1, 2048),
+                ("matrix", 1, 2048),
             )
         ),
         *([lambda: gated_case(2048, 3072, dtype)] if torch.get_num_threads() == 1 else []),

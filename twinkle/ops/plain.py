@@ -67,21 +67,29 @@ def _every_size() -> bool:
     return _sizes.every or runtime.options.sizes == "all"
 
 
-def runs_eagerly(*tensors: Tensor | None) -> bool:
+def runs_eagerly(*tensors: Tensor | None, wide: tuple[Tensor, ...] = ()) -> bool:
     """Whether an implementation with in-place steps may run: plain CPU tensors, outside every transform.
 
     Under a compiler the definition is what it fuses best; tracers, fake modes, the transforms of
     ``torch.func`` and tensor subclasses follow the definition as well.
+
+    Args:
+        tensors: In float32, bfloat16 or float16; None is skipped.
+        wide: Others, which may be float64 as well.
     """
     if torch.compiler.is_compiling():
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
         return False
-    for tensor in tensors:
+    for tensor in (*tensors, *wide):
         if tensor is None:
             continue
-        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.dtype not in _DTYPES:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return False
+    if any(tensor is not None and tensor.dtype not in _DTYPES for tensor in tensors):
+        return False
+    if any(tensor.dtype not in _DTYPES and tensor.dtype != torch.float64 for tensor in wide):
+        return False
     return torch._C._get_tracing_state() is None
 
 

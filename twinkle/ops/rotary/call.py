@@ -28,6 +28,7 @@ __all__ = [
     "or_definition",
     "out_dtype",
     "plan",
+    "real_tables",
     "sums_dtype",
     "turn_each",
 ]
@@ -114,6 +115,15 @@ def turn_each(
     return (*results, turn(v, None)[0])
 
 
+def real_tables(q: Tensor, cos: Tensor, sin: Any, variant: RotaryVariant) -> tuple[Tensor, Any] | None:
+    """What a variant's tables are made of: parts of complex numbers, columns of matrices; None for others."""
+    if variant.pairs == "complex":
+        return given.real_and_imaginary(q, cos, variant)
+    if variant.pairs == "matrix" and variant.broadcast == "given":
+        return given.flat_columns(cos, sin)
+    return cos, sin
+
+
 def plan(
     q: Tensor,
     k: Tensor | None,
@@ -151,6 +161,8 @@ def _by_place(
         sin = reference._table(sin, 0, position_ids, mrope_section, narrow, False)
     if cos.shape != sin.shape or rank not in (3, 4) or cos.dtype != sin.dtype:
         return None
+    if rank != 4 and variant.pairs in ("complex", "matrix"):
+        return None  # these join the fourth dimension with the fifth
     if variant.tensors > 1 and (k is None or k.dim() != rank or k.dtype != q.dtype):
         return None
     width = cos.shape[-1]

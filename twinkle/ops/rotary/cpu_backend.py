@@ -2,16 +2,20 @@
 
 ``y = x · cos`` and two in-place products on its halves read and write a half of what the definition does.
 In half precision these round once where the definition rounds the two products before it adds them.
+
+Products of complex numbers and with matrices are computed in chunks of tokens, which stay in the cache from
+the cast of the input to that of the result.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
 
 from twinkle.ops.failures import backward_survives
-from twinkle.ops.plain import pays, runs_eagerly
+from twinkle.ops.plain import chunks, pays, runs_eagerly
 from twinkle.ops.rotary.call import (
     HALF,
     NAMED,
@@ -22,6 +26,7 @@ from twinkle.ops.rotary.call import (
     or_definition,
     out_dtype,
     plan,
+    real_tables,
     turn_each,
 )
 
@@ -48,7 +53,11 @@ def supports(
         return "not faster than the definition in bfloat16"
     if variant.scaled:
         return "nothing for a factor on both products"
-    if variant.pairs in ("half", "interleaved") and variant.part in ("all", "first", "last"):
+    if variant.compute == "float64" and variant.cast == "none":
+        return "nothing with results in float64"
+    if variant.pairs == "complex" and variant.compute == "input":
+        return "one product without a cast is as fast"
+    if variant.pairs != "interleaved_to_half" and variant.part in ("all", "first", "last"):
         return None
     return f"nothing for {variant.pairs} pairs of {variant.part} channels"
 
@@ -75,13 +84,30 @@ def by_kernel(
     least = LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor) or not pays(q, least):
         return None
-    if not runs_eagerly(q, k, cos, sin, v) or (grad and (cos.requires_grad or sin.requires_grad)):
+    columns = real_tables(q, cos, sin, variant)
+    if columns is None:
+        return None
+    cos, sin = columns
+    wide = columns if variant.pairs == "complex" else ()
+    if not runs_eagerly(q, k, v, *(() if wide else columns), wide=wide):
+        return None
+    if grad and (cos.requires_grad or sin.requires_grad):
+        return None
+    if variant.pairs in ("complex", "matrix") and not _is_faster(q.dtype, cos.dtype, variant, grad):
         return None
     found = plan(q, k, v, cos, sin, unsqueeze_dim, variant, position_ids, mrope_section, rotary_dim)
     if found is None:
         return None
     turned: Callable[..., Any] = _Rotary.apply if grad else _forward
     return turn_each(lambda x, other: turned(x, other, *found, variant, q.dtype), q, k, v, variant)
+
+
+def _is_faster(x: torch.dtype, table: torch.dtype, variant: RotaryVariant, grad: bool) -> bool:
+    """Whether a product of complex numbers, or with matrices, is faster here: where there is a cast to save."""
+    if variant.pairs == "complex":
+        wide = compute_dtype(x, table, variant)
+        return wide == torch.float64 or (grad and wide != x)
+    return grad or variant.broadcast != "given" or x != torch.float32
 
 
 rotary = or_definition(by_kernel)
@@ -99,6 +125,9 @@ def _turn(
     x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, variant: RotaryVariant, back: bool
 ) -> None:
     """Turn the channels of ``x`` that the tables are for into ``out``; copy the others."""
+    if variant.pairs == "complex" or (variant.pairs == "matrix" and variant.broadcast == "given"):
+        _multiply(x, out, cos, sin, compute, variant, back)
+        return
     width = cos.shape[-1] * (2 if variant.tables in ("half", "repeated") else 1)
     part = width != x.shape[-1]
     if part:
@@ -110,7 +139,7 @@ def _turn(
             out[..., width:] = x[..., width:]
             x, out = x[..., :width], out[..., :width]
     cos, sin = cos.to(compute), sin.to(compute)
-    interleaved = variant.pairs == "interleaved"
+    interleaved = variant.pairs != "half"
     if variant.tables == "full":
         sin1, sin2 = _halves(sin, interleaved)
     else:
@@ -130,6 +159,46 @@ def _turn(
     y2.addcmul_(x1, sin2, value=-sign)
     if y is not out:
         out.copy_(y)
+
+
+def _multiply(
+    x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype, variant: RotaryVariant, back: bool
+) -> None:
+    """The pairs of ``x`` times complex numbers or matrices into ``out``, in chunks of tokens."""
+    if cos.shape[2] != 1 or cos.shape[1] != x.shape[1]:  # heads stand before tokens
+        x, out, cos, sin = (tensor.transpose(1, 2) for tensor in (x, out, cos, sin))
+    tokens, width = x.shape[1], x.shape[2] * x.shape[3]
+    if variant.pairs == "complex":
+        table = torch.complex(cos.to(compute), (-sin if back else sin).to(compute))
+    else:
+        table = _matrices(cos.to(compute), sin.to(compute), back)
+    product = _complex_product if variant.pairs == "complex" else _matrix_product
+    # Of a chunk there are two copies, and of complex128 each is twice as large.
+    each = width * (4 if compute == torch.float64 else 2)
+    for batch, (start, stop) in itertools.product(range(x.shape[0]), chunks(tokens, each)):
+        factor = table[batch if table.shape[0] > 1 else 0, start:stop]
+        product(x[batch, start:stop], factor, compute, out[batch, start:stop])
+
+
+def _complex_product(x: Tensor, table: Tensor, compute: torch.dtype, out: Tensor) -> None:
+    wide = torch.empty(x.shape, dtype=compute).copy_(x)
+    torch.view_as_complex(wide.unflatten(-1, (-1, 2))).mul_(table)
+    out.copy_(wide)
+
+
+def _matrices(first: Tensor, second: Tensor, back: bool) -> Tensor:
+    """``[..., channels / 2, 4]`` row by row, from the columns; transposed for gradients."""
+    rows = torch.stack((first.unflatten(-1, (-1, 2)), second.unflatten(-1, (-1, 2))), -2 if back else -1)
+    return rows.flatten(-2)
+
+
+def _matrix_product(x: Tensor, table: Tensor, compute: torch.dtype, out: Tensor) -> None:
+    x1, x2 = _halves(x.to(compute), True)
+    y = torch.empty(x.shape, dtype=compute)
+    y1, y2 = _halves(y, True)
+    torch.mul(x1, table[..., 0], out=y1).addcmul_(x2, table[..., 1])
+    torch.mul(x1, table[..., 2], out=y2).addcmul_(x2, table[..., 3])
+    out.copy_(y)
 
 
 def _wide(table: Tensor, rank: int, tokens_first: bool) -> Tensor:

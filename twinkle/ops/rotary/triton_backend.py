@@ -8,7 +8,6 @@ import torch
 
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
-from twinkle.ops.rotary import given
 from twinkle.ops.rotary.call import (
     HALF,
     NAMED,
@@ -19,6 +18,7 @@ from twinkle.ops.rotary.call import (
     or_definition,
     out_dtype,
     plan,
+    real_tables,
     sums_dtype,
     turn_each,
 )
@@ -71,11 +71,7 @@ def by_kernel(
     """As `rotary` where the kernel computes it, else None."""
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor):
         return None
-    columns: tuple[Tensor, ...] | None = (cos, sin)
-    if variant.pairs == "complex":
-        columns = given.real_and_imaginary(q, cos, variant)
-    elif variant.pairs == "matrix" and variant.broadcast == "given":
-        columns = given.flat_columns(cos, sin)
+    columns = real_tables(q, cos, sin, variant)
     if columns is None:
         return None
     cos, sin = columns
