@@ -24,7 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT), str(ROOT / "tests" / "corpus")]
+TESTS = ROOT / "tests"
+sys.path[:0] = [
+    str(Path(__file__).resolve().parent),
+    str(ROOT),
+    str(TESTS / "corpus"),
+    str(TESTS / "support"),
+]
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +41,14 @@ PACKAGES = {
     "x-transformers": ("x_transformers",),
     "torchtune": ("torchtune.modules", "torchtune.models"),
 }
+CORPORA = (
+    "norms",
+    "rotations",
+    "rotations_by_pairs",
+    "rotations_by_products",
+    "rotations_by_einops",
+    "gated_mlps",
+)
 INSIDE = ("residual_norm", "qk_norm_rotary", "causal_lm_loss")
 
 
@@ -103,7 +117,7 @@ def survey(roots: tuple[str, ...]) -> dict[str, Any]:
 def corpus() -> dict[str, int]:
     """How many spellings of each op the corpus has (``tests/corpus``)."""
     found: dict[str, int] = collections.Counter()
-    for name in ("norms", "rotations", "rotations_by_pairs", "gated_mlps"):
+    for name in CORPORA:
         for one in importlib.import_module(name).CORPORA:
             found.update(spelling.op for spelling in one.spellings.values())
     return dict(found)

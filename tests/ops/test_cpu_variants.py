@@ -196,7 +196,8 @@ def rotated(variant, dtype, tables, tokens_first_in_memory=True):
         real = torch.float64 if variant.compute == "float64" else torch.float32
         cos, sin = torch.polar(torch.ones_like(cos, dtype=real), cos.to(real)), None
     elif variant.pairs == "matrix" and variant.broadcast == "given":
-        cos, sin = torch.randn(*lead, width // 2, 2, 2, dtype=tables).unbind(-1)
+        table = torch.randn(*lead, width // 2, 2, 2, dtype=tables)
+        cos, sin = table.unbind(-1) if variant.tables == "columns" else (table, None)
     q, k, v = made(HEADS), made(KV), made(KV)
     if variant.tensors == 3:
         extra["v"] = v

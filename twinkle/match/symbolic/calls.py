@@ -26,6 +26,7 @@ __all__ = ["Calls"]
 _FOLDED = (len, tuple, list, int)
 # Methods of tensors that are also what programs call a layer.
 _LAYERS = frozenset({"norm"})
+_OF_EINOPS = frozenset({"rearrange", "repeat"})
 
 
 class Calls(Names):
@@ -162,6 +163,9 @@ class Calls(Names):
         is_torch = module.startswith("torch") or (module == "" and owner is not None) or _is_torch(value)
         if is_torch and self.idioms.knows(name):
             return self.idioms.call(name, args, kwargs)
+        moved = _einops_call(value, args, kwargs)
+        if moved is not None:  # an op that has a form of its own says what the pattern does
+            return self.term("einops", *moved)
         if value is math.sqrt and len(args) == 1 and not kwargs:
             # Not the power of a half: the two differ in the last bit for some widths below 65536.
             only = args[0].args[0] if args[0].op == "const" else None
@@ -238,6 +242,24 @@ def _is_cross_entropy(callee: Term) -> bool:
     else:
         wanted = F.cross_entropy
     return callee.op == "py" and callee.args[0].value is wanted
+
+
+def _einops_call(value: Any, args: list[Term], kwargs: dict[str, Term]) -> tuple[Any, ...] | None:
+    """The arguments of the term of a call, the function's name first; None where it is no call of einops.
+
+    Args:
+        value: What is called.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+    """
+    root = str(getattr(value, "__module__", "")).partition(".")[0]
+    name = getattr(value, "__name__", "")
+    if root != "einops" or name not in _OF_EINOPS or len(args) != 2:
+        return None
+    pattern = args[1].args[0] if args[1].op == "const" else None
+    if not isinstance(pattern, str):
+        return None
+    return (name, *args, tuple((key, kwargs[key]) for key in sorted(kwargs)))
 
 
 def _is_form(value: Any) -> bool:

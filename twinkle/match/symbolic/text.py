@@ -10,10 +10,10 @@ from twinkle.match.symbolic.torch_signatures import BOUND
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["TORCH", "text_of"]
+__all__ = ["EINOPS_MODULE", "TORCH", "text_of"]
 
-TORCH = "_tw_torch"
-"""The name of torch in the text."""
+TORCH, EINOPS_MODULE = "_tw_torch", "_tw_einops"
+"""The names of torch and of einops in the text."""
 _METHODS = frozenset(
     {
         "abs",
@@ -69,7 +69,10 @@ def _text(term: Any) -> str:
     if term.op in _METHODS and len(args) == 1 + len(BOUND[term.op]):
         given = ", ".join(map(_text, args[1:]))
         return f"{_text(args[0])}.{term.op}({given})"
-    if term.op in ("cat", "stack") and len(args) == 2:
+    if term.op == "ones_like" and len(args) == 3:
+        dtype, device = map(_text, args[1:])
+        return f"{TORCH}.ones_like({_text(args[0])}, dtype={dtype}, device={device})"
+    if term.op in ("cat", "complex", "polar", "stack") and len(args) == 2:
         return f"{TORCH}.{term.op}({_text(args[0])}, {_text(args[1])})"
     raise _NoText
 
@@ -129,6 +132,12 @@ def _call(term: Term) -> str:
     return f"{_text(callee)}({', '.join(map(_text, args))})"
 
 
+def _of_einops(term: Term) -> str:
+    name, x, pattern, sizes = term.args
+    named = "".join(f", {axis}={_text(size)}" for axis, size in sizes)
+    return f"{EINOPS_MODULE}.{name}({_text(x)}, {_text(pattern)}{named})"
+
+
 def _comprehension(term: Term) -> str:
     over, item = term.args
     levels = [part.args[0] for part in _each(item) if part.args[1] is over]
@@ -165,6 +174,7 @@ _WRITERS: dict[str, Callable[[Term], str]] = {
     "ndim": lambda term: f"{_text(term.args[0])}.ndim",
     "to": lambda term: f"{_text(term.args[0])}.to({_text(term.args[1])})",
     "call": _call,
+    "einops": _of_einops,
     "comprehension": _comprehension,
     "each": lambda term: _name(term.args[0]),
     "if": lambda term: f"({_text(term.args[1])} if {_text(term.args[0])} else {_text(term.args[2])})",

@@ -20,6 +20,7 @@ OP = Op(
         "empty_like",
         "roll",
         "stack",
+        "type_as",
         "view_as_real",
         "zeros_like",
     ),

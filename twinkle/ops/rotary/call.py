@@ -120,7 +120,7 @@ def real_tables(q: Tensor, cos: Tensor, sin: Any, variant: RotaryVariant) -> tup
     if variant.pairs == "complex":
         return given.real_and_imaginary(q, cos, variant)
     if variant.pairs == "matrix" and variant.broadcast == "given":
-        return given.flat_columns(cos, sin)
+        return given.flat_columns(*((cos, sin) if variant.tables == "columns" else given.columns_of(cos)))
     return cos, sin
 
 
@@ -223,7 +223,7 @@ def empty(x: Tensor, dtype: torch.dtype, variant: RotaryVariant | None = None) -
         variant.part != "all"
         or (variant.tables == "half" and variant.pairs != "complex")
         or variant.pairs == "interleaved_to_half"
-        or (variant.pairs == "matrix" and variant.broadcast != "given")
+        or (variant.pairs == "matrix" and variant.tables != "columns")
     )
     out = torch.empty_like(
         x, dtype=dtype, memory_format=torch.contiguous_format if joined else torch.preserve_format
@@ -257,7 +257,7 @@ def gradients_with_graph(
         plain = dataclasses.replace(plain, broadcast="given")
         tables = (torch.complex(cos, sin).unsqueeze(place), None)
     elif variant.pairs == "matrix" and variant.broadcast == "given":
-        plain = dataclasses.replace(plain, broadcast="given")
+        plain = dataclasses.replace(plain, broadcast="given", tables="columns")
         tables = tuple(column.unflatten(-1, (-1, 2)).unsqueeze(place) for column in (cos, sin))
     elif variant.pairs == "matrix":
         plain = dataclasses.replace(plain, pairs="interleaved", tables="first_half_repeated")

@@ -11,6 +11,8 @@ What does not depend on the values of the turned tensor is a table, whatever com
 
 from __future__ import annotations
 
+from twinkle.ops.rotary.patterns import Merge, move_of
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +22,7 @@ __all__ = ["canonical"]
 
 _DOTS = Ellipsis
 _OF_FORM = ("shape", "dtype_of", "ndim", "device_of")
+_FLAT = ("summed", "view_as_real")
 _EXACT = ("neg", "to")  # a move of data may pass these
 
 
@@ -240,8 +243,8 @@ class _Canonical:
         return self.make("parts", x.args[0], "half") if x.op == "halved" and at in (-2, 3) else None
 
     def _reshape(self, x: Any, sizes: Any) -> Any:
-        if x.op == "stacked" and self._is_shape(sizes):
-            return self.node("join", "pair", *x.args)
+        if x.op in ("stacked", "summed", "view_as_real") and self._is_shape(sizes):
+            return self._joined(x)
         if self._is_shape(sizes):
             whole = self.make("shape", self.turned)
             return x if x.op in ("join", "partly") else self.make("reshape", x, whole)
@@ -262,6 +265,18 @@ class _Canonical:
             return self.make("halved", x)
         return None
 
+    def _einops(self, name: str, x: Any, pattern: Any, sizes: Any) -> Any:
+        """``rearrange`` where it splits channels into pairs or halves, or joins such."""
+        given = {axis: _number(size) for axis, size in sizes}
+        move = move_of(pattern.args[0], given) if name == "rearrange" else None
+        if move is None or move.lead not in (None, 3):
+            return None  # with another number of axes the code raises
+        if isinstance(move, Merge):
+            return self._joined(x)
+        if move.size != 2 or self._of_shape(x) is not self.turned:
+            return None
+        return self.make("paired" if move.at == 1 else "halved", x)
+
     # -- results ------------------------------------------------------------------------------------
 
     def _cat(self, parts: Any, dim: Any) -> Any:
@@ -280,13 +295,21 @@ class _Canonical:
         return self.make("on_end", *parts.args) if _number(dim) in (-2, 3) else None
 
     def _flatten(self, x: Any, start: Any, end: Any) -> Any:
-        if _number(start) not in (-2, 3) or _number(end) not in (-1, 4):
-            return None
+        return self._joined(x) if _number(start) in (-2, 3) and _number(end) in (-1, 4) else None
+
+    def _joined(self, x: Any) -> Any:
+        """The last two of five axes as one."""
         if x.op == "stacked":
             return self.node("join", "pair", *x.args)
         if x.op == "on_end":
             return self.node("join", "half", *x.args)
-        return self.make("flat", x.args[0]) if x.op == "view_as_real" else None
+        return self.make("flat", x if x.op == "summed" else x.args[0]) if x.op in _FLAT else None
+
+    def _sum(self, x: Any, dim: Any, keepdim: Any, dtype: Any) -> Any:
+        """The products of the rows of matrices with pairs, added."""
+        if x.op != "mul" or _number(dim) not in (-1, 5) or keepdim.args != (False,) or dtype is not self.none:
+            return None
+        return self.make("summed", x)
 
     def _setitem(self, x: Any, index: Any, value: Any) -> Any:
         """``out[..., 0::2] = a; out[..., 1::2] = b`` in a new tensor like the turned one."""

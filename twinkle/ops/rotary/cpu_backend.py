@@ -103,7 +103,7 @@ def by_kernel(
 
 
 def _is_faster(x: torch.dtype, table: torch.dtype, variant: RotaryVariant, grad: bool) -> bool:
-    """Whether a product of complex numbers, or with matrices, is faster here: where there is a cast to save."""
+    """Whether a product of complex numbers or with matrices is faster here: where a cast is saved."""
     if variant.pairs == "complex":
         wide = compute_dtype(x, table, variant)
         return wide == torch.float64 or (grad and wide != x)

@@ -8,6 +8,7 @@ runs.
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["flat_columns", "guarded_function", "plan", "real_and_imaginary"]
+__all__ = ["columns_of", "flat_columns", "guarded_function", "plan", "real_and_imaginary"]
 
 _TURNED = ("q", "k", "v")
 _STATES = {"given": "is not None", "absent": "is None"}
@@ -44,6 +45,13 @@ def real_and_imaginary(q: Any, table: Tensor, variant: RotaryVariant) -> tuple[T
         return None  # a result in float64
     pairs = torch.view_as_real(table.resolve_conj())
     return pairs[..., 0], pairs[..., 1]
+
+
+def columns_of(matrices: Tensor) -> tuple[Any, Any]:
+    """Both columns of matrices, ``[..., channels / 2, 2, 2]``; None for others."""
+    if matrices.dim() < 4 or matrices.shape[-1] != 2:
+        return None, None
+    return matrices[..., 0], matrices[..., 1]
 
 
 def flat_columns(first: Any, second: Any) -> tuple[Tensor, Tensor] | None:
@@ -132,6 +140,8 @@ def guarded_function(
         "_tw_Tensor": Tensor,
         "_tw_isinstance": isinstance,
     }
+    if any("_tw_einops." in text for text in facts.values() if isinstance(text, str)):
+        scope["_tw_einops"] = import_module("einops")  # the program has it
     defaults = {}
     for parameter in parameters:
         if parameter.default is not parameter.empty:

@@ -35,7 +35,8 @@ class RotaryVariant:
         inverse: Turns the other way round.
         tables: What of ``cos`` and ``sin`` is used: ``full`` (one value a channel), ``half`` (one a
             pair, for ``chunk`` arithmetic), ``first_half`` (the first half of a full table, one a pair),
-            ``first_half_repeated`` (that, each twice), ``repeated`` (a half table, each twice).
+            ``first_half_repeated`` (that, each twice), ``repeated`` (a half table, each twice), ``columns``
+            of matrices in the place of both, or ``matrices`` in that of ``cos``, whose products are summed.
         compute: ``input``: in the dtypes given; ``float32``: the inputs are cast; ``float32_tables``: the
             tables too. ``float32_each``: an input is cast, and its rotated copy by itself, which rounds two
             gradients; ``float64``: as ``float32``.
@@ -54,7 +55,9 @@ class RotaryVariant:
     name: str
     pairs: Literal["half", "interleaved", "interleaved_to_half", "complex", "matrix"] = "half"
     inverse: bool = False
-    tables: Literal["full", "half", "first_half", "first_half_repeated", "repeated"] = "full"
+    tables: Literal[
+        "full", "half", "first_half", "first_half_repeated", "repeated", "columns", "matrices"
+    ] = "full"
     compute: Literal["input", "float32", "float32_tables", "float32_each", "float64"] = "input"
     cast: Literal["none", "own", "query"] = "none"
     part: Literal["all", "first", "last", "prefix"] = "all"
@@ -193,9 +196,14 @@ def _turn_complex(x: Tensor, cos: Tensor, *rest: object) -> Tensor:
 
 def _turn_matrix(x: Tensor, cos: Tensor, sin: Tensor, *rest: object) -> Tensor:
     """By matrices: ``cos`` is their first column, ``sin`` the second, as ``[..., channels / 2, 2]``."""
-    pairs = x.float().reshape(*x.shape[:-1], -1, 1, 2)
-    y = cos * pairs[..., 0] + sin * pairs[..., 1]
-    return y.reshape(x.shape).to(x.dtype)
+    variant = rest[-1]
+    wide = x.float() if variant.compute == "float32" else x
+    pairs = wide.reshape(*x.shape[:-1], -1, 1, 2)
+    if variant.tables == "matrices":
+        y = (pairs * cos).sum(-1).flatten(-2)
+    else:
+        y = (cos * pairs[..., 0] + sin * pairs[..., 1]).reshape(x.shape)
+    return y.to(x.dtype) if variant.cast == "own" else y
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, query: Tensor, variant: RotaryVariant) -> Tensor:
@@ -336,6 +344,10 @@ _COMPLEX: tuple[tuple[str, Literal["input", "float32", "float64"]], ...] = (
     ("_float32", "float32"),
     ("_float64", "float64"),
 )
+_MATRICES: tuple[tuple[str, Literal["columns", "matrices"]], ...] = (
+    ("", "columns"),
+    ("_sum", "matrices"),
+)
 _CASTS: tuple[tuple[str, Literal["own", "none"]], ...] = (("", "own"), ("_wide", "none"))
 VARIANTS: tuple[RotaryVariant, ...] = (
     RotaryVariant("half"),
@@ -413,8 +425,18 @@ VARIANTS: tuple[RotaryVariant, ...] = (
         for pairs, called in _PAIRS
         for part, how in _ENDS
     ),
-    RotaryVariant(
-        "matrix_float32", pairs="matrix", compute="float32", cast="own", broadcast="given", tensors=1
+    *(
+        RotaryVariant(
+            f"matrix{called}{rounding}" if called or rounding else "matrix_input",
+            pairs="matrix",
+            tables=tables,
+            compute=compute,  # type: ignore[arg-type]
+            cast=cast,  # type: ignore[arg-type]
+            broadcast="given",
+            tensors=1,
+        )
+        for called, tables in _MATRICES
+        for rounding, compute, cast in _ROUNDINGS[:4]
     ),
     *(
         RotaryVariant(

@@ -97,12 +97,14 @@ def _values(
         values["cos"] = torch.polar(torch.ones_like(angle, dtype=real), angle.to(real))
     elif variant.pairs == "matrix" and variant.broadcast == "given":
         cos, sin = (values[name][..., : columns // 2] for name in ("cos", "sin"))
-        values |= {"cos": torch.stack((cos, sin), -1), "sin": torch.stack((-sin, cos), -1)}
+        columns_of = torch.stack((cos, sin), -1), torch.stack((-sin, cos), -1)
+        both = columns_of if variant.tables == "columns" else (torch.stack(columns_of, -1), None)
+        values |= dict(zip(("cos", "sin"), both, strict=True))
     return {role: value for role, value in values.items() if role in _roles(variant)}
 
 
 def _roles(variant: RotaryVariant) -> tuple[str, ...]:
-    tables = ("cos",) if variant.pairs == "complex" else ("cos", "sin")
+    tables = ("cos",) if variant.pairs == "complex" or variant.tables == "matrices" else ("cos", "sin")
     if variant.broadcast == "given":
         more = (("rotary_dim",) if variant.part == "first" else ()) + (("scale",) if variant.scaled else ())
         return ("q", "k", *tables, *more)
