@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from .conftest import Program
+if TYPE_CHECKING:
+    from .conftest import Program
 
 PROGRAMS = {
     "llama": """

@@ -64,6 +64,18 @@ SAME = {
         "torch.cat(((x[..., ::2] * c).to(x.dtype), (x[..., 1::2] * s).to(x.dtype)), -1)",
     ),
     "a cast of a part": ("x.float().chunk(2, -1)[1] * c", "x.chunk(2, -1)[1].float() * c"),
+    "complex numbers": (
+        "real(complex_of(x.float().reshape(*x.shape[:-1], -1, 2)) * numbers(c, s)).flatten(3)",
+        "real(complex_of(x.float().unflatten(-1, (-1, 2))) * numbers(c, s)).flatten(-2)",
+        "real(complex_of(x.float().view(*x.shape[:-1], -1, 2)) * numbers(c, s)).reshape(*x.shape)",
+        "real(complex_of(x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2)) * numbers(c, s))"
+        ".reshape(x.shape)",
+    ),
+    "sums of matrix products": (
+        "(pairs_of(x) * matrices(c, s)).sum(-1).flatten(3)",
+        "(pairs_of(x) * matrices(c, s)).sum(dim=5).flatten(-2)",
+        "(pairs_of(x) * matrices(c, s)).sum(-1).reshape(*x.shape)",
+    ),
     "a filled tensor": ("filled(x, c, s)", "torch.cat((x[..., ::2] * c, x[..., 1::2] * s), -1).type_as(x)"),
 }
 DIFFERENT = {
@@ -87,6 +99,10 @@ DIFFERENT = {
         "rotated(x.float(), c, s)",
         "x.float() * wide(c) + turned(x).float() * wide(s)",
     ),
+    "sums of matrix products over rows and columns": (
+        "(pairs_of(x) * matrices(c, s)).sum(-1).flatten(3)",
+        "(pairs_of(x) * matrices(c, s)).sum(-2).flatten(3)",
+    ),
     "the sum cast, and the products": (
         "(x.chunk(2, -1)[1] * c + x.chunk(2, -1)[0] * s).to(x.dtype)",
         "(x.chunk(2, -1)[1] * c).to(x.dtype) + (x.chunk(2, -1)[0] * s).to(x.dtype)",
@@ -106,6 +122,26 @@ def wide(table):
 
 def turned(x):
     return torch.cat((-x.chunk(2, -1)[1], x.chunk(2, -1)[0]), -1)
+
+
+def complex_of(x):
+    return torch.view_as_complex(x)
+
+
+def real(x):
+    return torch.view_as_real(x)
+
+
+def numbers(c, s):
+    return torch.complex(c.float(), s.float())
+
+
+def pairs_of(x):
+    return x.reshape(*x.shape[:-1], -1, 1, 2)
+
+
+def matrices(c, s):
+    return torch.stack((torch.stack((c, -s), -1), torch.stack((s, c), -1)), -2)
 
 
 def rotated(x, c, s):
