@@ -36,6 +36,7 @@ from twinkle.ops.rms_norm import reference as norm_reference
 from twinkle.ops.rms_norm.triton_backend import rms_norm
 from twinkle.ops.rotary import reference as rotary_reference
 from twinkle.ops.rotary.layer import apply_rotary_pos_emb
+from twinkle.ops.rotary.triton_backend import rotary as rotary_triton
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -181,6 +182,31 @@ def rotary_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) ->
     return Case((q, k, *_tables(tokens, dim)), (0, 1), 2 * size, 2 * size, providers)
 
 
+def product_case(variant: str, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    """Pairs of channels times complex numbers or matrices; tokens before heads in memory."""
+    kind = next(known for known in rotary_reference.VARIANTS if known.name == variant)
+    real = torch.float64 if kind.compute == "float64" else torch.float32
+    angle = torch.randn(1, 1, tokens, dim // 2, device="cuda", dtype=real)
+    table: tuple[torch.Tensor | None, ...] = (torch.polar(torch.ones_like(angle), angle), None)
+    if kind.pairs == "matrix":
+        rows = (angle.cos(), -angle.sin(), angle.sin(), angle.cos())
+        table = torch.stack(rows, -1).unflatten(-1, (2, 2)).unbind(-1)
+
+    def eager(q, k, cos, sin):
+        return rotary_reference.rotary(q, k, cos, sin, variant=kind)
+
+    providers = {
+        "eager": eager,
+        "torch.compile": _compiled(eager),
+        "twinkle": lambda q, k, cos, sin: rotary_triton(q, k, cos, sin, variant=kind),
+    }
+    q = _random(batch, tokens, heads, dim).transpose(1, 2).requires_grad_()
+    k = _random(batch, tokens, kv_heads, dim).transpose(1, 2).requires_grad_()
+    size = (q.numel() + k.numel()) * 2
+    tables = sum(column.numel() * column.element_size() for column in table if column is not None)
+    return Case((q, k, *table), (0, 1), 2 * size + tables, 2 * size + tables, providers)
+
+
 def qk_case(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
     def eager(q, k, qw, kw, cos, sin):
         return qk_reference.qk_norm_rotary(q, k, qw, kw, EPS, EPS, cos, sin, head_dim=dim, variant=QK)
@@ -222,6 +248,9 @@ def cases() -> dict[str, Callable[[], Case]]:
         "residual_norm": lambda: residual_case(16384, 4096),
         "gated_activation": lambda: gated_case(16384, 14336),
         "rotary": lambda: rotary_case(4, 4096, 32, 8, 128),
+        "rotary complex": lambda: product_case("complex_float32", 4, 4096, 32, 8, 128),
+        "rotary complex128": lambda: product_case("complex_float64", 1, 16384, 40, 40, 128),
+        "rotary matrix": lambda: product_case("matrix_float32", 4, 4608, 24, 24, 128),
         "qk_norm_rotary": lambda: qk_case(4, 4096, 32, 8, 128),
     }
 
@@ -260,7 +289,12 @@ def errors(case: Case, call: Callable[..., Any]) -> list[float]:
     """Relative error of results and gradients against the eager provider in float32 on a part of the rows."""
 
     def run(function, dtype):
-        inputs = [x.detach().to(dtype).requires_grad_(i in case.wanted) for i, x in enumerate(case.inputs)]
+        inputs = [
+            x.detach().to(dtype).requires_grad_(i in case.wanted)
+            if x is not None and x.dtype == torch.bfloat16
+            else x
+            for i, x in enumerate(case.inputs)
+        ]
         results = function(*inputs)
         results = results if isinstance(results, tuple) else (results,)
         torch.manual_seed(1)
