@@ -27,12 +27,20 @@ def of_rows(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
     return {"x": x, "freqs": random(dtype, generator, BATCH, TOKENS, WIDTH)}
 
 
+def scaled_rows(dtype: torch.dtype, generator: torch.Generator) -> dict[str, Any]:
+    """``t`` as ``[batch, heads, tokens, 8]``; angles and factors for 4 channels as ``[1, tokens, 4]``."""
+    t = random(dtype, generator, BATCH, HEADS, TOKENS, WIDTH)
+    freqs = random(dtype, generator, 1, TOKENS, WIDTH // 2)
+    scale = (torch.rand(1, TOKENS, WIDTH // 2, generator=generator) + 0.5).to(dtype)
+    return {"t": t, "freqs": freqs, "scale": scale}
+
+
 def _corpus(inputs: Any) -> Corpus:
-    return Corpus("rotary", inputs=inputs, constant=("freqs", "angles"))
+    return Corpus("rotary", inputs=inputs, constant=("freqs", "angles", "scale"))
 
 
-ANGLES, ROWS, HALF = map(_corpus, (angles, of_rows, half_angles))
-CORPORA = (ANGLES, ROWS, HALF)
+ANGLES, ROWS, HALF, SCALED = map(_corpus, (angles, of_rows, half_angles, scaled_rows))
+CORPORA = (ANGLES, ROWS, HALF, SCALED)
 
 
 def rotate_pairs(x):
@@ -151,3 +159,53 @@ def repeated_angles(x, angles):
 def pairs_by_angles_of_halves(x, angles):
     freqs = repeat(angles, "n d -> n (r d)", r=2)
     return x * freqs.cos() + rotate_pairs(x) * freqs.sin()
+
+
+@SCALED.spelling("pairs_full_scaled_first")
+def with_a_factor(t, freqs, scale=1):
+    """xPos as in x-transformers: the last rows of the tables, with a head dimension where there are heads."""
+    width, tokens, dtype = freqs.shape[-1], t.shape[-2], t.dtype
+    freqs = freqs[:, -tokens:, :]
+    scale = scale[:, -tokens:, :] if isinstance(scale, torch.Tensor) else scale
+    if t.ndim == 4 and freqs.ndim == 3:
+        freqs = rearrange(freqs, "b n d -> b 1 n d")
+        if isinstance(scale, torch.Tensor):
+            scale = rearrange(scale, "b n d -> b 1 n d")
+    t, kept = t[..., :width], t[..., width:]
+    t = (t * freqs.cos() * scale) + (rotate_pairs(t) * freqs.sin() * scale)
+    return torch.cat((t, kept), dim=-1).type(dtype)
+
+
+@SCALED.look_alike(with_a_factor, "the factor is that of the angles")
+def factor_of_the_angles(t, freqs, scale=1):
+    width, dtype = freqs.shape[-1], t.dtype
+    freqs = rearrange(freqs, "b n d -> b 1 n d") * rearrange(scale, "b n d -> b 1 n d")
+    t, kept = t[..., :width], t[..., width:]
+    t = (t * freqs.cos()) + (rotate_pairs(t) * freqs.sin())
+    return torch.cat((t, kept), dim=-1).type(dtype)
+
+
+@SCALED.look_alike(with_a_factor, "products are divided by the factor")
+def divided_by_the_factor(t, freqs, scale=1):
+    width, dtype = freqs.shape[-1], t.dtype
+    freqs, scale = rearrange(freqs, "b n d -> b 1 n d"), rearrange(scale, "b n d -> b 1 n d")
+    t, kept = t[..., :width], t[..., width:]
+    t = (t * freqs.cos() / scale) + (rotate_pairs(t) * freqs.sin() / scale)
+    return torch.cat((t, kept), dim=-1).type(dtype)
+
+
+@SCALED.spelling("halves_full_scaled_wide")
+def with_a_factor_for_all(t, freqs, scale):
+    """The factor of all channels, and no cast."""
+    width = t.shape[-1] // 2
+    freqs, scale = torch.cat((freqs, freqs), -1)[:, None], torch.cat((scale, scale), -1)[:, None]
+    rotated = torch.cat((-t[..., width:], t[..., :width]), dim=-1)
+    return t * freqs.cos() * scale + rotated * freqs.sin() * scale
+
+
+@SCALED.look_alike(with_a_factor_for_all, "the factor comes first, which rounds otherwise")
+def factor_first(t, freqs, scale):
+    width = t.shape[-1] // 2
+    freqs, scale = torch.cat((freqs, freqs), -1)[:, None], torch.cat((scale, scale), -1)[:, None]
+    rotated = torch.cat((-t[..., width:], t[..., :width]), dim=-1)
+    return t * scale * freqs.cos() + rotated * scale * freqs.sin()

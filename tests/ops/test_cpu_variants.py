@@ -198,6 +198,8 @@ def rotated(variant, dtype, tables, tokens_first_in_memory=True):
     elif variant.pairs == "matrix" and variant.broadcast == "given":
         table = torch.randn(*lead, width // 2, 2, 2, dtype=tables)
         cos, sin = table.unbind(-1) if variant.tables == "columns" else (table, None)
+    if variant.scaled:
+        extra["scale"] = 1.0
     q, k, v = made(HEADS), made(KV), made(KV)
     if variant.tensors == 3:
         extra["v"] = v

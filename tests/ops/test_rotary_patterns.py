@@ -103,3 +103,32 @@ def test_a_function_of_that_name_from_elsewhere_is_followed_as_any_other():
         return x * freqs.cos() + turned * freqs.sin()
 
     assert not recognise(rotation)
+
+
+def with_a_factor(t, freqs, scale=1):
+    width, tokens, dtype = freqs.shape[-1], t.shape[-2], t.dtype
+    freqs = freqs[:, -tokens:, :]
+    scale = scale[:, -tokens:, :] if isinstance(scale, torch.Tensor) else scale
+    if t.ndim == 4 and freqs.ndim == 3:
+        freqs = rearrange(freqs, "b n d -> b 1 n d")
+        if isinstance(scale, torch.Tensor):
+            scale = rearrange(scale, "b n d -> b 1 n d")
+    t, kept = t[..., :width], t[..., width:]
+    t = (t * freqs.cos() * scale) + (rotate_half(t) * freqs.sin() * scale)
+    return torch.cat((t, kept), dim=-1).type(dtype)
+
+
+def test_a_rotation_with_a_factor_for_each_position(kernels, half, monkeypatch):
+    monkeypatch.setitem(sys.modules, "einops", tiny_einops.module)
+    found = recognise(with_a_factor)
+    made = function_for(found.variant, found.facts, with_a_factor)
+    x = torch.randn(2, 3, 5, 8, device=kernels, dtype=half, requires_grad=True)
+    freqs, factor = (torch.rand(1, 7, 4, device=kernels).to(half) + 0.5 for _ in range(2))
+    for scale in ((), (factor,), (factor**-1,), (0.5,)):
+        ours, theirs = made(x, freqs, *scale), with_a_factor(x, freqs, *scale)
+        assert "_RotaryBackward" in type(ours.grad_fn).__name__
+        assert torch.equal(ours, theirs)
+        gradients = (torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (ours, theirs))
+        assert torch.equal(*gradients)
+    # Three dimensions are no heads, and the original's own.
+    assert torch.equal(made(x[0], freqs), with_a_factor(x[0], freqs))

@@ -43,6 +43,8 @@ def example(variant, device, dtype=torch.float32, tables=torch.float32, tokens_f
     elif variant.pairs == "matrix" and variant.broadcast == "given":
         table = torch.randn(*lead, width // 2, 2, 2, dtype=tables).to(device)
         cos, sin = table.unbind(-1) if variant.tables == "columns" else (table, None)
+    if variant.scaled:
+        extra["scale"] = torch.rand(1, 1, TOKENS, width, dtype=tables).to(device) + 0.5
     q, k, v = made(HEADS), made(KV), made(KV)
     if variant.tensors == 3:
         extra["v"] = v
@@ -68,6 +70,7 @@ CALLS = [("float32", "heads first"), ("half", "tokens first"), ("half with float
         for call in CALLS
         # Where the arithmetic is float32 in any case, the rounding to it is what there is to see.
         if variant.pairs in ("complex", "matrix")
+        or variant.scaled
         or variant.broadcast != "given"
         or variant.compute == "input"
         or call[0] != "float32"
@@ -151,6 +154,41 @@ def test_a_wide_table_of_a_float32_product(kernels):
     assert rotary(q, k, table, None, variant=wide)[0].dtype == torch.float64
 
 
+@pytest.mark.parametrize("name", ["halves_full_scaled", "pairs_full_scaled_wide_first"])
+@pytest.mark.parametrize("scale", [1, 1.0, 0.75, -2, 0.0])
+def test_a_factor_that_is_a_number(kernels, half, name, scale):
+    variant = VARIANTS[name]
+    for dtype in (torch.float32, half):
+        inputs, extra, wanted = example(variant, kernels, dtype, dtype)
+        extra["scale"] = scale
+        ours, theirs = (f(*inputs, variant=variant, **extra) for f in (rotary, reference.rotary))
+        assert used_kernel(ours[0])
+        gradients = [torch.randn_like(y) for y in theirs]
+        found, expected = (torch.autograd.grad(y, wanted, gradients) for y in (ours, theirs))
+        for a, b in zip((*ours, *found), (*theirs, *expected), strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "kind", ["a number as a tensor", "a head each", "wider", "with a gradient", "another width"]
+)
+def test_factors_that_are_not_one_row_a_token_go_through_the_definition(kernels, half, kind):
+    variant = VARIANTS["halves_full_scaled"]
+    (q, _, cos, sin), extra, _ = example(variant, kernels, half, half)
+    scale = {
+        "a number as a tensor": lambda: torch.tensor(0.5, device=kernels),
+        "a head each": lambda: torch.rand(1, HEADS, 1, 1).to(kernels, half),
+        "wider": lambda: extra["scale"].float(),
+        "with a gradient": lambda: extra["scale"].clone().requires_grad_(),
+        "another width": lambda: extra["scale"][..., :1],
+    }[kind]()
+    extra["scale"] = scale
+    ours, theirs = (f(q, q, cos, sin, variant=variant, **extra) for f in (rotary, reference.rotary))
+    assert not any(used_kernel(y) for y in ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("place", [1, 2])
 @pytest.mark.parametrize("batch", [1, BATCH])
 def test_heads_where_unsqueeze_dim_says(kernels, place, batch):
@@ -215,7 +253,19 @@ def test_channels_that_are_not_adjacent(kernels):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", ["half", "complex_float32", "complex_head_2", "matrix_float32", "matrix"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "half",
+        "complex_float32",
+        "complex_head_2",
+        "matrix_float32",
+        "matrix",
+        "matrix_sum_cast",
+        "halves_full_scaled",
+        "pairs_full_scaled_first",
+    ],
+)
 def test_second_derivatives_are_those_of_the_definition(kernels, name):
     inputs, extra, (q, k) = example(VARIANTS[name], kernels)
 

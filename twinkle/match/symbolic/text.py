@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from twinkle.match.symbolic.terms import Term
 from twinkle.match.symbolic.torch_signatures import BOUND
 
@@ -22,7 +24,6 @@ _METHODS = frozenset(
         "cos",
         "exp",
         "flatten",
-        "neg",
         "repeat_interleave",
         "sin",
         "split",
@@ -36,7 +37,14 @@ _METHODS = frozenset(
 )
 _SHAPED = frozenset({"reshape", "permute", "expand", "repeat"})
 _INFIX = {"add": "+", "sub": "-", "mul": "*", "div": "/", "floordiv": "//", "mod": "%", "eq": "==", "lt": "<"}
-_BUILTINS = {enumerate: "enumerate", len: "len", range: "range", int: "int"}
+_BUILTINS = {
+    enumerate: "enumerate",
+    len: "len",
+    range: "range",
+    int: "int",
+    isinstance: "isinstance",
+    torch.Tensor: f"{TORCH}.Tensor",
+}
 
 
 class _NoText(Exception):
@@ -180,6 +188,7 @@ _WRITERS: dict[str, Callable[[Term], str]] = {
     "if": lambda term: f"({_text(term.args[1])} if {_text(term.args[0])} else {_text(term.args[2])})",
     "or": lambda term: "(" + " or ".join(map(_text, term.args)) + ")",
     "and": lambda term: "(" + " and ".join(map(_text, term.args)) + ")",
+    "neg": lambda term: f"(-{_text(term.args[0])})",  # of a tensor or of a number
     "not": lambda term: f"(not {_text(term.args[0])})",
     "is": lambda term: f"({_text(term.args[0])} is {_text(term.args[1])})",
 }

@@ -31,6 +31,7 @@ __all__ = [
     "real_tables",
     "sums_dtype",
     "turn_each",
+    "unscaled",
 ]
 
 NAMED = {variant.name: variant for variant in VARIANTS}
@@ -95,6 +96,15 @@ def or_definition(attempt: Callable[..., Any]) -> Callable[..., Any]:
         return reference.rotary(q, k, cos, sin, unsqueeze_dim, slice_last=slice_last, **options)  # type: ignore[arg-type]
 
     return rotary
+
+
+def unscaled(variant: RotaryVariant, scale: Any) -> RotaryVariant:
+    """The variant without a factor where that is 1, which changes no bit."""
+    if not variant.scaled or not isinstance(scale, int | float) or scale != 1:
+        return variant
+    found = NAMED[variant.name.replace("_scaled_wide", "").replace("_scaled", "_cast")]
+    assert dataclasses.replace(variant, scaled=False, name=found.name) == found
+    return found
 
 
 def turn_each(
@@ -235,7 +245,7 @@ def empty(x: Tensor, dtype: torch.dtype, variant: RotaryVariant | None = None) -
 
 
 def gradients_with_graph(
-    ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None
+    ctx: Any, cos: Tensor, sin: Tensor, *gradients: Tensor | None, scale: Tensor | None = None
 ) -> list[Tensor | None]:
     """Gradients with a graph. The rotation is linear, so it matters nothing where they are taken."""
     name, tokens_first, dtype = ctx.rest
@@ -253,17 +263,22 @@ def gradients_with_graph(
         cast="own" if variant.cast == "query" else variant.cast,
     )
     tables: tuple[Tensor | None, Tensor | None] = (cos, sin)
+    more: dict[str, Any] = {}
     if variant.pairs == "complex":
         plain = dataclasses.replace(plain, broadcast="given")
         tables = (torch.complex(cos, sin).unsqueeze(place), None)
     elif variant.pairs == "matrix" and variant.broadcast == "given":
         plain = dataclasses.replace(plain, broadcast="given", tables="columns")
         tables = tuple(column.unflatten(-1, (-1, 2)).unsqueeze(place) for column in (cos, sin))
+    elif scale is not None:
+        plain = dataclasses.replace(plain, broadcast="given")
+        tables = (cos.unsqueeze(place), sin.unsqueeze(place))
+        more = {"scale": scale.unsqueeze(place), "rotary_dim": cos.shape[-1]}
     elif variant.pairs == "matrix":
         plain = dataclasses.replace(plain, pairs="interleaved", tables="first_half_repeated")
 
     def definition(*x: Tensor | None) -> Any:
-        made = [reference.rotary(y, None, *tables, place, variant=plain) for y in x if y is not None]
+        made = [reference.rotary(y, None, *tables, place, variant=plain, **more) for y in x if y is not None]
         return tuple(y.to(query) if variant.cast == "query" else y for y in made)  # type: ignore[union-attr]
 
     origins = [

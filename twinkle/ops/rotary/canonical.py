@@ -273,7 +273,7 @@ class _Canonical:
             return None  # with another number of axes the code raises
         if isinstance(move, Merge):
             return self._joined(x)
-        if move.size != 2 or self._of_shape(x) is not self.turned:
+        if move.size != 2 or not self._is_alike(x):
             return None
         return self.make("paired" if move.at == 1 else "halved", x)
 

@@ -28,6 +28,7 @@ from twinkle.ops.rotary.call import (
     plan,
     real_tables,
     turn_each,
+    unscaled,
 )
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ def supports(
     """Why a variant is not computed here, or None."""
     if variant.tables == "repeated" and variant.compute == "input":
         return "not faster than the definition in bfloat16"
-    if variant.scaled:
-        return "nothing for a factor on both products"
     if variant.compute == "float64" and variant.cast == "none":
         return "nothing with results in float64"
     if variant.pairs == "complex" and variant.compute == "input":
@@ -80,6 +79,9 @@ def by_kernel(
     scale: Tensor | float = 1.0,
 ) -> Tensor | tuple[Tensor, ...] | None:
     """As `rotary` where it is computed here, else None."""
+    variant = unscaled(variant, scale)
+    if variant.scaled:
+        return None
     grad = torch.is_grad_enabled()
     least = LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor) or not pays(q, least):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["columns_of", "flat_columns", "guarded_function", "plan", "real_and_imaginary"]
+__all__ = ["columns_of", "flat_columns", "guarded_function", "plan", "real_and_imaginary", "scale_of"]
 
 _TURNED = ("q", "k", "v")
 _STATES = {"given": "is not None", "absent": "is None"}
@@ -101,6 +101,43 @@ def plan(
     if shape[1] != tokens:
         cos, sin = cos.expand(-1, tokens, -1), sin.expand(-1, tokens, -1)
     return cos, sin, tokens_first
+
+
+def scale_of(
+    scale: Any,
+    q: Tensor,
+    tables: tuple[Tensor, Tensor, bool],
+    rotary_dim: Any,
+    variant: RotaryVariant,
+) -> Tensor | None:
+    """A factor as ``[batch or 1, tokens, width]``, channels adjacent; None where it is no such factor.
+
+    Args:
+        scale: A number, or a tensor as the tables are.
+        q: What is turned.
+        tables: As `plan` gives them.
+        rotary_dim: As for `plan`.
+        variant: A scaled one.
+    """
+    cos, _, tokens_first = tables
+    if isinstance(scale, int | float) and not isinstance(scale, bool):
+        # Torch multiplies with a number in float32 and rounds once.
+        return torch.full((1, 1, cos.shape[-1]), scale, dtype=torch.float32, device=q.device).expand(
+            1, cos.shape[1], -1
+        )
+    if not isinstance(scale, Tensor) or scale.device != q.device:
+        return None
+    if type(scale) is not Tensor or (torch.is_grad_enabled() and scale.requires_grad):
+        return None
+    products = torch.promote_types(q.dtype, cos.dtype)
+    found = plan(q, None, None, scale, scale, rotary_dim, variant)
+    if (
+        found is None
+        or found[2] is not tokens_first
+        or torch.promote_types(products, scale.dtype) != products
+    ):
+        return None
+    return found[0] if found[0].stride(-1) == 1 else found[0].contiguous()
 
 
 def _is_like(x: Any, q: Tensor, tokens: int) -> bool:

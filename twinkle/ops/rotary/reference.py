@@ -414,9 +414,9 @@ VARIANTS: tuple[RotaryVariant, ...] = (
     *_given(),
     *(
         RotaryVariant(
-            f"{called}_full_scaled{how}",
+            f"{called}_full_scaled{wide}{how}",
             pairs=pairs,
-            cast="own",
+            cast=cast,
             part=part,
             broadcast="given",
             tensors=1,
@@ -424,6 +424,7 @@ VARIANTS: tuple[RotaryVariant, ...] = (
         )
         for pairs, called in _PAIRS
         for part, how in _ENDS
+        for wide, cast in _CASTS
     ),
     *(
         RotaryVariant(

@@ -27,6 +27,20 @@ Or the latter, as a complex number that is multiplied with another one, or as a 
 
 
 @triton.jit
+def turned_and_scaled(x1, x2, c1, s1, c2, s2, g1, g2, C: tl.constexpr):
+    """As `turned`, with each product times the factor of its channel."""
+    y1 = _scaled(x1, c1, g1, C) - _scaled(x2, s1, g1, C)
+    y2 = _scaled(x2, c2, g2, C) + _scaled(x1, s2, g2, C)
+    return y1.to(C), y2.to(C)
+
+
+@triton.jit
+def _scaled(x, table, factor, C: tl.constexpr):
+    product = (x * table).to(C).to(tl.float32)
+    return (product * factor).to(C).to(tl.float32)
+
+
+@triton.jit
 def turned(x1, x2, c1, s1, c2, s2, C: tl.constexpr):
     """Both channels of each pair, float32 values rounded to ``C`` after each step."""
     y1 = (x1 * c1).to(C).to(tl.float32) - (x2 * s1).to(C).to(tl.float32)
@@ -113,6 +127,8 @@ def _heads(
     s1,
     c2,
     s2,
+    g1,
+    g2,
     half,
     start,
     rest_start,
@@ -121,6 +137,7 @@ def _heads(
     W: tl.constexpr,
     REST: tl.constexpr,
     PAIRS: tl.constexpr,
+    SCALED: tl.constexpr,
     A: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -137,7 +154,12 @@ def _heads(
         if PAIRS == 3:
             # Back, the table is conjugated, which its sines are here.
             a, b = multiplied(a, b, c1, s1, A)
+        elif SCALED and not BACK:
+            a, b = turned_and_scaled(a, b, c1, s1, c2, s2, g1, g2, C)
         elif BACK:
+            if SCALED:
+                a = (a * g1).to(C).to(tl.float32)
+                b = (b * g2).to(C).to(tl.float32)
             a, b = turned_back(a, b, c1, s1, c2, s2, C, B)
         else:
             a, b = turned(a, b, c1, s1, c2, s2, C)
@@ -157,6 +179,7 @@ def _turn(
     k_out,
     cos,
     sin,
+    scale,
     tokens,
     q_heads,
     k_heads,
@@ -180,6 +203,8 @@ def _turn(
     c_t,
     s_b,
     s_t,
+    g_b,
+    g_t,
     T: tl.constexpr,
     QH: tl.constexpr,
     KH: tl.constexpr,
@@ -189,6 +214,7 @@ def _turn(
     ONE: tl.constexpr,
     INVERSE: tl.constexpr,
     STEP: tl.constexpr,
+    SCALED: tl.constexpr,
     A: tl.constexpr,
     C: tl.constexpr,
     B: tl.constexpr,
@@ -208,6 +234,10 @@ def _turn(
     else:
         c1, c2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, PAIRS, ONE, A, STEP)
         s1, s2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, PAIRS, ONE, A, STEP)
+    g1 = c1
+    g2 = c2
+    if SCALED:
+        g1, g2 = pair_of_tables(scale + batch * g_b + t * g_t, i, ok, half, PAIRS, False)
     if INVERSE or (PAIRS == 3 and BACK):
         s1 = -s1
         s2 = -s2
@@ -225,6 +255,8 @@ def _turn(
         s1,
         c2,
         s2,
+        g1,
+        g2,
         half,
         start,
         rest_start,
@@ -233,6 +265,7 @@ def _turn(
         W,
         REST,
         PAIRS,
+        SCALED,
         A,
         C,
         B,
@@ -253,6 +286,8 @@ def _turn(
             s1,
             c2,
             s2,
+            g1,
+            g2,
             half,
             start,
             rest_start,
@@ -261,6 +296,7 @@ def _turn(
             W,
             REST,
             PAIRS,
+            SCALED,
             A,
             C,
             B,
@@ -286,6 +322,7 @@ def turn(
     start: int,
     compute: torch.dtype,
     sums: torch.dtype,
+    scale: Tensor | None = None,
     back: bool = False,
 ) -> None:
     """Launch the rotation of one or two tensors.
@@ -305,11 +342,13 @@ def turn(
         start: The first channel that is turned; the others are copied.
         compute: The dtype that products are rounded to; of `COMPLEX`, the one that they are computed in.
         sums: In backward, the dtype that gradients are rounded to.
+        scale: ``[batch, tokens, width]``, columns adjacent: what each channel's products are multiplied with.
         back: Compute the gradients.
     """
     if q.numel() == 0 and (k is None or k.numel() == 0):
         return
     two = k is not None
+    factor = cos if scale is None else scale
     second, second_out = (k, k_out) if k is not None and k_out is not None else (q, q_out)
     batch, heads, tokens, channels = q.shape
     width = power_of_2(half)
@@ -328,7 +367,7 @@ def turn(
     with on_device(q):
         _launch_turn(
             (batch * cdiv(tokens, token_block),),
-            (q, second, q_out, second_out, cos, sin),
+            (q, second, q_out, second_out, cos, sin, factor),
             (
                 tokens,
                 heads,
@@ -343,6 +382,7 @@ def turn(
                 *second_out.stride()[:3],
                 *cos.stride()[:2],
                 *sin.stride()[:2],
+                *factor.stride()[:2],
             ),
             T=token_block,
             QH=q_block,
@@ -353,6 +393,7 @@ def turn(
             ONE=one,
             INVERSE=inverse,
             STEP=cos.stride(-1),
+            SCALED=scale is not None,
             A=tl_dtype(compute if pairs == COMPLEX else torch.float32),
             C=tl_dtype(torch.float32 if pairs == COMPLEX else compute),
             B=tl_dtype(sums),

@@ -8,6 +8,7 @@ import torch
 
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.rotary import given
 from twinkle.ops.rotary.call import (
     HALF,
     NAMED,
@@ -21,6 +22,7 @@ from twinkle.ops.rotary.call import (
     real_tables,
     sums_dtype,
     turn_each,
+    unscaled,
 )
 
 if TYPE_CHECKING:
@@ -42,8 +44,6 @@ def supports(
     variant: RotaryVariant, device: str | None = None, facts: Mapping[str, Any] | None = None
 ) -> str | None:
     """Why there is no kernel for a variant, or None."""
-    if variant.scaled:
-        return "no kernel for a factor on both products"
     if variant.compute == "float64" and variant.cast == "none":
         return "no kernel with results in float64"
     if variant.part in ("all", "first", "last"):
@@ -71,6 +71,7 @@ def by_kernel(
     """As `rotary` where the kernel computes it, else None."""
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor):
         return None
+    variant = unscaled(variant, scale)
     columns = real_tables(q, cos, sin, variant)
     if columns is None:
         return None
@@ -84,9 +85,16 @@ def by_kernel(
     if found is None:
         return None
     cos, sin, tokens_first = found
+    factor = given.scale_of(scale, q, found, rotary_dim, variant) if variant.scaled else None
+    if variant.scaled and factor is None:
+        return None
     turned: Callable[..., Any] = _eager if path is EAGER else _op
     return turn_each(
-        lambda x, other: turned(x, other, cos, sin, variant.name, tokens_first, q.dtype), q, k, v, variant
+        lambda x, other: turned(x, other, cos, sin, variant.name, tokens_first, q.dtype, factor),
+        q,
+        k,
+        v,
+        variant,
     )
 
 
@@ -105,10 +113,11 @@ def _eager(
     variant: str,
     tokens_first: bool,
     dtype: torch.dtype,
+    scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
-        return _forward(q, k, cos, sin, variant, tokens_first, dtype)
-    return _differentiable(q, k, cos, sin, variant, tokens_first, dtype)  # type: ignore[no-any-return]
+        return _forward(q, k, cos, sin, variant, tokens_first, dtype, scale)
+    return _differentiable(q, k, cos, sin, variant, tokens_first, dtype, scale)  # type: ignore[no-any-return]
 
 
 def _four(x: Tensor, tokens_first: bool) -> Tensor:
@@ -128,6 +137,7 @@ def _launch(
     variant: RotaryVariant,
     tokens_first: bool,
     inputs: torch.dtype,
+    scale: Tensor | None,
     back: bool,
 ) -> None:
     # Matrices of two tables hold the same numbers as the pairs that they turn.
@@ -154,6 +164,7 @@ def _launch(
         start=x[0].shape[-1] - 2 * half if variant.part == "last" else 0,
         compute=compute_dtype(inputs, cos.dtype, variant),
         sums=sums_dtype(inputs, cos.dtype, variant),
+        scale=None if scale is None else scale.expand(first.shape[0], -1, -1),
         back=back,
     )
 
@@ -166,10 +177,11 @@ def _forward(
     variant: str,
     tokens_first: bool,
     query: torch.dtype,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q_out, k_out = _fake_forward(q, k, cos, sin, variant, tokens_first, query)
     outs = (q_out, None if k is None else k_out)
-    _launch((q, k), outs, cos, sin, NAMED[variant], tokens_first, q.dtype, False)
+    _launch((q, k), outs, cos, sin, NAMED[variant], tokens_first, q.dtype, scale, False)
     return q_out, k_out
 
 
@@ -181,15 +193,16 @@ def _backward(
     variant: str,
     tokens_first: bool,
     inputs: torch.dtype,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    outs = _fake_backward(dq, dk, cos, sin, inputs)
-    _launch((dq, dk), outs, cos, sin, NAMED[variant], tokens_first, inputs, True)
+    outs = _fake_backward(dq, dk, cos, sin, variant, tokens_first, inputs)
+    _launch((dq, dk), outs, cos, sin, NAMED[variant], tokens_first, inputs, scale, True)
     return outs
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
-    q, k, cos, sin, variant, tokens_first, query = inputs
-    ctx.save_for_backward(cos, sin)
+    q, k, cos, sin, variant, tokens_first, query, scale = inputs
+    ctx.save_for_backward(cos, sin, scale)
     ctx.rest = (variant, tokens_first, q.dtype)
     ctx.two = k is not None
     ctx.shapes = (q.shape, None if k is None else k.shape, query)
@@ -197,18 +210,19 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
 
 
 def _gradients(ctx: Any, function: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    none = (None,) * 5
+    cos, sin, scale = ctx.saved_tensors
+    none = (None,) * 6
     dk = dk if ctx.two else None
     if dq is None:
-        return (None, None if dk is None else function(dk, None, cos, sin, *ctx.rest)[0], *none)
-    found = function(dq, dk, cos, sin, *ctx.rest)
+        return (None, None if dk is None else function(dk, None, cos, sin, *ctx.rest, scale)[0], *none)
+    found = function(dq, dk, cos, sin, *ctx.rest, scale)
     return (found[0], None if dk is None else found[1], *none)
 
 
 def _again(ctx: Any, dq: Tensor | None, dk: Tensor | None) -> tuple[Tensor | None, ...]:
-    cos, sin = ctx.saved_tensors
-    return (*gradients_with_graph(ctx, cos, sin, dq, dk if ctx.two else None), *(None,) * 5)
+    cos, sin, scale = ctx.saved_tensors
+    found = gradients_with_graph(ctx, cos, sin, dq, dk if ctx.two else None, scale=scale)
+    return (*found, *(None,) * 6)
 
 
 def _fake_forward(
@@ -219,6 +233,7 @@ def _fake_forward(
     variant: str,
     tokens_first: bool,
     query: torch.dtype,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Room for the results: an empty tensor where there is no ``k``."""
     kind = NAMED[variant]
@@ -230,21 +245,27 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dq: Tensor, dk: Tensor | None, cos: Tensor, sin: Tensor, *rest: Any
+    dq: Tensor,
+    dk: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    variant: str,
+    tokens_first: bool,
+    inputs: torch.dtype,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    inputs = rest[-1]
     return empty(dq, inputs), None if dk is None else empty(dk, inputs)
 
 
 _differentiable, _op = define_op(
     "_Rotary",
-    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str variant, bool tokens_first, ScalarType query)"
-    " -> (Tensor, Tensor)",
+    "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str variant, bool tokens_first, ScalarType query, "
+    "Tensor? scale=None) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(
         "rotary_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, str variant, "
-        "bool tokens_first, ScalarType inputs) -> (Tensor, Tensor)",
+        "bool tokens_first, ScalarType inputs, Tensor? scale=None) -> (Tensor, Tensor)",
         _backward,
         _fake_backward,
         keep=_keep,
