@@ -143,13 +143,13 @@ def _heads(
     B: tl.constexpr,
     BACK: tl.constexpr,
 ):
+    adjacent: tl.constexpr = PAIRS == 1 or PAIRS > 2
     i = tl.arange(0, W)[None, None, :]
     for first_head in range(0, heads, H):
         h = first_head + tl.arange(0, H)[None, :, None].to(tl.int64)
         ok = token_ok & (h < heads) & (i < half)
         x_at = x + t * x_t + h * x_h
         y_at = y + t * y_t + h * y_h
-        adjacent: tl.constexpr = PAIRS == 1 or PAIRS > 2
         a, b = _load_pairs(x_at + start, i, ok, half, adjacent or (PAIRS == 2 and not BACK))
         if PAIRS == 3:
             # Back, the table is conjugated, which its sines are here.
@@ -214,6 +214,7 @@ def _turn(
     ONE: tl.constexpr,
     INVERSE: tl.constexpr,
     STEP: tl.constexpr,
+    SHIFT: tl.constexpr,
     SCALED: tl.constexpr,
     A: tl.constexpr,
     C: tl.constexpr,
@@ -227,6 +228,7 @@ def _turn(
     token_ok = t < tokens
     i = tl.arange(0, W)[None, None, :]
     ok = token_ok & (i < half)
+    sin += SHIFT
     if PAIRS == 4:
         c1, s2 = pair_of_tables(cos + batch * c_b + t * c_t, i, ok, half, 1, False, A, STEP)
         s1, c2 = pair_of_tables(sin + batch * s_b + t * s_t, i, ok, half, 1, False, A, STEP)
@@ -349,6 +351,14 @@ def turn(
         return
     two = k is not None
     factor = cos if scale is None else scale
+    # Parts of complex numbers, columns of matrices: every launch would miss the known ones for its address.
+    interlaced = (
+        cos.stride() == sin.stride()
+        and cos.stride(-1) == 2
+        and sin.data_ptr() == cos.data_ptr() + cos.element_size()
+    )
+    if interlaced:
+        sin = cos
     second, second_out = (k, k_out) if k is not None and k_out is not None else (q, q_out)
     batch, heads, tokens, channels = q.shape
     width = power_of_2(half)
@@ -393,6 +403,7 @@ def turn(
             ONE=one,
             INVERSE=inverse,
             STEP=cos.stride(-1),
+            SHIFT=int(interlaced),
             SCALED=scale is not None,
             A=tl_dtype(compute if pairs == COMPLEX else torch.float32),
             C=tl_dtype(torch.float32 if pairs == COMPLEX else compute),
