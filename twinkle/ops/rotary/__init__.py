@@ -2,8 +2,8 @@
 
 Formula: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021; the variants differ
 in which channels make a pair, in the layout of the tables, and in where they round. A pair may be a complex
-number times another one, or a vector times a matrix. Triton's kernel equals the definition bit for bit, gradients
-too; a complex product is fused as compilers for GPUs fuse it.
+number times another one, or a vector times a matrix. Triton's kernel equals the definition bit for bit,
+gradients too; a complex product is fused as compilers for GPUs fuse it.
 """
 
 from twinkle.ops.catalog import Op
