@@ -8,7 +8,7 @@ from rounding import assert_near, terms
 
 from twinkle.ops.rotary import reference
 from twinkle.ops.rotary.layer import apply_rotary_pos_emb
-from twinkle.ops.rotary.triton_backend import function_for, rotary, supports
+from twinkle.ops.rotary.triton_backend import by_kernel, function_for, rotary, supports
 
 VARIANTS = {variant.name: variant for variant in reference.VARIANTS if supports(variant) is None}
 HALF = VARIANTS["half"]
@@ -138,6 +138,19 @@ def test_tables_that_are_not_one_complex_number_a_pair_go_through_the_definition
     ours, theirs = rotary(q, k, table, variant=variant), reference.rotary(q, k, table, None, variant=variant)
     assert not any(used_kernel(y) for y in ours)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_real_tables_in_float64_go_through_the_definition(kernels):
+    (q, k, cos, sin), _, _ = example(HALF, kernels)
+    ours, theirs = (f(q, k, cos.double(), sin.double(), variant=HALF) for f in (rotary, reference.rotary))
+    assert not any(used_kernel(y) for y in ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("name", ["complex_head_2", "complex_head_1", "matrix"])
+def test_three_dimensions_are_no_rotation_by_products(kernels, name):
+    (q, k, table, sin), _, _ = example(VARIANTS[name], kernels)
+    assert by_kernel(q[0], k[0], table[0], None if sin is None else sin[0], variant=VARIANTS[name]) is None
 
 
 def test_a_wide_table_of_a_float32_product(kernels):
