@@ -11,7 +11,9 @@ from torch import nn
 
 from twinkle.apply.layers import kernelize_layers
 from twinkle.fuse import modulated_norm
+from twinkle.kernel import unkernelize_model
 from twinkle.ops.modulated_norm import triton_backend
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from twinkle.registry import Registry
@@ -230,3 +232,115 @@ def test_outputs_and_gradients_are_those_of_the_original(
         assert ours.dtype == theirs.dtype
         assert_near(ours, theirs, 400)
         assert torch.equal(ours, once_more)
+
+
+@pytest.mark.parametrize("kind", ["residual_norm", "modulated_norm", "both"])
+def test_a_norm_after_a_sum_is_computed_by_one_of_two(
+    at_any_size: torch.device, counted: dict[str, int], kind: str
+) -> None:
+    """Where both ops could take it, the modulation does; where only one is wanted, that one."""
+    module, x, c = made(Flux, {"norm": RMSNorm}, at_any_size)
+    expected = step(module, x, c)
+    runtime.options.kernels = ("residual_norm", "modulated_norm") if kind == "both" else (kind,)
+    kernelize_layers(module)
+    step(module, x, c)
+    before = dict(counted)
+    for ours, theirs in zip(step(module, x, c), expected, strict=True):
+        assert_near(ours, theirs, 400)
+    runs = {op: counted[op] - before[op] for op in ("residual_norm", "modulated_norm")}
+    assert runs == {
+        "residual_norm": int(kind == "residual_norm"),
+        "modulated_norm": 2 * (kind != "residual_norm"),
+    }
+
+
+def test_small_inputs_take_the_original_steps(device: torch.device, counted: dict[str, int]) -> None:
+    for cls in (DiT, Flux):
+        module, x, c = made(cls, BARE, device)
+        expected = step(module, x, c)
+        kernelize_layers(module)
+        for ours, theirs in zip(step(module, x, c), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    assert counted["modulated_norm"] == 0
+
+
+@pytest.mark.parametrize("change", ["hook", "eps", "class", "function"])
+def test_what_is_another_now_runs_itself(
+    at_any_size: torch.device, counted: dict[str, int], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    module, x, c = made(DiT, BARE, at_any_size)
+    kernelize_layers(module)
+    module(x, c)
+    before = counted["modulated_norm"]
+    if change == "hook":
+        module.norm1.register_forward_hook(lambda m, a, y: y * 2)
+    elif change == "eps":
+        module.norm1.eps = 1  # an int: the kernel is for what it was proven with
+    elif change == "class":
+        module.norm1 = nn.Identity()
+    else:
+        monkeypatch.setitem(globals(), "modulate", lambda x, shift, scale: x - shift[:, None])
+    found = module(x, c)
+    assert counted["modulated_norm"] == before + (change != "function")
+    unkernelize_model(module)
+    assert_near(found, module(x, c), 200)
+
+
+def test_a_condition_of_another_shape_runs_the_original_steps(
+    at_any_size: torch.device, counted: dict[str, int]
+) -> None:
+    """As many tokens as samples: torch takes the condition for one of tokens."""
+
+    class Mistaken(Block):
+        def forward(self, x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+            shift, scale, *_ = self.make(c).chunk(6, dim=1)
+            return self.norm1(x) * (1 + scale) + shift
+
+    module, _, c = made(Mistaken, BARE, at_any_size)
+    x = torch.randn(2, 2, D, device=at_any_size)
+    expected = step(module, x, c)
+    kernelize_layers(module)
+    for ours, theirs in zip(step(module, x, c), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert counted["modulated_norm"] == 0
+
+
+def test_autocast_keeps_what_it_computes(at_any_size: torch.device, counted: dict[str, int]) -> None:
+    """The linear layer gives half precision; the norm, the scale of its gradient and the sum are float32."""
+    module, x, c = made(Flux, {}, at_any_size)
+    with torch.autocast(at_any_size.type, torch.bfloat16):
+        expected = step(module, x, c)
+        kernelize_layers(module)
+        found = step(module, x, c)
+    assert counted["modulated_norm"] > 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert_near(ours, theirs, 40, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("cls", [DiT, Flux, Wan, Hunyuan], ids=lambda cls: cls.__name__)
+def test_a_compiler_sees_the_op(at_any_size: torch.device, counted: dict[str, int], cls: type[Block]) -> None:
+    module, x, c = made(cls, {"norm": Float32LayerNorm, **BARE} if cls is Wan else BARE, at_any_size)
+    expected = step(module, x, c)
+    kernelize_layers(module)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_near(compiled(x, c), expected[0], 400)
+    assert counted["modulated_norm"] > 0
+
+
+def test_a_function_of_a_user_that_raises_says_so_itself(at_any_size: torch.device) -> None:
+    module, x, _ = made(Hunyuan, BARE, at_any_size)
+    kernelize_layers(module)
+
+    class NoScale(nn.Module):
+        def forward(self, c: torch.Tensor) -> Any:
+            return self
+
+        def chunk(self, *_: Any, **__: Any) -> Any:
+            return ["no tensor", "no tensor", None]
+
+    module.make = NoScale()  # type: ignore[assignment]
+    with pytest.raises(AttributeError, match="unsqueeze"):
+        module(x, x)

@@ -68,7 +68,8 @@ class ModulationStep(FusedStep):
         super().__init__(source, proofs=proofs, recall=recall)
         self.upcast, self.widened = place.upcast, place.widened
         self.one = place.one if isinstance(place, LayerThenModulation) else 1
-        found = None if function is None else modulating_function(function())
+        self._plain = None if function is None else function()
+        found = None if function is None else modulating_function(self._plain)
         self.function: ModulatingFunction | None = found if isinstance(found, ModulatingFunction) else None
         self._direct = function is None
 
@@ -105,7 +106,8 @@ class ModulationStep(FusedStep):
 
         known = self.function
         found = None
-        if known is not None and known.is_still(function):
+        # A compiler follows the very function, and compares no defaults.
+        if known is not None and (known.is_still(function) or (_compiling() and function is self._plain)):
             try:
                 found = known.scale_and_shift(None, *args, **kwargs)
             except (AttributeError, TypeError, IndexError, RuntimeError):
