@@ -35,7 +35,7 @@ PACKAGES = {
     "x-transformers": ("x_transformers",),
     "torchtune": ("torchtune.modules", "torchtune.models"),
 }
-INSIDE = ("residual_norm", "qk_norm_rotary", "causal_lm_loss")
+INSIDE = ("residual_norm", "qk_norm_rotary", "modulated_norm", "causal_lm_loss")
 
 
 def modules(roots: tuple[str, ...]) -> Iterator[str]:
@@ -103,7 +103,7 @@ def survey(roots: tuple[str, ...]) -> dict[str, Any]:
 def corpus() -> dict[str, int]:
     """How many spellings of each op the corpus has (``tests/corpus``)."""
     found: dict[str, int] = collections.Counter()
-    for name in ("norms", "rotations", "rotations_by_pairs", "gated_mlps"):
+    for name in ("norms", "rotations", "rotations_by_pairs", "gated_mlps", "adaptive_norms"):
         for one in importlib.import_module(name).CORPORA:
             found.update(spelling.op for spelling in one.spellings.values())
     return dict(found)

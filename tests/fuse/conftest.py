@@ -25,7 +25,8 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
         from twinkle.ops import launch
 
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401
+        from twinkle.ops.modulated_norm import triton as _
+        from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401, F811
         from twinkle.ops.rms_norm.triton_kernels import mean_square
 
         if type(mean_square).__name__ != "InterpretedFunction":

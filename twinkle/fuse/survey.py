@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.forward import draft_of
+from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import norm_variant
 from twinkle.fuse.places import (
     CalledModulation,
@@ -76,7 +77,8 @@ def recognise_places(cls: type) -> list[Recognition]:
         Recognitions whose facts are those of the op's first place, and of one with a kernel where there
         is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``, or ``norm`` and ``scale``
         (or ``function``) of a modulation; ``wired``, whether a kernel takes the place on a device that runs
-        Triton's, with the ``reason`` where none does. If there are several, all are under ``sites``.
+        Triton's, with the ``reason`` where none does; ``instead``, the op whose kernel takes it where that
+        op is on as well. If there are several, all are under ``sites``.
     """
     function, _ = source.unwrap(own_forward(cls))
     if not isinstance(function, FunctionType):
@@ -94,10 +96,11 @@ def recognise_places(cls: type) -> list[Recognition]:
     kernels = [site.number for site in sites if site.variant is not None and site.reason is None]
     free = without_overlaps(places, kernels)
     for site in sites:
-        overlaps = site.number in kernels and site.number not in free
-        if site.variant is not None and not overlaps:
+        if site.variant is not None:
             reason = site.reason or _not_rewritten(cls)
             facts = _facts(places[site.number], reason, function)
+            if site.number in kernels and site.number not in free:
+                facts["instead"] = ModulationStep.op
             found.setdefault(site.op, []).append((site.variant, facts))
     return [_recognition(cls, op, found[op]) for op in OPS if op in found]
 

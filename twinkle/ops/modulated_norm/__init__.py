@@ -11,7 +11,7 @@ OP = Op(
     "modulated_norm",
     kind="inside",
     summary="inside a layer: a norm, then scale and shift from a condition",
-    rank=7,
+    rank=11,
     words=("*", "mul"),
     functions={"modulated_norm": "triton_backend"},
     backends=("triton_backend",),
