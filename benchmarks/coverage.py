@@ -348,8 +348,8 @@ def page(found: dict) -> str:
             `residual_norm`, `qk_norm_rotary` and `modulated_norm` are places inside a forward, found in its
             statements. {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel;
             the data has them under `families_without_kernel`. A sum before a norm that is modulated counts
-            as both; its norm is computed by `modulated_norm`. Many of the classes with a `causal_lm_loss` are classifiers,
-            which write their loss alike: their instances are left alone.
+            as both; its norm is computed by `modulated_norm`. Many of the classes with a `causal_lm_loss` are
+            classifiers, which write their loss alike: their instances are left alone.
         """),
         *_right(found),
         *_packages(),
@@ -459,13 +459,14 @@ def _versions(found: dict) -> list:
     rows = []
     for version in sorted(others, key=lambda text: [int(part) for part in text.split(".")]):
         one = others[version]
-        counts = (str(one["totals"].get(op, {}).get("families", 0)) for op in OPS)
+        counts = (str(one["totals"].get(op, {}).get("families", "–")) for op in OPS)
         rows.append(f"| {version} | {one['modules']} | " + " | ".join(counts) + " |")
     return [
         "## Other versions of transformers",
         _prose("""
             The table counts families by op. Before 5.0 experts are lists of layers, which is no op.
-            Before 5.18 their one-hot has no room for a slot without expert (variants `unpadded`).
+            Before 5.18 their one-hot has no room for a slot without expert (variants `unpadded`). A version
+            that was looked at before there was an op has – for it.
         """),
         _table("| transformers | modules | " + " | ".join(f"`{op}`" for op in OPS) + " |", rows),
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -344,3 +345,35 @@ def test_a_function_of_a_user_that_raises_says_so_itself(at_any_size: torch.devi
     module.make = NoScale()  # type: ignore[assignment]
     with pytest.raises(AttributeError, match="unsqueeze"):
         module(x, x)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("cls", [DiT, Flux, Wan, WanTokens], ids=lambda cls: cls.__name__)
+def test_blocks_of_models_shapes_on_a_gpu(
+    device: torch.device,
+    counted: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+    cls: type[Block],
+    dtype: torch.dtype,
+) -> None:
+    """Large enough for the kernel; results and gradients at most twice as far off as the original."""
+    monkeypatch.setitem(globals(), "D", 1536)
+    torch.manual_seed(0)
+    norm = {"norm": Float32LayerNorm} if cls in (Wan, WanTokens) else {}
+    module = cls(**norm, **BARE).to(device, dtype)
+    x = torch.randn(4, 2048, 1536, device=device, dtype=dtype)
+    c = torch.randn(4, 1536, device=device, dtype=dtype)
+    expected = step(module, x, c)
+    high = torch.float32 if dtype == torch.bfloat16 else torch.float64
+    exact = step(copy.deepcopy(module).to(high), x.to(high), c.to(high))
+    kernelize_layers(module)
+    step(module, x, c)
+    before = counted["modulated_norm"]
+    found = step(module, x, c)
+    assert counted["modulated_norm"] == before + 2
+    for ours, theirs, best in zip(found, expected, exact, strict=True):
+        assert ours.dtype == theirs.dtype
+        off = [float((t.to(high) - best).norm() / best.norm()) for t in (ours.detach(), theirs.detach())]
+        assert off[0] <= 2 * off[1] + 1e-5

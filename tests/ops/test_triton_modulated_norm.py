@@ -238,6 +238,7 @@ def test_the_op_keeps_to_its_schema(at_any_size, dtype, condition):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("lead", "width", "condition"),

@@ -29,6 +29,7 @@ __all__ = ["ModulationStep"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 256
 """Tokens of a sample that a comparison is made on, where they share one condition."""
 
@@ -183,7 +184,9 @@ class ModulationStep(FusedStep):
         variant = variant_of(norm.variant, upcast=self.upcast, widened=self.widened)
         if path_for(x, weight, bias, scale, shift, variant) is not CUSTOM_OP:
             return None
-        dtype = like.dtype if isinstance(like, torch.Tensor) and like.device == x.device else None
+        dtype = None
+        if isinstance(like, torch.Tensor) and like.device == x.device and like.dtype in _DTYPES:
+            dtype = like.dtype
         return run(CUSTOM_OP, x, weight, bias, eps, scale, shift, variant, dtype)
 
     def first_call(
@@ -258,7 +261,7 @@ def _is_tensor(value: Any) -> bool:
 
 def _dtype_of(like: Any, x: Tensor) -> torch.dtype | None:
     """The dtype that the result may have at once; None where the forward is to cast it, or nobody does."""
-    if type(like) is not torch.Tensor or like.device != x.device or not like.is_floating_point():
+    if type(like) is not torch.Tensor or like.device != x.device or like.dtype not in _DTYPES:
         return None
     return like.dtype
 
