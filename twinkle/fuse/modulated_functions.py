@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from twinkle.codegen import compile_source
 from twinkle.fuse.modulated_places import condition_of, modulation_of, scale_in
 from twinkle.match.symbolic import source
-from twinkle.match.symbolic.syntax import given_names, loaded
+from twinkle.match.symbolic.syntax import asks_for_none, given_names, loaded
 from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
@@ -122,15 +122,7 @@ def _asks_for_none(test: ast.expr, names: list[str]) -> bool:
         return all(_asks_for_none(part, names) for part in test.values)
     if isinstance(test, ast.UnaryOp):
         return isinstance(test.op, ast.Not) and _asks_for_none(test.operand, names)
-    return (
-        isinstance(test, ast.Compare)
-        and isinstance(test.left, ast.Name)
-        and test.left.id in names
-        and len(test.ops) == 1
-        and isinstance(test.ops[0], ast.Is | ast.IsNot)
-        and isinstance(test.comparators[0], ast.Constant)
-        and test.comparators[0].value is None
-    )
+    return asks_for_none(test) and test.left.id in names  # type: ignore[attr-defined]
 
 
 class _Put(ast.NodeTransformer):

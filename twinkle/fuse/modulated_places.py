@@ -12,7 +12,15 @@ import ast
 import copy
 from typing import TYPE_CHECKING, NamedTuple
 
-from twinkle.match.symbolic.syntax import first_step, given_names, loaded, own_nodes, path_of, stored
+from twinkle.match.symbolic.syntax import (
+    first_step,
+    given_names,
+    layer_call,
+    loaded,
+    own_nodes,
+    read_after,
+    stored,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -291,7 +299,7 @@ def _named(
     node: ast.FunctionDef, block: list[ast.stmt], at: int, repeated: bool, owner: str
 ) -> _Named | None:
     given = given_names(block[at])
-    found = None if given is None else _layer_call(given[1], owner)
+    found = None if given is None else layer_call(given[1], owner)
     if given is None or found is None or len(given[0]) != 1:
         return None
     [name] = given[0]
@@ -302,7 +310,7 @@ def _named(
             over = again is not None and name in again[0]
             reads = [part for part in ast.walk(then) if isinstance(part, ast.Name) and part.id == name]
             once = sum(isinstance(part.ctx, ast.Load) for part in reads) == 1
-            if not once or not (over or (not repeated and not _read_after(node, name, then))):
+            if not once or not (over or (not repeated and not read_after(node, name, then))):
                 return None
             return _Named(name, block[at], then, *found)
         # The layer is called after what stands between: that may neither see its result nor change its input.
@@ -310,14 +318,6 @@ def _named(
         if not free or not _is_harmless(then):
             return None
     return None
-
-
-def _read_after(node: ast.FunctionDef, name: str, statement: ast.stmt) -> bool:
-    end = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
-    return any(
-        isinstance(part, ast.Name) and part.id == name and (part.lineno, part.col_offset) >= end
-        for part in ast.walk(node)
-    )
 
 
 def _is_harmless(statement: ast.stmt) -> bool:
@@ -346,15 +346,6 @@ def _computes(node: ast.expr) -> bool:
     return isinstance(node, ast.Name | ast.Constant)
 
 
-def _layer_call(node: ast.AST, owner: str) -> tuple[ast.Call, str] | None:
-    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
-        return None
-    path = path_of(node.func, owner)
-    if path is None or isinstance(node.args[0], ast.Starred):
-        return None
-    return node, path
-
-
 def _place(
     part: ast.AST, owner: str, local: set[str], casts: dict[int, ast.expr], named: _Named | None
 ) -> Place | None:
@@ -364,7 +355,7 @@ def _place(
 
     def call_of(node: ast.expr) -> tuple[ast.Call, str] | None:
         if named is None:
-            return _layer_call(node, owner)
+            return layer_call(node, owner)
         return (named.call, named.path) if isinstance(node, ast.Name) and node.id == named.name else None
 
     def is_normed(node: ast.expr) -> bool:

@@ -227,7 +227,7 @@ def backward(
             kept = torch.empty((groups, 2, width) if own else 1, dtype=torch.float32, device=x.device)
             columns = 32 if groups < 16 else 128
             _launch_condition(
-                (cdiv(width, columns), groups),
+                (groups, cdiv(width, columns)),
                 (partial, w, b, s_rows, spare if ds is None else ds, spare if dt is None else dt, kept),
                 (parts, width, s_stride),
                 ROWS=max(1, min(64, power_of_2(parts))),

@@ -210,9 +210,9 @@ def condition_kernel(
     KEEP: tl.constexpr,
 ):
     """The parts of a group's programs, in their order, made its gradients and its part of the weight's."""
-    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    group = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
     here = col < width
-    group = tl.program_id(1).to(tl.int64)
     products = tl.zeros([ROWS, BLOCK], tl.float32)
     levels = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(0, parts, ROWS):
