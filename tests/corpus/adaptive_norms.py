@@ -270,6 +270,86 @@ class WithLinear(nn.Module):
         return self.norms[0](x) * (1 + scale[:, None]) + shift[:, None]
 
 
+class NullableNorm(nn.Module):
+    """The weight may be None: the result is then rounded, and else the product."""
+
+    def __init__(self, weight: bool, bias: bool = False) -> None:
+        super().__init__()
+        self.eps = 1e-6
+        self.weight, self.bias = None, None
+        if weight:
+            self.weight = nn.Parameter(torch.ones(WIDTH))
+            self.bias = nn.Parameter(torch.zeros(WIDTH)) if bias else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        input_dtype = hidden_states.dtype
+        variance = hidden_states.to(torch.float32).pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.eps)
+        if self.weight is not None:
+            if self.weight.dtype in [torch.float16, torch.bfloat16]:
+                hidden_states = hidden_states.to(self.weight.dtype)
+            hidden_states = hidden_states * self.weight
+            if self.bias is not None:
+                hidden_states = hidden_states + self.bias
+        else:
+            hidden_states = hidden_states.to(input_dtype)
+        return hidden_states
+
+
+@spelling("rms_norm_diffusers")
+class WithNullableNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = NullableNorm(False)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm1(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+@look_alike(WithNullableNorm, "the norm has a bias")
+class WithBiasedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = NullableNorm(True, True)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm1(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+@look_alike(WithNullableNorm, "the weight is no parameter")
+class WithBufferedNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = NullableNorm(False)
+        del self.norm1.weight
+        self.norm1.register_buffer("weight", torch.arange(WIDTH) + 1.0)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.norm1(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+@spelling("rms_norm_diffusers")
+class WithNullableNormAndWeight(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm2 = NullableNorm(True)
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        x = x + shift[:, None]
+        h = self.norm2(x)
+        h = h * (1 + scale[:, None])
+        return h + x
+
+
+@look_alike(WithNullableNormAndWeight, "the weight is scaled as well")
+class WithNullableNormAfterwards(WithNullableNormAndWeight):
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        x = x + shift[:, None]
+        h = self.norm2(x)
+        h = h * (1 + scale[:, None] * self.norm2.weight)
+        return h + x
+
+
 # -- in float32 -----------------------------------------------------------------------------------
 
 

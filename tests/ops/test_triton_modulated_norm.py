@@ -84,7 +84,7 @@ def test_other_layer_norms(at_any_size, name, condition):
     compare(bare(inputs(at_any_size, condition=condition), LAYER[name]), variant)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma", "fused", "unweighted"])
+@pytest.mark.parametrize("name", ["llama", "gemma", "fused", "unweighted", "diffusers"])
 @pytest.mark.parametrize("condition", ["sample", "token"])
 def test_rms_norms(at_any_size, name, condition):
     if name not in RMS:
@@ -92,6 +92,18 @@ def test_rms_norms(at_any_size, name, condition):
     variant = variant_of(RMS[name])
     assert supports(variant) is None
     compare(bare(inputs(at_any_size, condition=condition), RMS[name]), variant)
+
+
+def test_a_weight_that_may_be_none(at_any_size, half):
+    variant = variant_of(RMS["diffusers"])
+    for dtype in (torch.float32, half):
+        x, _, _, s, t = inputs(at_any_size, dtype=dtype, made=torch.float32)
+        ours, theirs = (
+            both(f, variant, [x, None, None, s, t]) for f in (modulated_norm, reference.modulated_norm)
+        )
+        for a, e in zip(ours, theirs, strict=True):
+            assert a.dtype == e.dtype
+            assert_near(a, e, 200 if dtype == torch.float32 else 40, dtype=dtype, magnitude=20.0)
 
 
 @pytest.mark.parametrize("condition", ["sample", "token"])

@@ -16,6 +16,7 @@ from twinkle.fuse.qk_norm_rotary import PairStep, pair_of, variant_of_pair
 from twinkle.fuse.residual_norm import SumStep, variants_of
 from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.modulated_norm.triton_backend import variant_of
+from twinkle.ops.residual_norm import triton_backend as residual_norm
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 
 if TYPE_CHECKING:
@@ -72,7 +73,8 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     scaled = place.scale is not None
     if isinstance(norm, Norm):
         variants = variants_of(norm)
-        return Site(number, SumStep.op, variants.scaled if scaled else variants.variant)
+        variant = variants.scaled if scaled else variants.variant
+        return Site(number, SumStep.op, variant, residual_norm.supports(variant))
     other = None if cls is None else norm_variant(cls)
     if other is None:
         return Site(number, SumStep.op, None, norm)

@@ -68,11 +68,13 @@ def supports(
     norm = variant.norm
     if _VARIANTS.get(variant.name) != variant:
         return f"{variant.name} is no variant of its definition"
-    backend: Any = layer_norm if isinstance(norm, LayerNormVariant) else rms_norm
-    if not backend.takes_weight_and_eps(norm):
-        return f"there is no kernel for {norm.name} behind other steps"
-    found: str | None = backend.supports(norm, device)
-    return found
+    if isinstance(norm, LayerNormVariant):
+        taken = layer_norm.takes_weight_and_eps(norm)
+        reason = layer_norm.supports(norm, device)
+    else:
+        taken = rms_norm.takes_weight_and_eps(norm, nullable=True)
+        reason = rms_norm.supports(norm, device)
+    return reason if taken else f"there is no kernel for {norm.name} behind other steps"
 
 
 def modulated_norm(
