@@ -11,7 +11,6 @@ from rounding import assert_near
 from torch import nn
 
 from twinkle.apply.layers import kernelize_layers
-from twinkle.fuse import modulated_norm
 from twinkle.kernel import unkernelize_model
 from twinkle.ops.modulated_norm import triton_backend
 from twinkle.runtime import runtime
@@ -26,7 +25,6 @@ D = 8
 def at_any_size(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """The device, with a kernel for small inputs as well."""
     monkeypatch.setattr(triton_backend, "LEAST", 0)
-    monkeypatch.setattr(modulated_norm, "LEAST", 0)
     return device
 
 
@@ -263,6 +261,19 @@ def test_small_inputs_take_the_original_steps(device: torch.device, counted: dic
         for ours, theirs in zip(step(module, x, c), expected, strict=True):
             assert torch.equal(ours, theirs)
     assert counted["modulated_norm"] == 0
+
+
+def test_an_rms_norm_that_is_written_out_is_computed_at_every_size(
+    device: torch.device, counted: dict[str, int]
+) -> None:
+    """As its own kernel and that of a sum before it are."""
+    module, x, c = made(Flux, {"norm": RMSNorm}, device)
+    kernelize_layers(module)
+    module(x, c)
+    before = counted["modulated_norm"]
+    module(x, c)
+    assert counted["modulated_norm"] == before + 2
+    assert counted["residual_norm"] == 0
 
 
 @pytest.mark.parametrize("change", ["hook", "eps", "class", "function"])

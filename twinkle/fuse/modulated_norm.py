@@ -12,7 +12,7 @@ from twinkle.fuse.places import LayerThenModulation
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
-from twinkle.ops.modulated_norm.triton_backend import LEAST, path_for, run, variant_of
+from twinkle.ops.modulated_norm.triton_backend import least_for, path_for, run, variant_of
 from twinkle.ops.plain import pays
 from twinkle.sources.embedded import EmbeddedLayer
 
@@ -53,6 +53,9 @@ class ModulationStep(FusedStep):
         function: Gives the function at the place, where one is called.
         proofs: How many calls are compared.
         recall: A verdict from an earlier process will do.
+
+    Attributes:
+        least: By class of norm, the elements of the input below which the original steps are the faster ones.
     """
 
     op = "modulated_norm"
@@ -73,6 +76,7 @@ class ModulationStep(FusedStep):
         found = None if function is None else modulating_function(self._plain)
         self.function: ModulatingFunction | None = found if isinstance(found, ModulatingFunction) else None
         self._direct = function is None
+        self.least: dict[type, int] = {}
 
     @property
     def functions(self) -> tuple[Callable[..., Any], ...]:
@@ -144,7 +148,8 @@ class ModulationStep(FusedStep):
         key = (type(layer), x.dtype, scale.dtype, other, dtype, scale.numel() == x.numel())
         known = proven.get(key)
         if known is None:
-            if pays(x, LEAST):
+            least = self.least.get(type(layer))
+            if least is None or pays(x, least):
                 done = self.first_call(owner, key, x, layer, dtype, scale, shift, original)
                 if done is not None:
                     return done
@@ -208,6 +213,7 @@ class ModulationStep(FusedStep):
             return None
         variant = variant_of(norm.variant, upcast=self.upcast, widened=self.widened)
         weight, eps, bias = numbers
+        self.least[type(layer)] = least_for(norm.variant)
         if path_for(x, weight, bias, scale, shift, variant) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(x)} and a scale {tensor_text(scale)}")
             return None

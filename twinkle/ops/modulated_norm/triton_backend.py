@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "modulated_norm", "path_for", "run", "supports", "variant_of"]
+__all__ = ["least_for", "modulated_norm", "path_for", "run", "supports", "variant_of"]
 
 _kernels = lazy_module("twinkle.ops.modulated_norm.triton")
 LEAST = 1 << 23
-"""Elements of the input below which torch's kernels run, as for a LayerNorm alone."""
+"""Elements of the input below which torch's kernels run where one of them is the norm, as for a LayerNorm."""
 WIDEST = 8192
 _NORMS: dict[str, RMSNormVariant | LayerNormVariant] = {
     **{f"rms_norm_{variant.name}": variant for variant in RMS_NORMS},
@@ -77,6 +77,15 @@ def supports(
     return reason if taken else f"there is no kernel for {norm.name} behind other steps"
 
 
+def least_for(norm: RMSNormVariant | LayerNormVariant) -> int:
+    """The elements of the input from which the kernel runs: all, for an RMSNorm that is written out.
+
+    That is five kernels of torch, or one of ours, before there is a scale.
+    """
+    written = isinstance(norm, RMSNormVariant) and norm.compute not in ("fused", "fused_float32")
+    return 0 if written else LEAST
+
+
 def modulated_norm(
     x: Tensor,
     weight: Tensor | None,
@@ -116,7 +125,7 @@ def path_for(
         shift: Of the same shape as ``scale``, or None.
         variant: Which norm.
     """
-    if not pays(x, LEAST) or x.dim() < 2 or supports(variant) is not None:
+    if not pays(x, least_for(variant.norm)) or x.dim() < 2 or supports(variant) is not None:
         return REFERENCE
     if not _one_each(scale, x) or (shift is not None and shift.shape != scale.shape):
         return REFERENCE
