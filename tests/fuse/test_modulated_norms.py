@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -388,3 +389,35 @@ def test_blocks_of_models_shapes_on_a_gpu(
         assert ours.dtype == theirs.dtype
         off = [float((t.to(high) - best).norm() / best.norm()) for t in (ours.detach(), theirs.detach())]
         assert off[0] <= 2 * off[1] + 1e-5
+
+
+@pytest.mark.parametrize("way", ["forward", "backward"])
+@pytest.mark.parametrize("cls", [DiT, Flux], ids=lambda cls: cls.__name__)
+def test_a_kernel_that_raises_later_leaves_the_program_what_it_computes(
+    at_any_size: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    clean_registry: Registry,
+    cls: type[Block],
+    way: str,
+) -> None:
+    from twinkle.ops.modulated_norm import triton
+
+    module, x, c = made(cls, {}, at_any_size)
+    expected = step(module, x, c)
+    kernelize_layers(module)
+    step(module, x, c)
+    hits = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        hits.append(way)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(triton, way, failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            for ours, theirs in zip(step(module, x, c), expected, strict=True):
+                assert_near(ours, theirs, 400)
+    assert hits
+    [binding] = clean_registry.bindings
+    assert binding.state == "quarantined"
