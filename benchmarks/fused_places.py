@@ -89,8 +89,13 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0, offset: float =
     return made.to(dtype)
 
 
-def residual_case(rows: int, width: int, dtype: torch.dtype, form: str, compiled: bool = False) -> Case:
-    """``h = r + x; y = norm(h)`` (``both``), or ``y = norm(x + r)`` alone (``normed``)."""
+def residual_case(
+    rows: int, width: int, dtype: torch.dtype, form: str, compiled: bool = False, batches: int = 0
+) -> Case:
+    """``h = r + x; y = norm(h)`` (``both``), or ``y = norm(x + r)`` alone (``normed``).
+
+    With ``batches`` the residual lies channels first, as after a convolution whose output was turned.
+    """
 
     def eager(x: Any, r: Any, w: Any, b: Any) -> Any:
         h = r + x
@@ -117,11 +122,14 @@ def residual_case(rows: int, width: int, dtype: torch.dtype, form: str, compiled
 
     def inputs() -> tuple[torch.Tensor, ...]:
         x, r = (_random(rows, width, dtype=dtype) for _ in range(2))
+        if batches:
+            x = x.view(batches, -1, width)
+            r = r.view(batches, width, -1).transpose(1, 2)
         return x, r, _random(width, dtype=dtype, offset=1), _random(width, dtype=dtype)
 
     size = rows * width * dtype.itemsize
     moved = (4 * size, 8 * size) if form == "both" else (3 * size, 7 * size)
-    name = f"{form} {rows}x{width} {str(dtype)[6:]}"
+    name = f"{form} {rows}x{width} {str(dtype)[6:]}{' channels first' * bool(batches)}"
     return Case("residual_norm", name, inputs, *moved, ways, compiled)
 
 
@@ -246,6 +254,9 @@ def cases() -> Iterator[Case]:
     for kind in ("bare", "wan", "affine"):
         yield modulated_case(kind, (2, 8192), 1536, half, True, kind == "wan")
     yield modulated_case("bare", (2, 8192), 1536, full, True)
+    for batches, rows, width in ((16, 16 * 1500, 768), (8, 8 * 1500, 1280)):
+        for form in ("normed", "both"):
+            yield residual_case(rows, width, half, form, batches=batches)
     for rows, width in ((32768, 3072), (65536, 4096)):
         for kind in ACTIVATIONS:
             yield activation_case(kind, rows, width, half, rows == 32768)
