@@ -44,9 +44,10 @@ OPS = (
     "layer_norm",
     "activation",
     "group_norm",
+    "modulated_norm",
 )
 # Places inside a forward: recognised, and taken by a kernel where there is one for their variant.
-INSIDE = ("residual_norm", "qk_norm_rotary")
+INSIDE = ("residual_norm", "qk_norm_rotary", "modulated_norm")
 # Of the 53 model types in the table of liger-kernel 0.8.5, those that have the op on by default.
 LIGER = {"rms_norm": 51, "gated_mlp": 45, "rotary": 36, "causal_lm_loss": 51, "layer_norm": 11}
 BUILDS, SECONDS = 4, 30
@@ -344,10 +345,11 @@ def page(found: dict) -> str:
 - **classes and functions** counts the definitions that are recognised.
 - **model types in liger-kernel** counts those for which liger-kernel has the op on by default.""",
         _prose(f"""
-            `residual_norm` and `qk_norm_rotary` are places inside a forward, found in its statements.
-            {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel; the data has
-            them under `families_without_kernel`. Many of the classes with a `causal_lm_loss` are classifiers,
-            which write their loss alike: their instances are left alone.
+            `residual_norm`, `qk_norm_rotary` and `modulated_norm` are places inside a forward, found in its
+            statements. {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel;
+            the data has them under `families_without_kernel`. A sum before a norm that is modulated counts
+            as both; its norm is computed by `modulated_norm`. Many of the classes with a `causal_lm_loss` are
+            classifiers, which write their loss alike: their instances are left alone.
         """),
         *_right(found),
         *_packages(),
@@ -376,8 +378,8 @@ def _right(found: dict) -> list:
             tables. **{len(found["wrong"])}** differ in a bit or in dtype.
         """),
         _prose("""
-            The sum, the norms and the rotation of a `residual_norm` or `qk_norm_rotary` are tried where they
-            are defined. A `causal_lm_loss` runs the forward of its class over a stand-in for all layers below
+            The sum, the norms and the rotation of a place inside a forward are tried where they are
+            defined. A `causal_lm_loss` runs the forward of its class over a stand-in for all layers below
             the head.
         """),
     ]
@@ -457,13 +459,14 @@ def _versions(found: dict) -> list:
     rows = []
     for version in sorted(others, key=lambda text: [int(part) for part in text.split(".")]):
         one = others[version]
-        counts = (str(one["totals"].get(op, {}).get("families", 0)) for op in OPS)
+        counts = (str(one["totals"].get(op, {}).get("families", "–")) for op in OPS)
         rows.append(f"| {version} | {one['modules']} | " + " | ".join(counts) + " |")
     return [
         "## Other versions of transformers",
         _prose("""
             The table counts families by op. Before 5.0 experts are lists of layers, which is no op.
-            Before 5.18 their one-hot has no room for a slot without expert (variants `unpadded`).
+            Before 5.18 their one-hot has no room for a slot without expert (variants `unpadded`). A version
+            that was looked at before there was an op has – for it.
         """),
         _table("| transformers | modules | " + " | ".join(f"`{op}`" for op in OPS) + " |", rows),
     ]

@@ -48,8 +48,9 @@ CORPORA = (
     "rotations_by_products",
     "rotations_by_einops",
     "gated_mlps",
+    "adaptive_norms",
 )
-INSIDE = ("residual_norm", "qk_norm_rotary", "causal_lm_loss")
+INSIDE = ("residual_norm", "qk_norm_rotary", "modulated_norm", "causal_lm_loss")
 
 
 def modules(roots: tuple[str, ...]) -> Iterator[str]:

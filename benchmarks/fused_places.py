@@ -1,6 +1,6 @@
-"""Sums before a LayerNorm, activations that are written out, GroupNorm with SiLU: on a GPU, in one run.
+"""Sums before a LayerNorm, adaptive norms, activations, GroupNorm with SiLU: on a GPU, in one run.
 
-    python benchmarks/fused_places.py [--json FILE] [--rounds 15] [--only residual_norm,activation,group_norm]
+    python benchmarks/fused_places.py [--json FILE] [--rounds 15] [--only residual_norm,modulated_norm]
 
 Every case is checked first: results and gradients on fresh inputs, against the eager steps in float32; the
 kernel's error may be no more than twice that of the eager steps, and a little more than float32's own.
@@ -36,15 +36,26 @@ from twinkle.ops.activation.triton_backend import activation
 from twinkle.ops.group_norm import reference as group_reference
 from twinkle.ops.group_norm.triton_backend import group_norm
 from twinkle.ops.layer_norm.reference import VARIANTS as LAYER_NORMS
+from twinkle.ops.modulated_norm.reference import ModulatedNormVariant
+from twinkle.ops.modulated_norm.reference import modulated_norm as modulated_reference
+from twinkle.ops.modulated_norm.triton_backend import modulated_norm, variant_of
 from twinkle.ops.plain import at_every_size
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, residual_norm, run
+from twinkle.ops.rms_norm.reference import VARIANTS as RMS_NORMS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 EPS = 1e-5
 LAYER_NORM = ResidualNormVariant("layer_norm_fused", next(v for v in LAYER_NORMS if v.name == "fused"))
+MODULATED: dict[str, ModulatedNormVariant] = {
+    "bare": variant_of(next(v for v in LAYER_NORMS if v.name == "fused_unweighted")),
+    "wan": variant_of(next(v for v in LAYER_NORMS if v.name == "fused_float32_unweighted"), upcast=True),
+    "affine": variant_of(next(v for v in LAYER_NORMS if v.name == "fused")),
+    "rms": variant_of(next(v for v in RMS_NORMS if v.name == "llama")),
+}
+"""Norms of adaptive norms: that of DiT and Flux, that of Wan in diffusers, and two with a weight."""
 GROUP_NORMS = {variant.name: variant for variant in group_reference.VARIANTS}
 COMPILE_UNTIL_S = 150
 """Seconds after the start from which torch.compile is left out: the whole run has four minutes."""
@@ -78,8 +89,13 @@ def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0, offset: float =
     return made.to(dtype)
 
 
-def residual_case(rows: int, width: int, dtype: torch.dtype, form: str, compiled: bool = False) -> Case:
-    """``h = r + x; y = norm(h)`` (``both``), or ``y = norm(x + r)`` alone (``normed``)."""
+def residual_case(
+    rows: int, width: int, dtype: torch.dtype, form: str, compiled: bool = False, batches: int = 0
+) -> Case:
+    """``h = r + x; y = norm(h)`` (``both``), or ``y = norm(x + r)`` alone (``normed``).
+
+    With ``batches`` the residual lies channels first, as after a convolution whose output was turned.
+    """
 
     def eager(x: Any, r: Any, w: Any, b: Any) -> Any:
         h = r + x
@@ -106,12 +122,54 @@ def residual_case(rows: int, width: int, dtype: torch.dtype, form: str, compiled
 
     def inputs() -> tuple[torch.Tensor, ...]:
         x, r = (_random(rows, width, dtype=dtype) for _ in range(2))
+        if batches:
+            x = x.view(batches, -1, width)
+            r = r.view(batches, width, -1).transpose(1, 2)
         return x, r, _random(width, dtype=dtype, offset=1), _random(width, dtype=dtype)
 
     size = rows * width * dtype.itemsize
     moved = (4 * size, 8 * size) if form == "both" else (3 * size, 7 * size)
-    name = f"{form} {rows}x{width} {str(dtype)[6:]}"
+    name = f"{form} {rows}x{width} {str(dtype)[6:]}{' channels first' * bool(batches)}"
     return Case("residual_norm", name, inputs, *moved, ways, compiled)
+
+
+def modulated_case(
+    kind: str, lead: tuple[int, int], width: int, dtype: torch.dtype, tokens: bool, compiled: bool = False
+) -> Case:
+    """``norm(x) * (1 + scale) + shift`` with the condition of each sample, or of each token.
+
+    In ``wan`` scale and shift are float32, and the result is of the dtype of the tokens.
+    """
+    variant = MODULATED[kind]
+    made = torch.float32 if kind == "wan" else dtype
+    shape = lead if tokens else (lead[0], 1)
+    weighted = {"affine": 2, "rms": 1}.get(kind, 0)
+
+    def call(function: Callable[..., Any]) -> Callable[..., Any]:
+        def way(x: Any, scale: Any, shift: Any, *own: Any) -> Any:
+            weight, bias = (*own, None, None)[:2]
+            to = x.dtype if kind == "wan" else None
+            return function(x, weight, EPS, scale, shift, variant=variant, bias=bias, dtype=to)
+
+        return way
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        x, scale, shift = (
+            _random(*lead, width, dtype=dtype, scale=2, offset=0.5),
+            _random(*shape, width, dtype=made, scale=0.5),
+            _random(*shape, width, dtype=made),
+        )
+        return x, scale, shift, *(_random(width, dtype=dtype, offset=1 - at) for at in range(weighted))
+
+    size = math.prod(lead) * width * dtype.itemsize
+    condition = 2 * math.prod(shape) * width * made.itemsize
+    # Forward reads the condition, backward reads the scale and writes two gradients.
+    moved = (2 * size + condition, 5 * size + condition + condition // 2 + condition)
+    if tokens and made == dtype:
+        moved = (moved[0], moved[1] - condition // 2)  # what arrives is the gradient of the shift
+    name = f"{kind} {'tokens' if tokens else 'samples'} {lead[0]}x{lead[1]}x{width} {str(dtype)[6:]}"
+    ways = {"eager": call(modulated_reference), "twinkle": call(modulated_norm)}
+    return Case("modulated_norm", name, inputs, *moved, ways, compiled)
 
 
 ACTIVATIONS: dict[str, tuple[str, Callable[[Any], Any]]] = {
@@ -189,6 +247,16 @@ def cases() -> Iterator[Case]:
             for rows in (8192, 32768, 65536):
                 yield residual_case(rows, width, half, form, rows == 32768)
             yield residual_case(32768, width, full, form)
+    for lead, width in (((4, 4096), 3072), ((32, 256), 1152), ((2, 8192), 1536)):
+        for kind in MODULATED:
+            yield modulated_case(kind, lead, width, half, False, kind in ("bare", "wan"))
+        yield modulated_case("bare", lead, width, full, False)
+    for kind in ("bare", "wan", "affine"):
+        yield modulated_case(kind, (2, 8192), 1536, half, True, kind == "wan")
+    yield modulated_case("bare", (2, 8192), 1536, full, True)
+    for batches, rows, width in ((16, 16 * 1500, 768), (8, 8 * 1500, 1280)):
+        for form in ("normed", "both"):
+            yield residual_case(rows, width, half, form, batches=batches)
     for rows, width in ((32768, 3072), (65536, 4096)):
         for kind in ACTIVATIONS:
             yield activation_case(kind, rows, width, half, rows == 32768)
@@ -206,6 +274,16 @@ def small_cases() -> Iterator[Case]:
     for rows in (64, 256, 1024, 2048, 4096, 8192):
         yield residual_case(rows, 768, half, "normed")
         yield residual_case(rows, 768, half, "both")
+    for lead, width in (
+        ((8, 256), 384),
+        ((8, 256), 1152),
+        ((1, 1024), 3072),
+        ((16, 256), 1152),
+        ((1, 4096), 3072),
+    ):
+        yield modulated_case("bare", lead, width, half, False)
+        yield modulated_case("wan", lead, width, half, False)
+        yield modulated_case("rms", lead, width, half, False)
     for rows in (64, 1024, 4096):
         yield activation_case("gelu_tanh_cubed", rows, 3072, half)
         yield activation_case("quick_gelu", rows, 3072, half)
@@ -420,7 +498,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="residual_norm,activation,group_norm")
+    parser.add_argument("--only", default="residual_norm,modulated_norm,activation,group_norm")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/fused_places.py needs a GPU")

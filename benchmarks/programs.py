@@ -12,64 +12,15 @@ step took, the losses of the first and the last warm-up step, and which kernels 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(ROOT)]
-
-
-class Worker:
-    """A process that runs one program in one way.
-
-    Args:
-        way: ``plain``, ``twinkle`` or ``compile``.
-        options: The arguments of this command.
-    """
-
-    def __init__(self, way: str, options: argparse.Namespace) -> None:
-        start = [sys.executable, *(["-m", "twinkle", "run"] if way == "twinkle" else [])]
-        environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
-        environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
-        if options.device == "cpu":
-            environ["TWINKLE_SIZES"] = "all"
-        self.way = way
-        self.process = subprocess.Popen(
-            [*start, __file__, "--worker", way, "--device", options.device],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environ,
-        )
-
-    def ask(self, *words: str) -> dict[str, Any]:
-        """The answer to a line.
-
-        Raises:
-            RuntimeError: The process has ended.
-        """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(" ".join(words) + "\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("@"):
-                answer: dict[str, Any] = json.loads(line[1:])
-                return answer
-        raise RuntimeError(f"the process for {self.way} has ended")
-
-    def end(self) -> None:
-        """Let it go."""
-        self.process.kill()
-        self.process.wait()
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from turns import Worker, bindings, in_turns, ratios, serve, versions
 
 
 def work(way: str, device: str) -> None:
@@ -92,82 +43,64 @@ def work(way: str, device: str) -> None:
         state["optimizer"].zero_grad(set_to_none=True)
         return loss.detach()
 
-    for line in sys.stdin:
-        what, *rest = line.split()
-        try:
-            if what == "build":
-                torch.manual_seed(0)
-                model, loss = PROGRAMS[rest[0]](device, not gpu)
-                if way == "compile":
-                    model.compile()
-                began = time.perf_counter()
-                state = {
-                    "loss": loss,
-                    "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu),
-                }
-                losses = [step() for _ in range(5)]
-                wait()
-                answer: dict[str, Any] = {
-                    "parameters": parameters(model),
-                    "first_steps_s": round(time.perf_counter() - began, 2),
-                    "losses": [float(losses[0]), float(losses[-1])],
-                }
-                if gpu:
-                    torch.cuda.reset_peak_memory_stats()
-            elif what == "run":
-                wait()
-                began = time.perf_counter()
-                for _ in range(int(rest[0])):
-                    step()
-                wait()
-                answer = {"ms": (time.perf_counter() - began) / int(rest[0]) * 1e3}
-                if gpu:
-                    answer["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
-            else:
-                answer = {"bindings": _bindings()}
-        except Exception as error:  # the others go on
-            answer = {"error": f"{type(error).__name__}: {error}"[:400]}
-        print("@" + json.dumps(answer), flush=True)
+    def answer(what: str, *rest: str) -> dict[str, Any]:
+        if what == "build":
+            torch.manual_seed(0)
+            model, loss = PROGRAMS[rest[0]](device, not gpu)
+            if way == "compile":
+                model.compile()
+            began = time.perf_counter()
+            state["loss"] = loss
+            state["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
+            losses = [step() for _ in range(5)]
+            wait()
+            if gpu:
+                torch.cuda.reset_peak_memory_stats()
+            return {
+                "parameters": parameters(model),
+                "first_steps_s": round(time.perf_counter() - began, 2),
+                "losses": [float(losses[0]), float(losses[-1])],
+            }
+        if what == "report":
+            return {"bindings": bindings()}
+        wait()
+        began = time.perf_counter()
+        for _ in range(int(rest[0])):
+            step()
+        wait()
+        found = {"ms": (time.perf_counter() - began) / int(rest[0]) * 1e3}
+        if gpu:
+            found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
+        return found
 
-
-def _bindings() -> list[str]:
-    report: Any = sys.modules.get("twinkle.report")
-    if report is None:
-        return []
-    found = report.snapshot()["bindings"]
-    return [f"{b['target'].rpartition(':')[2]} {b['kernel']} {b['state']}" for b in found]
+    serve(answer)
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every way of one program."""
     ways = ["plain", "twinkle", *(["compile"] if name in options.compile.split(",") else [])]
-    workers = [Worker(way, options) for way in ways]
+    environ = {"TWINKLE_SIZES": "all"} if options.device == "cpu" else {}
+    workers = [Worker(__file__, way, ("--worker", way, "--device", options.device), environ) for way in ways]
     try:
         built = {worker.way: worker.ask("build", name) for worker in workers}
         failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
         if failed:
             return {"program": name, "failed": failed}
-        rounds: list[dict[str, dict[str, Any]]] = []
-        for at in range(options.rounds):
-            order = workers[at % len(workers) :] + workers[: at % len(workers)]
-            rounds.append({worker.way: worker.ask("run", str(options.steps)) for worker in order})
-        bindings = workers[1].ask("report")["bindings"]
+        rounds = in_turns(workers, options.rounds, "run", str(options.steps))
+        kernels = workers[1].ask("report")["bindings"]
     finally:
         for worker in workers:
             worker.end()
     result: dict[str, Any] = {
         "program": name,
         "parameters": built["plain"]["parameters"],
-        "kernels": bindings,
+        "kernels": kernels,
     }
     for way in ways:
         times = [one[way]["ms"] for one in rounds]
-        ratios = [one["plain"]["ms"] / one[way]["ms"] for one in rounds]
         result[way] = {
             "ms": round(statistics.median(times), 2),
-            "ratio": round(statistics.median(ratios), 3),
-            "smallest": round(min(ratios), 3),
-            "largest": round(max(ratios), 3),
+            **ratios((one["plain"]["ms"] for one in rounds), times),
             "peak_gb": round(max(one[way].get("peak_gb", 0.0) for one in rounds), 2),
             "first_steps_s": built[way]["first_steps_s"],
             "losses": built[way]["losses"],
@@ -190,23 +123,6 @@ def show(result: dict[str, Any]) -> None:
                 flush=True,
             )
     print("   kernels:", ", ".join(result["kernels"]) or "none", flush=True)
-
-
-def versions(device: str) -> dict[str, Any]:
-    import torch
-
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": str(datetime.date.today()),
-    }
-    for name in ("transformers", "triton"):
-        try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            found[name] = "not installed"
-    found["device"] = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or "cpu"
-    return found
 
 
 def main() -> int:

@@ -473,3 +473,70 @@ def test_places_inside_a_block_and_layers_of_torch_are_served_where_triton_runs(
         ("blocks:Block", "residual_norm", "active"),
         ("torch.nn.modules.normalization:LayerNorm", "layer_norm", "active"),
     } <= found(report)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="its interpreter is used")
+def test_adaptive_norms_of_a_plain_program_are_served_where_triton_runs(nets: Program) -> None:
+    code = """
+        import torch
+        import diffusion
+        torch.manual_seed(0)
+        for cls in (diffusion.DiT, diffusion.Flux, diffusion.Wan):
+            model = cls(16)
+            x, c = torch.randn(2, 4, 16, requires_grad=True), torch.randn(2, 16)
+            model(x, c).sum().backward()
+        report()
+    """
+    (nets.root / "site" / "diffusion.py").write_text(
+        textwrap.dedent(
+            """
+            import torch
+            from torch import nn
+
+            def modulate(x, shift, scale):
+                return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+            class Block(nn.Module):
+                def __init__(self, d):
+                    super().__init__()
+                    self.norm = nn.LayerNorm(d, elementwise_affine=False, eps=1e-6)
+                    self.linear, self.make = nn.Linear(d, d), nn.Linear(d, 3 * d)
+
+            class DiT(Block):
+                def forward(self, x, c):
+                    shift, scale, gate = self.make(c).chunk(3, dim=1)
+                    return x + gate.unsqueeze(1) * self.linear(modulate(self.norm(x), shift, scale))
+
+            class AdaNorm(Block):
+                def forward(self, x, emb):
+                    shift, scale, gate = self.make(emb).chunk(3, dim=1)
+                    x = self.norm(x) * (1 + scale[:, None]) + shift[:, None]
+                    return x, gate
+
+            class Flux(nn.Module):
+                def __init__(self, d):
+                    super().__init__()
+                    self.norm, self.linear = AdaNorm(d), nn.Linear(d, d)
+
+                def forward(self, x, c):
+                    normed, gate = self.norm(x, emb=c)
+                    return x + gate.unsqueeze(1) * self.linear(normed)
+
+            class Wan(Block):
+                def forward(self, x, c):
+                    shift, scale, gate = self.make(c)[:, None].float().chunk(3, dim=-1)
+                    normed = (self.norm(x.float()) * (1 + scale) + shift).type_as(x)
+                    return (x.float() + self.linear(normed) * gate).type_as(x)
+            """
+        )
+    )
+    report = said(
+        nets, textwrap.dedent(code), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", TWINKLE_SIZES="all"
+    )
+    assert {
+        ("diffusion:DiT", "modulated_norm", "active"),
+        ("diffusion:AdaNorm", "modulated_norm", "active"),
+        ("diffusion:Wan", "modulated_norm", "active"),
+    } <= found(report)
+    proofs = [b["proof"] for b in report["bindings"] if b["kernel"] == "modulated_norm"]
+    assert all(proof.startswith("proven") for proof in proofs), proofs

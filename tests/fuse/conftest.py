@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.fuse import forward, qk_norm_rotary, residual_norm
+from twinkle.fuse import forward, modulated_norm, qk_norm_rotary, residual_norm
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the two ops run, and nothing but these two is wanted."""
+    """Where the fused ops run, and nothing but these is wanted."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -25,7 +25,8 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
         from twinkle.ops import launch
 
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-        from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401
+        from twinkle.ops.modulated_norm import triton as _
+        from twinkle.ops.qk_norm_rotary import triton as _  # noqa: F401, F811
         from twinkle.ops.rms_norm.triton_kernels import mean_square
 
         if type(mean_square).__name__ != "InterpretedFunction":
@@ -39,8 +40,13 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each kernel ran, proofs included."""
-    counts = {"residual_norm": 0, "qk_norm_rotary": 0}
-    for op, module in (("residual_norm", residual_norm), ("qk_norm_rotary", qk_norm_rotary)):
+    counts = {"residual_norm": 0, "qk_norm_rotary": 0, "modulated_norm": 0}
+    modules = {
+        "residual_norm": residual_norm,
+        "qk_norm_rotary": qk_norm_rotary,
+        "modulated_norm": modulated_norm,
+    }
+    for op, module in modules.items():
 
         def run(*args: Any, _op: str = op, _run: Any = module.run) -> Any:
             counts[_op] += 1

@@ -31,9 +31,10 @@ FLOOR = {
     "layer_norm": 10,
     "activation": 2,
     "group_norm": 4,
+    "modulated_norm": 3,
 }
 # Families in whose forwards a kernel takes the place.
-WIRED = {"residual_norm": 378, "qk_norm_rotary": 29}
+WIRED = {"residual_norm": 378, "qk_norm_rotary": 29, "modulated_norm": 3}
 
 
 newer = pytest.mark.skipif(

@@ -193,7 +193,10 @@ def test_empty_inputs(at_any_size, shape):
     assert not leaves[2].grad.any()
 
 
-@pytest.mark.parametrize("kind", ["transposed", "sliced", "expanded", "strided channels", "one dimension"])
+@pytest.mark.parametrize(
+    "kind",
+    ["transposed", "sliced", "expanded", "strided channels", "channels first", "pixels", "one dimension"],
+)
 def test_inputs_that_are_not_contiguous(at_any_size, kind):
     torch.manual_seed(0)
     whole = random(at_any_size, 4, 6, 64)
@@ -202,6 +205,8 @@ def test_inputs_that_are_not_contiguous(at_any_size, kind):
         "sliced": lambda: whole[1:3, ::2, :32],
         "expanded": lambda: whole[:1].expand(5, -1, -1),
         "strided channels": lambda: whole[..., ::2],
+        "channels first": lambda: whole.transpose(1, 2),
+        "pixels": lambda: whole.view(2, 2, 6, 64).permute(0, 2, 3, 1),
         "one dimension": lambda: whole[0, 0],
     }[kind]().requires_grad_()
     w, b = random(at_any_size, x.shape[-1]), random(at_any_size, x.shape[-1])

@@ -7,6 +7,7 @@ import torch
 from rounding import assert_near, terms
 
 from twinkle.ops.layer_norm.reference import VARIANTS
+from twinkle.ops.plain import at_every_size
 from twinkle.ops.residual_norm import reference, triton_layer_norm
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, residual_norm, run, supports
@@ -144,6 +145,64 @@ def test_what_the_kernel_does_not_take_goes_through_the_definition(at_any_size):
         assert torch.equal(y, reference.residual_norm(*given[:3], 1e-5, variant=FUSED, bias=given[3])[1])
 
 
+LAYOUTS = {
+    "tokens of a convolution": ((2, 24, 7), (0, 2, 1)),
+    "pixels": ((2, 24, 3, 4), (0, 2, 3, 1)),
+    "one batch": ((24, 5), (1, 0)),
+    "batches of batches": ((2, 3, 24, 5), (0, 1, 3, 2)),
+}
+
+
+def channels_first(name, r, device):
+    """Inputs whose residual is what a convolution made, turned: its channels lie apart."""
+    torch.manual_seed(0)
+    shape, turn = LAYOUTS[name]
+    residual = torch.randn(shape).add(1).to(device, r).permute(turn)
+    x = torch.randn(residual.shape).to(device)
+    w, b = torch.randn(24).add(1).to(device), torch.randn(24).to(device)
+    return [t.requires_grad_() for t in (x, residual, w, b)]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("r", [torch.float32, torch.float16])
+def test_a_residual_that_lies_channels_first(at_any_size, name, scaled, r):
+    """The sum is laid out as torch's: what a program does with its memory is the same."""
+    variant = ResidualNormVariant("", NORMS["fused"], scaled)
+    given = channels_first(name, r, at_any_size)
+    assert not given[1].is_contiguous()
+    ours, theirs = (both(f, variant, *given) for f in (residual_norm, reference.residual_norm))
+    assert type(ours[0].grad_fn).__name__ == "_ResidualLayerNormBackward"
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[0].stride() == theirs[0].stride()
+    assert ours[1].stride() == theirs[1].stride()
+    for a, e in zip(ours[1:], theirs[1:], strict=True):
+        assert a.dtype == e.dtype
+        assert_near(a, e, 2 * terms(100) + 40, magnitude=20.0)
+    with torch.no_grad():
+        path = path_for(*given[:3], variant, given[3])
+        h, y = run(path, *given[:3], 1e-5, variant, 0.22, given[3], False)
+        assert h is None
+        assert torch.equal(y, ours[1])
+
+
+def test_other_turned_sums_are_torch_s(at_any_size):
+    x, r, w, b = channels_first("tokens of a convolution", torch.float32, at_any_size)
+    apart = torch.randn(2, 24, 8, device=at_any_size)[..., :7].transpose(1, 2)
+    wide = torch.randn(1, 2100, 3, device=at_any_size).transpose(1, 2)
+    ones = torch.ones(2100, device=at_any_size)
+    cases = {
+        "the addend is turned": (r, x, w, b),
+        "both are": (r, r * 2, w, b),
+        "rows with gaps": (x, apart, w, b),
+        "wide rows": (wide.contiguous().requires_grad_(), wide, ones, ones),
+    }
+    for name, given in cases.items():
+        h, _ = residual_norm(*given[:3], 1e-5, variant=FUSED, bias=given[3])
+        assert type(h.grad_fn).__name__ == "AddBackward0", name
+        assert h.stride() == (given[1] + given[0]).stride()
+
+
 def test_small_sums_are_torch_s(kernels):
     x, r, w, b = inputs(kernels)
     h, _ = residual_norm(x, r, w, 1e-5, variant=FUSED, bias=b)
@@ -159,6 +218,28 @@ def test_the_same_bits_every_time(at_any_size):
     given = inputs(at_any_size)
     for a, b in zip(both(residual_norm, FUSED, *given), both(residual_norm, FUSED, *given), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(4, 768, 1500), (2, 1280, 1500), (3, 96, 56, 56), (2, 1152, 1024)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_channels_first_sizes_of_models(kernels, shape, dtype):
+    if kernels.type != "cuda":
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    r = torch.randn(shape, device=kernels, dtype=dtype).add(1)
+    r = r.permute(0, *range(2, len(shape)), 1)
+    x = torch.randn(r.shape, device=kernels, dtype=dtype)
+    w, b = (torch.randn(shape[1], device=kernels, dtype=dtype) for _ in range(2))
+    given = [t.requires_grad_() for t in (x, r, w, b)]
+    with at_every_size():
+        ours, theirs = (both(f, FUSED, *given) for f in (residual_norm, reference.residual_norm))
+    exact = both(reference.residual_norm, FUSED, *(t.detach().double().requires_grad_() for t in given))
+    assert torch.equal(ours[0], theirs[0])
+    assert ours[0].stride() == theirs[0].stride()
+    for a, e, best in zip(ours, theirs, exact, strict=True):
+        off = [float(((t.double() - best).norm() / best.norm()).detach()) for t in (a, e)]
+        assert off[0] <= 2 * off[1] + 1e-6
 
 
 @pytest.mark.gpu

@@ -148,6 +148,7 @@ WEIGHTLESS = ("activation",)
 FUNCTIONS = {
     "rotary": "half",
     "residual_norm": "rms_norm_llama",
+    "modulated_norm": "layer_norm_fused",
     "qk_norm_rotary": "llama_half_head",
     "causal_lm_loss": "plain",
 }
@@ -261,10 +262,10 @@ def test_a_wrong_gradient_of_the_weight_never_trains(op: str) -> None:
     assert "gradient off by" in binding.proof
 
 
-@pytest.mark.parametrize("op", ["residual_norm", "qk_norm_rotary", "causal_lm_loss"])
+@pytest.mark.parametrize("op", ["residual_norm", "modulated_norm", "qk_norm_rotary", "causal_lm_loss"])
 def test_a_wrong_gradient_of_a_weight_that_is_an_argument_never_trains(op: str) -> None:
     variant, sample = case(op, FUNCTIONS[op])
-    at = {"residual_norm": 2, "qk_norm_rotary": 2, "causal_lm_loss": 1}[op]
+    at = {"residual_norm": 2, "modulated_norm": 1, "qk_norm_rotary": 2, "causal_lm_loss": 1}[op]
 
     def bent(kernel: Any, *args: Any) -> Any:
         return kernel(*args[:at], _Push.apply(args[at]), *args[at + 1 :])

@@ -4,7 +4,8 @@
 
 The forward of the class is rewritten at the places found by :mod:`twinkle.fuse.places`, and put in place
 as any layer kernel is. Each place decides at each call whether its fused kernel or the original steps run
-(:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`).
+(:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`,
+:mod:`twinkle.fuse.modulated_norm`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import Norm, norm_of
-from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.places import CalledModulation, LayerThenModulation, SumThenLayer, without_overlaps
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
@@ -124,6 +126,8 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
         for site in sites_of(draft, owner)
         if site.op in ops and site.reason is None and backend_for(site.op, site.variant, where) is not None
     ]
+    free = without_overlaps(draft.places, [site.number for site in sites])
+    sites = [site for site in sites if site.number in free]
     if not sites:
         return None
     known = runtime.of(_Forwards).kernels.setdefault(cls, {})
@@ -189,5 +193,9 @@ class FusedForward:
         recall = runtime.options.recalls(None)
         if isinstance(place, SumThenLayer):
             return SumStep(self, proofs=proofs, recall=recall)
+        if isinstance(place, LayerThenModulation):
+            return ModulationStep(self, place, proofs=proofs, recall=recall)
         now = partial(self.draft.function.__globals__.get, place.function)
+        if isinstance(place, CalledModulation):
+            return ModulationStep(self, place, now, proofs=proofs, recall=recall)
         return PairStep(self, place.between, now, proofs=proofs, recall=recall)

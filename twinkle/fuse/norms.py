@@ -76,8 +76,11 @@ def norm_of(cls: type) -> Norm | str:
     if found.op not in ("rms_norm", "layer_norm"):
         return f"{name} is not recognised as a norm"
     variant, facts = found.variant, found.facts
-    takes = (layer_norm if found.op == "layer_norm" else rms_norm).takes_weight_and_eps
-    if not takes(variant) or getattr(variant, "groups", "none") != "none" or found.guards:
+    if found.op == "layer_norm":
+        takes = layer_norm.takes_weight_and_eps(variant)
+    else:
+        takes = rms_norm.takes_weight_and_eps(variant, nullable=True)
+    if not takes or getattr(variant, "groups", "none") != "none" or found.guards:
         return f"there is no kernel for {name} behind other steps ({variant.name})"
     if set(facts) - {"x", "weight", "bias", "eps", "normalized_shape", "with_weight"}:
         return f"{name} depends on more than its weight, its bias and its eps"
@@ -173,7 +176,11 @@ def numbers_of(
     if norm.bias is not None:
         bias = state["_parameters"].get(norm.bias)
         absent = absent or bias is None
-    # Torch's own layer norm does without; one that is written out does not, nor does an RMSNorm.
+    if getattr(norm.variant, "nullable", "no") == "cast":
+        if bias is not None or (weight is None and getattr(layer, norm.weight or "", None) is not None):
+            return None  # no kernel adds one to an RMSNorm, and a weight that is no parameter is none
+        absent = getattr(layer, norm.bias or "", None) is not None
+    # Torch's own layer norm does without; one that is written out does not, nor do other RMSNorms.
     if absent and getattr(norm.variant, "written", "out") == "out":
         return None
     eps = state.get(norm.eps) if isinstance(norm.eps, str) else norm.eps

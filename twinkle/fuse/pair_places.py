@@ -5,7 +5,15 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, NamedTuple
 
-from twinkle.match.symbolic.syntax import given_names, loaded, path_of, repeatable, stored, unchanged
+from twinkle.match.symbolic.syntax import (
+    given_names,
+    layer_call,
+    loaded,
+    read_after,
+    repeatable,
+    stored,
+    unchanged,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -94,7 +102,7 @@ def pair_at(
     # Nobody else may see queries or keys that the layer has not been applied to.
     rest = [value for argument in call.args[2:] for value in loaded(argument)]
     rest += [value for keyword in call.keywords for value in loaded(keyword.value)]
-    if any(name in rest or (name not in results and _seen_after(node, name, statement)) for name in names):
+    if any(name in rest or (name not in results and read_after(node, name, statement)) for name in names):
         return None
     first = q.block[min(q.at, k.at)]
     # In the order of the source: an outer condition may be what makes it possible to ask an inner one.
@@ -111,14 +119,6 @@ _BETWEEN: dict[tuple[str, ...], Literal["nothing", "transpose", "split"]] = {
     ("transpose",): "transpose",
     ("split", "transpose"): "split",
 }
-
-
-def _seen_after(node: ast.FunctionDef, name: str, statement: ast.stmt) -> bool:
-    end = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
-    return any(
-        isinstance(part, ast.Name) and part.id == name and (part.lineno, part.col_offset) >= end
-        for part in ast.walk(node)
-    )
 
 
 class _LayerCall(NamedTuple):
@@ -187,7 +187,7 @@ def _layer_before(
         inner = _peel(value, steps)
         if isinstance(inner, ast.Name) and inner.id == name and inner is not value:
             continue
-        layer = _layer_call(inner, owner)
+        layer = layer_call(inner, owner)
         if layer is None:
             return None
         return _LayerCall(block, at, *layer, None, tuple(reversed(steps)), tuple(conditions))
@@ -202,7 +202,7 @@ def _layer_inside(branch: ast.If, name: str, owner: str) -> tuple[list[ast.stmt]
         other = given_names(statement)
         if other is None or len(other[0]) != 1:
             return None
-        call = _layer_call(other[1], owner)
+        call = layer_call(other[1], owner)
         # Each of the statements is `x = self.layer(x)`: the names keep their shapes either way.
         if call is None or not isinstance(call[0].args[0], ast.Name) or call[0].args[0].id != other[0][0]:
             return None
@@ -216,15 +216,6 @@ def _layer_inside(branch: ast.If, name: str, owner: str) -> tuple[list[ast.stmt]
 def _value_for(statement: ast.stmt, name: str) -> ast.expr | None:
     given = given_names(statement)
     return given[1] if given is not None and given[0] == [name] else None
-
-
-def _layer_call(node: ast.expr, owner: str) -> tuple[ast.Call, str] | None:
-    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
-        return None
-    path = path_of(node.func, owner)
-    if path is None or isinstance(node.args[0], ast.Starred):
-        return None
-    return node, path
 
 
 def _peel(node: ast.expr, steps: list[str]) -> ast.expr:

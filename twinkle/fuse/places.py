@@ -1,11 +1,13 @@
 """Places: neighbouring steps of one forward that one kernel could compute, found by syntax alone.
 
-Two patterns, in the statements of a function:
+Three patterns, in the statements of a function:
 
 - a sum of two values and the call of a layer with that sum as the next thing that is computed
   (``h = residual + x; y = self.norm(h)``): :mod:`twinkle.fuse.sum_places`;
 - two layers called with queries and keys, then at most a transpose (or the split into heads), then a
-  function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`.
+  function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`;
+- a layer's result times ``1 + scale``, and a shift added, or a function that may do so:
+  :mod:`twinkle.fuse.modulated_places`.
 
 What the layers and the function are is asked later (:mod:`twinkle.fuse.sites`). Names of classes and
 families play no part. A place is found only where the statements between cannot change the outcome.
@@ -16,20 +18,30 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+from twinkle.fuse.modulated_places import CalledModulation, LayerThenModulation, modulations
 from twinkle.fuse.pair_places import Parent, RotatedPair, pair_at
 from twinkle.fuse.sum_places import SumThenLayer, sum_before_layer, sums_inside_calls
 from twinkle.match.symbolic.syntax import stored
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
-__all__ = ["Place", "RotatedPair", "SumThenLayer", "find_places"]
+__all__ = [
+    "CalledModulation",
+    "LayerThenModulation",
+    "Place",
+    "RotatedPair",
+    "SumThenLayer",
+    "find_places",
+    "layers_of",
+    "without_overlaps",
+]
 
-Place = SumThenLayer | RotatedPair
+Place = SumThenLayer | RotatedPair | LayerThenModulation | CalledModulation
 
 
 def find_places(node: ast.FunctionDef) -> list[Place]:
-    """The places in a method; no two of them share a call.
+    """The places in a method; of two that share a call, one is a modulation (:func:`without_overlaps`).
 
     Args:
         node: The definition of the method. The places refer to its nodes.
@@ -60,7 +72,47 @@ def find_places(node: ast.FunctionDef) -> list[Place]:
             if pair is not None and not taken & {*map(id, pair.calls)}:
                 taken.update(map(id, pair.calls))
                 places.append(pair)
+    modulated: set[int] = set()
+    for place in modulations(node, owner, blocks):
+        if id(place.call) not in modulated:
+            modulated.add(id(place.call))
+            places.append(place)
     return places
+
+
+def layers_of(place: Place) -> tuple[str, ...]:
+    """The layers of a place, as paths from ``self``."""
+    return place.paths if isinstance(place, RotatedPair) else (place.path,)
+
+
+def without_overlaps(places: Sequence[Place], numbers: Iterable[int]) -> list[int]:
+    """Those of some places that can be replaced together: a modulation goes before a sum and a pair.
+
+    A norm and its modulation as one save eleven passes over the result, forward and backward; the sum before
+    the norm saves five.
+
+    Args:
+        places: The places of a method.
+        numbers: The indices of those that kernels could take.
+    """
+    kept = list(numbers)
+    modulated = [
+        place
+        for place in map(places.__getitem__, kept)
+        if isinstance(place, LayerThenModulation | CalledModulation)
+    ]
+    taken = {id(place.call) for place in modulated}
+    # Where the shift is the second addend of a sum before another norm.
+    sums = {id(place.node.left) for place in modulated if isinstance(place.node, ast.BinOp)}
+
+    def free(place: Place) -> bool:
+        if isinstance(place, RotatedPair):
+            return not taken & {*map(id, place.calls)}
+        if isinstance(place, SumThenLayer):
+            return id(place.call) not in taken and id(place.left) not in sums
+        return True
+
+    return [number for number in kept if free(places[number])]
 
 
 def _blocks(body: list[ast.stmt], in_loop: bool = False) -> Iterator[tuple[list[ast.stmt], bool]]:

@@ -17,7 +17,8 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.codegen import compile_tree
-from twinkle.fuse.places import RotatedPair, SumThenLayer, find_places
+from twinkle.fuse.modulated_places import scale_in
+from twinkle.fuse.places import CalledModulation, LayerThenModulation, RotatedPair, SumThenLayer, find_places
 from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
@@ -83,7 +84,9 @@ class Draft:
                 the layer's result, and one that returns the latter alone. For queries and keys: one that
                 takes ``(self, q_layer, k_layer, function)`` and says whether the next takes over both
                 layers and the function, and that one, with ``(self, q, k, q_layer, k_layer, function, cos,
-                sin)``.
+                sin)``. For a modulation: one that takes ``(self, x, layer, like, scale, shift)``, or
+                ``(self, x, layer, like, function, …)`` with the function's other arguments, and returns the
+                result.
         """
         memo: dict[int, Any] = {}
         tree = copy.deepcopy(self._tree, memo)
@@ -95,6 +98,8 @@ class Draft:
             place = _moved(self.places[index], memo)
             if isinstance(place, SumThenLayer):
                 edit.sum(place, names, f"_twinkle_{index}_normed")
+            elif isinstance(place, LayerThenModulation | CalledModulation):
+                edit.modulation(place, names[0])
             else:
                 edit.pair(place, names, f"_twinkle_{index}_fused")
         tree = edit.visit(tree)
@@ -154,7 +159,7 @@ class _Edit(ast.NodeTransformer):
             new = [self.generic_visit(part) for part in new]
         else:
             new = [self.generic_visit(new)]
-        return [*before, *new, *after] if before or after or len(new) > 1 else new[0]
+        return [*before, *new, *after] if before or after or len(new) != 1 else new[0]
 
     def sum(self, place: SumThenLayer, helpers: tuple[str, ...], normed: str) -> None:
         """Replace a sum and its layer by ``total, normed = helper(self, left, right, layer)``.
@@ -189,6 +194,28 @@ class _Edit(ast.NodeTransformer):
             # As in the original, nothing holds the result once the statement is done.
             gone = ast.Delete([ast.Name(normed, ast.Del())])
             self.after.setdefault(id(then), []).append(_at(gone, then))
+
+    def modulation(self, place: LayerThenModulation | CalledModulation, helper: str) -> None:
+        """Replace a layer and its modulation by ``helper(self, x, layer, like, …)``.
+
+        A statement that gives the layer's result a name goes: nothing else reads it.
+        """
+        x: Any = place.call.args[0]
+        if place.upcast:
+            x = x.func.value
+        like: ast.expr = ast.Constant(None) if place.like is None else copy.deepcopy(place.like)
+        given: list[Any] = [x, copy.deepcopy(place.call.func), like]
+        keywords: list[ast.keyword] = []
+        if isinstance(place, CalledModulation):
+            given += [_name(place.function), *place.node.args[1:]]
+            keywords = place.node.keywords
+        else:
+            given += [scale_in(place.factor), place.shift or ast.Constant(None)]
+        made = self._call(helper, given)
+        made.keywords = keywords
+        self.instead[id(place.node)] = _at(made, place.node)
+        if place.named is not None:
+            self.instead[id(place.named)] = []
 
     def pair(self, place: RotatedPair, helpers: tuple[str, ...], flag: str) -> None:
         """Put ``flag = ready(…)`` ahead of the layers; where it is True, ``fused(…)`` does their work."""

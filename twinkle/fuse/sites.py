@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twinkle.fuse.modulated_functions import modulating_function
+from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import Norm, norm_of, norm_variant
-from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.places import CalledModulation, LayerThenModulation, SumThenLayer, layers_of
 from twinkle.fuse.qk_norm_rotary import PairStep, pair_of, variant_of_pair
 from twinkle.fuse.residual_norm import SumStep, variants_of
 from twinkle.ops.layer_norm.reference import LayerNormVariant
+from twinkle.ops.modulated_norm.triton_backend import variant_of
+from twinkle.ops.residual_norm import triton_backend as residual_norm
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 
 if TYPE_CHECKING:
@@ -22,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["OPS", "Site", "layers_of", "site_of"]
 
-OPS = (SumStep.op, PairStep.op)
+OPS = (SumStep.op, PairStep.op, ModulationStep.op)
 
 
 class Site(NamedTuple):
@@ -41,11 +45,6 @@ class Site(NamedTuple):
     reason: str | None = None
 
 
-def layers_of(place: Place) -> tuple[str, ...]:
-    """The layers of a place, as paths from ``self``."""
-    return (place.path,) if isinstance(place, SumThenLayer) else place.paths
-
-
 def site_of(
     number: int, place: Place, classes: Sequence[type | None], function: Callable[[str], Any]
 ) -> Site:
@@ -59,6 +58,13 @@ def site_of(
     """
     if isinstance(place, SumThenLayer):
         return _sum_site(number, place, classes[0])
+    if isinstance(place, LayerThenModulation):
+        return _modulated_site(number, place, classes[0])
+    if isinstance(place, CalledModulation):
+        found = modulating_function(function(place.function))
+        if isinstance(found, str):
+            return Site(number, ModulationStep.op, None, found)
+        return _modulated_site(number, place, classes[0])
     return _pair_site(number, place, classes[0], classes[1], function(place.function))
 
 
@@ -67,13 +73,21 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     scaled = place.scale is not None
     if isinstance(norm, Norm):
         variants = variants_of(norm)
-        return Site(number, SumStep.op, variants.scaled if scaled else variants.variant)
+        variant = variants.scaled if scaled else variants.variant
+        return Site(number, SumStep.op, variant, residual_norm.supports(variant))
     other = None if cls is None else norm_variant(cls)
     if other is None:
         return Site(number, SumStep.op, None, norm)
     op = "layer_norm" if isinstance(other, LayerNormVariant) else "rms_norm"
     name = f"{op}_{other.name}{'_scaled' * scaled}"
     return Site(number, SumStep.op, ResidualNormVariant(name, other, scaled), norm)
+
+
+def _modulated_site(number: int, place: LayerThenModulation | CalledModulation, cls: type | None) -> Site:
+    norm = "its norm is not there" if cls is None else norm_of(cls)
+    other = norm.variant if isinstance(norm, Norm) else None if cls is None else norm_variant(cls)
+    variant = None if other is None else variant_of(other, upcast=place.upcast, widened=place.widened)
+    return Site(number, ModulationStep.op, variant, norm if isinstance(norm, str) else None)
 
 
 def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:

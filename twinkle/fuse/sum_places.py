@@ -5,7 +5,16 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING, NamedTuple
 
-from twinkle.match.symbolic.syntax import first_step, given_names, loaded, own_nodes, path_of, repeatable
+from twinkle.match.symbolic.syntax import (
+    asks_for_none,
+    first_step,
+    given_names,
+    layer_call,
+    loaded,
+    own_nodes,
+    path_of,
+    repeatable,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,7 +79,7 @@ def sum_before_layer(block: list[ast.stmt], at: int, owner: str) -> SumThenLayer
 
 def _call_of(step: ast.stmt, owner: str, names: set[str]) -> tuple[ast.Call, str] | None:
     """The call of a layer with one of these names, where it is the first step of a statement."""
-    found = _layer_call(first_step(step, owner), owner)
+    found = layer_call(first_step(step, owner), owner)
     argument = None if found is None else found[0].args[0]
     return found if isinstance(argument, ast.Name) and argument.id in names else None
 
@@ -93,24 +102,13 @@ def _may_be_skipped(step: ast.stmt, names: set[str]) -> bool:
     """
     if not isinstance(step, ast.If) or step.orelse or loaded(step.test) & names:
         return False
-    return all(_asks_for_none(part) for part in _terms(step.test))
+    return all(asks_for_none(part) for part in _terms(step.test))
 
 
 def _terms(test: ast.expr) -> list[ast.expr]:
     if isinstance(test, ast.BoolOp):
         return [term for value in test.values for term in _terms(value)]
     return [test]
-
-
-def _asks_for_none(test: ast.expr) -> bool:
-    return (
-        isinstance(test, ast.Compare)
-        and isinstance(test.left, ast.Name)
-        and len(test.ops) == 1
-        and isinstance(test.ops[0], ast.Is | ast.IsNot)
-        and isinstance(test.comparators[0], ast.Constant)
-        and test.comparators[0].value is None
-    )
 
 
 def sums_inside_calls(node: ast.FunctionDef, owner: str) -> Iterator[SumThenLayer]:
@@ -121,7 +119,7 @@ def sums_inside_calls(node: ast.FunctionDef, owner: str) -> Iterator[SumThenLaye
         owner: What the method calls ``self``.
     """
     for part in own_nodes(node):
-        found = _layer_call(part, owner)
+        found = layer_call(part, owner)
         total = None if found is None else _sum(found[0].args[0])
         if found is not None and total is not None:
             left, right, scale = _addends(total, owner)
@@ -130,13 +128,6 @@ def sums_inside_calls(node: ast.FunctionDef, owner: str) -> Iterator[SumThenLaye
 
 def _sum(node: ast.expr) -> ast.BinOp | None:
     return node if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) else None
-
-
-def _layer_call(node: ast.AST | None, owner: str) -> tuple[ast.Call, str] | None:
-    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
-        return None
-    path = path_of(node.func, owner)
-    return None if path is None else (node, path)
 
 
 def _addends(total: ast.BinOp, owner: str) -> tuple[ast.expr, ast.expr, ast.expr | None]:

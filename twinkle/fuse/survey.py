@@ -17,9 +17,17 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.forward import draft_of
+from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import norm_variant
-from twinkle.fuse.places import SumThenLayer, find_places
-from twinkle.fuse.sites import OPS, layers_of, site_of
+from twinkle.fuse.places import (
+    CalledModulation,
+    LayerThenModulation,
+    SumThenLayer,
+    find_places,
+    layers_of,
+    without_overlaps,
+)
+from twinkle.fuse.sites import OPS, site_of
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.recognition import Recognition
 from twinkle.match.structure import recognise
@@ -67,9 +75,10 @@ def recognise_places(cls: type) -> list[Recognition]:
 
     Returns:
         Recognitions whose facts are those of the op's first place, and of one with a kernel where there
-        is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``; ``wired``, whether a
-        kernel takes the place on a device that runs Triton's, with the ``reason`` where none does. If
-        there are several, all of them are under ``sites``.
+        is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``, or ``norm`` and ``scale``
+        (or ``function``) of a modulation; ``wired``, whether a kernel takes the place on a device that runs
+        Triton's, with the ``reason`` where none does; ``instead``, the op whose kernel takes it where that
+        op is on as well. If there are several, all are under ``sites``.
     """
     function, _ = source.unwrap(own_forward(cls))
     if not isinstance(function, FunctionType):
@@ -80,12 +89,19 @@ def recognise_places(cls: type) -> list[Recognition]:
         return []
     attributes = attribute_classes(cls) if places else {}
     found: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
+    sites = []
     for number, place in enumerate(places):
         classes = [_norm_at(path, attributes) for path in layers_of(place)]
-        site = site_of(number, place, classes, function.__globals__.get)
+        sites.append(site_of(number, place, classes, function.__globals__.get))
+    kernels = [site.number for site in sites if site.variant is not None and site.reason is None]
+    free = without_overlaps(places, kernels)
+    for site in sites:
         if site.variant is not None:
             reason = site.reason or _not_rewritten(cls)
-            found.setdefault(site.op, []).append((site.variant, _facts(place, reason, function)))
+            facts = _facts(places[site.number], reason, function)
+            if site.number in kernels and site.number not in free:
+                facts["instead"] = ModulationStep.op
+            found.setdefault(site.op, []).append((site.variant, facts))
     return [_recognition(cls, op, found[op]) for op in OPS if op in found]
 
 
@@ -106,6 +122,11 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
     facts: dict[str, Any]
     if isinstance(place, SumThenLayer):
         facts = {"norm": place.path, "scale": None if place.scale is None else ast.unparse(place.scale)}
+    elif isinstance(place, LayerThenModulation):
+        shift = None if place.shift is None else ast.unparse(place.shift)
+        facts = {"norm": place.path, "scale": ast.unparse(place.factor), "shift": shift}
+    elif isinstance(place, CalledModulation):
+        facts = {"norm": place.path, "function": place.function}
     else:
         rotation = function.__globals__.get(place.function)
         module = getattr(source.function_of_callable(rotation), "__module__", function.__module__)

@@ -9,7 +9,7 @@ import torch
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["base_of", "fresh", "like", "memory_order", "rows_of"]
+__all__ = ["base_of", "channels_first", "fresh", "like", "memory_order", "rows_of"]
 
 
 def rows_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
@@ -41,6 +41,29 @@ def base_of(tensor: Tensor, order: tuple[int, ...] | None = None) -> tuple[Tenso
         return tensor, tensor.shape[-1]
     rows = rows_of(tensor, order)
     return rows, rows.stride(0)
+
+
+def channels_first(tensor: Tensor) -> int | None:
+    """The rows of a batch, for a tensor that lies in memory as ``[batches, width, rows]``; else None.
+
+    What a convolution made lies so once ``transpose`` or ``permute`` turned it, and each sum that begins so.
+
+    Args:
+        tensor: ``[..., width]``.
+    """
+    width = tensor.shape[-1] if tensor.dim() > 1 else 1
+    per = tensor.stride(-1) if width > 1 else 1
+    if per == 1 or tensor.numel() == 0:
+        return None
+    # From the innermost dimension: up to ``per`` rows side by side, then batches end to end.
+    apart, batched = 1, False
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if not batched and apart == per:
+            apart, batched = per * width, True
+        if size != 1 and stride != apart:
+            return None
+        apart *= size
+    return per if batched or apart == per else None
 
 
 def memory_order(tensor: Tensor) -> tuple[int, ...] | None:

@@ -9,11 +9,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 __all__ = [
+    "asks_for_none",
     "first_step",
     "given_names",
+    "layer_call",
     "loaded",
     "own_nodes",
     "path_of",
+    "read_after",
     "repeatable",
     "stored",
     "unchanged",
@@ -49,6 +52,16 @@ def path_of(node: ast.expr, owner: str) -> str | None:
 
 def _is_index(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and type(node.value) is int
+
+
+def layer_call(node: ast.AST | None, owner: str) -> tuple[ast.Call, str] | None:
+    """The call of a layer with one argument that a node is, and the layer as a path; None for all else."""
+    if not isinstance(node, ast.Call) or node.keywords or len(node.args) != 1:
+        return None
+    path = path_of(node.func, owner)
+    if path is None or isinstance(node.args[0], ast.Starred):
+        return None
+    return node, path
 
 
 def own_nodes(node: ast.AST) -> Iterator[ast.AST]:
@@ -99,6 +112,15 @@ def given_names(statement: ast.stmt) -> tuple[list[str], ast.expr] | None:
         return None
     names = [target.id for target in targets if isinstance(target, ast.Name)]
     return (names, value) if len(names) == len(targets) else None
+
+
+def read_after(node: ast.FunctionDef, name: str, statement: ast.stmt) -> bool:
+    """Whether a name stands anywhere behind a statement in the source of a function."""
+    end = (statement.end_lineno or statement.lineno, statement.end_col_offset or 0)
+    return any(
+        isinstance(part, ast.Name) and part.id == name and (part.lineno, part.col_offset) >= end
+        for part in ast.walk(node)
+    )
 
 
 # -- order ----------------------------------------------------------------------------------------
@@ -171,6 +193,18 @@ def repeatable(test: ast.expr, owner: str) -> bool:
             return value is None and (path is not None or isinstance(test.left, ast.Name))
         return isinstance(test.ops[0], ast.Eq | ast.NotEq) and path is not None and isinstance(value, str)
     return path_of(test, owner) is not None
+
+
+def asks_for_none(test: ast.expr) -> bool:
+    """Whether a condition is that a name is None, or is not."""
+    return (
+        isinstance(test, ast.Compare)
+        and isinstance(test.left, ast.Name)
+        and len(test.ops) == 1
+        and isinstance(test.ops[0], ast.Is | ast.IsNot)
+        and isinstance(test.comparators[0], ast.Constant)
+        and test.comparators[0].value is None
+    )
 
 
 def unchanged(test: ast.expr, node: ast.FunctionDef, start: ast.stmt, end: ast.stmt) -> bool:

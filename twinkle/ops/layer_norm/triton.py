@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.launch import Launcher, cdiv, multiprocessors, on_device, power_of_2, shared_memory
+from twinkle.ops.layer_norm.triton_backend import across
 from twinkle.ops.layer_norm.triton_kernels import (
     backward_kernel,
     forward_kernel,
@@ -51,7 +52,7 @@ def forward(
         stats: Whether backward will follow.
         residual: ``[..., width]``; ``residual + x`` is normalised, in the wider of the two dtypes.
         scale: On ``x`` before the sum.
-        total: ``[..., width]``, contiguous: the sum is written to it.
+        total: ``[..., width]``, laid out as ``residual``: the sum is written to it.
 
     Returns:
         The normalised rows, contiguous as torch's are, in the dtype of ``x`` or of the sum; and as
@@ -64,15 +65,23 @@ def forward(
     kept = torch.empty((2, rows), dtype=torch.float32, device=x.device) if stats else None
     if rows == 0:
         return y, kept
-    x_rows, x_stride = base_of(x)
-    r_rows, r_stride = (x_rows, x_stride) if residual is None else base_of(residual)
+    x_rows, x_stride, x_per = _place(x)
+    r_rows, r_stride, r_per = (x_rows, x_stride, x_per) if residual is None else _place(residual)
+    per = x_per or r_per
+    if x_per and r_per and x_per != r_per:  # channels first, each over rows of its own
+        (x_rows, x_stride), x_per, per = base_of(x), None, r_per
     block = power_of_2(width)
     one_pass = block <= _ONE_PASS
     block = block if one_pass else 8192
-    height = max(1, min(2048 // block, power_of_2(rows)))
+    if per:
+        height, warps = _rows_across(block, per, 8)
+        grid: tuple[int, ...] = (cdiv(per, height), rows // per)
+    else:
+        height = max(1, min(2048 // block, power_of_2(rows)))
+        grid, warps = (cdiv(rows, height),), max(1, min(16, block * height // 512))
     with on_device(x):
         _launch_forward(
-            (cdiv(rows, height),),
+            grid,
             (
                 x_rows,
                 r_rows,
@@ -82,7 +91,15 @@ def forward(
                 y,
                 y if kept is None else kept,
             ),
-            (rows, width, x_stride, r_stride, float(eps), 1.0 if scale is None else float(scale)),
+            (
+                rows,
+                width,
+                x_stride,
+                r_stride,
+                per or rows,
+                float(eps),
+                1.0 if scale is None else float(scale),
+            ),
             BLOCK=block,
             ROWS=height,
             ONE_PASS=one_pass,
@@ -93,9 +110,29 @@ def forward(
             BIAS=bias is not None,
             STATS=stats,
             EVEN=block == width,
-            num_warps=max(1, min(16, block * height // 512)),
+            X_ACROSS=x_per is not None,
+            R_ACROSS=r_per is not None,
+            num_warps=warps,
         )
     return y, kept
+
+
+def _rows_across(block: int, per: int, least: int) -> tuple[int, int]:
+    """Rows at a time of what lies channels first, and warps for them.
+
+    The more rows lie side by side, the less of what is read is wasted; but with more than ``least`` wide rows
+    registers go to memory, which takes ten times as long. Measured on an H200 with 96 to 1280 channels.
+    """
+    if block <= 1024:
+        return min(64, 1024 * least // block, power_of_2(per)), 4 if block >= 512 else 8
+    aligned = per % 16 == 0  # rows that are read several in one
+    return min(least if aligned else least // 2, power_of_2(per)), 8 if aligned else 4
+
+
+def _place(tensor: Tensor) -> tuple[Tensor, int, int | None]:
+    """As :func:`base_of`, and the rows of a batch where the kernel takes the tensor channels first."""
+    per = across(tensor)
+    return (*base_of(tensor), None) if per is None else (tensor, 1, per)
 
 
 def backward(
@@ -140,7 +177,7 @@ def backward(
         return dx, None if dw is None else dw.zero_(), None if db is None else db.zero_()
     width = x.shape[-1]
     rows = x.numel() // width
-    x_rows, x_stride = base_of(x)
+    x_rows, x_stride, per = _place(x)
     dy_rows, dy_stride = base_of(dy)
     dh_rows, dh_stride = (dy_rows, dy_stride) if dh is None else base_of(dh)
     sums = (dw is not None) + (db is not None)
@@ -154,14 +191,18 @@ def backward(
         if block <= _IN_LOOP:
             # As for rms_norm: two programs on a multiprocessor with three or four rows under way in each.
             height = max(1, min(4096 // block, power_of_2(rows)))
-            programs = min(cdiv(rows, height), multiprocessors(x.device) * 2)
+            warps = 4 if 256 < block < 4096 else 8 if block < 8192 else 16
+            if per:
+                height, warps = _rows_across(block, per, 4)
+            tiles = cdiv(per, height) * (rows // per) if per else cdiv(rows, height)
+            programs = min(tiles, multiprocessors(x.device) * 2)
             partial = _partial(programs, sums, width, x.device)
             stages = 4 if block * x.element_size() > 8192 else 3
             moved = block * height * (x.element_size() + dy.element_size() * (1 if dh is None else 2))
             _launch_backward(
                 (programs,),
                 (dy_rows, dh_rows, x_rows, w, stats, x_rows if dx is None else dx, dr_rows, partial),
-                numbers,
+                (*numbers[:-1], per or rows, numbers[-1]),
                 BLOCK=block,
                 ROWS=height,
                 **added,
@@ -170,7 +211,8 @@ def backward(
                 **flags,
                 EVEN=block == width,
                 STAGES=max(1, min(stages, shared_memory(x.device) // moved)),
-                num_warps=4 if 256 < block < 4096 else 8 if block < 8192 else 16,
+                X_ACROSS=per is not None,
+                num_warps=warps,
             )
         else:
             if dx is not None:

@@ -20,6 +20,7 @@ from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.layer_norm.torch_backend import rounds_as
+from twinkle.ops.layout import channels_first
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
@@ -28,12 +29,22 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["LEAST", "accepts", "exactly", "layer_class", "layer_norm", "supports", "takes_weight_and_eps"]
+__all__ = [
+    "LEAST",
+    "accepts",
+    "across",
+    "exactly",
+    "layer_class",
+    "layer_norm",
+    "supports",
+    "takes_weight_and_eps",
+]
 
 WIDEST = 65536
 _kernels = lazy_module("twinkle.ops.layer_norm.triton")
 LEAST = 1 << 23
 """Elements of the input below which torch's kernel runs: ours takes longer to launch than it saves."""
+_ACROSS = 2048  # Widest row of which the kernel holds several at once, to read what lies channels first.
 _FUSED = next(variant for variant in VARIANTS if variant.name == "fused")
 
 
@@ -131,6 +142,15 @@ def accepts(
         if p.shape != last or not p.is_contiguous() or (only is not None and p.dtype != only):
             return False
     return True
+
+
+def across(x: Tensor) -> int | None:
+    """The rows of a batch, for a tensor that lies channels first and is read so; else None.
+
+    Args:
+        x: ``[..., hidden]``.
+    """
+    return None if x.is_contiguous() or x.shape[-1] > _ACROSS else channels_first(x)
 
 
 def exactly(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -26,13 +26,25 @@ def _affine(n, w, b, at, here, WEIGHT: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def _load(x, r, y, at, ok, x_row, r_row, scale, SCALED: tl.constexpr, ADD: tl.constexpr):
+def _columns(col, per, ACROSS: tl.constexpr):
+    """Where channels lie from the first one of a row: side by side, or across, ``per`` elements apart."""
+    return col.to(tl.int64) * per if ACROSS else col
+
+
+@triton.jit
+def _rows(row, own, batch, width, per, stride, ACROSS: tl.constexpr):
+    """Where rows begin: ``stride`` elements apart, or side by side in ``[batch, width, per]``."""
+    return batch.to(tl.int64) * width * per + own if ACROSS else row * stride
+
+
+@triton.jit
+def _load(x, r, y, x_at, r_at, ok, x_row, r_row, scale, SCALED: tl.constexpr, ADD: tl.constexpr):
     """The row in float32; a sum rounded to the dtype of ``y``, which may be wider than that of an addend."""
-    h = tl.load(x + x_row + at, mask=ok, other=0.0).to(tl.float32)
+    h = tl.load(x + x_row + x_at, mask=ok, other=0.0).to(tl.float32)
     if SCALED:
         h = (h * scale).to(x.dtype.element_ty).to(tl.float32)
     if ADD:
-        h = (tl.load(r + r_row + at, mask=ok, other=0.0).to(tl.float32) + h).to(y.dtype.element_ty)
+        h = (tl.load(r + r_row + r_at, mask=ok, other=0.0).to(tl.float32) + h).to(y.dtype.element_ty)
         h = h.to(tl.float32)
     return h
 
@@ -50,6 +62,7 @@ def forward_kernel(
     width,
     x_stride,
     r_stride,
+    per,
     eps,
     scale,
     BLOCK: tl.constexpr,
@@ -62,18 +75,26 @@ def forward_kernel(
     BIAS: tl.constexpr,
     STATS: tl.constexpr,
     EVEN: tl.constexpr,
+    X_ACROSS: tl.constexpr,
+    R_ACROSS: tl.constexpr,
 ):
-    """``ROWS`` rows: the sum with ``r``, if there is one, and its norm."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    inside = row < rows
-    col = tl.arange(0, BLOCK)[None, :]
-    x_row, r_row = row * x_stride, row * r_stride
+    """``ROWS`` rows: the sum with ``r``, if there is one, and its norm. The sum is laid out as ``r``.
+
+    A program has rows of one batch of ``per`` rows, which lie side by side where ``x`` or ``r`` is channels
+    first; else all rows are one batch.
+    """
+    own, batch = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None], tl.program_id(1)
+    inside = own < per
+    row, col = batch.to(tl.int64) * per + own, tl.arange(0, BLOCK)[None, :]
+    x_row = _rows(row, own, batch, width, per, x_stride, X_ACROSS)
+    r_row = _rows(row, own, batch, width, per, r_stride, R_ACROSS)
     if ONE_PASS:
         here = col < width
         ok = inside if EVEN else inside & here
-        h = _load(x, r, y, col, ok, x_row, r_row, scale, SCALED, ADD)
+        x_at, r_at = _columns(col, per, X_ACROSS), _columns(col, per, R_ACROSS)
+        h = _load(x, r, y, x_at, r_at, ok, x_row, r_row, scale, SCALED, ADD)
         if KEEP:
-            tl.store(total + row * width + col, h.to(total.dtype.element_ty), mask=ok)
+            tl.store(total + r_row + r_at, h.to(total.dtype.element_ty), mask=ok)
         mean = tl.sum(h, axis=1, keep_dims=True) / width
         h = h - mean
         kept = h if EVEN else tl.where(here, h, 0.0)
@@ -86,9 +107,9 @@ def forward_kernel(
         for start in range(0, width, BLOCK):
             here = start + col < width
             count = tl.minimum(width - start, BLOCK).to(tl.float32)
-            h = _load(x, r, y, start + col, inside & here, x_row, r_row, scale, SCALED, ADD)
+            h = _load(x, r, y, start + col, start + col, inside & here, x_row, r_row, scale, SCALED, ADD)
             if KEEP:
-                tl.store(total + row * width + start + col, h.to(total.dtype.element_ty), mask=inside & here)
+                tl.store(total + r_row + start + col, h.to(total.dtype.element_ty), mask=inside & here)
             own = tl.sum(h, axis=1, keep_dims=True) / count
             h = tl.where(here, h - own, 0.0)
             # Two means and two sums of squares about them, made one (Chan et al. 1979).
@@ -100,7 +121,7 @@ def forward_kernel(
         for start in range(0, width, BLOCK):
             at = start + col
             here = at < width
-            h = _load(x, r, y, at, inside & here, x_row, r_row, scale, SCALED, ADD)
+            h = _load(x, r, y, at, at, inside & here, x_row, r_row, scale, SCALED, ADD)
             n = _affine((h - mean) * root, w, b, at, here, WEIGHT, BIAS)
             tl.store(y + row * width + at, n.to(y.dtype.element_ty), mask=inside & here)
     if STATS:
@@ -123,6 +144,7 @@ def backward_kernel(
     dy_stride,
     dh_stride,
     x_stride,
+    per,
     scale,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -135,8 +157,12 @@ def backward_kernel(
     BIAS_GRAD: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    X_ACROSS: tl.constexpr,
 ):
-    """Gradients of rows that are held in registers, and a program's part of those of weight and bias."""
+    """Gradients of rows that are held in registers, and a program's part of those of weight and bias.
+
+    The rows of an iteration are of one batch of ``per``, as in forward.
+    """
     col = tl.arange(0, BLOCK)[None, :]
     here = col < width
     if WEIGHT:
@@ -146,14 +172,17 @@ def backward_kernel(
     if BIAS_GRAD:
         db = tl.zeros([ROWS, BLOCK], tl.float32)
     inverse_width = 1.0 / width
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        row = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
-        ok = row < rows if EVEN else (row < rows) & here
-        h = tl.load(x + row * x_stride + col, mask=ok, other=0.0).to(tl.float32)
+    tiles = tl.cdiv(per, ROWS)
+    for tile in tl.range(tl.program_id(0), tiles * (rows // per), tl.num_programs(0), num_stages=STAGES):
+        batch = tile // tiles
+        own = (tile - batch * tiles) * ROWS + tl.arange(0, ROWS)[:, None].to(tl.int64)
+        row, inside = batch.to(tl.int64) * per + own, own < per
+        ok = inside if EVEN else inside & here
+        at = _rows(row, own, batch, width, per, x_stride, X_ACROSS) + _columns(col, per, X_ACROSS)
+        h = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
         g = tl.load(dy + row * dy_stride + col, mask=ok, other=0.0).to(tl.float32)
-        mean = tl.load(stats + row, mask=row < rows, other=0.0)
-        root = tl.load(stats + rows + row, mask=row < rows, other=0.0)
-        n = (h - mean) * root
+        root = tl.load(stats + rows + row, mask=inside, other=0.0)
+        n = (h - tl.load(stats + row, mask=inside, other=0.0)) * root
         if WEIGHT_GRAD:
             dw += g * n
         if BIAS_GRAD:

@@ -14,7 +14,7 @@ import torch
 from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layer_norm.reference import VARIANTS
-from twinkle.ops.layer_norm.triton_backend import LEAST, accepts, exactly, takes_weight_and_eps
+from twinkle.ops.layer_norm.triton_backend import LEAST, accepts, across, exactly, takes_weight_and_eps
 from twinkle.ops.layer_norm.triton_backend import supports as supports_norm
 from twinkle.ops.plain import pays
 
@@ -45,8 +45,9 @@ def path_for(
 ) -> DispatchPath:
     """What computes with these tensors; see :func:`twinkle.ops.launch.dispatch_path`.
 
-    Only contiguous addends: the layout of the sum of others is torch's to choose. Their dtypes may differ, as
-    they do under autocast, where a sublayer gives half precision and the norm before it gave float32.
+    Contiguous addends, or a residual that is channels first, whose layout the sum has as torch's: the layout
+    of other sums is torch's to choose. The dtypes of the two may differ, as they do under autocast, where a
+    sublayer gives half precision and the norm before it gave float32.
 
     Args:
         x: ``[..., hidden]``, what a sublayer returned.
@@ -64,7 +65,9 @@ def path_for(
     dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:], dtype):
         return REFERENCE
-    return path if x.is_contiguous() and residual.is_contiguous() else REFERENCE
+    if not x.is_contiguous():
+        return REFERENCE
+    return path if residual.is_contiguous() or across(residual) is not None else REFERENCE
 
 
 def run(
@@ -110,7 +113,9 @@ def run(
 
 def _empty_sum(x: Tensor, residual: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    return torch.empty(x.shape, dtype=dtype, device=x.device)
+    if residual.is_contiguous():
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    return torch.empty_like(residual, dtype=dtype)
 
 
 def _forward(
@@ -125,7 +130,9 @@ def _fake_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, scale: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = x.numel() // x.shape[-1]
-    return _empty_sum(x, residual), _empty_sum(x, residual), x.new_empty((2, rows), dtype=torch.float32)
+    total = _empty_sum(x, residual)
+    y = torch.empty(x.shape, dtype=total.dtype, device=x.device)
+    return total, y, x.new_empty((2, rows), dtype=torch.float32)
 
 
 def _backward(
@@ -141,7 +148,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     dx_wanted, dw_wanted, db_wanted = wanted
     split = dx_wanted and (scale is not None or dtypes[0] != dtypes[1])
-    dr = torch.empty_like(h, dtype=dtypes[1]) if split else None
+    dr = torch.empty(h.shape, dtype=dtypes[1], device=h.device) if split else None
     dx, dw, db = _kernels().backward(
         dy,
         h,

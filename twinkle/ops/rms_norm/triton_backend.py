@@ -49,10 +49,15 @@ def supports(
     return f"no kernel for gates, groups, or a weight before the norm ({variant.name})"
 
 
-def takes_weight_and_eps(variant: RMSNormVariant) -> bool:
-    """Whether a kernel for more than the norm computes a variant: a root of a mean and eps, a weight."""
+def takes_weight_and_eps(variant: RMSNormVariant, *, nullable: bool = False) -> bool:
+    """Whether a kernel for more than the norm computes a variant: a root of a mean and eps, a weight.
+
+    Args:
+        variant: The variant.
+        nullable: The kernel does without a weight that is None, also where the result is then rounded.
+    """
     plain = variant.statistic == "mean" and variant.eps_place == "mean" and variant.scale == "none"
-    return plain and supports(variant) is None and variant.nullable != "cast"
+    return plain and supports(variant) is None and (nullable or variant.nullable != "cast")
 
 
 _WITH_OFFSET = {

@@ -1,0 +1,145 @@
+"""Ways to run a program that take turns: a process each, asked line by line, so that noise meets them all.
+
+Two runs of one program differ by half on a shared host. Only ratios of the same round are worth quoting: a
+ratio is the median of the rounds' ratios of the first way to another (above 1: faster than the first), with
+the smallest and the largest of them.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+ROOT = Path(__file__).resolve().parents[1]
+
+__all__ = ["Worker", "bindings", "in_turns", "ratios", "serve", "versions"]
+
+
+class Worker:
+    """A process that runs a script in one way.
+
+    Args:
+        script: Answers the lines it is sent with :func:`serve`.
+        way: What it is called; ``twinkle`` is run under Twinkle.
+        arguments: Of the script.
+        environ: Variables besides those there are; ``TWINKLE_`` variables are not handed on.
+    """
+
+    def __init__(
+        self, script: str, way: str, arguments: Iterable[str], environ: Mapping[str, str] | None = None
+    ) -> None:
+        start = [sys.executable, *(["-m", "twinkle", "run"] if way == "twinkle" else [])]
+        own = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
+        self.way = way
+        self.process = subprocess.Popen(
+            [*start, script, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**own, **(environ or {})},
+        )
+
+    def ask(self, *words: str) -> dict[str, Any]:
+        """The answer to a line.
+
+        Raises:
+            RuntimeError: The process has ended.
+        """
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(" ".join(words) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise RuntimeError(f"the process for {self.way} has ended") from None
+        for line in self.process.stdout:
+            if line.startswith("@"):
+                answer: dict[str, Any] = json.loads(line[1:])
+                return answer
+        raise RuntimeError(f"the process for {self.way} has ended")
+
+    def end(self) -> None:
+        """Let it go."""
+        self.process.kill()
+        self.process.wait()
+
+
+def serve(answer: Callable[..., dict[str, Any]]) -> None:
+    """Answer the lines of the parent, until there are no more; an error is an answer, and the next one comes.
+
+    Args:
+        answer: Called with the words of a line.
+    """
+    for line in sys.stdin:
+        try:
+            given = answer(*line.split())
+        except Exception as error:
+            traceback.print_exc()
+            given = {"error": f"{type(error).__name__}: {error}"[:400]}
+        print("@" + json.dumps(given), flush=True)
+
+
+def in_turns(workers: list[Worker], rounds: int, *words: str) -> list[dict[str, dict[str, Any]]]:
+    """Each worker's answer to a line, round by round; in each round another one is first.
+
+    Raises:
+        RuntimeError: A worker answers with an error, or has ended.
+    """
+    found = []
+    for at in range(rounds):
+        order = workers[at % len(workers) :] + workers[: at % len(workers)]
+        answers = {worker.way: worker.ask(*words) for worker in order}
+        for way, answer in answers.items():
+            if "error" in answer:
+                raise RuntimeError(f"{way}: {answer['error']}")
+        found.append(answers)
+    return found
+
+
+def ratios(first: Iterable[float], other: Iterable[float]) -> dict[str, float]:
+    """Median, smallest and largest of what the first took over what the other took, in the same round."""
+    found = [a / b for a, b in zip(first, other, strict=True)]
+    return {
+        "ratio": round(statistics.median(found), 3),
+        "smallest": round(min(found), 3),
+        "largest": round(max(found), 3),
+    }
+
+
+def bindings() -> list[str]:
+    """What Twinkle's report says in this process: target, kernel and state of each binding."""
+    report: Any = sys.modules.get("twinkle.report")
+    if report is None:
+        return []
+    found = report.snapshot()["bindings"]
+    return [f"{b['target'].rpartition(':')[2]} {b['kernel']} {b['state']}" for b in found]
+
+
+def versions(device: str) -> dict[str, Any]:
+    """Of what a result depends on, and the date."""
+    import torch
+
+    found = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": str(datetime.date.today()),
+    }
+    for name in ("transformers", "triton", "liger_kernel"):
+        try:
+            found[name] = getattr(__import__(name), "__version__", "installed")
+        except ImportError:
+            found[name] = "not installed"
+    found["device"] = torch.cuda.get_device_name() if device != "cpu" else platform.processor() or "cpu"
+    return found
