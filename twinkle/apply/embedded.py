@@ -169,6 +169,9 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
     backend = backend_for(op, variant, where) if op is not None and wanted(op) else None
     if backend is None:
         return []
+    if (why := backend.supports(variant, where, facts)) is not None:
+        runtime.session.remark(f"the {op} of {found.module}:{found.name} is left alone: {why}")
+        return []
 
     def source(registered: Source) -> EmbeddedFunction:
         return EmbeddedFunction(str(op), variant, facts, found.original, backend.name, registered)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from twinkle.apply.bindings import function_binding
-from twinkle.apply.functions_beside import forwards_of, functions_of
+from twinkle.apply.functions_beside import forwards_of, functions_of, is_in_layers, methods_led_to
 from twinkle.match.instance import Facts
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
@@ -22,11 +22,25 @@ if TYPE_CHECKING:
 __all__ = ["register", "register_in", "specialise_function"]
 
 
+class _Same:
+    """An object that is compared by identity, and is not another one as long as this is kept."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other.value is self.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+
 class _Functions:
     """The kernels that were made for recognised functions."""
 
     def __init__(self) -> None:
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
+        self.asked: dict[str, tuple[object, ...]] = {}
 
 
 def register(
@@ -62,28 +76,43 @@ def register_in(
             bound.setdefault(kernel.op, []).append(kernel)
     if not bound and offered is None:
         return {}
-    served: dict[Any, tuple[RecognisedFunction, Sequence[FunctionKernel], Sequence[FunctionKernel]]] = {}
+    # What was asked about once is served, or is not, as long as the module and the settings are the same.
+    terms = (
+        tuple(map(tuple, bound.values())),
+        offered is None,
+        runtime.options.kernels,
+        *runtime.options.disabled,
+    )
+    asked = runtime.of(_Functions).asked
+    found = {module: functions_of(module) for module in modules}
+    new = [module for module, own in found.items() if asked.get(module) != (_Same(own), *terms)]
+    asked.update((module, (_Same(found[module]), *terms)) for module in new)
+    classes = tuple(classes)
+    forwards = list(forwards_of(classes))
+    # A method is a part of its class, and is served where that is used: most of a library are not.
+    methods = methods_led_to((one for own in found.values() for one in own), classes)
+    if not (new or forwards or methods):
+        return {}
 
-    def serve(found: RecognisedFunction) -> None:
-        asked = () if found.takes_self else bound.get(str(found.recognition.op), ())
-        ours = offered(found) if offered is not None else ()
-        if asked or ours:
-            served[found.original] = (found, asked, ours)
+    def kernels_for(one: RecognisedFunction) -> tuple[Sequence[FunctionKernel], Sequence[FunctionKernel]]:
+        own = () if one.takes_self else bound.get(str(one.recognition.op), ())
+        return own, offered(one) if offered is not None else ()
 
-    for found in (found for module in modules for found in functions_of(module)):
-        serve(found)
-    functions = [found for found, _, _ in served.values()]
-    for found in forwards_of(classes):
-        # Where the rotation is a function that the forward calls, that one has the kernel.
-        if not any(_is_part_of(one, found) for one in functions):
-            serve(found)
+    functions = [one for own in found.values() for one in own if not one.is_method or one in methods]
+    served = {one.original: one for one in functions if any(kernels_for(one))}
+    wholes = list(served.values())
+    # Where the rotation is a function that the forward calls, that one has the kernel.
+    served |= {one.original: one for one in forwards if not any(_is_part_of(whole, one) for whole in wholes)}
     changed: dict[str, bool] = {}
-    for found, asked, embedded in served.values():
-        if any(_is_part_of(found, whole) for whole in functions):
+    for one in served.values():
+        if any(_is_part_of(one, whole) for whole in wholes):
             continue
-        asked_for = _registered(found, asked)
+        if one.of_layers and is_in_layers(one, found):
+            continue
+        own, embedded = kernels_for(one)
+        asked_for = _registered(one, own)
         if asked_for or _taken(embedded):
-            changed[found.module] = changed.get(found.module, False) or asked_for
+            changed[one.module] = changed.get(one.module, False) or asked_for
     return changed
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["VARIANTS", "RMSNormVariant", "number", "rms_norm"]
+__all__ = ["VARIANTS", "RMSNormVariant", "may_lack_weight", "number", "rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,12 @@ def _fused(
     if variant.compute == "fused_float32" and variant.cast == "after_weight":
         h = h.to(dtype)
     return h
+
+
+def may_lack_weight(variant: RMSNormVariant) -> bool:
+    """Whether code that is a variant takes None for its weight."""
+    as_torch = variant.weight == "plain" and variant.weight_place == "fused" and variant.weight_cast == "none"
+    return as_torch or variant.weight == "none" or variant.nullable != "no"
 
 
 def number(
