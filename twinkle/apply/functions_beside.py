@@ -121,7 +121,7 @@ def is_in_layers(found: RecognisedFunction, modules: Iterable[str]) -> bool:
         modules: Where the layers are looked for, by name, beside those that were recognised before.
     """
     original = found.original
-    if any(_rests_on(one, original) for one in recognitions()):
+    if any(_is_layer_of(one, original) for one in recognitions()):
         return True
     for module in dict.fromkeys([*modules, found.module]):
         namespace = sys.modules.get(module)
@@ -131,7 +131,7 @@ def is_in_layers(found: RecognisedFunction, modules: Iterable[str]) -> bool:
             if not isinstance(cls, type) or getattr(cls, "__module__", None) != module:
                 continue
             calls = any(not names.isdisjoint(method.__code__.co_names) for _, method in _methods(cls))
-            if calls and hasattr(cls, "forward") and _rests_on(recognise(cls), original):
+            if calls and hasattr(cls, "forward") and _is_layer_of(recognise(cls), original):
                 return True
     return False
 
@@ -152,9 +152,10 @@ def methods_led_to(
     return tuple(one for one in methods if one.original in reached)
 
 
-def _rests_on(recognition: Recognition, function: Any) -> bool:
-    return recognition.op is not None and any(
-        part is function for read in recognition.reads for part in read.objects
+def _is_layer_of(recognition: Recognition, function: Any) -> bool:
+    """Whether a class is a layer that a kernel may compute as a whole, with a function in it."""
+    return (
+        recognition.op is not None and bool(find_op(recognition.op).layers) and recognition.rests_on(function)
     )
 
 

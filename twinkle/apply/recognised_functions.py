@@ -118,9 +118,7 @@ def register_in(
 
 def _is_part_of(found: RecognisedFunction, whole: RecognisedFunction) -> bool:
     """Whether a function is called by another one: to the kernel of that one a new callee is a change."""
-    return whole.original is not found.original and any(
-        part is found.original for read in whole.recognition.reads for part in read.objects
-    )
+    return whole.original is not found.original and whole.recognition.rests_on(found.original)
 
 
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:
