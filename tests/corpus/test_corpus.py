@@ -6,7 +6,10 @@ from collections import Counter
 from itertools import chain
 from typing import TYPE_CHECKING
 
+import euclidean_norms
+import functions
 import gated_mlps
+import layer_norms
 import norms
 import pytest
 import rotations
@@ -18,7 +21,15 @@ from twinkle.match.structure import recognise
 if TYPE_CHECKING:
     from spelling import LookAlike, Spelling
 
-CORPORA = (*norms.CORPORA, *rotations.CORPORA, *rotations_by_pairs.CORPORA, *gated_mlps.CORPORA)
+CORPORA = (
+    *norms.CORPORA,
+    *euclidean_norms.CORPORA,
+    *layer_norms.CORPORA,
+    *rotations.CORPORA,
+    *rotations_by_pairs.CORPORA,
+    *gated_mlps.CORPORA,
+    *functions.CORPORA,
+)
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
 LEAST = {"rms_norm": 45, "layer_norm": 16, "rotary": 35, "gated_mlp": 22}

@@ -12,6 +12,7 @@ __all__ = ["check", "core", "rewritten"]
 
 # What may lie between the result of a projection and the product.
 _BETWEEN = ("index", "chunk", "split", "tensor_split", "to", "clamp", "reshape", "unbind", "unflatten")
+_CUTS = ("slice", "split", "tensor_split", "unbind")
 _PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
@@ -21,7 +22,7 @@ def core(code: Any) -> bool:
         return False
     if not (code.layer_calls or "chunk" in code.ops):
         inputs = sum(part.op == "input" for part in code.parts)
-        if inputs < 2 and not (inputs and "slice" in code.ops):
+        if inputs < 2 and code.ops.isdisjoint(_CUTS):
             return False
     return any(part.op == "mul" and any(_activated(code, side) for side in part.args) for part in code.parts)
 

@@ -57,8 +57,8 @@ class RMSNormVariant:
             ``least`` that the root may be.
         scale: A number beside the weight: ``norm_multiplied``, ``norm_divided`` and ``norm_inverse`` make a
             mean of the Euclidean norm, before eps (by ``width ** -0.5``, by ``width ** 0.5``, by
-            ``1 / width ** 0.5``); ``result`` is on the normalised input, ``weighted`` on its product with the
-            weight.
+            ``1 / width ** 0.5``); ``result`` is on the normalised input, ``rounded`` on that behind its cast,
+            ``weighted`` on its product with the weight.
         nullable: The weight may be None, and is then left out; ``cast``: the result is then rounded to the
             dtype of ``x``.
         bias: One is added, where there is a weight, unless it is None.
@@ -77,7 +77,9 @@ class RMSNormVariant:
     groups: Literal["none", "always", "optional"] = "none"
     statistic: Literal["mean", "sum", "norm"] = "mean"
     eps_place: Literal["mean", "root", "least"] = "mean"
-    scale: Literal["none", "norm_multiplied", "norm_divided", "norm_inverse", "result", "weighted"] = "none"
+    scale: Literal[
+        "none", "norm_multiplied", "norm_divided", "norm_inverse", "result", "rounded", "weighted"
+    ] = "none"
     nullable: Literal["no", "yes", "cast"] = "no"
     bias: bool = False
 
@@ -143,6 +145,8 @@ def rms_norm(
         h = h * scale
     if variant.cast == "before_weight":
         h = h.to(dtype)
+    if variant.scale == "rounded":
+        h = h * scale
     if variant.nullable != "no":
         h = _weighted_unless_none(h, weight, bias, dtype, variant)
     elif variant.weight != "none" and variant.weight_place == "after":
@@ -432,5 +436,9 @@ def _measured() -> tuple[RMSNormVariant, ...]:
     return tuple(made)
 
 
-VARIANTS: tuple[RMSNormVariant, ...] = (*_BASE, *_DIVIDED, *_NULLABLE, *_FUSED, *_measured())
+_ROUNDED = tuple(
+    RMSNormVariant(f"normalize_rounded{suffix}", scale="rounded", **_LEAST, **applied)
+    for suffix, applied in (_WEIGHTS[weight] for weight in ("plain", "one_plus", "none", "offset"))
+)
+VARIANTS: tuple[RMSNormVariant, ...] = (*_BASE, *_DIVIDED, *_NULLABLE, *_FUSED, *_measured(), *_ROUNDED)
 """Every variant that is recognised."""
