@@ -59,8 +59,9 @@ class _Scan:
     notebook defines a function in a later cell, or again) has what it came to have. Nothing is held.
     """
 
-    def __init__(self, namespace: Any, found: tuple[RecognisedFunction, ...]) -> None:
+    def __init__(self, namespace: Any, found: tuple[RecognisedFunction, ...], version: int) -> None:
         self.found = found
+        self.version = version
         self._standing = {name: ref(value) for name, value in _code_in(namespace)}
 
     def holds(self, namespace: Any) -> bool:
@@ -90,8 +91,6 @@ def functions_of(name: str) -> tuple[RecognisedFunction, ...]:
     Args:
         name: The name of the module.
 
-    Returns:
-        The same object as long as they are the same.
     """
     namespace = sys.modules.get(name)
     if namespace is None or name.partition(".")[0] == "torch":
@@ -100,10 +99,16 @@ def functions_of(name: str) -> tuple[RecognisedFunction, ...]:
     scan = known.get(name)
     if scan is None or not scan.holds(namespace):
         found = tuple(_recognised(namespace, name))
-        scan = known[name] = _Scan(
-            namespace, scan.found if scan is not None and scan.found == found else found
-        )
+        before = -1 if scan is None else scan.version
+        same = scan is not None and scan.found == found
+        scan = known[name] = _Scan(namespace, found, before if same else before + 1)
     return scan.found
+
+
+def version_of(name: str) -> int:
+    """A number that changes where :func:`functions_of` a module finds others; -1 before it was asked."""
+    scan = runtime.of(_Found).by_module.get(name)
+    return -1 if scan is None else scan.version
 
 
 def _code_in(namespace: Any) -> Iterator[tuple[str, Any]]:

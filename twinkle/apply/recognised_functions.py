@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from twinkle.apply.bindings import function_binding
-from twinkle.apply.functions_beside import forwards_of, functions_of, is_in_layers, methods_led_to
+from twinkle.apply.functions_beside import (
+    forwards_of,
+    functions_of,
+    is_in_layers,
+    methods_led_to,
+    version_of,
+)
 from twinkle.match.instance import Facts
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
@@ -22,25 +29,13 @@ if TYPE_CHECKING:
 __all__ = ["register", "register_in", "specialise_function"]
 
 
-class _Same:
-    """An object that is compared by identity, and is not another one as long as this is kept."""
-
-    def __init__(self, value: object) -> None:
-        self.value = value
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.value is self.value
-
-    def __hash__(self) -> int:
-        return id(self.value)
-
-
 class _Functions:
     """The kernels that were made for recognised functions."""
 
     def __init__(self) -> None:
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
         self.asked: dict[str, tuple[object, ...]] = {}
+        self.asked_of: WeakKeyDictionary[type, tuple[object, ...]] = WeakKeyDictionary()
 
 
 def register(
@@ -76,18 +71,20 @@ def register_in(
             bound.setdefault(kernel.op, []).append(kernel)
     if not bound and offered is None:
         return {}
-    # What was asked about once is served, or is not, as long as the module and the settings are the same.
+    # What was asked about once is served, or is not, as long as the code and the settings are the same.
     terms = (
         tuple(map(tuple, bound.values())),
         offered is None,
         runtime.options.kernels,
         *runtime.options.disabled,
     )
-    asked = runtime.of(_Functions).asked
     found = {module: functions_of(module) for module in modules}
-    new = [module for module, own in found.items() if asked.get(module) != (_Same(own), *terms)]
-    asked.update((module, (_Same(found[module]), *terms)) for module in new)
-    classes = tuple(classes)
+    versions = {module: (version_of(module), *terms) for module in found}
+    state = runtime.of(_Functions)
+    new = [module for module in found if state.asked.get(module) != versions[module]]
+    state.asked.update((module, versions[module]) for module in new)
+    classes = [cls for cls in classes if state.asked_of.get(cls) != versions.get(cls.__module__, terms)]
+    state.asked_of.update((cls, versions.get(cls.__module__, terms)) for cls in classes)
     forwards = list(forwards_of(classes))
     # A method is a part of its class, and is served where that is used: most of a library are not.
     methods = methods_led_to((one for own in found.values() for one in own), classes)

@@ -18,6 +18,7 @@ from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layout import like
+from twinkle.ops.plain import pays
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
@@ -28,9 +29,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["accepts", "function_for", "layer_class", "rms_norm", "supports", "takes_weight_and_eps"]
+__all__ = ["LEAST", "accepts", "function_for", "layer_class", "rms_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
+LEAST = 1 << 23
+"""Elements below which a function that is a call of `F.rms_norm` runs, where torch has one kernel for that.
+
+On an H200, forward and backward of 64 Mi elements: 0.18 ms instead of 0.32; on its host, at any size, 500 us
+instead of 231.
+"""
+_TORCH_FUSES = hasattr(torch.ops.aten, "_fused_rms_norm")
+_ONE_CALL = ("fused", "fused_unweighted")
 _EPS = torch.finfo(torch.float32).eps
 _kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
@@ -172,6 +181,8 @@ def _attempt(
         return None
     if weight is None and not may_lack_weight(variant):
         return None  # the function has no path for that, and raises
+    if variant.name in _ONE_CALL and _TORCH_FUSES and not pays(x, LEAST):
+        return None
     if variant.weight == "offset":
         variant = _WITH_OFFSET[variant.name, float(offset)]
     return _by_kernel(x, weight, eps, variant, None, True, normalized_shape, scale, width, math_root)
