@@ -103,7 +103,15 @@ def survey(roots: tuple[str, ...]) -> dict[str, Any]:
 def corpus() -> dict[str, int]:
     """How many spellings of each op the corpus has (``tests/corpus``)."""
     found: dict[str, int] = collections.Counter()
-    for name in ("norms", "rotations", "rotations_by_pairs", "gated_mlps"):
+    for name in (
+        "norms",
+        "euclidean_norms",
+        "layer_norms",
+        "functions",
+        "rotations",
+        "rotations_by_pairs",
+        "gated_mlps",
+    ):
         for one in importlib.import_module(name).CORPORA:
             found.update(spelling.op for spelling in one.spellings.values())
     return dict(found)

@@ -32,7 +32,7 @@ CORPORA = (
 )
 SPELLINGS = tuple(chain.from_iterable(corpus.spellings.values() for corpus in CORPORA))
 LOOK_ALIKES = tuple((of, other) for of in SPELLINGS for other in of.look_alikes)
-LEAST = {"rms_norm": 45, "layer_norm": 16, "rotary": 35, "gated_mlp": 22}
+LEAST = {"rms_norm": 55, "layer_norm": 18, "rotary": 35, "gated_mlp": 28, "activation": 3}
 """What the corpus holds of each op. It may grow and not shrink."""
 
 each = pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: f"{s.op}-{s.name}")
