@@ -19,7 +19,6 @@ from twinkle.apply.matching import Rules, match, rules_in_force
 from twinkle.apply.places import Decided, Names, Parents
 from twinkle.devices import absent_reason, current_type, parse_device
 from twinkle.errors import ApplyError, ConfigError
-from twinkle.match.structure import recognise
 from twinkle.modes import Mode
 from twinkle.runtime import runtime
 from twinkle.swap import layers as swap
@@ -279,14 +278,11 @@ def _recognised_functions(
     from twinkle.apply import recognised_functions
 
     offered = _offered(embedded_on)
-    if offered is None or deferral is None:
-        return recognised_functions.register(model, offered)
-    head = recognise(swap.original_class(model))
+    if offered is not None and deferral is not None:
+        from twinkle.apply import embedded
 
-    def besides(found: RecognisedFunction) -> Sequence[FunctionKernel]:
-        return () if head.rests_on(found.original) else offered(found)
-
-    return recognised_functions.register(model, besides)
+        offered = embedded.apart_from_head(swap.original_class(model), offered)
+    return recognised_functions.register(model, offered)
 
 
 def _commit(layers: LayerPlans | None, function_plans: Iterable[FunctionPlan]) -> Change:
