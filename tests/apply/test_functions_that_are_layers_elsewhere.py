@@ -405,6 +405,25 @@ def test_a_function_in_a_layer_that_has_a_kernel_is_left_to_it(
     assert [(name, state) for name, state, _ in active(clean_registry)] == [("Norm", "active")]
 
 
+GATES = """
+class Gate(nn.Module):
+    def forward(self, {arguments}):
+        return F.silu(gate) * up
+"""
+
+
+@pytest.mark.parametrize("arguments", ["gate, up", "up, gate"])
+def test_a_layer_of_two_inputs_takes_them_in_its_own_order(
+    notebook: Notebook, clean_registry: Registry, kernels: torch.device, arguments: str
+) -> None:
+    layer = notebook.run(GATES.format(arguments=arguments)).Gate().to(kernels)
+    first, second = torch.randn(2, 3, 5, 16).to(kernels)
+    expected = layer(first, second), layer(gate=first, up=second)
+    kernelize_layers(layer)
+    for _ in range(2):
+        torch.testing.assert_close((layer(first, second), layer(gate=first, up=second)), expected)
+
+
 # Cells of a notebook.
 
 USER = NET.replace("class Net", "class {name}").replace("{call}", "norm(self.first(x))")
