@@ -43,6 +43,9 @@ PACKAGES = {
 }
 CORPORA = (
     "norms",
+    "euclidean_norms",
+    "layer_norms",
+    "functions",
     "rotations",
     "rotations_by_pairs",
     "rotations_by_products",

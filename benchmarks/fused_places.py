@@ -1,6 +1,8 @@
-"""Sums before a LayerNorm, adaptive norms, activations, GroupNorm with SiLU: on a GPU, in one run.
+"""Sums before a LayerNorm, adaptive norms, activations, GroupNorm with SiLU, functions: on a GPU, in one run.
 
     python benchmarks/fused_places.py [--json FILE] [--rounds 15] [--only residual_norm,modulated_norm]
+
+Without ``--only``: those two, ``activation``, ``group_norm`` and ``functions`` (norms and gates).
 
 Every case is checked first: results and gradients on fresh inputs, against the eager steps in float32; the
 kernel's error may be no more than twice that of the eager steps, and a little more than float32's own.
@@ -31,8 +33,10 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from twinkle.match.structure import recognise
 from twinkle.ops.activation import reference as activation_reference
 from twinkle.ops.activation.triton_backend import activation
+from twinkle.ops.catalog import find_op
 from twinkle.ops.group_norm import reference as group_reference
 from twinkle.ops.group_norm.triton_backend import group_norm
 from twinkle.ops.layer_norm.reference import VARIANTS as LAYER_NORMS
@@ -240,6 +244,34 @@ def group_case(
     return Case("group_norm", name, inputs, 2 * size, 5 * size, ways, compiled)
 
 
+def norm(x: Any) -> Any:
+    return F.rms_norm(x, (x.size(-1),))
+
+
+def layer_norm(x: Any) -> Any:
+    return F.layer_norm(x, (x.size(-1),))
+
+
+def swiglu(x: Any) -> Any:
+    a, b = x.chunk(2, dim=-1)
+    return F.silu(a) * b
+
+
+def function_case(
+    function: Callable[..., Any], rows: int, width: int, dtype: torch.dtype, compiled: bool = False
+) -> Case:
+    """A function of a program, and what stands in its place (without the dispatcher around it)."""
+    found = recognise(function)
+    backend = find_op(str(found.op)).backend("triton_backend").load()
+    kernel = backend.function_for(found.variant, found.facts, function)
+    size = rows * width * dtype.itemsize
+    # The gate's result is half as wide.
+    moved = (3 * size // 2, 4 * size) if function is swiglu else (2 * size, 5 * size)
+    name = f"{function.__name__} {rows}x{width} {str(dtype)[6:]}"
+    ways = {"eager": function, "twinkle": kernel}
+    return Case("functions", name, lambda: (_random(rows, width, dtype=dtype),), *moved, ways, compiled)
+
+
 def cases() -> Iterator[Case]:
     half, full = torch.bfloat16, torch.float32
     for width in (768, 1024, 4096):
@@ -266,6 +298,9 @@ def cases() -> Iterator[Case]:
             yield group_case("silu", shape, half, last, compiled=True)
             yield group_case("plain", shape, half, last)
         yield group_case("silu", shape, full, False)
+    for rows, width in ((16384, 768), (65536, 1024), (16384, 4096)):
+        for function in (norm, layer_norm, swiglu):
+            yield function_case(function, rows, width, half, rows == 65536)
 
 
 def small_cases() -> Iterator[Case]:
@@ -291,6 +326,9 @@ def small_cases() -> Iterator[Case]:
     for shape in ((1, 320, 8, 8), (2, 320, 32, 32), (2, 320, 64, 64), (1, 128, 256, 256)):
         yield group_case("silu", shape, half, False)
         yield group_case("plain", shape, half, False)
+    for rows in (64, 1024, 4096, 8192, 16384):
+        for function in (norm, layer_norm, swiglu):
+            yield function_case(function, rows, 1024, half)
 
 
 def _tuple(made: Any) -> tuple[torch.Tensor, ...]:
@@ -498,7 +536,7 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="residual_norm,modulated_norm,activation,group_norm")
+    parser.add_argument("--only", default="residual_norm,modulated_norm,activation,group_norm,functions")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/fused_places.py needs a GPU")

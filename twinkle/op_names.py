@@ -19,7 +19,7 @@ __all__ = ["FUNCTION_OPS", "LAYER_OPS", "OPS", "hint", "slip"]
 
 _KINDS = {
     "LAYER_OPS": ("layer",),
-    "FUNCTION_OPS": ("function",),
+    "FUNCTION_OPS": ("layer", "function"),
     "OPS": ("layer", "function", "inside"),
 }
 
@@ -29,7 +29,9 @@ def __getattr__(name: str) -> tuple[str, ...]:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from twinkle.ops.catalog import all_ops
 
-    return tuple(op.name for kind in _KINDS[name] for op in all_ops() if op.kind == kind)
+    of_kinds = [op for kind in _KINDS[name] for op in all_ops() if op.kind == kind]
+    # A norm may be a layer or a function.
+    return tuple(op.name for op in of_kinds if name != "FUNCTION_OPS" or op.is_function)
 
 
 def hint(name: str) -> str | None:

@@ -279,7 +279,7 @@ def _value(role: str, fact: Any, module: nn.Module | None, given: dict[str, Any]
         return _ACTIVATIONS[fact]
     if fact in given:
         return given[fact]
-    if role in ("table", "size"):
+    if role in ("table", "size") or module is None:
         return eval(fact, {"_tw_torch": torch, "_tw_einops": _einops()}, {**given, "self": module})
     return read_path(module, fact)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import euclidean_norms
+import layer_norms
 import norms
 import pytest
 import torch
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 SPELLINGS = [
     spelling
-    for corpus in norms.CORPORA
+    for corpus in (*norms.CORPORA, *euclidean_norms.CORPORA, *layer_norms.CORPORA)
     for spelling in corpus.spellings.values()
     if isinstance(spelling.code, type)
 ]

@@ -40,9 +40,9 @@ def document() -> dict[str, Any]:
     return tomllib.loads((PACK / "twinkle.toml").read_text())
 
 
-def specs() -> dict[str, dict[str, str]]:
+def specs() -> list[dict[str, str]]:
     both = document()
-    return {**both["layers"], **both["functions"]}
+    return [*both["layers"].values(), *both["functions"].values()]
 
 
 def mixtral(**given: Any) -> nn.Module:
@@ -79,7 +79,7 @@ def llama(**given: Any) -> nn.Module:
 @pytest.fixture
 def layers_wanted(clean_registry: Registry, kernels: torch.device) -> Registry:
     """The embedded kernels of the document are on, with triton's on whatever device there is."""
-    runtime.options.kernels = tuple(spec["match"] for spec in specs().values())
+    runtime.options.kernels = tuple({spec["match"] for spec in specs()})
     return clean_registry
 
 

@@ -190,9 +190,12 @@ def test_every_variant_equals_its_definition(kernels, variant, hooked):
     if hooked:
         mlp.down_proj.register_forward_hook(lambda *_: seen.append(1))
     x = torch.randn(2, 3, 16, device=kernels, requires_grad=True)
-    y = gated_mlp(x, activation="silu", variant=variant, **mlp.parts(variant))
+    parts = mlp.parts(variant)
+    if variant.projections == "given":
+        parts["other"] = torch.randn(2, 3, 16, device=kernels)
+    y = gated_mlp(x, activation="silu", variant=variant, **parts)
     assert len(seen) == int(hooked and variant.down)
-    y2 = reference.gated_mlp(x, activation=nn.functional.silu, variant=variant, **mlp.parts(variant))
+    y2 = reference.gated_mlp(x, activation=nn.functional.silu, variant=variant, **parts)
     used = [
         p
         for p in mlp.parameters()

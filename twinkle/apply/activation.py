@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import sys
 
-from twinkle.apply.arrivals import (
-    OWNER,
-    Arrivals,
+from twinkle.apply.arrivals import OWNER, Arrivals, function_module, look_at_program
+from twinkle.apply.arriving_layers import (
     ask_again,
     compiler_has_come,
-    function_module,
     layer_module,
-    look_at_program,
     models_may_come,
     on_model,
     torch_has_come,

@@ -1,4 +1,4 @@
-"""What is done when something arrives: torch, a module with targets, a name in one, a layer.
+"""What is done when a module with targets arrives, or a name in one, and what waits for torch.
 
 Nothing is done in the middle of ``import torch``, nor before the program has imported it: whatever
 arrives earlier waits for the end of that import. Standard library only at its top, for it is imported at
@@ -8,25 +8,14 @@ interpreter start.
 from __future__ import annotations
 
 import sys
-from importlib import import_module
 
-from twinkle.apply.bindings import function_binding, layer_binding
-from twinkle.errors import ApplyError, suggest, warn
+from twinkle.apply.bindings import function_binding
+from twinkle.errors import warn
 from twinkle.hooks import guard, imports
 from twinkle.hooks.finder import own_dict, spec_of
 from twinkle.hooks.program import follow_program, has_begun
-from twinkle.hooks.resolution import (
-    ABSENT,
-    LATER,
-    ask,
-    is_program,
-    look_up,
-    means,
-    observe_requests,
-    remember,
-)
+from twinkle.hooks.resolution import ABSENT, LATER, ask, is_program, look_up, observe_requests
 from twinkle.runtime import runtime
-from twinkle.targets import Class, Name, Pattern, class_path
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,19 +26,17 @@ if TYPE_CHECKING:
     from twinkle.hooks.classes import ClassWatch
     from twinkle.hooks.construction import ConstructionWatch
     from twinkle.hooks.restored import RestoredWatch
-    from twinkle.records import LayerTarget
 
+    Act = Callable[[ModuleType, str, str, Any], None]
 __all__ = [
     "OWNER",
     "Arrivals",
-    "ask_again",
-    "compiler_has_come",
     "function_module",
-    "layer_module",
+    "guarded",
     "look_at_program",
-    "models_may_come",
-    "on_model",
-    "torch_has_come",
+    "on_demand",
+    "waits",
+    "with_torch",
 ]
 
 OWNER = "twinkle"
@@ -73,7 +60,7 @@ class Arrivals:
         self.classes: ClassWatch | None = None
         self.restored: RestoredWatch | None = None
         self.waiting: list[tuple[str, Callable[[], None]]] = []
-        self.on_demand: dict[str, tuple[ModuleType, set[str]]] = {}
+        self.on_demand: dict[str, tuple[ModuleType, dict[tuple[str, Act], None]]] = {}
         self.in_program: dict[str, object] = {}
         self.suspended: set[str] = set()
         self.without_torch: set[str] = set()
@@ -87,20 +74,7 @@ class Arrivals:
                 watch.cancel()
 
 
-def torch_has_come(module: ModuleType, name: str) -> None:
-    """Begin with the layers and the program, and do all that has waited."""
-    state = runtime.of(Arrivals)
-    state.torch = True
-    _watch_classes()
-    _watch_restored()
-    _watch_places()
-    waiting, state.waiting = state.waiting, []
-    for subject, act in waiting:
-        _guarded(subject, act)
-    look_at_program()
-
-
-def _with_torch(subject: str, act: Callable[[], None]) -> bool:
+def with_torch(subject: str, act: Callable[[], None]) -> bool:
     """Do something now, or at the end of the import of torch; whether it was done."""
     state = runtime.of(Arrivals)
     if state.torch:
@@ -110,21 +84,25 @@ def _with_torch(subject: str, act: Callable[[], None]) -> bool:
     return state.torch
 
 
-def _guarded(subject: str, act: Callable[[], None]) -> None:
+def guarded(subject: str, act: Callable[[], None]) -> None:
+    """Do something whose failure is that of its subject alone."""
     try:
         act()
     except Exception as error:
         guard.failed(error, owner=OWNER, subject=subject, strict=runtime.options.raises)
 
 
-# Functions.
+def waits(binding: Any, reason: str) -> None:
+    """Say in a record that has nothing else to say why its kernel waits."""
+    if binding.state == "pending":
+        binding.set("pending", reason)
 
 
 def function_module(module: ModuleType, name: str) -> None:
     """Put the kernels for the functions of a module in place."""
     if name in runtime.of(Arrivals).suspended:
         return
-    if not _with_torch(f"module {name}", lambda: _functions(module, name)):
+    if not with_torch(f"module {name}", lambda: _functions(module, name)):
         _without_torch(module, name)
 
 
@@ -136,7 +114,7 @@ def _without_torch(module: ModuleType, name: str) -> None:
     done = put(module, name)
     for kernel in runtime.registry.functions_of(name):
         if kernel.name not in done:
-            _wait(function_binding(kernel), f"{name} is imported, and waits for the program to import torch")
+            waits(function_binding(kernel), f"{name} is imported, and waits for the program to import torch")
 
 
 def _functions(module: ModuleType, name: str) -> None:
@@ -148,11 +126,15 @@ def _functions(module: ModuleType, name: str) -> None:
     ready = []
     for kernel in runtime.registry.functions_of(name):
         if look_up(module, kernel.name) is LATER:
-            _wait(function_binding(kernel), f"{name} makes it when it is asked for, and was not asked yet")
-            _on_demand(module, name, kernel.name)
+            waits(function_binding(kernel), f"{name} makes it when it is asked for, and was not asked yet")
+            on_demand(module, name, kernel.name, _function_made)
         else:
             ready.append(kernel.name)
     _put(module, name, ready)
+
+
+def _function_made(module: ModuleType, name: str, dotted: str, made: Any) -> None:
+    guarded(f"{name}:{dotted}", lambda: _put(module, name, [dotted]))
 
 
 def _put(module: ModuleType, name: str, functions: Iterable[str]) -> None:
@@ -187,7 +169,7 @@ def _waits_for_its_module(module: ModuleType, name: str, function: str) -> bool:
     for kernel in runtime.registry.functions_of(name):
         home = getattr(kernel.source, "module", "") if kernel.name == function else ""
         if home in sys.modules and getattr(spec_of(sys.modules[home]), "_initializing", False):
-            _wait(function_binding(kernel), f"the import of {home}, where its kernel is, has not ended")
+            waits(function_binding(kernel), f"the import of {home}, where its kernel is, has not ended")
 
             def came(home: ModuleType, _: str) -> None:
                 _put(module, name, [function])
@@ -197,10 +179,17 @@ def _waits_for_its_module(module: ModuleType, name: str, function: str) -> bool:
     return False
 
 
-def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
-    """Look at a name that a lazy module has not made yet when it does, or when a module inside has it."""
-    known = runtime.of(Arrivals).on_demand.setdefault(name, (module, set()))
-    known[1].add(dotted)
+def on_demand(module: ModuleType, name: str, dotted: str, act: Act) -> None:
+    """Wait for a name that a lazy module has not made yet: it makes it, or a module inside has it.
+
+    Args:
+        module: The module.
+        name: Its name.
+        dotted: The name in it.
+        act: Is called with these three and what was made.
+    """
+    known = runtime.of(Arrivals).on_demand.setdefault(name, (module, {}))
+    known[1][dotted, act] = None
     if len(known[1]) > 1:
         return
 
@@ -209,7 +198,7 @@ def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
         return own_dict(module).get(head, made)
 
     def came(inside: ModuleType, _: str) -> None:
-        for head in {dotted.partition(".")[0] for dotted in known[1]}:
+        for head in {dotted.partition(".")[0] for dotted, _ in known[1]}:
             if head in own_dict(inside):
                 ask(module, head)  # costs nothing now, and tells asked() where the module is observed
                 _made(name, head, own_dict(module).get(head))
@@ -219,19 +208,11 @@ def _on_demand(module: ModuleType, name: str, dotted: str) -> None:
 
 
 def _made(name: str, head: str, made: Any) -> None:
-    """A lazy module has made a name: put kernels in place of the functions and classes that it stands for."""
+    """A lazy module has made a name: whoever waits for it, or for a name in it, is told."""
     module, waiting = runtime.of(Arrivals).on_demand[name]
-    now = {dotted for dotted in waiting if dotted.partition(".")[0] == head}
-    waiting -= now
-    functions = now & {kernel.name for kernel in runtime.registry.functions_of(name)}
-    if functions:
-        _guarded(f"{name}:{head}", lambda: _put(module, name, functions))
-    for entry in runtime.registry.layer_targets:
-        target = entry.target
-        if isinstance(target, Name) and target.module == name and target.name in now and _is_layer(made):
-            remember(target, made)
-            _reconsider(made)
-            _watch_first_calls(made)
+    for dotted, act in [key for key in waiting if key[0].partition(".")[0] == head]:
+        del waiting[dotted, act]
+        act(module, name, dotted, made)
 
 
 def look_at_program() -> None:
@@ -269,247 +250,3 @@ def _say_program(name: str, origin: str) -> None:
     runtime.session.remark(f"{name} is the program that is run: its classes and functions are of __main__")
     if name != "__main__":
         warn(f"{name} is run as __main__: its targets are taken from there ({origin})")
-
-
-# Layers.
-
-
-def layer_module(module: ModuleType, name: str) -> None:
-    """Look at the classes in a module that targets mean."""
-    _with_torch(f"module {name}", lambda: _layers(module, name))
-
-
-def _layers(module: ModuleType, name: str) -> None:
-
-    for entry in runtime.registry.layer_targets:
-        target = entry.target
-        if not isinstance(target, Name | Pattern) or not target.in_module(name):
-            continue
-        for kernel in runtime.registry.kernels_named(entry.kernel_name):
-            if not entry.met:
-                _wait(layer_binding(kernel, target), "no such layer was constructed yet")
-        if isinstance(target, Name):
-            found = look_up(module, target.name)
-            if found is LATER:
-                _on_demand(module, name, target.name)
-            elif _is_layer(found):
-                remember(target, found)
-                _reconsider(found)
-                _watch_first_calls(found)
-            else:
-                _wrong(module, found, entry)
-        else:
-            for value in {v for v in list(own_dict(module).values()) if _is_layer(v)}:
-                if means(target, value):
-                    _reconsider(value)
-                    _watch_first_calls(value)
-
-
-def _is_layer(thing: object) -> bool:
-    from torch import nn
-
-    return issubclass(type(thing), type) and issubclass(thing, nn.Module)  # type: ignore[arg-type]
-
-
-def _wrong(module: ModuleType, found: Any, entry: LayerTarget) -> None:
-    """A target that names nothing, or no layer."""
-    home, _, name = entry.target.text.partition(":")
-    if found is ABSENT:
-        hint = suggest(name, [key for key, value in own_dict(module).items() if _is_layer(value)])
-        reason = f"{home} has no class {name}" + (f"; {hint}" if hint else "")
-    else:
-        reason = f"{entry.target} is no nn.Module class but {type(found).__name__}"
-    for kernel in runtime.registry.kernels_named(entry.kernel_name):
-        layer_binding(kernel, entry.target).set("failed", reason)
-    if runtime.options.raises:
-        raise ApplyError(reason, where=entry.origin, fix="correct the target, or leave it out")
-    warn(f"{reason} ({entry.origin})")
-
-
-def _wait(binding: Any, reason: str) -> None:
-    if binding.state == "pending":
-        binding.set("pending", reason)
-
-
-def _watch_classes() -> None:
-    """Ask about every class of layers, where something may be for one."""
-    state = runtime.of(Arrivals)
-    functions = any(kernel.op for kernel in runtime.registry.function_kernels)
-    registered = bool(runtime.registry.layer_kernels) or functions
-    if state.classes is not None or not (registered or runtime.options.embedded):
-        return
-    from torch import nn
-
-    from twinkle.hooks.classes import watch_classes
-
-    if registered:
-        import_module("twinkle.apply.matching")  # whole, before it is asked: it makes classes itself
-
-    state.classes = watch_classes(
-        nn.Module,
-        _is_wanted,
-        _on_instance,
-        owner=OWNER,
-        strict=runtime.options.raises,
-        instead=state.models,
-        but=_is_passed_over,
-    )
-
-
-_NORMS = frozenset({"group_norm", "layer_norm", "rms_norm"})
-"""What the layers of torch call that there may be embedded kernels for."""
-
-
-def _is_passed_over(cls: type) -> bool:
-    """Whether a class is asked about by nobody: one that Twinkle made, or a plain one of torch.
-
-    Compiled code constructs layers of torch (a slice of a ``ModuleList``), which a compiler cannot follow
-    into a constructor that asks.
-    """
-    generated: Any = sys.modules.get("twinkle.swap.generated")  # there is none before that room
-    if generated is not None and generated.original_of(cls) is not cls:
-        return True
-    if runtime.registry.layer_kernels or cls.__module__.partition(".")[0] != "torch":
-        return False
-    code = getattr(vars(cls).get("forward"), "__code__", None)
-    return code is None or _NORMS.isdisjoint(code.co_names)
-
-
-def compiler_has_come(module: ModuleType, name: str) -> None:
-    """Have what waits for its first use looked at before a graph is traced."""
-    from twinkle.hooks.first_use import first_uses
-
-    first_uses().before_compiling(module)
-
-
-def models_may_come(module: ModuleType, name: str) -> None:
-    """Models of transformers may come from pickles from now on."""
-    _watch_restored()
-
-
-def _watch_restored() -> None:
-    """Put kernels into what comes from a pickle as into what is constructed."""
-    from torch import nn
-
-    from twinkle.hooks.restored import watch_restored
-
-    state = runtime.of(Arrivals)
-    if state.restored is None:
-        state.restored = watch_restored(nn.Module, _on_restored, owner=OWNER, strict=runtime.options.raises)
-
-
-def _on_restored(instance: Any) -> None:
-    """Kernelize a model or a layer that has no construction, unless it came with kernels of this process."""
-    state = runtime.of(Arrivals)
-    whole = state.models is not None and state.models.is_in(instance)
-    if not whole and (state.classes is None or not state.classes.wants(type(instance))):
-        return
-    from twinkle.swap.layers import placed
-
-    if not (any(map(placed, instance.modules())) if whole else placed(instance)):
-        on_model(instance, whole=whole)
-
-
-def _watch_places() -> None:
-    """Decide about layers again as they are put into others, where something is registered for places."""
-    entries = runtime.registry.layer_targets
-    if runtime.options.where is None and all(entry.where is None for entry in entries):
-        return
-    from twinkle.apply.layers import place_again
-    from twinkle.apply.places import watch_places
-    from twinkle.hooks.construction import under_construction
-
-    def building() -> bool:
-        models = runtime.of(Arrivals).models
-        return models is not None and any(map(models.is_in, under_construction()))
-
-    watch_places(place_again, building=building, owner=OWNER, strict=runtime.options.raises)
-
-
-def ask_again(new: Iterable[LayerTarget]) -> None:
-    """Something was registered: classes that were constructed before are asked about once more."""
-    state = runtime.of(Arrivals)
-    if not state.torch:
-        return
-    _watch_places()
-    if state.classes is None:
-        _watch_classes()
-        return
-    for entry in new:
-        if isinstance(entry.target, Class):
-            _reconsider(entry.target.cls)
-            _watch_first_calls(entry.target.cls)
-        elif not isinstance(entry.target, Name):  # that is met in its module
-            from torch import nn
-
-            _reconsider(nn.Module)
-
-
-def _reconsider(cls: type) -> None:
-    from twinkle.apply.matching import classes_have_come
-    from twinkle.swap.first_calls import ask_anew
-
-    classes_have_come()
-    ask_anew()
-    classes = runtime.of(Arrivals).classes
-    if classes is not None:
-        classes.reconsider(cls)
-
-
-def _watch_first_calls(cls: type) -> bool:
-    """Have a class ask about the layers that come without their constructor; whether it has kernels."""
-    from twinkle.apply.matching import kernels_for
-
-    kernels = kernels_for(cls)
-    if kernels and cls.__module__ not in runtime.of(Arrivals).suspended:
-        from twinkle.apply.first_calls import watch
-
-        watch(cls, kernels)
-    return bool(kernels)
-
-
-def _is_wanted(cls: type) -> bool | None:
-    """Whether to be told of the instances of a class: they get kernels, or the functions of its module may.
-
-    None to be asked at the next construction again.
-    """
-    if runtime.registry.layer_kernels and _watch_first_calls(cls):
-        from twinkle.apply.matching import taken_for
-
-        entry = taken_for(cls) if runtime.options.strict else None  # with strict no step is silent
-        if entry is not None:
-            kernel = f"its instances get kernel {entry.kernel_name}"
-            warn(f"{class_path(cls)} is taken for {entry.target}: {kernel} ({entry.origin})")
-        return True
-    seen = runtime.of(Arrivals).namespaces
-    functions = any(kernel.op for kernel in runtime.registry.function_kernels)
-    if not functions or cls.__module__ in seen or cls.__module__.partition(".")[0] == "torch":
-        from twinkle.apply.every_class import notice
-
-        return notice(cls)
-    seen.add(cls.__module__)
-    runtime.of(Arrivals).for_functions.add(cls)
-    return True
-
-
-def _on_instance(layer: Any) -> None:
-    from twinkle.apply.first_calls import renew
-
-    cls = type(layer)
-    on_model(layer, whole=False)
-    renew(cls)
-    state = runtime.of(Arrivals)
-    if state.classes is not None and cls in state.for_functions:
-        state.for_functions.discard(cls)
-        state.classes.forget(cls)
-
-
-def on_model(model: Any, *, whole: bool = True) -> None:
-    """Kernelize a model, or a layer by itself, at the end of its construction."""
-    from twinkle.apply.layers import kernelize_layers
-    from twinkle.apply.unseen import Constructed
-    from twinkle.swap.first_calls import leave_alone
-
-    runtime.of(Constructed).add(model)
-    kernelize_layers(model, whole=whole)
-    leave_alone(model.modules() if whole else (model,))

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 
-from twinkle.apply.arrivals import Arrivals, function_module, layer_module
+from twinkle.apply.arrivals import Arrivals, function_module
+from twinkle.apply.arriving_layers import layer_module
 from twinkle.runtime import runtime
 
 TYPE_CHECKING = False

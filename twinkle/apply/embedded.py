@@ -32,7 +32,15 @@ if TYPE_CHECKING:
     from twinkle.ops.backends import Backend
     from twinkle.records import FunctionKernel, LayerKernel, Source
 
-__all__ = ["defers", "function_kernels", "layer_rule", "may_have_places", "offer", "plan_deferral"]
+__all__ = [
+    "apart_from_head",
+    "defers",
+    "function_kernels",
+    "layer_rule",
+    "may_have_places",
+    "offer",
+    "plan_deferral",
+]
 
 _ORIGIN = "embedded"
 
@@ -169,6 +177,9 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
     backend = backend_for(op, variant, where) if op is not None and wanted(op) else None
     if backend is None:
         return []
+    if (why := backend.supports(variant, where, facts)) is not None:
+        runtime.session.remark(f"the {op} of {found.module}:{found.name} is left alone: {why}")
+        return []
 
     def source(registered: Source) -> EmbeddedFunction:
         return EmbeddedFunction(str(op), variant, facts, found.original, backend.name, registered)
@@ -178,3 +189,20 @@ def function_kernels(found: RecognisedFunction, where: str) -> list[FunctionKern
         for kernel in runtime.embedded.function_kernels
         if kernel.op == op
     ]
+
+
+def apart_from_head(
+    cls: type, offered: Callable[[RecognisedFunction], Sequence[FunctionKernel]]
+) -> Callable[[RecognisedFunction], Sequence[FunctionKernel]]:
+    """What is offered for functions, but for those that a forward was recognised with.
+
+    Args:
+        cls: The class of a model whose logits are deferred.
+        offered: Gives the embedded kernels for a function.
+    """
+    head = recognise(cls)
+
+    def apart(found: RecognisedFunction) -> Sequence[FunctionKernel]:
+        return () if head.rests_on(found.original) else offered(found)
+
+    return apart

@@ -12,7 +12,8 @@ from weakref import WeakSet
 
 from torch import nn
 
-from twinkle.apply.arrivals import OWNER, Arrivals, on_model
+from twinkle.apply.arrivals import OWNER, Arrivals
+from twinkle.apply.arriving_layers import on_model
 from twinkle.apply.candidates import can_run
 from twinkle.apply.unseen import Traced
 from twinkle.errors import warn

@@ -5,19 +5,23 @@ from __future__ import annotations
 import sys
 from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 from twinkle import op_names
-from twinkle.match.structure import recognise
+from twinkle.hooks.first_use import standing
+from twinkle.match.structure import recognise, recognitions
 from twinkle.match.symbolic.source import function_of_callable
+from twinkle.match.words import words_of
 from twinkle.ops.catalog import find_op
 from twinkle.runtime import runtime
+from twinkle.swap.placed import placed_as
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from twinkle.match.recognition import Recognition
 
-__all__ = ["RecognisedFunction", "forwards_of", "functions_of"]
+__all__ = ["RecognisedFunction", "forwards_of", "functions_of", "is_in_layers", "methods_led_to"]
 
 
 class RecognisedFunction(NamedTuple):
@@ -37,31 +41,133 @@ class RecognisedFunction(NamedTuple):
     recognition: Recognition
     takes_self: bool = False
 
+    @property
+    def of_layers(self) -> bool:
+        """Whether its op is mostly a layer: a norm, an activation, a gated product."""
+        return find_op(str(self.recognition.op)).kind == "layer"
+
+    @property
+    def is_method(self) -> bool:
+        """Whether it is a method of a class that is such an op."""
+        return self.of_layers and "." in self.name
+
+
+class _Scan:
+    """What was found in a module, and what stood there then.
+
+    Code is read anew where other functions or classes stand under its names: a module that goes on (a
+    notebook defines a function in a later cell, or again) has what it came to have. Nothing is held.
+    """
+
+    def __init__(self, namespace: Any, found: tuple[RecognisedFunction, ...], version: int) -> None:
+        self.found = found
+        self.version = version
+        self._standing = {name: ref(value) for name, value in _code_in(namespace)}
+
+    def holds(self, namespace: Any) -> bool:
+        """Whether the same functions and classes stand there."""
+        count = 0
+        for name, value in _code_in(namespace):
+            known = self._standing.get(name)
+            if known is None or known() is not value:
+                return False
+            count += 1
+        return count == len(self._standing)
+
 
 class _Found:
     """The recognised functions of modules."""
 
     def __init__(self) -> None:
-        self.by_module: dict[str, tuple[Any, list[RecognisedFunction]]] = {}
+        self.by_module: dict[str, _Scan] = {}
 
 
-def functions_of(name: str) -> list[RecognisedFunction]:
-    """The recognised functions that the classes of a module may call; worked out once.
+def functions_of(name: str) -> tuple[RecognisedFunction, ...]:
+    """The recognised functions that the classes of a module may call.
 
     They are the functions that the module defines or has from another one, those that its code takes from a
     module by name (``rope.apply(x)``), and the methods of its classes.
 
     Args:
         name: The name of the module.
+
     """
     namespace = sys.modules.get(name)
     if namespace is None or name.partition(".")[0] == "torch":
-        return []
+        return ()
     known = runtime.of(_Found).by_module
-    found = known.get(name)
-    if found is None or found[0] is not namespace:
-        found = known[name] = (namespace, list(_recognised(namespace, name)))
-    return found[1]
+    scan = known.get(name)
+    if scan is None or not scan.holds(namespace):
+        found = tuple(_recognised(namespace, name))
+        before = -1 if scan is None else scan.version
+        same = scan is not None and scan.found == found
+        scan = known[name] = _Scan(namespace, found, before if same else before + 1)
+    return scan.found
+
+
+def version_of(name: str) -> int:
+    """A number that changes where :func:`functions_of` a module finds others; -1 before it was asked."""
+    scan = runtime.of(_Found).by_module.get(name)
+    return -1 if scan is None else scan.version
+
+
+def _code_in(namespace: Any) -> Iterator[tuple[str, Any]]:
+    """The functions and classes under the names of a module."""
+    for name, value in list(vars(namespace).items()):
+        if isinstance(value, FunctionType | type):
+            yield name, value
+
+
+def is_in_layers(found: RecognisedFunction, modules: Iterable[str]) -> bool:
+    """Whether layers that a kernel may compute as a whole call a function: to theirs it is a part.
+
+    Args:
+        found: The function.
+        modules: Where the layers are looked for, by name, beside those that were recognised before.
+    """
+    original = found.original
+    if any(_is_layer_of(one, original) for one in recognitions()):
+        return True
+    for module in dict.fromkeys([*modules, found.module]):
+        namespace = sys.modules.get(module)
+        names = {name for name, value in _code_in(namespace) if _plain(value) is original}
+        names.add(found.name.rpartition(".")[2])
+        for _, cls in _code_in(namespace):
+            if not isinstance(cls, type) or getattr(cls, "__module__", None) != module:
+                continue
+            calls = any(not names.isdisjoint(method.__code__.co_names) for _, method in _methods(cls))
+            if calls and hasattr(cls, "forward") and _is_layer_of(recognise(cls), original):
+                return True
+    return False
+
+
+def methods_led_to(
+    found: Iterable[RecognisedFunction], classes: Iterable[type]
+) -> tuple[RecognisedFunction, ...]:
+    """The methods among recognised functions that the forwards of some layers lead to.
+
+    Args:
+        found: The functions.
+        classes: The classes of the layers.
+    """
+    methods = [one for one in found if one.is_method]
+    if not methods:
+        return ()
+    reached = {function for cls in classes for function in words_of(standing(cls), cls).functions}
+    return tuple(one for one in methods if one.original in reached)
+
+
+def _is_layer_of(recognition: Recognition, function: Any) -> bool:
+    """Whether a class is a layer that a kernel may compute as a whole, with a function in it."""
+    return (
+        recognition.op is not None and bool(find_op(recognition.op).layers) and recognition.rests_on(function)
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A function as it stood before a kernel took its place."""
+    placed = placed_as(value) if isinstance(value, FunctionType) and hasattr(value, "__code__") else None
+    return value if placed is None else placed.original
 
 
 def forwards_of(classes: Iterable[type]) -> Iterator[RecognisedFunction]:
@@ -74,14 +180,16 @@ def forwards_of(classes: Iterable[type]) -> Iterator[RecognisedFunction]:
         forward = vars(cls).get("forward")
         if isinstance(forward, FunctionType) and not cls.__module__.startswith("torch."):
             recognition = recognise(cls)
+            alone = recognition.op is not None and find_op(recognition.op).kind == "function"
             named = getattr(sys.modules.get(cls.__module__), cls.__qualname__.partition(".")[0], None)
-            if recognition.op in op_names.FUNCTION_OPS and named is not None:
+            if alone and named is not None:
                 name = f"{cls.__qualname__}.forward"
                 yield RecognisedFunction(cls.__module__, name, forward, recognition, takes_self=True)
 
 
 def _recognised(namespace: Any, name: str) -> Iterator[RecognisedFunction]:
-    for module, attribute, value in _candidates(namespace, name):
+    for module, attribute, there in _candidates(namespace, name):
+        value = _plain(there)
         recognition = recognise(value)
         if recognition.op in op_names.FUNCTION_OPS:
             # `kernels` puts a module in the place of the functions it decorates.
@@ -129,7 +237,7 @@ def _may_be_an_op(method: FunctionType) -> bool:
     if name == "forward" or name.startswith("__"):
         return False
     names = frozenset(method.__code__.co_names)
-    return any(not names.isdisjoint(find_op(op).words) for op in op_names.FUNCTION_OPS)
+    return any(not names.isdisjoint(find_op(op).calls) for op in op_names.FUNCTION_OPS)
 
 
 def _at_home(function: FunctionType) -> Iterator[tuple[str, str, Any]]:

@@ -146,7 +146,7 @@ def kernelize_layers(model: nn.Module, *, whole: bool = True) -> Change:
             options.where is None or options.where.includes(names.of(deferral.head))
         ):
             layers.deferral = deferral
-    return _commit(layers, _function_plans(_recognised_functions(model, embedded_on)))
+    return _commit(layers, _function_plans(_recognised_functions(model, embedded_on, layers.deferral)))
 
 
 def _function_plans(modules: Mapping[str, bool]) -> list[FunctionPlan]:
@@ -266,13 +266,23 @@ def _embedded_device() -> str | None:
     return device()
 
 
-def _recognised_functions(model: nn.Module, embedded_on: str | None) -> dict[str, bool]:
-    """Register kernels for recognised functions: the modules that have new ones, and whether asked for."""
+def _recognised_functions(
+    model: nn.Module, embedded_on: str | None, deferral: DeferralPlan | None = None
+) -> dict[str, bool]:
+    """Register kernels for recognised functions: the modules that have new ones, and whether asked for.
+
+    What a forward whose logits are deferred was recognised with stays as it is.
+    """
     if embedded_on is None and not any(kernel.op for kernel in runtime.registry.function_kernels):
         return {}
     from twinkle.apply import recognised_functions
 
-    return recognised_functions.register(model, _offered(embedded_on))
+    offered = _offered(embedded_on)
+    if offered is not None and deferral is not None:
+        from twinkle.apply import embedded
+
+        offered = embedded.apart_from_head(swap.original_class(model), offered)
+    return recognised_functions.register(model, offered)
 
 
 def _commit(layers: LayerPlans | None, function_plans: Iterable[FunctionPlan]) -> Change:

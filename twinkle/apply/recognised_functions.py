@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from twinkle.apply.bindings import function_binding
-from twinkle.apply.functions_beside import forwards_of, functions_of
+from twinkle.apply.functions_beside import (
+    forwards_of,
+    functions_of,
+    is_in_layers,
+    methods_led_to,
+    version_of,
+)
 from twinkle.match.instance import Facts
 from twinkle.runtime import runtime
 from twinkle.sources.specialised import SpecialisedSource
@@ -27,6 +34,8 @@ class _Functions:
 
     def __init__(self) -> None:
         self.specialised: dict[tuple[FunctionKernel, str, str, str | None], tuple[Any, FunctionKernel]] = {}
+        self.asked: dict[str, tuple[object, ...]] = {}
+        self.asked_of: WeakKeyDictionary[type, tuple[object, ...]] = WeakKeyDictionary()
 
 
 def register(
@@ -62,36 +71,51 @@ def register_in(
             bound.setdefault(kernel.op, []).append(kernel)
     if not bound and offered is None:
         return {}
-    served: dict[Any, tuple[RecognisedFunction, Sequence[FunctionKernel], Sequence[FunctionKernel]]] = {}
+    # What was asked about once is served, or is not, as long as the code and the settings are the same.
+    terms = (
+        tuple(map(tuple, bound.values())),
+        offered is None,
+        runtime.options.kernels,
+        *runtime.options.disabled,
+    )
+    found = {module: functions_of(module) for module in modules}
+    versions = {module: (version_of(module), *terms) for module in found}
+    state = runtime.of(_Functions)
+    new = [module for module in found if state.asked.get(module) != versions[module]]
+    state.asked.update((module, versions[module]) for module in new)
+    classes = [cls for cls in classes if state.asked_of.get(cls) != versions.get(cls.__module__, terms)]
+    state.asked_of.update((cls, versions.get(cls.__module__, terms)) for cls in classes)
+    forwards = list(forwards_of(classes))
+    # A method is a part of its class, and is served where that is used: most of a library are not.
+    methods = methods_led_to((one for own in found.values() for one in own), classes)
+    if not (new or forwards or methods):
+        return {}
 
-    def serve(found: RecognisedFunction) -> None:
-        asked = () if found.takes_self else bound.get(str(found.recognition.op), ())
-        ours = offered(found) if offered is not None else ()
-        if asked or ours:
-            served[found.original] = (found, asked, ours)
+    def kernels_for(one: RecognisedFunction) -> tuple[Sequence[FunctionKernel], Sequence[FunctionKernel]]:
+        own = () if one.takes_self else bound.get(str(one.recognition.op), ())
+        return own, offered(one) if offered is not None else ()
 
-    for found in (found for module in modules for found in functions_of(module)):
-        serve(found)
-    functions = [found for found, _, _ in served.values()]
-    for found in forwards_of(classes):
-        # Where the rotation is a function that the forward calls, that one has the kernel.
-        if not any(_is_part_of(one, found) for one in functions):
-            serve(found)
+    functions = [one for own in found.values() for one in own if not one.is_method or one in methods]
+    served = {one.original: one for one in functions if any(kernels_for(one))}
+    wholes = list(served.values())
+    # Where the rotation is a function that the forward calls, that one has the kernel.
+    served |= {one.original: one for one in forwards if not any(_is_part_of(whole, one) for whole in wholes)}
     changed: dict[str, bool] = {}
-    for found, asked, embedded in served.values():
-        if any(_is_part_of(found, whole) for whole in functions):
+    for one in served.values():
+        if any(_is_part_of(one, whole) for whole in wholes):
             continue
-        asked_for = _registered(found, asked)
+        if one.of_layers and is_in_layers(one, found):
+            continue
+        own, embedded = kernels_for(one)
+        asked_for = _registered(one, own)
         if asked_for or _taken(embedded):
-            changed[found.module] = changed.get(found.module, False) or asked_for
+            changed[one.module] = changed.get(one.module, False) or asked_for
     return changed
 
 
 def _is_part_of(found: RecognisedFunction, whole: RecognisedFunction) -> bool:
     """Whether a function is called by another one: to the kernel of that one a new callee is a change."""
-    return whole.original is not found.original and any(
-        part is found.original for read in whole.recognition.reads for part in read.objects
-    )
+    return whole.original is not found.original and whole.recognition.rests_on(found.original)
 
 
 def _registered(found: RecognisedFunction, kernels: Iterable[FunctionKernel]) -> bool:

@@ -90,9 +90,11 @@ def near_misses(term: Term, run: Run) -> tuple[NearMiss, ...]:
 
 def _nearest(op: Op, term: Term, run: Run) -> NearMiss | None:
     best = None
-    possible = tuple(templates(op).among({part.op for part in walk(term)}))
+    parts = walk(term)
+    possible = tuple(templates(op).among({part.op for part in parts}))
+    kinds = holes(op, of_function=all(part.op != "self" for part in parts))
     for template in possible:
-        found = difference(template.term, term, holes(op))
+        found = difference(template.term, term, kinds)
         if found is not None:
             share = found.agreed / len(walk(template.term))
             if best is None or share > best[0]:

@@ -81,5 +81,9 @@ class Recognition:
         """Whether the code of the class or function still is what was recognised."""
         return Guard(read for read in self.reads if not read.of_layer)
 
+    def rests_on(self, function: Any) -> bool:
+        """Whether a function is a part of the code: another one in its place is a change of it."""
+        return any(part is function for read in self.reads for part in read.objects)
+
     def __bool__(self) -> bool:
         return self.op is not None

@@ -29,15 +29,16 @@ from twinkle.match.spelled import recognise_spelled
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.terms import Arena, Term, show, walk
+from twinkle.match.symbolic.text import text_of
 from twinkle.match.templates import holes, templates
-from twinkle.match.unify import Bindings, attribute_path, shape_key, unify
+from twinkle.match.unify import Bindings, attribute_path, is_given, shape_key, unify
 from twinkle.runtime import runtime
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from twinkle.ops.catalog import Op
 
-__all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise"]
+__all__ = ["NearMiss", "Reason", "Recognition", "check_instance", "recognise", "recognitions"]
 
 
 class _Recognitions:
@@ -71,6 +72,12 @@ def recognise(obj: Any) -> Recognition:
         found = _recognise(target, function, owner, reason)
         known[key] = code, found
     return found
+
+
+def recognitions() -> tuple[Recognition, ...]:
+    """What the classes that are alive were recognised as so far."""
+    known = list(runtime.of(_Recognitions).by_object.items())
+    return tuple(found for key, (_, found) in known if isinstance(key, type))
 
 
 def check_instance(recognition: Recognition, module: Any) -> dict[str, Any] | Reason:
@@ -179,10 +186,12 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
         rewritten = op.hook("rewritten")
         form, more = (term, {}) if rewritten is None else rewritten(term, run.arena.term)
         key, operations = shape_key(form), {part.op for part in walk(form)}
+        kinds = holes(op, of_function=run.cls is None)
         for template in templates(op).among(operations):
-            bound = unify(template.term, form, holes(op)) if template.key == key else None
+            bound = unify(template.term, form, kinds) if template.key == key else None
             if (
                 bound is not None
+                and _apart(bound)
                 and _plausible(op, template.variant, bound, run.cls)
                 and _tellable(op, bound)
             ):
@@ -194,6 +203,12 @@ def _lookup(target: str, term: Term, run: Run, requires: tuple[str, ...]) -> Rec
                 read = tuple(filter(None, run.reads))
                 return Recognition(target, op.name, template.variant, facts, instance_facts, guards, read)
     return None
+
+
+def _apart(bound: Bindings) -> bool:
+    """Whether no argument has two roles: ``x * sigmoid(x)`` is no product of two inputs."""
+    given = [term for term in bound.values() if term.op == "input"]
+    return len({*map(id, given)}) == len(given)
 
 
 def _plausible(op: Op, variant: Any, bound: Bindings, owner: type | None) -> bool:
@@ -233,9 +248,14 @@ def _may_be(kind: str, classes: set[type]) -> bool:
 
 
 def _tellable(op: Op, bound: Bindings) -> bool:
-    """Whether a shape is an attribute or numbers: one that is computed cannot be handed to a kernel."""
+    """Whether a shape is an attribute, an argument or numbers: no kernel is handed one that is computed."""
     shapes = (bound[role] for role, kind in op.roles.items() if kind == "shape" and role in bound)
-    return all(_numbers(term) is not None or _shape_path(term) is not None for term in shapes)
+    return all(_numbers(s) is not None or _shape_path(s) is not None or _is_given_shape(s) for s in shapes)
+
+
+def _is_given_shape(term: Term) -> bool:
+    """Whether a function is given a shape, or the shape of an argument: ``weight.shape``."""
+    return is_given(term.args[0] if term.op == "shape" else term)
 
 
 def _shape_path(term: Term) -> str | None:
@@ -263,6 +283,8 @@ def _facts(bound: Bindings) -> tuple[dict[str, Any], tuple[str, ...]]:
         if path is not None:
             facts[role] = path
             ask.append(role)
+        elif term.op in ("attr", "shape") and _is_given_shape(term):
+            facts[role] = text_of(term)
         elif term.op in ("input", "const"):
             facts[role] = term.args[0]
         elif (numbers := _numbers(term)) is not None:

@@ -36,10 +36,20 @@ def template_ops() -> tuple[Op, ...]:
     return tuple(op for op in all_ops() if op.roles)
 
 
+_OF_FUNCTIONS = {**_HOLES, "tensor": "given", "number": "given number"}
+"""The same in a function: what a layer keeps is an argument there, or an attribute of one."""
+
+
 @cache
-def holes(op: Op) -> dict[str, str]:
-    """What ``unify`` may bind each argument of an op's definition to."""
-    return {argument: _HOLES.get(role, "attr") for argument, role in op.roles.items()}
+def holes(op: Op, *, of_function: bool = False) -> dict[str, str]:
+    """What ``unify`` may bind each argument of an op's definition to.
+
+    Args:
+        op: The op.
+        of_function: The code is a function, and no forward of a layer.
+    """
+    kinds = _OF_FUNCTIONS if of_function else _HOLES
+    return {argument: kinds.get(role, "attr") for argument, role in op.roles.items()}
 
 
 class Template(NamedTuple):

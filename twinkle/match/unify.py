@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from twinkle.match.symbolic.idioms import ACTIVATIONS
 from twinkle.match.symbolic.terms import COMMUTATIVE, Ref, Term, show
 
-__all__ = ["Difference", "attribute_path", "difference", "shape_key", "unify"]
+__all__ = ["Difference", "attribute_path", "difference", "is_given", "shape_key", "unify"]
 
 Bindings = dict[str, Term]
 _LEAVES = frozenset({"input", "hole", "attr", "const", "self", "py", "float", "table"})
@@ -70,12 +70,21 @@ def attribute_path(term: Term) -> str | None:
     return ".".join(reversed(names)) if term.op == "self" and names else None
 
 
+def is_given(term: Term) -> bool:
+    """Whether a term is an argument, or an attribute of one: ``weight``, ``self.eps`` of a method."""
+    while term.op == "attr":
+        term = term.args[0]
+    return term.op == "input"
+
+
 def may_bind(kind: str, term: Term) -> bool:
     """Whether a hole of that kind may be bound to the term."""
     if kind == "input":
         return term.op == "input"
     if kind == "attr":
         return attribute_path(term) is not None
+    if kind in ("given", "given number"):
+        return is_given(term) or (kind == "given number" and term.op == "const")
     if kind == "constant":
         if term.op == "float":
             return may_bind("attr", term.args[0])
@@ -100,7 +109,8 @@ def unify(template: Term, term: Term, kinds: dict[str, str]) -> Bindings | None:
         template: A term with holes.
         term: A term.
         kinds: What each hole may be bound to: ``input``, ``attr``, ``scalar``, ``constant`` (a scalar that
-            is no argument), ``callable``, ``table`` (what a canonical form keeps as a whole) or ``any``.
+            is no argument), ``callable``, ``table`` (what a canonical form keeps as a whole), ``given`` and
+            ``given number`` (what a function is given, see :func:`is_given`) or ``any``.
 
     Returns:
         The bindings, or None when the term is no instance.

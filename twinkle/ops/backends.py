@@ -143,10 +143,13 @@ def function_for(
         original: The function that is replaced.
 
     Returns:
-        A function with the arguments of the original, or None where there is no kernel for the variant.
+        A function with the arguments of the original; None where there is no kernel for the variant or the
+        facts.
     """
     backend = _here(op, variant)
     if backend is None:
+        return None
+    if backend.supports(variant, None, facts) is not None:
         return None
     made: Callable[..., Any] = backend.load().function_for(variant, facts, original)
     return made

@@ -36,7 +36,8 @@ class Op:
     Args:
         name: Its name, and that of its folder.
         kind: ``layer`` or ``function`` for what a whole layer or function can be (it may stand behind
-            ``match =``); ``inside`` for a few steps inside a ``forward``.
+            ``match =``); ``inside`` for a few steps inside a ``forward``. A layer with ``functions`` may be
+            written as a function as well.
         summary: What it computes, in a line.
         rank: Where it stands in lists, and when it is tried on code: the commonest come first.
         words: Names, ``+`` and ``*`` (:mod:`twinkle.match.words`): code that is the op has one of them at
@@ -55,6 +56,7 @@ class Op:
         functions: The same for functions, and for layers that stand for functions.
         backends: Its implementations, the preferred one first: names of
             :data:`twinkle.ops.backends.KINDS`, or from these to the module that holds each.
+        calls: Names of which a method that is the op calls one at least; by default its words.
     """
 
     def __init__(
@@ -70,12 +72,14 @@ class Op:
         layers: Mapping[str, str] | None = None,
         functions: Mapping[str, str] | None = None,
         backends: tuple[str, ...] | Mapping[str, str] = (),
+        calls: tuple[str, ...] | None = None,
     ) -> None:
         self.name = name
         self.kind = kind
         self.summary = summary
         self.rank = rank
         self.words = frozenset(words)
+        self.calls = self.words if calls is None else frozenset(calls)
         self.aliases = aliases
         self.roles = dict(roles or {})
         self.layers = dict(layers or {})
@@ -88,6 +92,11 @@ class Op:
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
+
+    @property
+    def is_function(self) -> bool:
+        """Whether a whole function can be the op."""
+        return bool(self.functions) and (self.kind == "function" or bool(self.layers))
 
     @property
     def folder(self) -> str:
@@ -197,7 +206,7 @@ def document() -> dict[str, dict[str, dict[str, str]]]:
     functions = {
         op.name: {"match": op.name, "package_name": f"{_PACKAGE}:{next(iter(op.functions))}"}
         for op in all_ops()
-        if op.kind == "function" and op.functions
+        if op.is_function
     }
     return {"layers": layers, "functions": functions}
 

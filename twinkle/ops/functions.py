@@ -1,7 +1,8 @@
 """The embedded functions, as any kernel repository has them: ``package_name = "twinkle.ops"``.
 
-``ApplyRotaryPosEmb`` is what ``twinkle.toml`` beside this file binds with ``match``: its ``for_variant``
-makes one for the variant and the arguments of whatever function was recognised.
+``ApplyRotaryPosEmb``, ``RMSNormFunction`` and their like are what ``twinkle.toml`` beside this file binds
+with ``match``: their ``for_variant`` makes one for the variant and the arguments of whatever function was
+recognised.
 """
 
 from __future__ import annotations

@@ -15,5 +15,6 @@ OP = Op(
     words=("erf", "sigmoid", "square", "tanh"),
     roles={"x": "input"},
     layers={"Activation": "layer"},
+    functions={"ActivationFunction": "layer"},
     backends=("triton_backend",),
 )

@@ -10,16 +10,17 @@ from twinkle.ops.activation import reference
 from twinkle.ops.activation.reference import VARIANTS, ActivationVariant
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.guarded import function_with
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor, nn
 
-__all__ = ["LEAST", "activation", "layer_class", "supports"]
+__all__ = ["LEAST", "activation", "function_for", "layer_class", "supports"]
 
 LEAST = {"relu2": 1 << 24, "quick_gelu": 1 << 20}
 """Elements below which torch's operators run: there they take less of the host than one launch of ours.
@@ -54,15 +55,39 @@ def activation(x: Tensor, *, variant: ActivationVariant) -> Tensor:
     Returns:
         Of the shape and dtype of ``x``.
     """
+    made = _by_kernel(x, variant)
+    return reference.activation(x, variant=variant) if made is None else made
+
+
+def _by_kernel(x: Tensor, variant: ActivationVariant) -> Tensor | None:
+    """As `activation` where the kernel computes it, else None."""
     least = LEAST.get(variant.name)
     path = REFERENCE if least is not None and not pays(x, least) else dispatch_path(x)
     if path is REFERENCE or not x.is_contiguous():
-        return reference.activation(x, variant=variant)
+        return None
     if path is not EAGER:
         return _op(x, variant.name)
     if torch.is_grad_enabled():
         return _eager(x, variant.name)
     return _forward(x, variant.name)
+
+
+def _attempt(x: Any, *, variant: ActivationVariant, root: float | None = None) -> Tensor | None:
+    """What the kernel makes of a call of a function; None where the function is to run."""
+    return _by_kernel(x, variant) if isinstance(x, torch.Tensor) else None
+
+
+def function_for(
+    variant: ActivationVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of one that is an activation, which runs where the kernel does not.
+
+    Args:
+        variant: Which one.
+        facts: ``x``: the name of the parameter.
+        original: The function.
+    """
+    return function_with(original, _attempt, facts, {"variant": variant})
 
 
 def _forward(x: Tensor, kind: str) -> Tensor:

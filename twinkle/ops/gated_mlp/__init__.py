@@ -30,7 +30,10 @@ OP = Op(
         "last_dropout": "dropout",
         "gate_last": "flag",
         "chunk_dim": "number",
+        "other": "input",
     },
     layers={"GatedMLP": "layer"},
+    functions={"GatedProduct": "layer"},
     backends=("triton_backend",),
+    calls=("gelu", "mul", "multiply", "relu", "sigmoid", "silu", "square", "tanh"),
 )

@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "gated_activation", "gated_activation_fused", "gated_linear"]
+__all__ = [
+    "ACTIVATIONS",
+    "by_kernel",
+    "fused_by_kernel",
+    "gated_activation",
+    "gated_activation_fused",
+    "gated_linear",
+]
 
 _kernels = lazy_module("twinkle.ops.gated_mlp.triton")
 
@@ -64,9 +71,23 @@ def gated_activation(
         ValueError: The activation is not one of `ACTIVATIONS`.
     """
     _check(activation)
+    made = by_kernel(gate, up, activation, clamp, limit, scale, exact)
+    return definition(gate, up, activation, clamp, limit, scale, exact) if made is None else made
+
+
+def by_kernel(
+    gate: Tensor,
+    up: Tensor,
+    activation: str,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
+) -> Tensor | None:
+    """As `gated_activation` where the kernel computes it: two tensors of one shape and dtype; else None."""
     path = dispatch_path(gate, up)
     if path is REFERENCE or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
-        return definition(gate, up, activation, clamp, limit, scale, exact)
+        return None
     if path is EAGER and not torch.is_grad_enabled():
         return _forward(gate, up, activation, clamp, limit, scale, exact)
     if path is EAGER:
@@ -98,10 +119,26 @@ def gated_activation_fused(
         ``[..., intermediate]``.
     """
     _check(activation)
-    path = dispatch_path(gate_up)
-    if path is REFERENCE or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+    made = fused_by_kernel(gate_up, activation, gate_half, clamp, limit, scale, exact)
+    if made is None:
         halves = gate_up.chunk(2, dim=-1)
         return definition(halves[gate_half], halves[1 - gate_half], activation, clamp, limit, scale, exact)
+    return made
+
+
+def fused_by_kernel(
+    gate_up: Tensor,
+    activation: str,
+    gate_half: int,
+    clamp: str,
+    limit: float | None,
+    scale: float | None,
+    exact: bool,
+) -> Tensor | None:
+    """As `gated_activation_fused` where the kernel computes it: an even width; else None."""
+    path = dispatch_path(gate_up)
+    if path is REFERENCE or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
+        return None
     if path is EAGER and not torch.is_grad_enabled():
         return _fused_forward(gate_up, activation, gate_half, clamp, limit, scale, exact)
     if path is EAGER:

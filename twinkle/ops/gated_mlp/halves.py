@@ -67,7 +67,8 @@ class _Halves:
         return None if half is None else self._chunk(x, half, int(stop.args == (None,)))
 
     def _chunk(self, x: Any, half: Any, at: int) -> Any:
-        if x.op != "call" or x.args[0].op != "attr":
+        of_layer = x.op == "call" and x.args[0].op == "attr"
+        if not of_layer and not (x.op == "input" and half == "even"):
             return None
         self.halves[half] = None
         halves = self.make("chunk", x, self.make("const", 2), self.make("const", -1))

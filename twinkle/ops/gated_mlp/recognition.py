@@ -12,13 +12,18 @@ __all__ = ["check", "core", "rewritten"]
 
 # What may lie between the result of a projection and the product.
 _BETWEEN = ("index", "chunk", "split", "tensor_split", "to", "clamp", "reshape", "unbind", "unflatten")
+_CUTS = ("slice", "split", "tensor_split", "unbind")
 _PROJECTIONS = ("gate", "up", "gate_up", "down")
 
 
 def core(code: Any) -> bool:
-    """A product with an activation in it, behind a layer of the module or of the halves of an input."""
-    if code.size > 150 or "loop" in code.ops or not (code.layer_calls or "chunk" in code.ops):
+    """A product with an activation in it, of layers of the module, of halves of an input or of two inputs."""
+    if code.size > 150 or "loop" in code.ops:
         return False
+    if not (code.layer_calls or "chunk" in code.ops):
+        inputs = sum(part.op == "input" for part in code.parts)
+        if inputs < 2 and code.ops.isdisjoint(_CUTS):
+            return False
     return any(part.op == "mul" and any(_activated(code, side) for side in part.args) for part in code.parts)
 
 
@@ -37,7 +42,7 @@ def _projected(code: Any, term: Any) -> bool:
         if term.op == "mul":
             return any(_projected(code, side) for side in term.args)
         term = term.args[0]
-    found: bool = code.calls_layer(term) or (term.op == "input" and "chunk" in code.ops)
+    found: bool = code.calls_layer(term) or term.op == "input"
     return found
 
 
@@ -65,6 +70,8 @@ def _check_halves(instance: Any, layer: Any) -> None:
     half = instance.facts.pop("half", None)
     if half is None:
         return
+    if layer is None:
+        instance.refuse("its input is cut by slices, which are halves on an even width alone")
     width = layer.out_features
     if isinstance(half, str) and half != "even":
         path = half.removeprefix("self.")

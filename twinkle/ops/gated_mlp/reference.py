@@ -33,6 +33,7 @@ class GatedMLPVariant:
         name: A short name.
         projections: ``separate`` gate and up, or ``fused``: one projection, split in halves. ``optional``:
             as separate, and no product where the layer has no up. ``none``: the input has both halves.
+            ``given``: gate and up are two inputs.
         gate_half: Which half of a fused projection is the gate; ``flag``: a flag of the layer says whether
             it is the last one.
         split: How a fused projection is split: ``chunk`` in halves, or ``view`` as ``[..., 2, size]``.
@@ -51,7 +52,7 @@ class GatedMLPVariant:
     """
 
     name: str
-    projections: Literal["separate", "fused", "optional", "none"] = "separate"
+    projections: Literal["separate", "fused", "optional", "none", "given"] = "separate"
     gate_half: Literal[0, 1, "flag"] = 0
     split: Literal["chunk", "view"] = "chunk"
     cast: Literal["none", "float32", "down_weight"] = "none"
@@ -83,11 +84,12 @@ def gated_mlp(
     last_dropout: Layer | None = None,
     gate_last: bool = False,
     chunk_dim: int = -1,
+    other: Tensor | None = None,
 ) -> Tensor:
     """The definition.
 
     Args:
-        x: ``[..., hidden]``.
+        x: ``[..., hidden]``; the gate itself where it is given.
         gate: ``[..., hidden] -> [..., intermediate]``, as ``up``; unused by a fused variant.
         up: See ``gate``.
         down: ``[..., intermediate] -> [..., hidden]``.
@@ -103,6 +105,7 @@ def gated_mlp(
         last_dropout: Of a variant with one.
         gate_last: Of a variant with a flag.
         chunk_dim: Of a variant with a flag.
+        other: What is multiplied with the activated gate, as ``x``, where both are given.
 
     Returns:
         ``[..., hidden]``.
@@ -116,7 +119,7 @@ def gated_mlp(
         if up is not None:
             h = h * up(x)
         return down(h)
-    g, u = _gate_and_up(x, gate, up, gate_up, variant)
+    g, u = (x, other) if variant.projections == "given" else _gate_and_up(x, gate, up, gate_up, variant)
     if variant.clamp == "inputs":
         g = g.clamp(max=limit)
         u = u.clamp(min=-limit, max=limit)
@@ -220,5 +223,7 @@ VARIANTS: tuple[GatedMLPVariant, ...] = (
     GatedMLPVariant("fused_no_down", projections="fused", down=False),
     GatedMLPVariant("fused_up_first_no_down", projections="fused", gate_half=1, down=False),
     GatedMLPVariant("fused_up_first_factor", projections="fused", gate_half=1, down=False, factor=True),
+    GatedMLPVariant("given", projections="given", down=False),
+    GatedMLPVariant("given_float32", projections="given", down=False, cast="float32"),
 )
 """Every variant that is recognised."""

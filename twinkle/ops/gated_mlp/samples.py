@@ -31,6 +31,8 @@ def inputs(instance: Instance) -> dict[str, Any] | None:
     """``x`` for an MLP: as wide as its down projection's output."""
     if instance.variant.projections == "none":
         return {"x": instance.tokens(64)}  # any even width
+    if instance.variant.projections == "given":
+        return {"x": instance.tokens(64), "other": instance.tokens(64)}
     widths = [getattr(instance.part(role), "in_features", None) for role in ("gate_up", "gate")]
     width = next((found for found in widths if isinstance(found, int)), None)
     return {"x": instance.tokens(width)} if width is not None else None
@@ -62,7 +64,7 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.variant, self.activation = variant, activation
-        if variant.projections == "none":
+        if variant.projections in ("none", "given"):
             pass
         elif variant.projections == "fused":
             self.gate_up = nn.Linear(width, 2 * inner, device=device, dtype=dtype)
@@ -80,11 +82,12 @@ class MLP(nn.Module):
         if variant.down:
             self.down = nn.Linear(inner, width, bias=False, device=device, dtype=dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, other: Tensor | None = None) -> Tensor:
         """``[..., width]`` to the same."""
         layers = {name: getattr(self, name, None) for name in _LAYERS}
         return reference.gated_mlp(
             x,
+            other=other,
             activation=ACTIVATIONS[self.activation],
             variant=self.variant,
             limit=_LIMIT,
@@ -116,6 +119,11 @@ def cases(
         if variant.scaled:
             facts |= {"gate_scale": _GATE_SCALE, "output_scale": _OUTPUT_SCALE}
         kernel: Any = implementation("gated_mlp", backend).layer_class(variant, facts).forward
+        given = variant.projections == "given"
+        if given:
+            facts["other"] = "other"
         x = random((*lead, width if variant.projections != "none" else 2 * inner), dtype, generator)
-        args = (strided(x) if shape == "strided" else x,)
+        args: tuple[Tensor, ...] = (strided(x) if shape == "strided" else x,)
+        if given:
+            args = (*args, random((*lead, width), dtype, generator))
         yield Case(shape, MLP.forward, kernel, args, module, facts)

@@ -10,11 +10,14 @@ from torch import nn
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.gated_mlp.activation import (
     ACTIVATIONS,
+    by_kernel,
+    fused_by_kernel,
     gated_activation,
     gated_activation_fused,
     gated_linear,
 )
 from twinkle.ops.gated_mlp.reference import VARIANTS, GatedMLPVariant
+from twinkle.ops.guarded import are_tensors, function_with
 from twinkle.ops.launch import EAGER, dispatch_path
 
 if TYPE_CHECKING:
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
     Layer = Callable[[Tensor], Tensor]
 
-__all__ = ["gated_mlp", "layer_class", "supports"]
+__all__ = ["function_for", "gated_mlp", "layer_class", "supports"]
 
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
 _SEPARATE = _VARIANTS["separate"]
@@ -61,6 +64,7 @@ def gated_mlp(
     last_dropout: Layer | None = None,
     gate_last: bool = False,
     chunk_dim: int = -1,
+    other: Tensor | None = None,
 ) -> Tensor:
     """``down(activation(gate(x)) · up(x))``; as ``reference.gated_mlp``, but for ``activation``.
 
@@ -78,6 +82,8 @@ def gated_mlp(
     scale = gate_scale if variant.scaled else None
     exact = variant.cast == "float32"
     keep = (variant.clamp, limit if variant.clamp != "none" else None, scale, exact)
+    if variant.projections == "given":
+        return gated_activation(x, other, activation, *keep)
     if variant.projections in ("fused", "none"):
         half = variant.gate_half if variant.gate_half != "flag" else int(gate_last)
         both = x if variant.projections == "none" else gate_up(x)  # type: ignore[misc]
@@ -143,8 +149,35 @@ def _may_recompute(g: Tensor, u: Tensor, down: Any) -> bool:
     )
 
 
+def _attempt(x: Any, other: Any = None, *, activation: str, variant: GatedMLPVariant) -> Tensor | None:
+    """What the kernel makes of a call of a function; None where the function is to run."""
+    keep = ("none", None, None, variant.cast == "float32")
+    if not are_tensors(x, other):
+        return None
+    if variant.projections != "given":
+        return fused_by_kernel(x, activation, int(variant.gate_half), *keep)
+    return None if other is None else by_kernel(x, other, activation, *keep)
+
+
+def function_for(
+    variant: GatedMLPVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any] | None:
+    """A function with the arguments of one that is a gated product, which runs where the kernel does not.
+
+    Args:
+        variant: One whose gate and up are given, as two tensors or as the halves of one.
+        facts: ``x`` and ``other``: the names of parameters; ``activation``: its canonical name.
+        original: The function.
+    """
+    if variant.projections not in ("none", "given") or supports(variant, facts=facts) is not None:
+        return None
+    names = {role: facts[role] for role in ("x", "other", "requires") if role in facts}
+    return function_with(original, _attempt, names, {"variant": variant, "activation": facts["activation"]})
+
+
 @once_for(
     "x",
+    "other",
     "gate",
     "up",
     "down",
@@ -184,6 +217,6 @@ def layer_class(variant: GatedMLPVariant, facts: Mapping[str, Any]) -> type[nn.M
             "down": None,
             **{name: value for name, value in facts.items() if name != "activation"},
         },
-        inputs=("x",),
+        inputs=("x", "other"),
         constants={"variant": variant, "activation": facts["activation"]},
     )

@@ -20,5 +20,6 @@ OP = Op(
         "normalized_shape": "shape",
     },
     layers={"LayerNorm": "layer"},
+    functions={"LayerNormFunction": "layer"},
     backends=("triton_backend", "torch_backend"),
 )

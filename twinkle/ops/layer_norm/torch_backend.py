@@ -12,18 +12,19 @@ import torch.nn.functional as F
 
 from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.guarded import are_numbers, are_tensors, function_with
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor, nn
 
     from twinkle.ops.layer_norm.reference import LayerNormVariant
 
-__all__ = ["layer_class", "layer_norm", "rounds_as", "supports"]
+__all__ = ["function_for", "layer_class", "layer_norm", "may_lack", "rounds_as", "supports"]
 
 _LEAST = 1 << 15
 """Elements from which torch's elementwise ops use several threads."""
@@ -66,6 +67,14 @@ def layer_norm(
     Returns:
         ``[..., hidden]``, of the dtype of ``x``.
     """
+    made = _by_torch(x, weight, bias, eps, variant)
+    return reference.layer_norm(x, weight, bias, eps, variant=variant) if made is None else made
+
+
+def _by_torch(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, variant: LayerNormVariant
+) -> Tensor | None:
+    """As `layer_norm` where torch's own function computes the same, else None."""
     weight = None if variant.affine == "none" else weight
     bias = bias if variant.affine == "both" else None
     last = x.shape[-1:]
@@ -79,7 +88,31 @@ def layer_norm(
             w, b = (None if p is None else p.float() for p in (weight, bias))
             return F.layer_norm(x.float(), last, w, b, eps).to(x.dtype)
         return F.layer_norm(x, last, weight, bias, eps)
-    return reference.layer_norm(x, weight, bias, eps, variant=variant)
+    return None
+
+
+def may_lack(variant: LayerNormVariant, weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether a function that is a variant takes None for the weight or the bias that is None."""
+    as_torch = variant.written == "fused" and variant.affine_place == "fused"
+    if variant.nullable or (as_torch and not variant.weight_cast and not variant.one_plus):
+        return True
+    return (weight is not None or variant.affine == "none") and (bias is not None or variant.affine != "both")
+
+
+def _attempt(
+    x: Any, weight: Any = None, bias: Any = None, eps: Any = None, *, variant: LayerNormVariant
+) -> Tensor | None:
+    """What a call of a function gives here; None where the function is to run."""
+    if not are_tensors(x, weight, bias) or not are_numbers(eps) or not may_lack(variant, weight, bias):
+        return None
+    return _by_torch(x, weight, bias, eps, variant)
+
+
+def function_for(
+    variant: LayerNormVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of one that writes a LayerNorm out; see triton's for the arguments."""
+    return function_with(original, _attempt, facts, {"variant": variant})
 
 
 def _waits(x: Tensor) -> bool:

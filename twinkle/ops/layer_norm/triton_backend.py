@@ -16,15 +16,16 @@ from torch import nn
 
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
-from twinkle.ops.layer_norm.torch_backend import rounds_as
+from twinkle.ops.layer_norm.torch_backend import may_lack, rounds_as
 from twinkle.ops.layout import channels_first
 from twinkle.ops.plain import pays
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from torch import Tensor
@@ -34,6 +35,7 @@ __all__ = [
     "accepts",
     "across",
     "exactly",
+    "function_for",
     "layer_class",
     "layer_norm",
     "supports",
@@ -98,20 +100,66 @@ def layer_norm(
     if variant.affine != "both":
         bias = None
         weight = None if variant.affine == "none" else weight
-    if pays(x, LEAST) and not x.is_nested:
-        path = dispatch_path(x, weight, bias)
-        if path is not REFERENCE and accepts(x, weight, bias, variant, normalized_shape):
-            given = weight + 1 if variant.one_plus and weight is not None else weight
-            if path is not EAGER:
-                return _op(x, given, bias, eps)[0]
-            if torch.is_grad_enabled():
-                return _eager(x, given, bias, eps)
-            return _kernels().forward(x, given, bias, eps, stats=False)[0]
+    made = _by_kernel(x, weight, bias, eps, variant, normalized_shape)
+    if made is not None:
+        return made
     if variant is _FUSED:  # what small inputs take, so straight
         return nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)
     if variant.written == "out":
         return torch_backend.layer_norm(x, weight, bias, eps, variant=variant)
     return reference.layer_norm(x, weight, bias, eps, variant=variant, normalized_shape=normalized_shape)
+
+
+def _by_kernel(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    variant: LayerNormVariant,
+    normalized_shape: tuple[int, ...] | None,
+) -> Tensor | None:
+    """As `layer_norm` where the kernel computes it, else None."""
+    if not pays(x, LEAST) or x.is_nested:
+        return None
+    path = dispatch_path(x, weight, bias)
+    if path is REFERENCE or not accepts(x, weight, bias, variant, normalized_shape):
+        return None
+    given = weight + 1 if variant.one_plus and weight is not None else weight
+    if path is not EAGER:
+        return _op(x, given, bias, eps)[0]
+    if torch.is_grad_enabled():
+        return _eager(x, given, bias, eps)
+    return _kernels().forward(x, given, bias, eps, stats=False)[0]
+
+
+def _attempt(
+    x: Any,
+    weight: Any = None,
+    bias: Any = None,
+    eps: Any = None,
+    *,
+    variant: LayerNormVariant,
+    normalized_shape: Any = None,
+) -> Tensor | None:
+    """What the kernel makes of a call of a function; None where the function is to run."""
+    if not are_tensors(x, weight, bias) or not are_numbers(eps) or not is_row(normalized_shape, x):
+        return None
+    if not may_lack(variant, weight, bias):
+        return None
+    return _by_kernel(x, weight, bias, eps, variant, normalized_shape)
+
+
+def function_for(
+    variant: LayerNormVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of one that is a LayerNorm, which runs where the kernel does not.
+
+    Args:
+        variant: One that :func:`supports` has nothing against.
+        facts: From the argument of the definition to Python text over the parameters, or the number itself.
+        original: The function.
+    """
+    return function_with(original, _attempt, facts, {"variant": variant})
 
 
 def accepts(

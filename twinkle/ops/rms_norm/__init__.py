@@ -29,5 +29,6 @@ OP = Op(
         "math_root": "spelling",
     },
     layers={"RMSNorm": "layer", "GemmaRMSNorm": "layer"},
+    functions={"RMSNormFunction": "layer"},
     backends=("triton_backend", "cpu_backend"),
 )

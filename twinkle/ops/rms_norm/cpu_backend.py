@@ -16,11 +16,12 @@ from twinkle.ops import machine
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import through_definition
 from twinkle.ops.failures import backward_survives
+from twinkle.ops.guarded import are_numbers, are_tensors, function_with
 from twinkle.ops.layout import like, rows_of
 from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import roundings
-from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -28,7 +29,15 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["LEAST", "LEAST_INFERENCE", "layer_class", "normalise", "rms_norm", "supports"]
+__all__ = [
+    "LEAST",
+    "LEAST_INFERENCE",
+    "function_for",
+    "layer_class",
+    "normalise",
+    "rms_norm",
+    "supports",
+]
 
 LEAST, LEAST_INFERENCE = 1 << 17, 1 << 19
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
@@ -75,20 +84,10 @@ def rms_norm(
     Returns:
         ``[..., hidden]``, equal to the definition's.
     """
-    if (
-        pays(x, LEAST)
-        and variant.name in _SUPPORTED
-        and group_size is None
-        and bias is None
-        and runs_eagerly(x, weight)
-        and (weight is None or weight.shape == x.shape[-1:])
-    ):
-        if variant.weight == "none" or not with_weight:
-            weight = None
-        if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-            return _RMSNorm.apply(x, weight, eps, variant)
-        if pays(x, LEAST_INFERENCE) and machine.one_thread():
-            return normalise(x, weight, eps, variant)[0]
+    if group_size is None and bias is None:
+        made = _in_chunks(x, weight if with_weight else None, eps, variant)
+        if made is not None:
+            return made
     return reference.rms_norm(
         x,
         weight,
@@ -101,6 +100,38 @@ def rms_norm(
         normalized_shape=normalized_shape,
         bias=bias,
     )
+
+
+def _in_chunks(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> Tensor | None:
+    """As `rms_norm` where chunks are faster than the definition, else None."""
+    if not pays(x, LEAST) or variant.name not in _SUPPORTED or not runs_eagerly(x, weight):
+        return None
+    if weight is not None and weight.shape != x.shape[-1:]:
+        return None
+    if variant.weight == "none":
+        weight = None
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        made: Tensor = _RMSNorm.apply(x, weight, eps, variant)
+        return made
+    if pays(x, LEAST_INFERENCE) and machine.one_thread():
+        return normalise(x, weight, eps, variant)[0]
+    return None
+
+
+def _attempt(x: Any, weight: Any = None, eps: Any = None, *, variant: RMSNormVariant) -> Tensor | None:
+    """What a call of a function gives here; None where the function is to run."""
+    if not are_tensors(x, weight) or not are_numbers(eps):
+        return None
+    if weight is None and not may_lack_weight(variant):
+        return None  # the function has no path for that, and raises
+    return _in_chunks(x, weight, eps, variant)
+
+
+def function_for(
+    variant: RMSNormVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of one that is an RMSNorm; the arguments are those of triton's."""
+    return function_with(original, _attempt, facts, {"variant": variant})
 
 
 def normalise(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["VARIANTS", "RMSNormVariant", "number", "rms_norm"]
+__all__ = ["VARIANTS", "RMSNormVariant", "may_lack_weight", "number", "rms_norm"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class RMSNormVariant:
             ``least`` that the root may be.
         scale: A number beside the weight: ``norm_multiplied``, ``norm_divided`` and ``norm_inverse`` make a
             mean of the Euclidean norm, before eps (by ``width ** -0.5``, by ``width ** 0.5``, by
-            ``1 / width ** 0.5``); ``result`` is on the normalised input, ``weighted`` on its product with the
-            weight.
+            ``1 / width ** 0.5``); ``result`` is on the normalised input, ``rounded`` on that behind its cast,
+            ``weighted`` on its product with the weight.
         nullable: The weight may be None, and is then left out; ``cast``: the result is then rounded to the
             dtype of ``x``.
         bias: One is added, where there is a weight, unless it is None.
@@ -77,7 +77,9 @@ class RMSNormVariant:
     groups: Literal["none", "always", "optional"] = "none"
     statistic: Literal["mean", "sum", "norm"] = "mean"
     eps_place: Literal["mean", "root", "least"] = "mean"
-    scale: Literal["none", "norm_multiplied", "norm_divided", "norm_inverse", "result", "weighted"] = "none"
+    scale: Literal[
+        "none", "norm_multiplied", "norm_divided", "norm_inverse", "result", "rounded", "weighted"
+    ] = "none"
     nullable: Literal["no", "yes", "cast"] = "no"
     bias: bool = False
 
@@ -143,6 +145,8 @@ def rms_norm(
         h = h * scale
     if variant.cast == "before_weight":
         h = h.to(dtype)
+    if variant.scale == "rounded":
+        h = h * scale
     if variant.nullable != "no":
         h = _weighted_unless_none(h, weight, bias, dtype, variant)
     elif variant.weight != "none" and variant.weight_place == "after":
@@ -238,6 +242,12 @@ def _fused(
     if variant.compute == "fused_float32" and variant.cast == "after_weight":
         h = h.to(dtype)
     return h
+
+
+def may_lack_weight(variant: RMSNormVariant) -> bool:
+    """Whether code that is a variant takes None for its weight."""
+    as_torch = variant.weight == "plain" and variant.weight_place == "fused" and variant.weight_cast == "none"
+    return as_torch or variant.weight == "none" or variant.nullable != "no"
 
 
 def number(
@@ -426,5 +436,9 @@ def _measured() -> tuple[RMSNormVariant, ...]:
     return tuple(made)
 
 
-VARIANTS: tuple[RMSNormVariant, ...] = (*_BASE, *_DIVIDED, *_NULLABLE, *_FUSED, *_measured())
+_ROUNDED = tuple(
+    RMSNormVariant(f"normalize_rounded{suffix}", scale="rounded", **_LEAST, **applied)
+    for suffix, applied in (_WEIGHTS[weight] for weight in ("plain", "one_plus", "none", "offset"))
+)
+VARIANTS: tuple[RMSNormVariant, ...] = (*_BASE, *_DIVIDED, *_NULLABLE, *_FUSED, *_measured(), *_ROUNDED)
 """Every variant that is recognised."""

@@ -66,7 +66,7 @@ def _form_of(variant: RMSNormVariant) -> dict[str, Any]:
         "STAT": variant.statistic,
         "EPS": variant.eps_place,
         "FACTOR": factor.get(variant.scale, "none"),
-        "GAIN": variant.scale if variant.scale in ("result", "weighted") else "none",
+        "GAIN": variant.scale if variant.scale in ("result", "rounded", "weighted") else "none",
     }
 
 

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
+from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
 from twinkle.ops.layout import like
+from twinkle.ops.plain import pays
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import result_dtype
-from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant
+from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,9 +29,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
-__all__ = ["accepts", "layer_class", "rms_norm", "supports", "takes_weight_and_eps"]
+__all__ = ["LEAST", "accepts", "function_for", "layer_class", "rms_norm", "supports", "takes_weight_and_eps"]
 
 WIDEST = 65536
+LEAST = 1 << 23
+"""Elements below which a function that is a call of `F.rms_norm` runs, where torch has one kernel for that.
+
+On an H200, forward and backward of 64 Mi elements: 0.18 ms instead of 0.32; on its host, at any size, 500 us
+instead of 231.
+"""
+_TORCH_FUSES = hasattr(torch.ops.aten, "_fused_rms_norm")
+_ONE_CALL = ("fused", "fused_unweighted")
 _EPS = torch.finfo(torch.float32).eps
 _kernels = lazy_module("twinkle.ops.rms_norm.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
@@ -101,22 +111,12 @@ def rms_norm(
     """
     if variant.weight == "offset" and offset in (0.0, 1.0):
         variant = _WITH_OFFSET[variant.name, float(offset)]
-    path = dispatch_path(x, weight) if bias is None else REFERENCE
-    if path is not REFERENCE and accepts(x, weight, variant, group_size, normalized_shape):
-        if variant.weight == "none" or not with_weight:
-            weight = None
-        if eps is None:
-            eps = _EPS  # what torch's function takes where it computes in float32
-        number = 1.0
-        if variant.scale != "none":
-            number = reference.number(x, scale, width, variant, math_root)
-        elif variant.statistic == "sum":
-            number = float(x.shape[-1] if width is None else width)
-        if path is EAGER and not torch.is_grad_enabled():
-            return _forward(x, weight, eps, variant.name, number)
-        if path is EAGER:
-            return _eager(x, weight, eps, variant.name, number)
-        return _op(x, weight, eps, variant.name, number)
+    if bias is None:
+        made = _by_kernel(
+            x, weight, eps, variant, group_size, with_weight, normalized_shape, scale, width, math_root
+        )
+        if made is not None:
+            return made
     return reference.rms_norm(
         x,
         weight,
@@ -133,6 +133,77 @@ def rms_norm(
         math_root=math_root,
         offset=offset,
     )
+
+
+def _by_kernel(
+    x: Tensor,
+    weight: Tensor | None,
+    eps: float | None,
+    variant: RMSNormVariant,
+    group_size: int | None,
+    with_weight: bool,
+    normalized_shape: tuple[int, ...] | None,
+    scale: float | None,
+    width: int | None,
+    math_root: bool,
+) -> Tensor | None:
+    """As `rms_norm` where the kernel computes it, else None."""
+    path = dispatch_path(x, weight)
+    if path is REFERENCE or not accepts(x, weight, variant, group_size, normalized_shape):
+        return None
+    if variant.weight == "none" or not with_weight:
+        weight = None
+    if eps is None:
+        eps = _EPS  # what torch's function takes where it computes in float32
+    number = 1.0
+    if variant.scale != "none":
+        number = reference.number(x, scale, width, variant, math_root)
+    elif variant.statistic == "sum":
+        number = float(x.shape[-1] if width is None else width)
+    if path is EAGER and not torch.is_grad_enabled():
+        return _forward(x, weight, eps, variant.name, number)
+    if path is EAGER:
+        return _eager(x, weight, eps, variant.name, number)
+    return _op(x, weight, eps, variant.name, number)
+
+
+def _attempt(
+    x: Any,
+    weight: Any = None,
+    eps: Any = None,
+    *,
+    variant: RMSNormVariant,
+    normalized_shape: Any = None,
+    scale: float | None = None,
+    width: int | None = None,
+    math_root: bool = False,
+    offset: float = 0.0,
+) -> Tensor | None:
+    """What the kernel makes of a call of a function; None where the function is to run."""
+    if not are_tensors(x, weight) or not is_row(normalized_shape, x):
+        return None
+    if not (are_numbers(eps) or (eps is None and variant.compute in ("fused", "fused_float32"))):
+        return None
+    if weight is None and not may_lack_weight(variant):
+        return None  # the function has no path for that, and raises
+    if variant.name in _ONE_CALL and _TORCH_FUSES and not pays(x, LEAST):
+        return None
+    if variant.weight == "offset":
+        variant = _WITH_OFFSET[variant.name, float(offset)]
+    return _by_kernel(x, weight, eps, variant, None, True, normalized_shape, scale, width, math_root)
+
+
+def function_for(
+    variant: RMSNormVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of one that is an RMSNorm, which runs where the kernel does not.
+
+    Args:
+        variant: Where it rounds.
+        facts: From the argument of the definition to Python text over the parameters, or the number itself.
+        original: The function.
+    """
+    return function_with(original, _attempt, facts, {"variant": variant})
 
 
 def accepts(

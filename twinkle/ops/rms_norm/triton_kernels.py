@@ -173,7 +173,10 @@ def _normal(
     n = _measured(h, measure, width, eps, number, STAT, EPS, FACTOR, COMPUTE, DIVIDE, X)
     if GAIN == "result":
         n = n * number
-    return n.to(N).to(tl.float32)
+    n = n.to(N)
+    if GAIN == "rounded":
+        n = (n.to(tl.float32) * number).to(N)
+    return n.to(tl.float32)
 
 
 @triton.jit
