@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.fuse import forward, qk_norm_rotary, residual_norm
+from twinkle.fuse import forward, group_norm_silu, qk_norm_rotary, residual_norm
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the two ops run, and nothing but these two is wanted."""
+    """Where the ops of places run, and nothing but these is wanted."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,8 +39,13 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each kernel ran, proofs included."""
-    counts = {"residual_norm": 0, "qk_norm_rotary": 0}
-    for op, module in (("residual_norm", residual_norm), ("qk_norm_rotary", qk_norm_rotary)):
+    places = {
+        "residual_norm": residual_norm,
+        "qk_norm_rotary": qk_norm_rotary,
+        "group_norm": group_norm_silu,
+    }
+    counts = dict.fromkeys(places, 0)
+    for op, module in places.items():
 
         def run(*args: Any, _op: str = op, _run: Any = module.run) -> Any:
             counts[_op] += 1

@@ -4,7 +4,8 @@
 
 The forward of the class is rewritten at the places found by :mod:`twinkle.fuse.places`, and put in place
 as any layer kernel is. Each place decides at each call whether its fused kernel or the original steps run
-(:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`).
+(:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`,
+:mod:`twinkle.fuse.group_norm_silu`).
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from twinkle.fuse.group_norm_silu import ActivatedNormStep, GroupNormLayer, group_norm_of
 from twinkle.fuse.norms import Norm, norm_of
-from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.places import LayerThenActivation, SumThenLayer
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
+from twinkle.fuse.sequential import FusedSequential, is_sequential, variant_in
 from twinkle.fuse.sites import OPS, layers_of, site_of
+from twinkle.match.attributes import attribute_classes
 from twinkle.match.instance import read_path
 from twinkle.match.reads import Guard
 from twinkle.ops import launch
@@ -36,7 +40,7 @@ if TYPE_CHECKING:
     from twinkle.fuse.sites import Site
     from twinkle.fuse.steps import FusedStep
 
-__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "serves"]
+__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "may_have_places", "serves"]
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -97,6 +101,25 @@ def draft_of(cls: type) -> Draft | str:
     return found
 
 
+def may_have_places(cls: type) -> bool:
+    """Whether layers of a class may have a place that there is a kernel for, for all that its code tells.
+
+    Many classes call a layer with what another one gave. Of those whose ``__init__`` says which layer that
+    is, few have a GroupNorm there.
+    """
+    draft = draft_of(cls)
+    return is_sequential(cls) or (
+        not isinstance(draft, str) and any(_may_have_kernel(cls, place) for place in draft.places)
+    )
+
+
+def _may_have_kernel(cls: type, place: Place) -> bool:
+    if not isinstance(place, LayerThenActivation):
+        return True
+    classes = attribute_classes(cls).get(place.path.partition("[")[0])
+    return not classes or any(isinstance(group_norm_of(one), GroupNormLayer) for one in classes)
+
+
 def serves(device: str) -> bool:
     """Whether fused kernels run on a device, such as ``cuda`` or ``cpu``."""
     return ("cuda" if device == "rocm" else device) in launch.DEVICE_TYPES
@@ -114,8 +137,10 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     if not ops or not serves(where):
         return None
     # Most layers hold no norm, and parsing their code takes time.
-    if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):
+    if not any(_is_norm(type(layer)) for layer in _layers(owner)):
         return None
+    if is_sequential(cls):
+        return _kernel_of_sequential(owner, cls, where, ops)
     draft = draft_of(cls)
     if isinstance(draft, str):
         return None
@@ -130,18 +155,38 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     key = (where, draft, tuple((site.number, site.variant.name) for site in sites))
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
-        # Each place proves itself: the forward around it may not run twice.
-        made = known[key] = LayerKernel(
-            name,
-            FusedForward(draft, sites),
-            device=where,
-            verify="off",
-            origin="embedded",
-            chosen_by="twinkle",
-            recognised=True,
-        )
-        made.alike = key[2]
+        known[key] = _kernel(name, FusedForward(draft, sites), where, key[2])
     return known[key]
+
+
+def _kernel_of_sequential(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
+    variant = variant_in(owner)
+    op = ActivatedNormStep.op
+    if variant is None or op not in ops or backend_for(op, variant, where) is None:
+        return None
+    known = runtime.of(_Forwards).kernels.setdefault(cls, {})
+    if where not in known:
+        known[where] = _kernel(op, FusedSequential(variant), where, ((op, variant.name),))
+    return known[where]
+
+
+def _kernel(name: str, source: Any, where: str, alike: tuple[Any, ...]) -> LayerKernel:
+    # Each place proves itself: the forward around it may not run twice.
+    made = LayerKernel(
+        name,
+        source,
+        device=where,
+        verify="off",
+        origin="embedded",
+        chosen_by="twinkle",
+        recognised=True,
+    )
+    made.alike = alike
+    return made
+
+
+def _is_norm(cls: type) -> bool:
+    return isinstance(norm_of(cls), Norm) or isinstance(group_norm_of(cls), GroupNormLayer)
 
 
 class FusedForward:
@@ -189,5 +234,7 @@ class FusedForward:
         recall = runtime.options.recalls(None)
         if isinstance(place, SumThenLayer):
             return SumStep(self, proofs=proofs, recall=recall)
+        if isinstance(place, LayerThenActivation):
+            return ActivatedNormStep(self, place.written, proofs=proofs, recall=recall)
         now = partial(self.draft.function.__globals__.get, place.function)
         return PairStep(self, place.between, now, proofs=proofs, recall=recall)

@@ -1,11 +1,13 @@
 """Places: neighbouring steps of one forward that one kernel could compute, found by syntax alone.
 
-Two patterns, in the statements of a function:
+Three patterns, in the statements of a function:
 
 - a sum of two values and the call of a layer with that sum as the next thing that is computed
   (``h = residual + x; y = self.norm(h)``): :mod:`twinkle.fuse.sum_places`;
 - two layers called with queries and keys, then at most a transpose (or the split into heads), then a
-  function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`.
+  function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`;
+- the call of a layer and a function of its result alone as the next thing that is computed
+  (``h = self.norm(x); h = F.silu(h)``): :mod:`twinkle.fuse.activation_places`.
 
 What the layers and the function are is asked later (:mod:`twinkle.fuse.sites`). Names of classes and
 families play no part. A place is found only where the statements between cannot change the outcome.
@@ -16,6 +18,12 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+from twinkle.fuse.activation_places import (
+    LayerThenActivation,
+    activation_after_layer,
+    activations_of_calls,
+    visible_names,
+)
 from twinkle.fuse.pair_places import Parent, RotatedPair, pair_at
 from twinkle.fuse.sum_places import SumThenLayer, sum_before_layer, sums_inside_calls
 from twinkle.match.symbolic.syntax import stored
@@ -23,13 +31,16 @@ from twinkle.match.symbolic.syntax import stored
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["Place", "RotatedPair", "SumThenLayer", "find_places"]
+__all__ = ["LayerThenActivation", "Place", "RotatedPair", "SumThenLayer", "find_places"]
 
-Place = SumThenLayer | RotatedPair
+Place = SumThenLayer | RotatedPair | LayerThenActivation
 
 
 def find_places(node: ast.FunctionDef) -> list[Place]:
-    """The places in a method; no two of them share a call.
+    """The places in a method.
+
+    No two of them share a call, but for a layer behind a sum and before an activation: which layer it is
+    tells which of the two there is a kernel for.
 
     Args:
         node: The definition of the method. The places refer to its nodes.
@@ -60,7 +71,19 @@ def find_places(node: ast.FunctionDef) -> list[Place]:
             if pair is not None and not taken & {*map(id, pair.calls)}:
                 taken.update(map(id, pair.calls))
                 places.append(pair)
-    return places
+    return [*places, *_activations(node, owner, [block for block, _ in blocks])]
+
+
+def _activations(
+    node: ast.FunctionDef, owner: str, blocks: list[list[ast.stmt]]
+) -> Iterator[LayerThenActivation]:
+    visible = visible_names(node)
+    for block in blocks:
+        for at in range(len(block)):
+            place = activation_after_layer(block, at, owner, node, visible)
+            if place is not None:
+                yield place
+    yield from activations_of_calls(node, owner)
 
 
 def _blocks(body: list[ast.stmt], in_loop: bool = False) -> Iterator[tuple[list[ast.stmt], bool]]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twinkle.fuse.group_norm_silu import ActivatedNormStep, activated, group_norm_of
 from twinkle.fuse.norms import Norm, norm_of, norm_variant
-from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.places import LayerThenActivation, SumThenLayer
 from twinkle.fuse.qk_norm_rotary import PairStep, pair_of, variant_of_pair
 from twinkle.fuse.residual_norm import SumStep, variants_of
 from twinkle.ops.layer_norm.reference import LayerNormVariant
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.places import Place, RotatedPair
 
-__all__ = ["OPS", "Site", "layers_of", "site_of"]
+__all__ = ["OPS", "Site", "global_at", "layers_of", "site_of"]
 
-OPS = (SumStep.op, PairStep.op)
+OPS = (SumStep.op, PairStep.op, ActivatedNormStep.op)
+"""The ops of places; ``group_norm`` is one of layers as well."""
 
 
 class Site(NamedTuple):
@@ -43,7 +45,23 @@ class Site(NamedTuple):
 
 def layers_of(place: Place) -> tuple[str, ...]:
     """The layers of a place, as paths from ``self``."""
+    if isinstance(place, LayerThenActivation):
+        return (place.path,) if place.function_path is None else (place.path, place.function_path)
     return (place.path,) if isinstance(place, SumThenLayer) else place.paths
+
+
+def global_at(names: Callable[[str], Any], path: str) -> Any:
+    """What a dotted name of a module stands for, such as ``F.silu``; None for what is not there.
+
+    Args:
+        names: Looks a name up in the module.
+        path: The dotted name.
+    """
+    first, *others = path.split(".")
+    value = names(first)
+    for name in others:
+        value = getattr(value, name, None)
+    return value
 
 
 def site_of(
@@ -59,6 +77,8 @@ def site_of(
     """
     if isinstance(place, SumThenLayer):
         return _sum_site(number, place, classes[0])
+    if isinstance(place, LayerThenActivation):
+        return _activation_site(number, place, classes, function)
     return _pair_site(number, place, classes[0], classes[1], function(place.function))
 
 
@@ -74,6 +94,25 @@ def _sum_site(number: int, place: SumThenLayer, cls: type | None) -> Site:
     op = "layer_norm" if isinstance(other, LayerNormVariant) else "rms_norm"
     name = f"{op}_{other.name}{'_scaled' * scaled}"
     return Site(number, SumStep.op, ResidualNormVariant(name, other, scaled), norm)
+
+
+def _activation_site(
+    number: int,
+    place: LayerThenActivation,
+    classes: Sequence[type | None],
+    function: Callable[[str], Any],
+) -> Site:
+    norm = "its norm is not there" if classes[0] is None else group_norm_of(classes[0])
+    if isinstance(norm, str):
+        return Site(number, ActivatedNormStep.op, None, norm)
+    name = place.function_name
+    behind = classes[1] if len(classes) > 1 else None if name is None else global_at(function, name)
+    if behind is None and (len(classes) > 1 or name is not None):
+        return Site(number, ActivatedNormStep.op, None, "its activation is not there")
+    found = activated(behind, written=place.written)
+    if isinstance(found, str):
+        return Site(number, ActivatedNormStep.op, None, found)
+    return Site(number, ActivatedNormStep.op, found.variant)
 
 
 def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.fuse.forward import draft_of
 from twinkle.fuse.norms import norm_variant
-from twinkle.fuse.places import SumThenLayer, find_places
+from twinkle.fuse.places import LayerThenActivation, SumThenLayer, find_places
 from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.recognition import Recognition
@@ -67,9 +67,9 @@ def recognise_places(cls: type) -> list[Recognition]:
 
     Returns:
         Recognitions whose facts are those of the op's first place, and of one with a kernel where there
-        is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``; ``wired``, whether a
-        kernel takes the place on a device that runs Triton's, with the ``reason`` where none does. If
-        there are several, all of them are under ``sites``.
+        is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``, or ``norm`` and
+        ``activation``; ``wired``, whether a kernel takes the place on a device that runs Triton's, with the
+        ``reason`` where none does. If there are several, all of them are under ``sites``.
     """
     function, _ = source.unwrap(own_forward(cls))
     if not isinstance(function, FunctionType):
@@ -81,7 +81,10 @@ def recognise_places(cls: type) -> list[Recognition]:
     attributes = attribute_classes(cls) if places else {}
     found: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     for number, place in enumerate(places):
-        classes = [_norm_at(path, attributes) for path in layers_of(place)]
+        if isinstance(place, LayerThenActivation):
+            classes = [_only_class_at(path, attributes) for path in layers_of(place)]
+        else:
+            classes = [_norm_at(path, attributes) for path in layers_of(place)]
         site = site_of(number, place, classes, function.__globals__.get)
         if site.variant is not None:
             reason = site.reason or _not_rewritten(cls)
@@ -106,6 +109,8 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
     facts: dict[str, Any]
     if isinstance(place, SumThenLayer):
         facts = {"norm": place.path, "scale": None if place.scale is None else ast.unparse(place.scale)}
+    elif isinstance(place, LayerThenActivation):
+        facts = {"norm": place.path, "activation": ast.unparse(place.activation)}
     else:
         rotation = function.__globals__.get(place.function)
         module = getattr(source.function_of_callable(rotation), "__module__", function.__module__)
@@ -121,3 +126,9 @@ def _norm_at(path: str, attributes: dict[str, set[type]]) -> type | None:
     norms = {norm_variant(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
     norms.pop(None, None)
     return next(iter(norms.values())) if len(norms) == 1 else None
+
+
+def _only_class_at(path: str, attributes: dict[str, set[type]]) -> type | None:
+    """The class that ``__init__`` assigns to an attribute; None for none, or for several."""
+    classes = attributes.get(path.partition("[")[0], set())
+    return next(iter(classes)) if len(classes) == 1 else None

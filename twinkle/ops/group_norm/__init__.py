@@ -11,7 +11,8 @@ OP = Op(
     kind="layer",
     summary="`torch.nn.GroupNorm`, and layers that call `F.group_norm` and a SiLU of it",
     rank=10,
-    words=("group_norm", "native_group_norm"),
+    # A class that makes one may have a SiLU behind it in its forward.
+    words=("GroupNorm", "group_norm", "native_group_norm"),
     roles={"x": "input", "groups": "number", "weight": "tensor", "bias": "tensor", "eps": "number"},
     layers={"GroupNorm": "layer"},
     backends=("triton_backend",),
