@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import TYPE_CHECKING, Any
 
@@ -572,6 +573,31 @@ def test_the_report_says_whose_calls_are_computed(
             "pending",
             ["its calls in ResnetBlock are computed by group_norm"],
         )
+
+
+@pytest.mark.parametrize("family", ["chameleon:ChameleonVQVAE", "janus:JanusVQVAE"])
+def test_blocks_of_transformers(
+    at_any_size: torch.device, counted: dict[str, int], clean_registry: Registry, family: str
+) -> None:
+    """They multiply the norm's result by its sigmoid in place."""
+    pytest.importorskip("transformers")
+    name, prefix = family.split(":")
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+    config = getattr(module, f"{prefix}Config")(dropout=0.0)
+    torch.manual_seed(0)
+    block = getattr(module, f"{prefix}{ENCODER[name]}ResnetBlock")(config, 32, 64).to(at_any_size)
+    x = torch.randn(1, 32, 4, 4, device=at_any_size)
+    expected = step(block, x)
+    kernelize_layers(block)
+    step(block, x)
+    before = counted["group_norm"]
+    for ours, theirs in zip(step(block, x), expected, strict=True):
+        assert_near(ours, theirs, 2000)
+    assert counted["group_norm"] == before + 2
+    assert states(clean_registry, type(block).__name__) == [("group_norm", "active", "proven")]
+
+
+ENCODER = {"chameleon": "Encoder", "janus": ""}
 
 
 class Named(nn.Module):

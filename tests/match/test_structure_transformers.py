@@ -30,7 +30,7 @@ FLOOR = {
     "qk_norm_rotary": 45,
     "layer_norm": 10,
     "activation": 2,
-    "group_norm": 4,
+    "group_norm": 8,
 }
 # Families in whose forwards a kernel takes the place.
 WIRED = {"residual_norm": 378, "qk_norm_rotary": 29}
