@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.affine import affine_layers, fake_backward, gradients, launched_backward
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.group_norm import reference
 from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = ["LEAST", "group_norm", "layer_class", "path_for", "run", "supports"]
 
@@ -115,48 +115,6 @@ def _fake_forward(
     return x.new_empty(x.shape), x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    activation: str,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    dx, dw, db = wanted
-    return _kernels().backward(  # type: ignore[no-any-return]
-        dy, x, weight, bias, stats, groups, activation, input_grad=dx, weight_grad=dw, bias_grad=db
-    )
-
-
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    activation: str,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        torch.empty_like(p) if p is not None and is_wanted else None
-        for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
-    )
-
-
-def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, stats = ctx.saved_tensors
-    groups, _, activation = ctx.rest
-    dx, dw, db = ctx.needs_input_grad[:3]
-    wanted = [dx, weight is not None and dw, bias is not None and db]
-    found = function(dy, x, weight, bias, stats, groups, activation, wanted)
-    given = (made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True))
-    return (*given, None, None, None)
-
-
 def _definition(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: str
 ) -> Tensor:
@@ -172,29 +130,15 @@ _eager, _op = define_op(
     Derivative(
         "group_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, int groups, "
         "str activation, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-        _backward,
-        _fake_backward,
+        launched_backward(_kernels),
+        fake_backward(torch.empty_like),
         tensors=3,
         auxiliary=True,
-        gradients=_gradients,
+        gradients=gradients(0, 2),  # not eps
         reference=_definition,
     ),
 )
 
 
-@once_for("x", "groups", "weight", "bias", "eps")
-def layer_class(variant: GroupNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
-
-    Args:
-        variant: What follows the norm.
-        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
-            ``forward``, or the value itself.
-
-    Returns:
-        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
-    """
-    values = {"weight": None, "bias": None, **facts}
-    return forward_class(
-        f"GroupNorm_{variant.name}", group_norm, values, inputs=("x",), constants={"variant": variant}
-    )
+layer_class = affine_layers("GroupNorm", group_norm, "groups", "eps")
+"""A layer for a variant whose attributes and arguments have the names that facts give."""
