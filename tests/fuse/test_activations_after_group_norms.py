@@ -20,6 +20,8 @@ from twinkle.fuse.forward import may_have_places
 from twinkle.fuse.survey import recognise_all
 from twinkle.kernel import unkernelize_model
 from twinkle.ops.group_norm import triton_backend
+from twinkle.ops.layer_norm import triton_backend as layer_norm_backend
+from twinkle.ops.residual_norm import triton_layer_norm
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -526,6 +528,35 @@ def test_a_compiler_sees_the_op(at_any_size: torch.device, counted: dict[str, in
     with torch.no_grad():
         assert_near(compiled(x), expected[0], 600)
     assert counted["group_norm"] > 0
+
+
+class SumAndNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x + 1.0 * x)
+
+
+@pytest.mark.parametrize("made", [Lines, Listed, SumAndNorm, lambda: nn.LayerNorm(5)])
+def test_a_trace_records_the_original_steps(
+    at_any_size: torch.device, monkeypatch: pytest.MonkeyPatch, made: Callable[[], nn.Module]
+) -> None:
+    """With gradients torch.jit.trace fails at a kernel, without it takes the result for a constant."""
+    monkeypatch.setattr(triton_layer_norm, "LEAST", 0)
+    monkeypatch.setattr(layer_norm_backend, "LEAST", 0)
+    runtime.options.kernels = "auto"
+    module = made().to(at_any_size)
+    x, other = image(at_any_size), torch.ones(2, 8, 6, 5, device=at_any_size)
+    expected = module(other)
+    kernelize_layers(module)
+    module(x)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            module(x)
+            traced = torch.jit.trace(module, (x,))
+            assert_near(traced(other), expected, 600)
 
 
 def test_copies_and_pickles_run(at_any_size: torch.device) -> None:
