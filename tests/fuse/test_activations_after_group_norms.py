@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def at_any_size(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """The device, with a kernel for small inputs as well."""
+    """The device, with a kernel for small inputs as well; the convolutions beside it round as float32."""
     monkeypatch.setattr(triton_backend, "LEAST", 0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     return device
 
 
@@ -661,3 +663,36 @@ def test_what_is_said_of_a_class() -> None:
     assert may_have_places(Named)
     assert not recognise_all(NotNamed)[0]
     assert not may_have_places(NotNamed), "no layer of it is asked at its first call"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(8, 320, 64, 64), (8, 1280, 32, 32)])
+def test_sizes_of_programs(
+    device: torch.device,
+    counted: dict[str, int],
+    clean_registry: Registry,
+    shape: tuple[int, ...],
+    last: bool,
+) -> None:
+    """From 2^23 elements up the kernel runs with no setting, in bfloat16, channels in front or adjacent."""
+    if device.type != "cuda":
+        pytest.skip("needs a GPU")
+    torch.manual_seed(0)
+    module = Lines(norm=nn.GroupNorm(32, shape[1]))
+    module.conv = nn.Identity()  # type: ignore[assignment]
+    module.to(device, torch.bfloat16)
+    x = torch.randn(shape, device=device, dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    expected = step(module, x)
+    exact = step(copy.deepcopy(module).float(), x.float())
+    kernelize_layers(module)
+    step(module, x)
+    assert states(clean_registry, "Lines") == [("group_norm", "active", "proven")]
+    before = counted["group_norm"]
+    found = step(module, x)
+    assert counted["group_norm"] == before + 1
+    assert found[0].stride() == expected[0].stride()
+    for ours, theirs, best in zip(found, expected, exact, strict=True):
+        off = [float((one.float() - best).detach().norm() / best.detach().norm()) for one in (ours, theirs)]
+        assert off[0] <= 2 * off[1] + 1e-5

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from twinkle.fuse.group_norm_silu import ActivatedNormStep, GroupNormLayer, group_norm_of
-from twinkle.fuse.norms import Norm, norm_of
+from twinkle.fuse.norms import Norm, norm_of, unswapped
 from twinkle.fuse.places import LayerThenActivation, SumThenLayer
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep
@@ -27,6 +27,7 @@ from twinkle.fuse.sites import OPS, layers_of, site_of
 from twinkle.match.attributes import attribute_classes
 from twinkle.match.instance import read_path
 from twinkle.match.reads import Guard
+from twinkle.match.structure import recognise
 from twinkle.ops import launch
 from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
     from twinkle.fuse.steps import FusedStep
 
 __all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "may_have_places", "serves"]
+
+_NORMS = frozenset({"rms_norm", "layer_norm", "group_norm"})
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -186,6 +189,9 @@ def _kernel(name: str, source: Any, where: str, alike: tuple[Any, ...]) -> Layer
 
 
 def _is_norm(cls: type) -> bool:
+    plain = unswapped(cls)
+    if isinstance(plain, str) or recognise(plain).op not in _NORMS:
+        return False
     return isinstance(norm_of(cls), Norm) or isinstance(group_norm_of(cls), GroupNormLayer)
 
 
