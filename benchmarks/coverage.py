@@ -99,9 +99,9 @@ def _measure(name: str, build: bool, out: dict) -> None:
     unseen = {}
     for _, value in candidates(module):
         for found in filter(None, recognise_all(value)):
-            wired = found.facts.get("wired", True)
+            wired = found.facts.get("wired")  # None: the whole class or function is the op
             out["rows"].append((found.target, found.op, found.variant.name, wired))
-            if "wired" in found.facts:
+            if wired is not None:
                 continue  # made of a sum, norms and a rotation that are tried where they are defined
             if isinstance(value, type):
                 unseen[value] = found
@@ -265,14 +265,14 @@ def summary(data: dict) -> dict:
     found: dict = {True: {}, False: {}}
     for result in results:
         for _, op, variant, kernel in result["rows"]:
-            variants = found[bool(kernel)].setdefault(family(result["module"]), {}).setdefault(op, [])
+            variants = found[kernel is not False].setdefault(family(result["module"]), {}).setdefault(op, [])
             if variant not in variants:
                 variants.append(variant)
     return {
         "transformers": data["transformers"],
         "modules": len(results),
         "totals": data["totals"],
-        "tried": sum(op not in INSIDE for result in results for _, op, _, _ in result["rows"]),
+        "tried": sum(wired is None for result in results for *_, wired in result["rows"]),
         "wrong": [
             dict(zip(("target", "op", "variant", "case", "found"), row, strict=True))
             for result in results
@@ -346,7 +346,8 @@ def page(found: dict) -> str:
 - **model types in liger-kernel** counts those for which liger-kernel has the op on by default.""",
         _prose(f"""
             `residual_norm`, `qk_norm_rotary` and `modulated_norm` are places inside a forward, found in its
-            statements. {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel;
+            statements; so are those of `group_norm` that are a norm and the SiLU behind it.
+            {" ".join(taken)} The others hold a norm or a rotation for which there is no kernel;
             the data has them under `families_without_kernel`. A sum before a norm that is modulated counts
             as both; its norm is computed by `modulated_norm`. Many of the classes with a `causal_lm_loss` are
             classifiers, which write their loss alike: their instances are left alone.

@@ -90,7 +90,7 @@ def survey(roots: tuple[str, ...]) -> dict[str, Any]:
         looked_at += len(found)
         for one in filter(None, found):
             ops[str(one.op)].append(one.target)
-            if one.op in INSIDE:
+            if one.op in INSIDE or "wired" in one.facts:
                 continue
             module, _, path = one.target.partition(":")
             thing: Any = sys.modules[module]

@@ -1,8 +1,11 @@
 """Sums before a LayerNorm, adaptive norms, activations, GroupNorm with SiLU, functions: on a GPU, in one run.
 
-    python benchmarks/fused_places.py [--json FILE] [--rounds 15] [--only residual_norm,modulated_norm]
+    python benchmarks/fused_places.py [--json FILE] [--rounds 15] [--places NAME,...]
 
-Without ``--only``: those two, ``activation``, ``group_norm`` and ``functions`` (norms and gates).
+The names are those of `PLACES`. `group_norm` calls the kernel; `group_norm_silu` runs a forward with two
+layers as a program writes them, with `kernels = "auto"` and without. `bias_gelu` is a candidate that is not
+in the package (`bias_gelu.py`): the first linear layer of an MLP with its GELU, and the whole MLP.
+`functions` are norms and gates that are functions.
 
 Every case is checked first: results and gradients on fresh inputs, against the eager steps in float32; the
 kernel's error may be no more than twice that of the eager steps, and a little more than float32's own.
@@ -27,12 +30,16 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from bias_gelu import bias_gelu
+
+from twinkle.apply.layers import kernelize_layers
 from twinkle.match.structure import recognise
 from twinkle.ops.activation import reference as activation_reference
 from twinkle.ops.activation.triton_backend import activation
@@ -47,10 +54,20 @@ from twinkle.ops.plain import at_every_size
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, residual_norm, run
 from twinkle.ops.rms_norm.reference import VARIANTS as RMS_NORMS
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
+PLACES = (
+    "residual_norm",
+    "modulated_norm",
+    "activation",
+    "group_norm",
+    "group_norm_silu",
+    "functions",
+    "bias_gelu",
+)
 EPS = 1e-5
 LAYER_NORM = ResidualNormVariant("layer_norm_fused", next(v for v in LAYER_NORMS if v.name == "fused"))
 MODULATED: dict[str, ModulatedNormVariant] = {
@@ -75,8 +92,10 @@ class Case(NamedTuple):
         inputs: Makes the inputs; all of them get gradients.
         bytes_forward: The fewest that a forward for inference has to move.
         bytes_both: The fewest that forward and backward have to move in training.
-        ways: How to compute it, by name; ``eager`` and ``twinkle`` are among them.
+        ways: How to compute it, by name; ``eager`` and :attr:`ours` are among them.
         compiled: Whether torch.compile is measured, too.
+        forward_only: Ways of the forward alone.
+        check: Called once all is computed: raises where it was not computed as it should be.
     """
 
     op: str
@@ -86,6 +105,13 @@ class Case(NamedTuple):
     bytes_both: int
     ways: dict[str, Callable[..., Any]]
     compiled: bool
+    forward_only: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    check: Callable[[], None] | None = None
+
+    @property
+    def ours(self) -> str:
+        """The way that is checked."""
+        return "twinkle" if "twinkle" in self.ways else "candidate"
 
 
 def _random(*shape: int, dtype: torch.dtype, scale: float = 1.0, offset: float = 0.0) -> torch.Tensor:
@@ -272,6 +298,100 @@ def function_case(
     return Case("functions", name, lambda: (_random(rows, width, dtype=dtype),), *moved, ways, compiled)
 
 
+class TwoLayers(torch.nn.Module):
+    """As the blocks of image models write it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.GroupNorm(32, channels, eps=EPS)
+        self.act = torch.nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        x = self.act(x)
+        return x
+
+
+class Written(TwoLayers):
+    """As those of latent diffusion write it: the sigmoid is rounded."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        x = x * torch.sigmoid(x)
+        return x
+
+
+def _sequence(channels: int) -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.GroupNorm(32, channels, eps=EPS), torch.nn.SiLU())
+
+
+FORWARDS: dict[str, Callable[[int], torch.nn.Module]] = {
+    "two layers": TwoLayers,
+    "written out": Written,
+    "nn.Sequential": _sequence,
+}
+
+
+def forward_case(form: str, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> Case:
+    """A norm and a SiLU in a module's forward, with the embedded kernels and without."""
+    plain, ours = (FORWARDS[form](shape[1]) for _ in range(2))
+    runtime.options.kernels, runtime.options.verify = "auto", "auto"
+    kernelize_layers(ours.to("cuda"))
+
+    def way(module: torch.nn.Module) -> Callable[..., Any]:
+        norm = next(layer for layer in module.modules() if isinstance(layer, torch.nn.GroupNorm))
+
+        def call(x: Any, w: Any, b: Any) -> Any:
+            norm._parameters["weight"], norm._parameters["bias"] = w, b
+            return module(x)
+
+        return call
+
+    def check() -> None:
+        name = f":{type(ours).__name__}"
+        found = {b.state for b in runtime.registry.bindings if b.target.endswith(name)}
+        if found != {"active"}:
+            raise AssertionError(f"the kernel of {name} is {found or 'not there'}")
+
+    made = group_case("silu", shape, dtype, last)
+    name = f"{form} {made.name.removeprefix('silu ')}"
+    ways = {"eager": way(plain), "twinkle": way(ours)}
+    return made._replace(op="group_norm_silu", name=name, ways=ways, check=check)
+
+
+def bias_gelu_case(rows: int, width: int, inner: int, whole: bool, compiled: bool = False) -> Case:
+    """The first linear layer of an MLP and its GELU, or both linear layers (``whole``), in bfloat16."""
+    half = torch.bfloat16
+
+    def eager(x: Any, w: Any, b: Any, *second: Any) -> Any:
+        h = F.gelu(F.linear(x, w, b))
+        return F.linear(h, *second) if whole else h
+
+    def candidate(x: Any, w: Any, b: Any, *second: Any) -> Any:
+        h = bias_gelu(F.linear(x, w), b)
+        return F.linear(h, *second) if whole else h
+
+    def epilogue(x: Any, w: Any, b: Any, *second: Any) -> Any:
+        h = torch._addmm_activation(b, x, w.t(), use_gelu=True)
+        return F.linear(h, *second) if whole else h
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        x = _random(rows, width, dtype=half)
+        w = _random(inner, width, dtype=half, scale=width**-0.5)
+        made = (x, w, _random(inner, dtype=half))
+        if not whole:
+            return made
+        return (*made, _random(width, inner, dtype=half, scale=inner**-0.5), _random(width, dtype=half))
+
+    # Inputs, weights and what is between the layers, each once; the products take longer than to move them.
+    size = (rows * (width + inner) + width * inner) * 2
+    name = f"{'MLP' if whole else 'linear'} {width}x{inner} {rows} rows bfloat16"
+    ways = {"eager": eager, "candidate": candidate}
+    return Case(
+        "bias_gelu", name, inputs, size, 3 * size, ways, compiled, {"_addmm_activation (tanh)": epilogue}
+    )
+
+
 def cases() -> Iterator[Case]:
     half, full = torch.bfloat16, torch.float32
     for width in (768, 1024, 4096):
@@ -301,6 +421,15 @@ def cases() -> Iterator[Case]:
     for rows, width in ((16384, 768), (65536, 1024), (16384, 4096)):
         for function in (norm, layer_norm, swiglu):
             yield function_case(function, rows, width, half, rows == 65536)
+    for shape in ((16, 320, 64, 64), (8, 640, 32, 32), (8, 128, 256, 256)):
+        for last in (False, True):
+            yield forward_case("two layers", shape, half, last)
+        yield forward_case("written out", shape, half, False)
+        yield forward_case("nn.Sequential", shape, half, False)
+        yield forward_case("two layers", shape, full, False)
+    for rows, width, inner in ((32768, 768, 3072), (8192, 1024, 4096)):
+        for whole in (False, True):
+            yield bias_gelu_case(rows, width, inner, whole, compiled=True)
 
 
 def small_cases() -> Iterator[Case]:
@@ -355,13 +484,13 @@ def errors(case: Case) -> dict[str, list[float]]:
 
     exact = run(case.ways["eager"], high)
     found = {}
-    for name in ("eager", "twinkle"):
+    for name in ("eager", case.ours):
         found[name] = [
             float((a.to(high) - b).norm() / b.norm())
             for a, b in zip(run(case.ways[name], low), exact, strict=True)
         ]
     room = 1e-6 if low == torch.float32 else 1e-5
-    for ours, theirs in zip(found["twinkle"], found["eager"], strict=True):
+    for ours, theirs in zip(found[case.ours], found["eager"], strict=True):
         if not ours <= 2 * theirs + room:
             raise AssertionError(f"less exact than the eager steps: {found}")
     return found
@@ -371,7 +500,7 @@ def differing(case: Case) -> float:
     """The share of the last result's elements that are not the eager ones, bit for bit."""
     inputs = case.inputs()
     with torch.no_grad():
-        a, b = (_tuple(case.ways[name](*inputs))[-1] for name in ("eager", "twinkle"))
+        a, b = (_tuple(case.ways[name](*inputs))[-1] for name in ("eager", case.ours))
     return float((a != b).float().mean())
 
 
@@ -434,7 +563,7 @@ def measure(case: Case, bandwidth: float, rounds: int) -> dict[str, Any]:
     def both(way: Callable[..., Any]) -> None:
         torch.autograd.grad(_tuple(way(*leaves)), leaves, cotangents)
 
-    for name in [name for name in ways if name not in ("eager", "twinkle")]:
+    for name in [name for name in ways if name not in ("eager", case.ours)]:
         try:
             forward(ways[name])
             both(ways[name])
@@ -443,9 +572,10 @@ def measure(case: Case, bandwidth: float, rounds: int) -> dict[str, Any]:
             del ways[name]
     row: dict[str, Any] = {"op": case.op, "case": case.name}
     for mode, call, moved in (("forward", forward, case.bytes_forward), ("both", both, case.bytes_both)):
-        times = in_turns({name: lambda w=way, c=call: c(w) for name, way in ways.items()}, rounds)
+        here = {**ways, **(case.forward_only if mode == "forward" else {})}
+        times = in_turns({name: lambda w=way, c=call: c(w) for name, way in here.items()}, rounds)
         row[mode] = {}
-        for name in ways:
+        for name in here:
             ms = statistics.median(times[name])
             ratio, low, high = _ratios(times, name)
             row[mode][name] = {
@@ -516,6 +646,8 @@ def check_and_measure(document: dict[str, Any], case: Case, rounds: int) -> None
     torch.manual_seed(0)
     try:
         off = errors(case)
+        if case.check is not None:
+            case.check()
         row = measure(case, document["copy_bytes_per_s"], rounds)
     except Exception as error:
         document["failed"][f"{case.op} {case.name}"] = f"{type(error).__name__}: {error}"
@@ -536,11 +668,13 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="residual_norm,modulated_norm,activation,group_norm,functions")
+    parser.add_argument("--places", default=",".join(PLACES))
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/fused_places.py needs a GPU")
-    only = options.only.split(",")
+    only = options.places.split(",")
+    if unknown := set(only) - {*PLACES}:
+        raise SystemExit(f"no such places: {', '.join(sorted(unknown))}; there are {', '.join(PLACES)}")
     document: dict[str, Any] = {
         "date": datetime.date.today().isoformat(),
         "device": torch.cuda.get_device_name(),

@@ -540,3 +540,66 @@ def test_adaptive_norms_of_a_plain_program_are_served_where_triton_runs(nets: Pr
     } <= found(report)
     proofs = [b["proof"] for b in report["bindings"] if b["kernel"] == "modulated_norm"]
     assert all(proof.startswith("proven") for proof in proofs), proofs
+
+
+IMAGES = """
+import torch
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.GroupNorm(2, 4)
+        self.act = nn.SiLU()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        x = self.norm(x)
+        x = self.act(x)
+        return self.conv(x)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = Block()
+        self.layers = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 4, 1))
+        self.others = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+
+    def forward(self, x):
+        return self.others(self.layers(self.first(x)))
+"""
+
+
+def test_norms_before_an_activation_have_a_kernel_in_forwards_and_in_sequences(nets: Program) -> None:
+    """A ``Sequential`` is looked at once a GroupNorm has come, and where there is none it stays torch's."""
+    (nets.root / "site" / "images.py").write_text(IMAGES)
+    code = """
+        import torch
+        from torch import nn
+        before = vars(nn.Sequential)["forward"]
+        nn.Sequential(nn.Linear(2, 2), nn.ReLU())(torch.ones(1, 2))
+        untouched = vars(nn.Sequential)["forward"] is before
+        import images
+        torch.manual_seed(0)
+        model, x = images.Net(), torch.randn(2, 4, 3, 3)
+        outs = [model(x).double().sum().item() for _ in range(3)]
+        from twinkle.report import snapshot
+        print(json.dumps({
+            "untouched": untouched,
+            "outs": outs,
+            "bindings": snapshot()["bindings"],
+            "other": vars(model.others)["_tw"].endswith(":0"),
+        }))
+    """
+    ours = said(nets, textwrap.dedent(code), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    plain = textwrap.dedent(code).partition("from twinkle.report")[0] + "print(json.dumps(outs))\n"
+    theirs = said(nets, plain, TWINKLE_KERNELS="off")
+    assert ours["untouched"]
+    assert ours["outs"] == pytest.approx(theirs, rel=1e-5)
+    assert {one for one in found(ours) if one[2] == "active"} == {
+        ("images:Block", "group_norm", "active"),
+        ("torch.nn.modules.container:Sequential", "group_norm", "active"),
+    }
+    assert ours["other"], "decided about, and left alone"

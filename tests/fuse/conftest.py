@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.fuse import forward, modulated_norm, qk_norm_rotary, residual_norm
+from twinkle.fuse import forward, group_norm_silu, modulated_norm, qk_norm_rotary, residual_norm
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @pytest.fixture
 def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.device:
-    """Where the fused ops run, and nothing but these is wanted."""
+    """Where the ops of places run, and nothing but these is wanted."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -40,13 +40,14 @@ def device(clean_registry: Registry, monkeypatch: pytest.MonkeyPatch) -> torch.d
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """How often each kernel ran, proofs included."""
-    counts = {"residual_norm": 0, "qk_norm_rotary": 0, "modulated_norm": 0}
-    modules = {
+    places = {
         "residual_norm": residual_norm,
         "qk_norm_rotary": qk_norm_rotary,
         "modulated_norm": modulated_norm,
+        "group_norm": group_norm_silu,
     }
-    for op, module in modules.items():
+    counts = dict.fromkeys(places, 0)
+    for op, module in places.items():
 
         def run(*args: Any, _op: str = op, _run: Any = module.run) -> Any:
             counts[_op] += 1

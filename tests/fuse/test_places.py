@@ -7,12 +7,21 @@ import textwrap
 
 import pytest
 
-from twinkle.fuse.places import RotatedPair, SumThenLayer, find_places
+from twinkle.fuse.places import LayerThenActivation, RotatedPair, SumThenLayer, find_places
 
 
-def places(body, signature="self, x, r, cos, sin"):
+def all_places(body, signature="self, x, r, cos, sin"):
     text = f"def forward({signature}):\n{textwrap.indent(textwrap.dedent(body), '    ')}"
     return find_places(ast.parse(text).body[0])
+
+
+def places(body):
+    """Without the layers that are called with what another one gave: which these are, a class tells."""
+    return [place for place in all_places(body) if not isinstance(place, LayerThenActivation)]
+
+
+def activations(body):
+    return [place for place in all_places(body) if isinstance(place, LayerThenActivation)]
 
 
 @pytest.mark.parametrize(
@@ -201,3 +210,92 @@ def test_what_is_no_pair(old, new):
 
 def test_in_a_loop_a_name_may_be_seen_in_the_next_round():
     assert places(f"for x in r:\n{textwrap.indent(PAIR.replace('return', 'z ='), '    ')}") == []
+
+
+BRANCHES = """
+if self.kind == "plain":
+    x = x + r
+    x = self.norm(x)
+elif self.kind == "scaled":
+    x = self.norm(x)
+    x = x * cos + sin
+else:
+    x = self.norm(x)
+return self.conv(self.act(x))
+"""
+
+
+@pytest.mark.parametrize(
+    ("body", "function", "calls"),
+    [
+        ("x = self.norm(x)\nx = self.act(x)\nreturn self.conv(x)", "self.act", 1),
+        ("h = self.norm(x)\nreturn self.act(h)", "self.act", 1),
+        ("h = self.norm(x)\nh = F.silu(h)\nreturn h + x", "F.silu", 1),
+        ("h = self.norm(x)\nh = F.silu(h, inplace=True)\nreturn h + x", "F.silu", 1),
+        ("h: object = self.norm(x)\nh = nonlinearity(h)\nh = self.conv(h)\nreturn h + x", "nonlinearity", 1),
+        ("h = self.norm(x)\nh = h * torch.sigmoid(h)\nreturn h", "torch.sigmoid", 1),
+        ("h = self.norm(x)\nreturn x + torch.sigmoid(h) * h", "torch.sigmoid", 1),
+        ("h = self.norm(x)\nh *= torch.sigmoid(h)\nreturn h", "torch.sigmoid", 1),
+        ("h = self.norm(x)\nh = h * h.sigmoid()\nreturn h", None, 1),
+        ("return r + F.silu(self.norm(x))", "F.silu", 1),
+        ("x = self.conv(x)\nx = self.norm(x)\nreturn self.act(x)", "self.act", 1),
+        ("x = self.conv(x)\nx = self.norm(x)\ny = self.act(x)\nreturn self.conv(y)", "self.act", 1),
+        ("for i in r:\n    x = self.conv(x)\nx = self.norm(x)\nreturn self.act(x)", "self.act", 1),
+        ("return self.act(self.norms[0](x))", "self.act", 1),
+        ("for i in r:\n    x = self.norm(x)\n    x = self.act(x)\nreturn x", "self.act", 1),
+        ("if r is not None:\n    x = self.norm(x)\n    x = self.act(x)\nreturn x", "self.act", 1),
+        ("if r is not None:\n    x = self.norm(x)\nx = self.act(x)\nreturn x", "self.act", 1),
+        (BRANCHES.replace("return self.conv(self.act(x))", "x = self.act(x)\nreturn x"), "self.act", 2),
+    ],
+)
+def test_a_layer_and_the_function_behind_it(body, function, calls):
+    place = next(place for place in activations(body) if place.path.startswith("norm"))
+    assert (place.path.removesuffix("s[0]"), len(place.calls)) == ("norm", calls)
+    assert (None if place.function is None else ast.unparse(place.function)) == function
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = self.norm(x)\ny = self.act(h)\nreturn y + h",  # read once more
+        "h = self.norm(x)\nh = self.act(h) + h\nreturn h",
+        "h = self.norm(x)\nh = h * torch.sigmoid(x)\nreturn h",
+        "h = self.norm(x)\nh = h + torch.sigmoid(h)\nreturn h",
+        "h = self.norm(x)\nh += torch.sigmoid(h)\nreturn h",
+        "h = self.norm(x)\nx *= torch.sigmoid(h)\nreturn h",
+        "h = self.norm(x)\nh = h * torch.sigmoid(1.702 * h)\nreturn h",
+        "h = self.norm(x)\nh = h * h.sigmoid(1)\nreturn h",
+        "h = k = self.norm(x)\nh = self.act(h)\nreturn h + k",
+        "h = self.norm(x)\nself.log(x)\nh = self.act(h)\nreturn h",
+        "h = self.norm(x)\nh = self.drop(x) + self.act(h)\nreturn h",  # something else is computed first
+        "h = self.norm(x)\nh = self.act(h, 1)\nreturn h",
+        "h = self.norm(x)\nh = self.act(h, beta=2)\nreturn h",
+        "h = self.norm(x)\nh = self.act(x)\nreturn h",
+        "h = self.norm(x, r)\nh = self.act(h)\nreturn h",
+        "h = norm(x)\nh = self.act(h)\nreturn h",
+        "h = self.norm(x)\nh = self.acts[r](h)\nreturn h",  # which one, only a run tells
+        "h = self.norm(x)\nif r.any():\n    h = self.act(h)\nreturn h",
+        "h = self.norm(x)\nh = self.act(h) if self.flag else h\nreturn h",
+        "h = self.norm(x)\nf = lambda: h\nh = self.act(h)\nreturn h",
+        "f = lambda: h\nh = self.norm(x)\nh = self.act(h)\nreturn f()",  # sees what has no activation
+        "def f():\n    return h\nh = self.norm(x)\nh = self.act(h)\nreturn f()",
+        "h = self.norm(x)\nh = self.act(h)\nreturn locals()",
+        "global h\nh = self.norm(x)\nh = self.act(h)\nreturn h",
+        "for i in r:\n    x = self.norm(x)\n    y = self.act(x)\nreturn y",  # the next round reads it
+        "if self.flag:\n    h = self.norm(x)\nelse:\n    h = self.other(x)\nh = self.act(h)\nreturn h",
+        "if self.flag:\n    h = self.norm(x)\n    k = r\nh = self.act(h)\nreturn h",
+        "try:\n    h = self.norm(x)\nfinally:\n    h = self.act(h)\nreturn h",
+        "try:\n    h = self.norm(x)\n    return self.act(h)\nfinally:\n    self.log(h)",
+        "h = self.norm(x)\ny = self.act(h); self.log(h)\nreturn y",
+        "while r:\n    self.log(h)\n    h = self.norm(x)\n    y = self.act(h)\nreturn y",
+        "h[0] = self.norm(x)\nh = self.act(h)\nreturn h",
+        "return [F.silu(self.norm(i)) for i in x]",
+        "return lambda: F.silu(self.norm(x))",
+        "return F.silu(self.norm(x), 1)",
+        "return F.silu(self.norm(x) + r)",
+        "return F.silu(self.norm(*x))",
+        "return x.act(self)(self.norm(x))",
+    ],
+)
+def test_what_is_no_layer_before_its_activation(body):
+    assert [place for place in activations(body) if place.path == "norm"] == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.fuse.places import SumThenLayer
+from twinkle.fuse.places import LayerThenActivation, SumThenLayer
 from twinkle.fuse.rewrite import Draft
 
 
@@ -36,6 +36,28 @@ class Listed(Base):
     def forward(self, x: Any, r: Any) -> Any:
         total = r + self.mix(x)
         return total, self.norms[1](total)
+
+
+class Bent(Base):
+    """A layer and then a function of what it gives, in every form, the second one in two branches."""
+
+    def forward(self, x: Any, r: Any) -> Any:
+        h = self.norm(x)
+        h = self.grow(h)
+        if self.kind == "plain":
+            h = h + r
+            h = self.other(h)
+        elif self.kind == "scaled":
+            h = self.other(h)
+            h = h * 2
+        else:
+            h = self.other(h)
+        h = nn.functional.silu(h)
+        a = self.norm(h)
+        a *= torch.sigmoid(a)
+        b = self.norm(a)
+        b = b * b.sigmoid() + r
+        return h, a, b, self.norms[1](nn.functional.silu(self.norms[0](x)))
 
 
 class Sometimes(Base):
@@ -103,6 +125,19 @@ def steps(place: Any, done: list[str]) -> tuple[Any, ...]:
             return layer(left + right * factor)
 
         return both, normed
+    if isinstance(place, LayerThenActivation):
+
+        def begin(owner: Any, x: Any, layer: Any, function: Any) -> tuple[Any, bool]:
+            if not getattr(owner, "bends", False):
+                return layer(x), False
+            done.append("begin")
+            h = layer(x)
+            return (h * torch.sigmoid(h) if function in (None, torch.sigmoid) else function(h)), True
+
+        def whole(owner: Any, x: Any, layer: Any, function: Any) -> Any:
+            return function(layer(x))
+
+        return begin, whole
 
     def ready(owner: Any, q_layer: Any, k_layer: Any, function: Any) -> bool:
         done.append("ready")
@@ -126,6 +161,11 @@ CASES = [
     (Clipped, {"clip": 0.1, "window": None, "slides": False}, []),
     (Clipped, {"clip": None, "window": 3, "slides": True}, ["ready", "pair"]),
     (Clipped, {"clip": None, "window": 3, "slides": False}, []),
+    *[
+        (Bent, {"kind": kind, "bends": bends}, ["begin"] * bends * (4 if kind != "scaled" else 3))
+        for kind in ("plain", "scaled", "other")
+        for bends in (False, True)
+    ],
     (Twice, {"turn": True}, ["ready", "ready", "pair", "pair"]),
     (Twice, {"turn": False}, []),
 ]
@@ -134,7 +174,13 @@ CASES = [
 @pytest.mark.parametrize(("cls", "settings", "expected"), CASES)
 def test_the_same_results_from_other_steps(cls: type, settings: Any, expected: list[str]) -> None:
     draft, done = Draft(cls.forward), []  # type: ignore[attr-defined]
-    made = draft.build({at: steps(place, done) for at, place in enumerate(draft.places)})
+    # Which layer it is tells whether the place is behind a sum or before a function.
+    wanted = {
+        at: steps(place, done)
+        for at, place in enumerate(draft.places)
+        if isinstance(place, LayerThenActivation) == (cls is Bent)
+    }
+    made = draft.build(wanted)
     module = cls(**settings)
     x, r = torch.randn(2, 4), torch.randn(2, 4)
     for ours, theirs in zip(made(module, x, r), module(x, r), strict=True):

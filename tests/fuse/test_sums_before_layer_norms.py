@@ -248,4 +248,5 @@ def test_models_of_transformers(
     assert_near(found, expected, 400)
     assert states(clean_registry) == {"residual_norm": ("active", "proven")}
     assert counted["residual_norm"] >= 2
-    assert runtime.options.kernels == ("residual_norm", "qk_norm_rotary", "modulated_norm")
+    ops = ("residual_norm", "qk_norm_rotary", "modulated_norm", "group_norm")
+    assert runtime.options.kernels == ops

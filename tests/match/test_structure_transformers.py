@@ -30,7 +30,7 @@ FLOOR = {
     "qk_norm_rotary": 45,
     "layer_norm": 10,
     "activation": 2,
-    "group_norm": 4,
+    "group_norm": 8,
     "modulated_norm": 3,
 }
 # Families in whose forwards a kernel takes the place.

@@ -134,7 +134,7 @@ def test_second_derivatives(at_any_size):
 
 def test_opcheck(at_any_size):
     x, w, _, _ = inputs(at_any_size, 1, 4, 3, 3)
-    given = (x.requires_grad_(), w.requires_grad_(), None, 2, 1e-5, True)
+    given = (x.requires_grad_(), w.requires_grad_(), None, 2, 1e-5, "silu")
     torch.library.opcheck(torch.ops.twinkle.group_norm.default, given)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from torch.nn import Sequential
+
 from twinkle.apply import documents
 from twinkle.apply.bound import Bound, specialise
 from twinkle.apply.recognised_functions import specialise_function
@@ -16,7 +18,7 @@ from twinkle.fuse import forward as fused
 from twinkle.match.instance import Facts
 from twinkle.match.structure import check_instance, recognise
 from twinkle.ops.backends import backend_for
-from twinkle.ops.catalog import document
+from twinkle.ops.catalog import document, find_op
 from twinkle.runtime import runtime
 from twinkle.sources.embedded import EmbeddedFunction, EmbeddedLayer
 from twinkle.targets import Op, class_path
@@ -37,6 +39,7 @@ __all__ = [
     "defers",
     "function_kernels",
     "layer_rule",
+    "looked_at_with",
     "may_have_places",
     "offer",
     "plan_deferral",
@@ -81,7 +84,7 @@ def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[type, nn.
         found: What the class is recognised as.
         where: The device the kernels are for.
     """
-    if found.op is None or found.op in fused.OPS:
+    if found.op is None or find_op(found.op).kind == "inside":
         ops = [op for op in fused.OPS if wanted(op)] if fused.serves(where) else []
         return partial(_with_fused_places, where, ops) if ops else None
     kernels = _offered(found.op) if wanted(found.op) else ()
@@ -95,10 +98,13 @@ def layer_rule(cls: type, found: Recognition, where: str) -> Callable[[type, nn.
 
 def may_have_places(cls: type) -> bool:
     """Whether an instance of a class may get an embedded kernel, for its forward or for steps in it."""
-    if recognise(cls).op not in (None, *fused.OPS):
-        return True
-    draft = fused.draft_of(cls)
-    return not isinstance(draft, str) and bool(draft.places)
+    op = recognise(cls).op
+    return (op is not None and find_op(op).kind != "inside") or fused.may_have_places(cls)
+
+
+def looked_at_with(cls: type) -> tuple[type[nn.Module], ...]:
+    """Classes of torch whose layers may have places for layers of a class, looked at for them alone."""
+    return (Sequential,) if recognise(cls).op == "group_norm" and wanted("group_norm") else ()
 
 
 def defers(cls: type) -> bool:

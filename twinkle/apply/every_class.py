@@ -87,7 +87,7 @@ def notice(cls: type[nn.Module]) -> bool | None:
 def look_at(cls: type[nn.Module]) -> None:
     """Read the code of a class: its functions get their kernels now, its instances at their first call."""
     from twinkle.apply import first_calls
-    from twinkle.apply.layers import has_kernels, serve_functions
+    from twinkle.apply.layers import has_kernels, serve_functions, served_with
 
     found, state = _words(cls, standing(cls)), runtime.of(_Sought)
     codes = tuple(one.__code__ for one in found.functions)
@@ -97,6 +97,8 @@ def look_at(cls: type[nn.Module]) -> None:
         return
     if has_kernels(cls):
         first_calls.watch(cls)
+        for other in served_with(cls):
+            first_calls.watch(other)
     elif codes:
         state.in_vain[codes[0]] = codes[1:]
 

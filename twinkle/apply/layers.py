@@ -36,7 +36,15 @@ if TYPE_CHECKING:
     from twinkle.records import FunctionKernel, LayerKernel
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["has_kernels", "kernelize", "kernelize_layers", "place_again", "serve_functions", "unkernelize"]
+__all__ = [
+    "has_kernels",
+    "kernelize",
+    "kernelize_layers",
+    "place_again",
+    "serve_functions",
+    "served_with",
+    "unkernelize",
+]
 
 
 class Wanted:
@@ -216,6 +224,15 @@ def has_kernels(cls: type[nn.Module]) -> bool:
     from twinkle.apply import embedded
 
     return embedded.may_have_places(cls) or _defers(cls)
+
+
+def served_with(cls: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+    """The classes that are looked at once one is that has kernels; nobody asks about them by themselves."""
+    if _embedded_device() is None:
+        return ()
+    from twinkle.apply import embedded
+
+    return embedded.looked_at_with(cls)
 
 
 def _defers(cls: type[nn.Module]) -> bool:

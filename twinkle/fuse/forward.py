@@ -5,7 +5,7 @@
 The forward of the class is rewritten at the places found by :mod:`twinkle.fuse.places`, and put in place
 as any layer kernel is. Each place decides at each call whether its fused kernel or the original steps run
 (:mod:`twinkle.fuse.residual_norm`, :mod:`twinkle.fuse.qk_norm_rotary`,
-:mod:`twinkle.fuse.modulated_norm`).
+:mod:`twinkle.fuse.modulated_norm`, :mod:`twinkle.fuse.group_norm_silu`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,26 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from twinkle.fuse.group_norm_silu import ActivatedNormStep, GroupNormLayer, group_norm_of
 from twinkle.fuse.modulated_norm import ModulationStep
-from twinkle.fuse.norms import Norm, norm_of
-from twinkle.fuse.places import CalledModulation, LayerThenModulation, SumThenLayer, without_overlaps
+from twinkle.fuse.norms import Norm, norm_of, unswapped
+from twinkle.fuse.places import (
+    CalledModulation,
+    LayerThenActivation,
+    LayerThenModulation,
+    SumThenLayer,
+    layers_of,
+    without_overlaps,
+)
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep
 from twinkle.fuse.rewrite import CannotRewrite, Draft
-from twinkle.fuse.sites import OPS, layers_of, site_of
+from twinkle.fuse.sequential import FusedSequential, is_sequential, variant_in
+from twinkle.fuse.sites import OPS, site_of
+from twinkle.match.attributes import attribute_classes
 from twinkle.match.instance import read_path
 from twinkle.match.reads import Guard
+from twinkle.match.structure import recognise
 from twinkle.ops import launch
 from twinkle.ops.backends import backend_for
 from twinkle.records import LayerKernel
@@ -38,7 +49,9 @@ if TYPE_CHECKING:
     from twinkle.fuse.sites import Site
     from twinkle.fuse.steps import FusedStep
 
-__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "serves"]
+__all__ = ["OPS", "FusedForward", "draft_of", "layer_kernel", "may_have_places", "serves"]
+
+_NORMS = frozenset({"rms_norm", "layer_norm", "group_norm"})
 
 
 def sites_of(draft: Draft, owner: nn.Module) -> list[Site]:
@@ -99,6 +112,25 @@ def draft_of(cls: type) -> Draft | str:
     return found
 
 
+def may_have_places(cls: type) -> bool:
+    """Whether layers of a class may have a place that there is a kernel for, for all that its code tells.
+
+    Many classes call a layer with what another one gave. Of those whose ``__init__`` says which layer that
+    is, few have a GroupNorm there.
+    """
+    draft = draft_of(cls)
+    return is_sequential(cls) or (
+        not isinstance(draft, str) and any(_may_have_kernel(cls, place) for place in draft.places)
+    )
+
+
+def _may_have_kernel(cls: type, place: Place) -> bool:
+    if not isinstance(place, LayerThenActivation):
+        return True
+    classes = attribute_classes(cls).get(place.path.partition("[")[0])
+    return not classes or any(isinstance(group_norm_of(one), GroupNormLayer) for one in classes)
+
+
 def serves(device: str) -> bool:
     """Whether fused kernels run on a device, such as ``cuda`` or ``cpu``."""
     return ("cuda" if device == "rocm" else device) in launch.DEVICE_TYPES
@@ -116,8 +148,10 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     if not ops or not serves(where):
         return None
     # Most layers hold no norm, and parsing their code takes time.
-    if not any(isinstance(norm_of(type(layer)), Norm) for layer in _layers(owner)):
+    if not any(_is_norm(type(layer)) for layer in _layers(owner)):
         return None
+    if is_sequential(cls):
+        return _kernel_of_sequential(owner, cls, where, ops)
     draft = draft_of(cls)
     if isinstance(draft, str):
         return None
@@ -134,18 +168,41 @@ def layer_kernel(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) ->
     key = (where, draft, tuple((site.number, site.variant.name) for site in sites))
     if key not in known:
         name = "+".join(op for op in OPS if any(site.op == op for site in sites))
-        # Each place proves itself: the forward around it may not run twice.
-        made = known[key] = LayerKernel(
-            name,
-            FusedForward(draft, sites),
-            device=where,
-            verify="off",
-            origin="embedded",
-            chosen_by="twinkle",
-            recognised=True,
-        )
-        made.alike = key[2]
+        known[key] = _kernel(name, FusedForward(draft, sites), where, key[2])
     return known[key]
+
+
+def _kernel_of_sequential(owner: nn.Module, cls: type, where: str, ops: Sequence[str]) -> LayerKernel | None:
+    variant = variant_in(owner)
+    op = ActivatedNormStep.op
+    if variant is None or op not in ops or backend_for(op, variant, where) is None:
+        return None
+    known = runtime.of(_Forwards).kernels.setdefault(cls, {})
+    if where not in known:
+        known[where] = _kernel(op, FusedSequential(variant), where, ((op, variant.name),))
+    return known[where]
+
+
+def _kernel(name: str, source: Any, where: str, alike: tuple[Any, ...]) -> LayerKernel:
+    # Each place proves itself: the forward around it may not run twice.
+    made = LayerKernel(
+        name,
+        source,
+        device=where,
+        verify="off",
+        origin="embedded",
+        chosen_by="twinkle",
+        recognised=True,
+    )
+    made.alike = alike
+    return made
+
+
+def _is_norm(cls: type) -> bool:
+    plain = unswapped(cls)
+    if isinstance(plain, str) or recognise(plain).op not in _NORMS:
+        return False
+    return isinstance(norm_of(cls), Norm) or isinstance(group_norm_of(cls), GroupNormLayer)
 
 
 class FusedForward:
@@ -195,6 +252,8 @@ class FusedForward:
             return SumStep(self, proofs=proofs, recall=recall)
         if isinstance(place, LayerThenModulation):
             return ModulationStep(self, place, proofs=proofs, recall=recall)
+        if isinstance(place, LayerThenActivation):
+            return ActivatedNormStep(self, place.written, proofs=proofs, recall=recall)
         now = partial(self.draft.function.__globals__.get, place.function)
         if isinstance(place, CalledModulation):
             return ModulationStep(self, place, now, proofs=proofs, recall=recall)

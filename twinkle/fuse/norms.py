@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Norm", "described", "hooked", "norm_from", "norm_of", "norm_variant", "numbers_of", "unswapped"]
+__all__ = [
+    "Norm",
+    "described",
+    "hooked",
+    "norm_from",
+    "norm_of",
+    "norm_variant",
+    "numbers_of",
+    "plainly_called",
+    "unswapped",
+]
 
 _VARIANTS: dict[tuple[str, str], RMSNormVariant | LayerNormVariant] = {
     **{("rms_norm", variant.name): variant for variant in RMS_NORMS},
@@ -64,14 +74,10 @@ def norm_of(cls: type) -> Norm | str:
 
     Of a class that Twinkle put an embedded kernel in, the original class counts.
     """
-    plain = unswapped(cls)
+    plain = plainly_called(cls)
     if isinstance(plain, str):
         return plain
     name = plain.__name__
-    if not issubclass(plain, nn.Module) or plain.__call__ is not nn.Module.__call__:
-        return f"{name} is called in a way of its own"
-    if {"__getattr__", "__getattribute__"} & _defined(plain):
-        return f"{name} looks its attributes up in a way of its own"
     found = recognise(plain)
     if found.op not in ("rms_norm", "layer_norm"):
         return f"{name} is not recognised as a norm"
@@ -121,6 +127,18 @@ def unswapped(cls: type) -> type | str:
     if any(candidate.kernel.chosen_by != "twinkle" for candidate in dispatch.candidates):
         return f"{core.__name__} has a kernel of its own"
     plain: type = dispatch.target
+    return plain
+
+
+def plainly_called(cls: type) -> type | str:
+    """The class without Twinkle where a call of a layer is its forward and hooks, or why it is more."""
+    plain = unswapped(cls)
+    if isinstance(plain, str):
+        return plain
+    if not issubclass(plain, nn.Module) or plain.__call__ is not nn.Module.__call__:
+        return f"{plain.__name__} is called in a way of its own"
+    if {"__getattr__", "__getattribute__"} & _defined(plain):
+        return f"{plain.__name__} looks its attributes up in a way of its own"
     return plain
 
 

@@ -1,13 +1,15 @@
 """Places: neighbouring steps of one forward that one kernel could compute, found by syntax alone.
 
-Three patterns, in the statements of a function:
+Four patterns, in the statements of a function:
 
 - a sum of two values and the call of a layer with that sum as the next thing that is computed
   (``h = residual + x; y = self.norm(h)``): :mod:`twinkle.fuse.sum_places`;
 - two layers called with queries and keys, then at most a transpose (or the split into heads), then a
   function of both and two tables (``q, k = rotate(q, k, cos, sin)``): :mod:`twinkle.fuse.pair_places`;
 - a layer's result times ``1 + scale``, and a shift added, or a function that may do so:
-  :mod:`twinkle.fuse.modulated_places`.
+  :mod:`twinkle.fuse.modulated_places`;
+- the call of a layer and a function of its result alone as the next thing that is computed
+  (``h = self.norm(x); h = F.silu(h)``): :mod:`twinkle.fuse.activation_places`.
 
 What the layers and the function are is asked later (:mod:`twinkle.fuse.sites`). Names of classes and
 families play no part. A place is found only where the statements between cannot change the outcome.
@@ -18,6 +20,12 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
+from twinkle.fuse.activation_places import (
+    LayerThenActivation,
+    activation_after_layer,
+    activations_of_calls,
+    visible_names,
+)
 from twinkle.fuse.modulated_places import CalledModulation, LayerThenModulation, modulations
 from twinkle.fuse.pair_places import Parent, RotatedPair, pair_at
 from twinkle.fuse.sum_places import SumThenLayer, sum_before_layer, sums_inside_calls
@@ -28,6 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CalledModulation",
+    "LayerThenActivation",
     "LayerThenModulation",
     "Place",
     "RotatedPair",
@@ -37,11 +46,14 @@ __all__ = [
     "without_overlaps",
 ]
 
-Place = SumThenLayer | RotatedPair | LayerThenModulation | CalledModulation
+Place = SumThenLayer | RotatedPair | LayerThenModulation | CalledModulation | LayerThenActivation
 
 
 def find_places(node: ast.FunctionDef) -> list[Place]:
-    """The places in a method; of two that share a call, one is a modulation (:func:`without_overlaps`).
+    """The places in a method.
+
+    Of two that share a call, one is a modulation (:func:`without_overlaps`), or it is a layer behind a sum
+    and before an activation: which layer it is tells for which of the two there is a kernel.
 
     Args:
         node: The definition of the method. The places refer to its nodes.
@@ -77,11 +89,25 @@ def find_places(node: ast.FunctionDef) -> list[Place]:
         if id(place.call) not in modulated:
             modulated.add(id(place.call))
             places.append(place)
-    return places
+    return [*places, *_activations(node, owner, [block for block, _ in blocks])]
+
+
+def _activations(
+    node: ast.FunctionDef, owner: str, blocks: list[list[ast.stmt]]
+) -> Iterator[LayerThenActivation]:
+    visible = visible_names(node)
+    for block in blocks:
+        for at in range(len(block)):
+            place = activation_after_layer(block, at, owner, node, visible)
+            if place is not None:
+                yield place
+    yield from activations_of_calls(node, owner)
 
 
 def layers_of(place: Place) -> tuple[str, ...]:
     """The layers of a place, as paths from ``self``."""
+    if isinstance(place, LayerThenActivation):
+        return (place.path,) if place.function_path is None else (place.path, place.function_path)
     return place.paths if isinstance(place, RotatedPair) else (place.path,)
 
 

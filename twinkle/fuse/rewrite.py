@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any
 
 from twinkle.codegen import compile_tree
 from twinkle.fuse.modulated_places import scale_in
-from twinkle.fuse.places import CalledModulation, LayerThenModulation, RotatedPair, SumThenLayer, find_places
+from twinkle.fuse.places import (
+    CalledModulation,
+    LayerThenActivation,
+    LayerThenModulation,
+    RotatedPair,
+    SumThenLayer,
+    find_places,
+)
 from twinkle.match.symbolic import source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-    from twinkle.fuse.places import Place
+    from twinkle.fuse.places import Place, RotatedPair
 
 __all__ = ["CannotRewrite", "Draft"]
 
@@ -86,7 +93,9 @@ class Draft:
                 layers and the function, and that one, with ``(self, q, k, q_layer, k_layer, function, cos,
                 sin)``. For a modulation: one that takes ``(self, x, layer, like, scale, shift)``, or
                 ``(self, x, layer, like, function, …)`` with the function's other arguments, and returns the
-                result.
+                result. For a layer and an activation: one that takes ``(self, x, layer, function)`` and
+                returns the activation's result and True, or the layer's and False, and one that returns the
+                activation's result.
         """
         memo: dict[int, Any] = {}
         tree = copy.deepcopy(self._tree, memo)
@@ -100,6 +109,8 @@ class Draft:
                 edit.sum(place, names, f"_twinkle_{index}_normed")
             elif isinstance(place, LayerThenModulation | CalledModulation):
                 edit.modulation(place, names[0])
+            elif isinstance(place, LayerThenActivation):
+                edit.activation(place, names, f"_twinkle_{index}_done")
             else:
                 edit.pair(place, names, f"_twinkle_{index}_fused")
         tree = edit.visit(tree)
@@ -244,6 +255,35 @@ class _Edit(ast.NodeTransformer):
         given = [*map(copy.deepcopy, (q, k)), *layers, _name(place.function), *map(copy.deepcopy, (cos, sin))]
         fused = ast.IfExp(_name(flag), self._call(helpers[1], given), rotation)
         self.instead[id(rotation)] = _at(fused, rotation)
+
+    def activation(self, place: LayerThenActivation, helpers: tuple[str, ...], flag: str) -> None:
+        """Give the result of a layer by ``h, flag = helper(self, x, layer, function)``.
+
+        Where the flag is True ``h`` is what the activation makes of it, which is not computed again.
+        """
+        function = ast.Constant(None) if place.function is None else place.function
+        made = [
+            self._call(helpers[bool(not place.given)], [call.args[0], call.func, copy.deepcopy(function)])
+            for call in place.calls
+        ]
+        old = place.activation
+        if isinstance(old, ast.expr) and not place.given:
+            self.instead[id(old)] = _at(made[0], old)
+            return
+        name = ""
+        for statement, call in zip(place.given, made, strict=True):
+            given: Any = statement
+            target: Any = given.targets[0] if isinstance(given, ast.Assign) else given.target
+            name = target.id
+            both = ast.Tuple([_name(name, store=True), _name(flag, store=True)], ast.Store())
+            self.instead[id(statement)] = _at(ast.Assign([both], call), statement)
+        if place.outside is not None:
+            off = ast.Assign([_name(flag, store=True)], ast.Constant(False))
+            self.before.setdefault(id(place.outside), []).append(_at(off, place.outside))
+        if isinstance(old, ast.expr):
+            self.instead[id(old)] = _at(ast.IfExp(_name(flag), _name(name), old), old)
+        else:
+            self.instead[id(old)] = _at(ast.If(_not(_name(flag)), [old], []), old)
 
     def _call(self, helper: str, arguments: list[Any]) -> ast.Call:
         return ast.Call(_name(helper), [_name(self.owner), *arguments], [])

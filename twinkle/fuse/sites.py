@@ -8,10 +8,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from twinkle.fuse.group_norm_silu import ActivatedNormStep, activated, group_norm_of
 from twinkle.fuse.modulated_functions import modulating_function
 from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import Norm, norm_of, norm_variant
-from twinkle.fuse.places import CalledModulation, LayerThenModulation, SumThenLayer, layers_of
+from twinkle.fuse.places import (
+    CalledModulation,
+    LayerThenActivation,
+    LayerThenModulation,
+    SumThenLayer,
+)
 from twinkle.fuse.qk_norm_rotary import PairStep, pair_of, variant_of_pair
 from twinkle.fuse.residual_norm import SumStep, variants_of
 from twinkle.ops.layer_norm.reference import LayerNormVariant
@@ -24,9 +30,10 @@ if TYPE_CHECKING:
 
     from twinkle.fuse.places import Place, RotatedPair
 
-__all__ = ["OPS", "Site", "layers_of", "site_of"]
+__all__ = ["OPS", "Site", "global_at", "site_of"]
 
-OPS = (SumStep.op, PairStep.op, ModulationStep.op)
+OPS = (SumStep.op, PairStep.op, ModulationStep.op, ActivatedNormStep.op)
+"""The ops of places; ``group_norm`` is one of layers as well."""
 
 
 class Site(NamedTuple):
@@ -43,6 +50,20 @@ class Site(NamedTuple):
     op: str
     variant: Any
     reason: str | None = None
+
+
+def global_at(names: Callable[[str], Any], path: str) -> Any:
+    """What a dotted name of a module stands for, such as ``F.silu``; None for what is not there.
+
+    Args:
+        names: Looks a name up in the module.
+        path: The dotted name.
+    """
+    first, *others = path.split(".")
+    value = names(first)
+    for name in others:
+        value = getattr(value, name, None)
+    return value
 
 
 def site_of(
@@ -65,6 +86,8 @@ def site_of(
         if isinstance(found, str):
             return Site(number, ModulationStep.op, None, found)
         return _modulated_site(number, place, classes[0])
+    if isinstance(place, LayerThenActivation):
+        return _activation_site(number, place, classes, function)
     return _pair_site(number, place, classes[0], classes[1], function(place.function))
 
 
@@ -88,6 +111,25 @@ def _modulated_site(number: int, place: LayerThenModulation | CalledModulation, 
     other = norm.variant if isinstance(norm, Norm) else None if cls is None else norm_variant(cls)
     variant = None if other is None else variant_of(other, upcast=place.upcast, widened=place.widened)
     return Site(number, ModulationStep.op, variant, norm if isinstance(norm, str) else None)
+
+
+def _activation_site(
+    number: int,
+    place: LayerThenActivation,
+    classes: Sequence[type | None],
+    function: Callable[[str], Any],
+) -> Site:
+    norm = "its norm is not there" if classes[0] is None else group_norm_of(classes[0])
+    if isinstance(norm, str):
+        return Site(number, ActivatedNormStep.op, None, norm)
+    name = place.function_name
+    behind = classes[1] if len(classes) > 1 else None if name is None else global_at(function, name)
+    if behind is None and (len(classes) > 1 or name is not None):
+        return Site(number, ActivatedNormStep.op, None, "its activation is not there")
+    found = activated(behind, written=place.written)
+    if isinstance(found, str):
+        return Site(number, ActivatedNormStep.op, None, found)
+    return Site(number, ActivatedNormStep.op, found.variant)
 
 
 def _pair_site(number: int, place: RotatedPair, q: type | None, k: type | None, function: Any) -> Site:

@@ -21,6 +21,7 @@ from twinkle.fuse.modulated_norm import ModulationStep
 from twinkle.fuse.norms import norm_variant
 from twinkle.fuse.places import (
     CalledModulation,
+    LayerThenActivation,
     LayerThenModulation,
     SumThenLayer,
     find_places,
@@ -76,9 +77,9 @@ def recognise_places(cls: type) -> list[Recognition]:
     Returns:
         Recognitions whose facts are those of the op's first place, and of one with a kernel where there
         is any: ``norm`` and ``scale``, or ``q_norm``, ``k_norm`` and ``rotary``, or ``norm`` and ``scale``
-        (or ``function``) of a modulation; ``wired``, whether a kernel takes the place on a device that runs
-        Triton's, with the ``reason`` where none does; ``instead``, the op whose kernel takes it where that
-        op is on as well. If there are several, all are under ``sites``.
+        (or ``function``) of a modulation, or ``norm`` and ``activation``; ``wired``, whether a kernel takes
+        the place on a device that runs Triton's, with the ``reason`` where none does; ``instead``, the op
+        whose kernel takes it where that op is on as well. If there are several, all are under ``sites``.
     """
     function, _ = source.unwrap(own_forward(cls))
     if not isinstance(function, FunctionType):
@@ -91,7 +92,8 @@ def recognise_places(cls: type) -> list[Recognition]:
     found: dict[str, list[tuple[Any, dict[str, Any]]]] = {}
     sites = []
     for number, place in enumerate(places):
-        classes = [_norm_at(path, attributes) for path in layers_of(place)]
+        at = _only_class_at if isinstance(place, LayerThenActivation) else _norm_at
+        classes = [at(path, attributes) for path in layers_of(place)]
         sites.append(site_of(number, place, classes, function.__globals__.get))
     kernels = [site.number for site in sites if site.variant is not None and site.reason is None]
     free = without_overlaps(places, kernels)
@@ -127,6 +129,8 @@ def _facts(place: Place, reason: str | None, function: FunctionType) -> dict[str
         facts = {"norm": place.path, "scale": ast.unparse(place.factor), "shift": shift}
     elif isinstance(place, CalledModulation):
         facts = {"norm": place.path, "function": place.function}
+    elif isinstance(place, LayerThenActivation):
+        facts = {"norm": place.path, "activation": ast.unparse(place.activation)}
     else:
         rotation = function.__globals__.get(place.function)
         module = getattr(source.function_of_callable(rotation), "__module__", function.__module__)
@@ -142,3 +146,9 @@ def _norm_at(path: str, attributes: dict[str, set[type]]) -> type | None:
     norms = {norm_variant(cls): cls for cls in attributes.get(path.partition("[")[0], ())}
     norms.pop(None, None)
     return next(iter(norms.values())) if len(norms) == 1 else None
+
+
+def _only_class_at(path: str, attributes: dict[str, set[type]]) -> type | None:
+    """The class that ``__init__`` assigns to an attribute; None for none, or for several."""
+    classes = attributes.get(path.partition("[")[0], set())
+    return next(iter(classes)) if len(classes) == 1 else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from twinkle.match.recognition import Recognition
     from twinkle.ops.catalog import Op
 
-__all__ = ["Facts", "Instance", "activation_name", "read_instance", "read_path"]
+__all__ = ["Facts", "Instance", "activation_name", "elementwise_of", "read_instance", "read_path"]
 
 
 class _Refused(Exception):
@@ -380,6 +380,33 @@ def _activation(value: Any, place: str, what: str) -> tuple[str, tuple[Read, ...
     else:
         rests_on = (reads.same(place, value, (), what), *found)
     return (_name(term, x) if not run.effects else None) or unknown, rests_on
+
+
+def elementwise_of(value: Any) -> tuple[str | None, Guard]:
+    """The canonical name of what every layer of a class computes, or a function, and what that rests on.
+
+    Args:
+        value: A class of layers, whose instances may differ in nothing that counts; or a function.
+
+    Returns:
+        None where it is none that is known; the guard of a class is asked with a layer and the class.
+    """
+    if not isinstance(value, type):
+        name, rests_on = _activation(value, "{self}", getattr(value, "__qualname__", "a function"))
+        return None if name.startswith("unknown:") else name, Guard(rests_on)
+    arena = Arena()
+    function, foreign = source.unwrap(own_forward(value))
+    try:
+        if foreign is not None or not isinstance(function, FunctionType):
+            return None, Guard(())
+        run = Run(arena)
+        run.cls = value
+        x = arena.term("input", "x")
+        term = run.function(function, [arena.term("self"), x], {})
+    except (source.NoSource, Unsupported, RecursionError):
+        return None, Guard(())
+    found = Guard(read for read in run.reads if read is not None).of(value)
+    return None if run.effects else _name(term, x), Guard((reads.of_forward(value), *found.reads))
 
 
 def _by_name(name: str) -> Any:

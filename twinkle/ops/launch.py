@@ -79,14 +79,17 @@ def dispatch_path(x: Tensor, *others: Tensor | None, wide: tuple[Tensor, ...] = 
     Returns:
         `EAGER` for plain tensors outside every transform; `CUSTOM_OP` under a compiler, a tracer or a fake
         mode; `REFERENCE` where no kernel runs: another device, no triton, another dtype, a tensor
-        subclass (its own rules apply to plain torch), a transform of ``torch.func``.
+        subclass (its own rules apply to plain torch), a transform of ``torch.func``, ``torch.jit.trace``
+        (which takes what a kernel wrote for a constant, or fails at an autograd ``Function``).
     """
     device = x.device
     if device.type not in DEVICE_TYPES or x.dtype not in _DTYPES:
         return REFERENCE
     compiling = torch.compiler.is_compiling()
     traced = compiling or torch._C._len_torch_dispatch_stack() > 0
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if not compiling and (
+        torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
+    ):
         return REFERENCE
     for tensor in (x, *others, *wide):
         if tensor is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
@@ -21,11 +22,11 @@ class GroupNormVariant:
 
     Attributes:
         name: A short name.
-        activation: ``silu`` or ``none``.
+        activation: ``silu``; ``swish``: `h * torch.sigmoid(h)`, which rounds the sigmoid; or ``none``.
     """
 
     name: str
-    activation: Literal["silu", "none"] = "none"
+    activation: Literal["silu", "swish", "none"] = "none"
 
 
 def group_norm(
@@ -51,8 +52,10 @@ def group_norm(
         As ``x``.
     """
     h = F.group_norm(x, groups, weight, bias, eps)
+    if variant.activation == "swish":
+        return h * torch.sigmoid(h)
     return F.silu(h) if variant.activation == "silu" else h
 
 
-VARIANTS = (GroupNormVariant("silu", "silu"), GroupNormVariant("plain"))
+VARIANTS = (GroupNormVariant("silu", "silu"), GroupNormVariant("swish", "swish"), GroupNormVariant("plain"))
 """Every variant."""

@@ -53,7 +53,7 @@ def forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    silu: bool,
+    activation: str,
     *,
     stats: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
@@ -65,7 +65,7 @@ def forward(
         weight: ``[channels]`` or None.
         bias: ``[channels]`` or None.
         eps: Added to the variance.
-        silu: Whether a SiLU follows.
+        activation: What follows: ``silu``, ``swish`` (which rounds the sigmoid) or ``none``.
         stats: Whether backward will follow.
 
     Returns:
@@ -91,7 +91,7 @@ def forward(
             BLOCK=block,
             WEIGHT=weight is not None,
             BIAS=bias is not None,
-            SILU=silu,
+            ACTIVATION=activation,
             STATS=stats,
             num_warps=warps,
         )
@@ -105,7 +105,7 @@ def backward(
     bias: Tensor | None,
     stats: Tensor,
     groups: int,
-    silu: bool,
+    activation: str,
     *,
     input_grad: bool = True,
     weight_grad: bool = True,
@@ -120,7 +120,7 @@ def backward(
         bias: As in forward.
         stats: ``[2, samples * groups]``, as forward returned it.
         groups: As in forward.
-        silu: As in forward.
+        activation: As in forward.
         input_grad: Whether the gradient of ``x`` is wanted.
         weight_grad: Whether that of the weight is.
         bias_grad: Whether that of the bias is.
@@ -162,7 +162,7 @@ def backward(
             BLOCK=block,
             WEIGHT=weight is not None,
             BIAS=bias is not None,
-            SILU=silu,
+            ACTIVATION=activation,
             SUMS=sums,
             INPUT_GRAD=input_grad,
             num_warps=warps,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.affine import affine_layers, fake_backward, gradients, launched_backward
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.group_norm import reference
 from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
 __all__ = ["LEAST", "group_norm", "layer_class", "path_for", "run", "supports"]
 
@@ -26,6 +26,7 @@ LEAST = 1 << 23
 
 _kernels = lazy_module("twinkle.ops.group_norm.triton")
 _VARIANTS = {variant.name: variant for variant in VARIANTS}
+_BY_ACTIVATION: dict[str, GroupNormVariant] = {variant.activation: variant for variant in VARIANTS}
 
 
 def supports(
@@ -94,106 +95,50 @@ def run(
     variant: GroupNormVariant,
 ) -> Tensor:
     """The kernel, for what :func:`path_for` found (and not for `REFERENCE`)."""
-    silu = variant.activation == "silu"
+    activation = variant.activation
     if path is not EAGER:
-        return _op(x, weight, bias, groups, eps, silu)[0]
+        return _op(x, weight, bias, groups, eps, activation)[0]
     if torch.is_grad_enabled():
-        return _eager(x, weight, bias, groups, eps, silu)
-    return _kernels().forward(x, groups, weight, bias, eps, silu, stats=False)[0]
+        return _eager(x, weight, bias, groups, eps, activation)
+    return _kernels().forward(x, groups, weight, bias, eps, activation, stats=False)[0]
 
 
 def _forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
-    return _kernels().forward(x, groups, weight, bias, eps, silu)  # type: ignore[no-any-return]
+    return _kernels().forward(x, groups, weight, bias, eps, activation)  # type: ignore[no-any-return]
 
 
 def _fake_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: str
 ) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty((2, x.shape[0] * groups), dtype=torch.float32)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    dx, dw, db = wanted
-    return _kernels().backward(  # type: ignore[no-any-return]
-        dy, x, weight, bias, stats, groups, silu, input_grad=dx, weight_grad=dw, bias_grad=db
-    )
-
-
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    groups: int,
-    silu: bool,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        torch.empty_like(p) if p is not None and is_wanted else None
-        for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
-    )
-
-
-def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, stats = ctx.saved_tensors
-    groups, _, silu = ctx.rest
-    dx, dw, db = ctx.needs_input_grad[:3]
-    wanted = [dx, weight is not None and dw, bias is not None and db]
-    found = function(dy, x, weight, bias, stats, groups, silu, wanted)
-    given = (made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True))
-    return (*given, None, None, None)
-
-
 def _definition(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, silu: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: str
 ) -> Tensor:
-    return reference.group_norm(x, groups, weight, bias, eps, variant=VARIANTS[0 if silu else 1])
+    return reference.group_norm(x, groups, weight, bias, eps, variant=_BY_ACTIVATION[activation])
 
 
 _eager, _op = define_op(
     "_GroupNorm",
-    "group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, bool silu)"
+    "group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, str activation)"
     " -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(
         "group_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, int groups, "
-        "bool silu, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-        _backward,
-        _fake_backward,
+        "str activation, bool[] wanted) -> (Tensor, Tensor, Tensor)",
+        launched_backward(_kernels),
+        fake_backward(torch.empty_like),
         tensors=3,
         auxiliary=True,
-        gradients=_gradients,
+        gradients=gradients(0, 2),  # not eps
         reference=_definition,
     ),
 )
 
 
-@once_for("x", "groups", "weight", "bias", "eps")
-def layer_class(variant: GroupNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
-
-    Args:
-        variant: What follows the norm.
-        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
-            ``forward``, or the value itself.
-
-    Returns:
-        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
-    """
-    values = {"weight": None, "bias": None, **facts}
-    return forward_class(
-        f"GroupNorm_{variant.name}", group_norm, values, inputs=("x",), constants={"variant": variant}
-    )
+layer_class = affine_layers("GroupNorm", group_norm, "groups", "eps")
+"""A layer for a variant whose attributes and arguments have the names that facts give."""

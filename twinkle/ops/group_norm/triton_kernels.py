@@ -43,7 +43,7 @@ def forward_kernel(
     BLOCK: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     STATS: tl.constexpr,
 ):
     """One group of one sample: ``channels`` of them, each of ``places`` values."""
@@ -79,9 +79,12 @@ def forward_kernel(
             ok = (channel < channels) & (place < places)
             h = tl.load(x + channel * x_channel + place * x_place, mask=ok, other=0.0).to(tl.float32)
             z = (h - mean) * root * scale + shift
-            if SILU:
+            if ACTIVATION != "none":
                 z = z.to(x.dtype.element_ty).to(tl.float32)
-                z = z * tl.sigmoid(z)
+                gate = tl.sigmoid(z)
+                if ACTIVATION == "swish":
+                    gate = gate.to(x.dtype.element_ty).to(tl.float32)
+                z = z * gate
             tl.store(y + channel * places + place, z.to(y.dtype.element_ty), mask=ok)
     if STATS:
         tl.store(stats + program, mean)
@@ -89,11 +92,11 @@ def forward_kernel(
 
 
 @triton.jit
-def _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, SILU: tl.constexpr):
+def _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, ACTIVATION: tl.constexpr):
     """The normed value before the affine part, and what reaches it behind that: through the activation."""
     n = (tl.load(x + x_at, mask=ok, other=0.0).to(tl.float32) - mean) * root
     g = tl.load(dy + dy_at, mask=ok, other=0.0).to(tl.float32)
-    if SILU:
+    if ACTIVATION != "none":
         z = (n * scale + shift).to(x.dtype.element_ty).to(tl.float32)
         s = tl.sigmoid(z)
         g = g * (s * (1.0 + z * (1.0 - s)))
@@ -122,7 +125,7 @@ def backward_kernel(
     BLOCK: tl.constexpr,
     WEIGHT: tl.constexpr,
     BIAS: tl.constexpr,
-    SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     SUMS: tl.constexpr,
     INPUT_GRAD: tl.constexpr,
 ):
@@ -148,7 +151,7 @@ def backward_kernel(
             place = start + tl.arange(0, BLOCK)[None, :]
             ok = inside & (place < places)
             x_at, dy_at = channel * x_channel + place * x_place, channel * dy_channel + place * dy_place
-            n, g = _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, SILU)
+            n, g = _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, ACTIVATION)
             levels += g
             dots += g * n
         own_level = tl.sum(levels, axis=1, keep_dims=True)
@@ -169,6 +172,6 @@ def backward_kernel(
                 place = start + tl.arange(0, BLOCK)[None, :]
                 ok = inside & (place < places)
                 x_at, dy_at = channel * x_channel + place * x_place, channel * dy_channel + place * dy_place
-                n, g = _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, SILU)
+                n, g = _normed(dy, x, dy_at, x_at, ok, mean, root, scale, shift, ACTIVATION)
                 d = (g * scale - level - n * dot) * root
                 tl.store(dx + x_at, d.to(dx.dtype.element_ty), mask=ok)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.ops import machine
-from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.affine import affine_layers
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with
 from twinkle.ops.layer_norm import reference
 from twinkle.ops.plain import pays
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Any
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from twinkle.ops.layer_norm.reference import LayerNormVariant
 
@@ -126,19 +126,5 @@ def _waits(x: Tensor) -> bool:
     )
 
 
-@once_for("x", "weight", "bias", "eps")
-def layer_class(variant: LayerNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
-
-    Args:
-        variant: One that :func:`supports` has nothing against.
-        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
-            ``forward``, or the number itself.
-
-    Returns:
-        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
-    """
-    values = {"weight": None, "bias": None, **facts}
-    return forward_class(
-        f"LayerNorm_{variant.name}", layer_norm, values, inputs=("x",), constants={"variant": variant}
-    )
+layer_class = affine_layers("LayerNorm", layer_norm, "eps")
+"""A layer for a variant whose attributes and arguments have the names that facts give."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from twinkle.ops.build import forward_class, once_for
+from twinkle.ops.affine import affine_layers, fake_backward, gradients, launched_backward
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
 from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
@@ -218,40 +218,8 @@ def _fake_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: fl
     return x.new_empty(x.shape), x.new_empty((2, rows), dtype=torch.float32)
 
 
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    dx, dw, db = wanted
-    return _kernels().backward(  # type: ignore[no-any-return]
-        dy, x, weight, bias, stats, input_grad=dx, weight_grad=dw, bias_grad=db
-    )
-
-
-def _fake_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    wanted: list[bool],
-) -> tuple[Tensor | None, ...]:
-    return tuple(
-        p.new_empty(p.shape) if p is not None and is_wanted else None
-        for p, is_wanted in zip((x, weight, bias), wanted, strict=True)
-    )
-
-
-def _gradients(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, stats = ctx.saved_tensors
-    dx, dw, db, _ = ctx.needs_input_grad
-    wanted = [dx, weight is not None and dw, bias is not None and db]
-    found = function(dy, x, weight, bias, stats, wanted)
-    return (*(made if is_wanted else None for made, is_wanted in zip(found, wanted, strict=True)), None)
+def _contiguous(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
 
 
 _eager, _op = define_op(
@@ -262,29 +230,15 @@ _eager, _op = define_op(
     Derivative(
         "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
         "bool[] wanted) -> (Tensor, Tensor, Tensor)",
-        _backward,
-        _fake_backward,
+        launched_backward(_kernels),
+        fake_backward(_contiguous),
         tensors=3,
         auxiliary=True,
-        gradients=_gradients,
+        gradients=gradients(),
         reference=exactly,
     ),
 )
 
 
-@once_for("x", "weight", "bias", "eps", "normalized_shape")
-def layer_class(variant: LayerNormVariant, facts: Mapping[str, Any]) -> type[nn.Module]:
-    """A layer for a variant whose attributes and arguments have the names that ``facts`` gives.
-
-    Args:
-        variant: One that :func:`supports` has nothing against.
-        facts: From the argument of the definition to the name of the attribute, for ``x`` of the argument of
-            ``forward``, or the value itself.
-
-    Returns:
-        An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
-    """
-    values = {"weight": None, "bias": None, **facts}
-    return forward_class(
-        f"LayerNorm_{variant.name}", layer_norm, values, inputs=("x",), constants={"variant": variant}
-    )
+layer_class = affine_layers("LayerNorm", layer_norm, "eps", "normalized_shape")
+"""A layer for a variant whose attributes and arguments have the names that facts give."""
