@@ -559,6 +559,7 @@ def test_a_trace_records_the_original_steps(
             module(x)
             traced = torch.jit.trace(module, (x,))
             assert_near(traced(other), expected, 600)
+    unkernelize_model(module)  # what was traced is kept by torch
 
 
 def test_copies_and_pickles_run(at_any_size: torch.device) -> None:
