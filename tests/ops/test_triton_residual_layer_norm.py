@@ -183,7 +183,8 @@ def test_a_residual_that_lies_channels_first(at_any_size, name, scaled, r):
         path = path_for(*given[:3], variant, given[3])
         h, y = run(path, *given[:3], 1e-5, variant, 0.22, given[3], False)
         assert h is None
-        assert torch.equal(y, ours[1])
+        # Rows that lie across are added up in the order of what else is written.
+        assert_near(y, ours[1], 2 * terms(24), magnitude=20.0)
 
 
 def test_other_turned_sums_are_torch_s(at_any_size):

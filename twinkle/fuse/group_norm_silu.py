@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from twinkle.fuse.norms import hooked, plainly_called
+from twinkle.fuse.norms import UNGUARDED, hooked, plainly_called
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, tensor_text
 from twinkle.match.instance import elementwise_of
 from twinkle.match.reads import CHANGED, Guard, of_forward
@@ -52,7 +52,7 @@ class GroupNormLayer(NamedTuple):
     weight: str | None
     bias: str | None
     eps: str | float
-    guard: Guard = Guard(())
+    guard: Guard
 
     def numbers(self, layer: nn.Module) -> tuple[int, Tensor | None, Tensor | None, float] | None:
         """Groups, weight and bias ``[channels]`` (or None) and eps of a layer; None where they are others."""
@@ -97,7 +97,7 @@ class Activated(NamedTuple):
     """
 
     variant: GroupNormVariant
-    guard: Guard = Guard(())
+    guard: Guard
 
 
 def activated(function: Any, *, written: bool = False) -> Activated | str:
@@ -110,7 +110,7 @@ def activated(function: Any, *, written: bool = False) -> Activated | str:
     """
     if written:
         if function is None or function in _SIGMOIDS:
-            return Activated(_BEHIND["swish"])
+            return Activated(_BEHIND["swish"], UNGUARDED)
         return f"{function!r} is not torch.sigmoid"
     plain = plainly_called(function) if isinstance(function, type) else function
     if isinstance(plain, str):
@@ -283,6 +283,7 @@ def _norm_from(text: str) -> GroupNormLayer:
         weight or None,
         bias or None,
         eps if eps.isidentifier() else float(eps),
+        UNGUARDED,
     )
 
 

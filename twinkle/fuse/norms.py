@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "UNGUARDED",
     "Norm",
     "described",
     "hooked",
@@ -42,6 +43,11 @@ _VARIANTS: dict[tuple[str, str], RMSNormVariant | LayerNormVariant] = {
 }
 
 
+UNGUARDED = Guard(())
+"""Nothing to be asked, for what a compiler is told.
+
+It is given by name: torch 2.11's compiler takes over no object that is a default of a tuple's class.
+"""
 _ROLES = ("weight", "bias", "eps", "normalized_shape", "with_weight")
 
 
@@ -64,9 +70,9 @@ class Norm(NamedTuple):
     weight: str | None
     eps: str | float
     shape: str | None
-    switch: str | None = None
-    bias: str | None = None
-    guard: Guard = Guard(())
+    switch: str | None
+    bias: str | None
+    guard: Guard
 
 
 def norm_of(cls: type) -> Norm | str:
@@ -232,6 +238,5 @@ def norm_from(text: str) -> Norm:
     """The norm of a text that :func:`described` gave."""
     op, variant, weight, eps, shape, switch, bias = text.split("|")
     number = eps if eps.isidentifier() else float(eps)
-    return Norm(
-        op, _VARIANTS[op, variant], weight or None, number, shape or None, switch or None, bias or None
-    )
+    names = (shape or None, switch or None, bias or None)
+    return Norm(op, _VARIANTS[op, variant], weight or None, number, *names, UNGUARDED)

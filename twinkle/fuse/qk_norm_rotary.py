@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from twinkle.fuse.norms import described, hooked, norm_from, norm_of, norm_variant, numbers_of
+from twinkle.fuse.norms import (
+    UNGUARDED,
+    described,
+    hooked,
+    norm_from,
+    norm_of,
+    norm_variant,
+    numbers_of,
+)
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
 from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
 from twinkle.match.reads import CHANGED, Guard
@@ -52,7 +60,7 @@ class Pair(NamedTuple):
     q: Norm
     k: Norm
     variant: QKNormRotaryVariant
-    guard: Guard = Guard(())
+    guard: Guard
 
 
 def pair_of(q_class: type, k_class: type, function: Any, between: Between) -> Pair | str:
@@ -87,7 +95,7 @@ def _pair(q: Norm, k: Norm, rotation: str, between: Between) -> Pair | str:
     if between == "split" and q.weight is None:
         return "without a weight nobody can tell what the norm is over"
     variant = _variant(q.variant, _ROTATIONS[rotation], between)
-    return op.supports(variant) or Pair(q, k, variant)
+    return op.supports(variant) or Pair(q, k, variant, UNGUARDED)
 
 
 def variant_of_pair(

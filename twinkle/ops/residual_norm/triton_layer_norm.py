@@ -142,13 +142,14 @@ def _backward(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
-    dtypes: list[torch.dtype],
+    of_x: torch.dtype,
+    of_residual: torch.dtype,
     scale: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
     dx_wanted, dw_wanted, db_wanted = wanted
-    split = dx_wanted and (scale is not None or dtypes[0] != dtypes[1])
-    dr = torch.empty(h.shape, dtype=dtypes[1], device=h.device) if split else None
+    split = dx_wanted and (scale is not None or of_x != of_residual)
+    dr = torch.empty(h.shape, dtype=of_residual, device=h.device) if split else None
     dx, dw, db = _kernels().backward(
         dy,
         h,
@@ -160,7 +161,7 @@ def _backward(
         bias_grad=db_wanted,
         dh=dh if dx_wanted else None,
         scale=scale,
-        dx_dtype=dtypes[0],
+        dx_dtype=of_x,
         dr=dr,
     )
     return dx, dr, dw, db
@@ -173,14 +174,15 @@ def _fake_backward(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
-    dtypes: list[torch.dtype],
+    of_x: torch.dtype,
+    of_residual: torch.dtype,
     scale: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor | None, ...]:
-    split = wanted[0] and (scale is not None or dtypes[0] != dtypes[1])
+    split = wanted[0] and (scale is not None or of_x != of_residual)
     given = (
-        (h, wanted[0], dtypes[0]),
-        (h, split, dtypes[1]),
+        (h, wanted[0], of_x),
+        (h, split, of_residual),
         (weight, wanted[1], None),
         (bias, wanted[2], None),
     )
@@ -194,7 +196,7 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], results: tuple[Tensor, Tensor, Tens
     h, _, stats = results
     x, residual, weight, bias, eps, scale = inputs
     ctx.save_for_backward(h, weight, bias, stats)
-    ctx.rest = eps, scale, [x.dtype, residual.dtype]
+    ctx.rest = eps, scale, (x.dtype, residual.dtype)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
@@ -208,7 +210,7 @@ def _gradients(
         return *_of_addends(dh, scale, dtypes), None, None, None, None
     x, residual, w, b, _, _ = ctx.needs_input_grad
     wanted = [x or residual, weight is not None and w, bias is not None and b]
-    dx, dr, dw, db = function(dh, dy, h, weight, bias, stats, dtypes, scale, wanted)
+    dx, dr, dw, db = function(dh, dy, h, weight, bias, stats, *dtypes, scale, wanted)
     if not wanted[0]:
         dx = dr = None
     elif scale is None and dtypes[0] == dtypes[1]:
@@ -227,7 +229,7 @@ def _again(ctx: Any, dh: Tensor | None, dy: Tensor | None, _: Tensor | None) -> 
 
 
 def _of_addends(
-    dh: Tensor | None, scale: float | None, dtypes: list[torch.dtype]
+    dh: Tensor | None, scale: float | None, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of the addend and the residual, of that of their sum."""
     if dh is None:
@@ -243,7 +245,8 @@ _eager, _op = define_op(
     _fake_forward,
     Derivative(
         "residual_layer_norm_backward(Tensor? dh, Tensor dy, Tensor h, Tensor? weight, Tensor? bias, "
-        "Tensor stats, ScalarType[] dtypes, float? scale, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+        "Tensor stats, ScalarType of_x, ScalarType of_residual, float? scale, bool[] wanted)"
+        " -> (Tensor, Tensor, Tensor, Tensor)",
         _backward,
         _fake_backward,
         keep=_keep,
