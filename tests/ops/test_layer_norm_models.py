@@ -204,3 +204,34 @@ def test_a_cpu_without_triton_leaves_torchs_layer_alone(
     model = nn.Sequential(nn.LayerNorm(8))
     kernelize_layers(model)
     assert type(model[0]) is nn.LayerNorm
+
+
+class Wide(nn.LayerNorm):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.float()).type_as(input)
+
+
+class Wider(Wide):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input)
+
+
+@pytest.mark.parametrize("cls", [Wide, Wider])
+def test_a_class_whose_base_has_its_kernel_is_recognised(
+    device: torch.device, counted: list[str], clean_registry: Registry, cls: type[nn.LayerNorm]
+) -> None:
+    """What stands as the ``forward`` of the base is Twinkle's by then; ``super()`` means the base's own."""
+    for first in (nn.LayerNorm, Wide):
+        model = nn.Sequential(first(8), nn.Linear(8, 8)).to(device)
+        kernelize_layers(model)
+        model(torch.randn(3, 8, device=device))
+    model = nn.Sequential(cls(8), nn.Linear(8, 8)).to(device)
+    kernelize_layers(model)
+    x = torch.randn(3, 8, device=device, dtype=torch.float16)
+    before = len(counted)
+    found = model[0](x)
+    assert len(counted) > before
+    assert found.dtype == torch.float16
+    states = {b.target.rpartition(":")[2]: b.state for b in clean_registry.bindings}
+    assert states[cls.__qualname__] == "active"
+    assert_near(found.float(), nn.functional.layer_norm(x.float(), (8,)), 10, dtype=torch.float16)

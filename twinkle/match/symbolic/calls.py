@@ -17,6 +17,7 @@ from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.names import Names, Unsupported
 from twinkle.match.symbolic.terms import Ref
+from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
     from twinkle.match.symbolic.terms import Term
@@ -122,9 +123,13 @@ class Calls(Names):
         below = base.args[0].value
         after = order[order.index(below) + 1 :] if below in order else ()
         owner = next((cls for cls in after if name in vars(cls)), None)
-        method = None if owner is None else vars(owner)[name]
+        method = None
+        if owner is not None:  # whose `forward` may be a kernel's by now, or wait for its first use
+            method = own_forward(owner) if name == "forward" else vars(owner)[name]
         if isinstance(method, FunctionType):
-            self.run.reads[reads.of_attribute(owner, name, method)] = None
+            forward = name == "forward"
+            read = reads.of_forward(owner) if forward else reads.of_attribute(owner, name, method)
+            self.run.reads[read] = None
             function, foreign = source.unwrap(method)
             if foreign is None and isinstance(function, FunctionType):
                 inlined = self.inlined(function, [self.term("self"), *args], kwargs)
