@@ -19,7 +19,7 @@ CONFIG = """
     package_name = "my_kernels"
 """
 BARE = """
-    import copy, pickle, torch
+    import copy, gc, pickle, torch
     from torch import nn
     from pkg.layers import Scale
 
@@ -36,6 +36,10 @@ BARE = """
 """
 ROADS = """
     from twinkle.kernel import unkernelize_model
+    from twinkle.swap.front import Front
+    from twinkle.swap.layers import placed
+
+    held = []
 
     class Inherits(Scale):
         pass
@@ -56,6 +60,16 @@ ROADS = """
         layer = Reduced.__new__(Reduced)
         layer.__dict__.update(state)
         return layer
+
+    def left_behind(cls):
+        # What it was made from is gone, and its mark is a text of its own, whose meaning somebody holds.
+        layer = cls()
+        held.append(placed(layer))
+        made = pickle.loads(pickle.dumps(layer))
+        del layer
+        gc.collect()
+        Front.of(cls).let_go()
+        return made
 
     def from_a_template():
         layer = Scale.__new__(Scale)
@@ -81,6 +95,10 @@ ROADS = """
     def called(layer):
         layer(x)
         return layer
+
+    for name, cls in {"pickled": Scale, "sets its state": OwnState, "reduced": Reduced}.items():
+        layer = left_behind(cls)
+        print(f"{name}, left behind", which(layer), which(layer), sep=":")
 
     for name, layer in {
         "new": bare(),
@@ -116,6 +134,9 @@ GET_IT = [
     "pickled",
     "sets its state",
     "reduced",
+    "pickled, left behind",
+    "sets its state, left behind",
+    "reduced, left behind",
     "in a model",
 ]
 

@@ -191,6 +191,7 @@ class Front:
             # A copy is not among the instances of the dispatch, but holds the very text of the mark.
             if sys.getrefcount(dispatch.mark) <= dispatch.holders + (dispatch is caller):
                 self.slots[n], swept = None, True
+                _marked.pop(dispatch.mark, None)  # one with a text like it is met anew
                 take_stand_ins(dispatch)
         return swept
 
