@@ -161,11 +161,15 @@ def case(op: str, variant: str) -> Any:
 
 
 def planted(sample: Any, function: Callable[..., Any]) -> type[nn.Module]:
-    """A kernel with the arguments of the original that calls a function."""
-    code = sample.original.__code__
-    names = ", ".join(code.co_varnames[1 : code.co_argcount])
+    """A kernel with the arguments of the original that calls a function with those that are given."""
+    code, defaults = sample.original.__code__, sample.original.__defaults__ or ()
+    assert set(defaults) <= {None}
+    names = code.co_varnames[1 : code.co_argcount]
+    optional = names[len(names) - len(defaults) :]
+    arguments = ", ".join(f"{name}=None" if name in optional else name for name in names)
+    given = "".join(f", *(() if {name} is None else ({name},))" for name in names)
     scope: dict[str, Any] = {"function": function}
-    exec(f"def forward(self, {names}):\n    return function(self, {names})\n", scope)
+    exec(f"def forward(self, {arguments}):\n    return function(self{given})\n", scope)
     return type("Planted", (nn.Module,), {"forward": scope["forward"]})
 
 
