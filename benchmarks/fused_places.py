@@ -283,11 +283,15 @@ def swiglu(x: Any) -> Any:
     return F.silu(a) * b
 
 
+FUNCTIONS = {function: recognise(function) for function in (norm, layer_norm, swiglu)}
+"""Read before the forwards of other cases have their kernels, and the functions beside them as well."""
+
+
 def function_case(
     function: Callable[..., Any], rows: int, width: int, dtype: torch.dtype, compiled: bool = False
 ) -> Case:
     """A function of a program, and what stands in its place (without the dispatcher around it)."""
-    found = recognise(function)
+    found = FUNCTIONS[function]
     backend = find_op(str(found.op)).backend("triton_backend").load()
     kernel = backend.function_for(found.variant, found.facts, function)
     size = rows * width * dtype.itemsize
@@ -419,7 +423,7 @@ def cases() -> Iterator[Case]:
             yield group_case("plain", shape, half, last)
         yield group_case("silu", shape, full, False)
     for rows, width in ((16384, 768), (65536, 1024), (16384, 4096)):
-        for function in (norm, layer_norm, swiglu):
+        for function in FUNCTIONS:
             yield function_case(function, rows, width, half, rows == 65536)
     for shape in ((16, 320, 64, 64), (8, 640, 32, 32), (8, 128, 256, 256)):
         for last in (False, True):
@@ -456,7 +460,7 @@ def small_cases() -> Iterator[Case]:
         yield group_case("silu", shape, half, False)
         yield group_case("plain", shape, half, False)
     for rows in (64, 1024, 4096, 8192, 16384):
-        for function in (norm, layer_norm, swiglu):
+        for function in FUNCTIONS:
             yield function_case(function, rows, 1024, half)
 
 

@@ -91,23 +91,46 @@ def pair_of_tables(
 
 
 @triton.jit
-def _load_pairs(x, i, ok, half, ADJACENT: tl.constexpr):
+def _load_pairs(
+    x, row_ok, i, half, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, ADJACENT: tl.constexpr
+):
+    """Both channels of pairs, ``[T, H, W]`` each, of rows that begin at ``x``.
+
+    Adjacent ones are read and written side by side: two bytes that are written with a gap beside them
+    cost the memory a whole sector, read and written.
+    """
     if ADJACENT:
-        first = tl.load(x + 2 * i, mask=ok, other=0.0).to(tl.float32)
-        return first, tl.load(x + 2 * i + 1, mask=ok, other=0.0).to(tl.float32)
+        j = tl.arange(0, 2 * W)[None, None, :]
+        both = tl.load(x + j, mask=row_ok & (j < 2 * half), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(both, [T, H, W, 2]))
+        return first, second
     else:
+        ok = row_ok & (i < half)
         first = tl.load(x + i, mask=ok, other=0.0).to(tl.float32)
         return first, tl.load(x + half + i, mask=ok, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store_pairs(y, i, ok, half, first, second, ADJACENT: tl.constexpr):
+def _store_pairs(
+    y,
+    row_ok,
+    i,
+    half,
+    first,
+    second,
+    T: tl.constexpr,
+    H: tl.constexpr,
+    W: tl.constexpr,
+    ADJACENT: tl.constexpr,
+):
     first = first.to(y.dtype.element_ty)
     second = second.to(y.dtype.element_ty)
     if ADJACENT:
-        tl.store(y + 2 * i, first, mask=ok)
-        tl.store(y + 2 * i + 1, second, mask=ok)
+        j = tl.arange(0, 2 * W)[None, None, :]
+        both = tl.reshape(tl.join(first, second), [T, H, 2 * W])
+        tl.store(y + j, both, mask=row_ok & (j < 2 * half))
     else:
+        ok = row_ok & (i < half)
         tl.store(y + i, first, mask=ok)
         tl.store(y + half + i, second, mask=ok)
 
@@ -133,6 +156,7 @@ def _heads(
     start,
     rest_start,
     rest,
+    T: tl.constexpr,
     H: tl.constexpr,
     W: tl.constexpr,
     REST: tl.constexpr,
@@ -147,10 +171,10 @@ def _heads(
     i = tl.arange(0, W)[None, None, :]
     for first_head in range(0, heads, H):
         h = first_head + tl.arange(0, H)[None, :, None].to(tl.int64)
-        ok = token_ok & (h < heads) & (i < half)
+        row_ok = token_ok & (h < heads)
         x_at = x + t * x_t + h * x_h
         y_at = y + t * y_t + h * y_h
-        a, b = _load_pairs(x_at + start, i, ok, half, adjacent or (PAIRS == 2 and not BACK))
+        a, b = _load_pairs(x_at + start, row_ok, i, half, T, H, W, adjacent or (PAIRS == 2 and not BACK))
         if PAIRS == 3:
             # Back, the table is conjugated, which its sines are here.
             a, b = multiplied(a, b, c1, s1, A)
@@ -163,10 +187,10 @@ def _heads(
             a, b = turned_back(a, b, c1, s1, c2, s2, C, B)
         else:
             a, b = turned(a, b, c1, s1, c2, s2, C)
-        _store_pairs(y_at + start, i, ok, half, a, b, adjacent or (PAIRS == 2 and BACK))
+        _store_pairs(y_at + start, row_ok, i, half, a, b, T, H, W, adjacent or (PAIRS == 2 and BACK))
         if REST > 0:
             j = tl.arange(0, REST)[None, None, :]
-            through = token_ok & (h < heads) & (j < rest)
+            through = row_ok & (j < rest)
             kept = tl.load(x_at + rest_start + j, mask=through)
             tl.store(y_at + rest_start + j, kept.to(y.dtype.element_ty), mask=through)
 
@@ -263,6 +287,7 @@ def _turn(
         start,
         rest_start,
         rest,
+        T,
         QH,
         W,
         REST,
@@ -294,6 +319,7 @@ def _turn(
             start,
             rest_start,
             rest,
+            T,
             KH,
             W,
             REST,
