@@ -225,7 +225,7 @@ def _gated_mlp(variant: Any, dtype: torch.dtype, other: torch.dtype) -> Setup:
     if variant.projections == "none":
         values["x"] = torch.randn(3, 5, 2 * _INTER, dtype=dtype)
 
-    def reference(**given: Any) -> Tensor:
+    def reference(*, half: Any = None, **given: Any) -> Tensor:  # what the halves rest on is no argument
         return gated_mlp(**{"gate": None, "up": None, "down": None, **given})
 
     return values, reference
@@ -283,7 +283,8 @@ def _rotary_given(obj: Any, recognition: Recognition, dtype: torch.dtype, other:
         if name not in turned.values() and any(re.search(rf"\b{name}\b", text) for text in texts.values())
     }
     problem = "no shapes of tables fit"
-    for shape, table in itertools.product(((2, 3, 5, 8), (2, 5, 3, 8)), _TABLES):
+    tables = _MATRICES if variant.pairs == "matrix" else _TABLES
+    for shape, table in itertools.product(((2, 3, 5, 8), (2, 5, 3, 8)), tables):
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(0)
             given = {name: torch.randn(shape).to(dtype) for name in turned.values()}
@@ -304,6 +305,7 @@ def _rotary_given(obj: Any, recognition: Recognition, dtype: torch.dtype, other:
     return Outcome(False, problem)
 
 
+_MATRICES = ((1, 1, 5, 4, 2, 2), (2, 5, 1, 4, 2, 2), (1, 5, 1, 4, 2, 2))
 _TABLES = ((2, 5, 8), (2, 5, 4), (5, 8), (5, 4), (5, 2), (1, 5, 1, 4), (1, 1, 5, 4), (1, 1, 5, 8))
 
 
