@@ -123,12 +123,15 @@ class Calls(Names):
         below = base.args[0].value
         after = order[order.index(below) + 1 :] if below in order else ()
         owner = next((cls for cls in after if name in vars(cls)), None)
-        method = None
-        if owner is not None:  # whose `forward` may be a kernel's by now, or wait for its first use
-            method = own_forward(owner) if name == "forward" else vars(owner)[name]
+        method: Any = None
+        read: reads.Read | None = None
+        if owner is not None and name == "forward":
+            # What stands there may be Twinkle's by now, or wait for its first use.
+            method, read = own_forward(owner), reads.of_forward(owner)
+        elif owner is not None:
+            method = vars(owner)[name]
+            read = reads.of_attribute(owner, name, method)
         if isinstance(method, FunctionType):
-            forward = name == "forward"
-            read = reads.of_forward(owner) if forward else reads.of_attribute(owner, name, method)
             self.run.reads[read] = None
             function, foreign = source.unwrap(method)
             if foreign is None and isinstance(function, FunctionType):
