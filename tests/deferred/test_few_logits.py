@@ -25,9 +25,9 @@ def every_loss_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding, self.head = nn.Embedding(VOCAB, 4), nn.Linear(4, VOCAB)
+        self.embedding, self.head = nn.Embedding(VOCAB, width), nn.Linear(width, VOCAB)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -37,8 +37,8 @@ class Model(nn.Module):
         return None if labels is None else F.cross_entropy(logits[0], labels[0]), logits
 
 
-def is_deferred(rows: int, dtype: torch.dtype = torch.float32) -> bool:
-    model = Model().to(dtype)
+def is_deferred(rows: int, dtype: torch.dtype = torch.float32, width: int = 4) -> bool:
+    model = Model(width).to(dtype)
     assert not isinstance(install(model), str)
     tokens = torch.zeros(1, rows, dtype=torch.int64)
     return isinstance(model(tokens, tokens)[1], DeferredLogits)
@@ -47,6 +47,13 @@ def is_deferred(rows: int, dtype: torch.dtype = torch.float32) -> bool:
 @pytest.mark.parametrize(("rows", "deferred"), [(1023, False), (1024, True)])
 def test_float32(rows: int, deferred: bool) -> None:
     assert is_deferred(rows) is deferred
+
+
+@pytest.mark.parametrize(("rows", "deferred"), [(2047, False), (2048, True)])
+def test_fewer_rows_than_the_hidden_states_are_wide_do_not_pay_for_a_copy_of_the_weight(
+    rows: int, deferred: bool
+) -> None:
+    assert is_deferred(rows, width=2048) is deferred
 
 
 @pytest.mark.parametrize(("rows", "deferred"), [(63, False), (64, True)])
