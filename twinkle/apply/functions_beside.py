@@ -90,7 +90,6 @@ def functions_of(name: str) -> tuple[RecognisedFunction, ...]:
 
     Args:
         name: The name of the module.
-
     """
     namespace = sys.modules.get(name)
     if namespace is None or name.partition(".")[0] == "torch":

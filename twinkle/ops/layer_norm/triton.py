@@ -45,7 +45,7 @@ def forward(
     """Launch the forward.
 
     Args:
-        x: ``[..., width]``.
+        x: ``[..., width]``; contiguous where there is a ``residual``.
         weight: ``[width]`` or None.
         bias: ``[width]`` or None.
         eps: Added to the variance.
@@ -65,11 +65,11 @@ def forward(
     kept = torch.empty((2, rows), dtype=torch.float32, device=x.device) if stats else None
     if rows == 0:
         return y, kept
-    x_rows, x_stride, x_per = _place(x)
-    r_rows, r_stride, r_per = (x_rows, x_stride, x_per) if residual is None else _place(residual)
-    per = x_per or r_per
-    if x_per and r_per and x_per != r_per:  # channels first, each over rows of its own
-        (x_rows, x_stride), x_per, per = base_of(x), None, r_per
+    if residual is None:
+        x_rows, x_stride, per = _place(x)
+        r_rows, r_stride = x_rows, x_stride
+    else:  # what is added to it is contiguous
+        (x_rows, x_stride), (r_rows, r_stride, per) = base_of(x), _place(residual)
     block = power_of_2(width)
     one_pass = block <= _ONE_PASS
     block = block if one_pass else 8192
@@ -110,8 +110,8 @@ def forward(
             BIAS=bias is not None,
             STATS=stats,
             EVEN=block == width,
-            X_ACROSS=x_per is not None,
-            R_ACROSS=r_per is not None,
+            X_ACROSS=per is not None and residual is None,
+            R_ACROSS=per is not None,
             num_warps=warps,
         )
     return y, kept
@@ -131,6 +131,8 @@ def _rows_across(block: int, per: int, least: int) -> tuple[int, int]:
 
 def _place(tensor: Tensor) -> tuple[Tensor, int, int | None]:
     """As :func:`base_of`, and the rows of a batch where the kernel takes the tensor channels first."""
+    if tensor.is_contiguous():
+        return tensor, tensor.shape[-1], None
     per = across(tensor)
     return (*base_of(tensor), None) if per is None else (tensor, 1, per)
 
