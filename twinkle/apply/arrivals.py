@@ -85,7 +85,7 @@ def with_torch(subject: str, act: Callable[[], None]) -> bool:
 
 
 def guarded(subject: str, act: Callable[[], None]) -> None:
-    """Do something whose failure is that of its subject alone."""
+    """Run an action; where it fails, its subject is reported and nothing else stops."""
     try:
         act()
     except Exception as error:

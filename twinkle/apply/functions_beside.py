@@ -105,7 +105,7 @@ def functions_of(name: str) -> tuple[RecognisedFunction, ...]:
 
 
 def version_of(name: str) -> int:
-    """A number that changes where :func:`functions_of` a module finds others; -1 before it was asked."""
+    """How often :func:`functions_of` a module has found other functions than before; -1 if never asked."""
     scan = runtime.of(_Found).by_module.get(name)
     return -1 if scan is None else scan.version
 

@@ -1,4 +1,4 @@
-"""The step of a rewritten forward that normalises groups of channels and bends the result."""
+"""The step of a rewritten forward that computes a GroupNorm and the SiLU behind it."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class ModulationStep(FusedStep):
         return self.run(owner, x, layer, like, found[1], found[2], original)
 
     def normed(self, x: Any, layer: Any) -> Any:
-        """What the original steps modulate."""
+        """The result of the norm by the original steps, with the casts of the place."""
         n = layer(x.float() if self.upcast else x)
         return n.float() if self.widened else n
 

@@ -1,4 +1,4 @@
-"""What the backends of norms with a weight and a bias share: their ends, from the gradients to the layers."""
+"""What the backends of norms with weight and bias share: backward, its fake, gradients and layer classes."""
 
 from __future__ import annotations
 
