@@ -337,6 +337,21 @@ def test_tools_that_read_a_class_before_its_first_call_see_the_program(nets: Pro
     assert said(nets, textwrap.dedent(code)) == {"source": True, "signature": "(self, x)", "same": [True] * 4}
 
 
+def test_a_report_looks_at_no_class_that_nobody_has_used(nets: Program) -> None:
+    code = """
+        import net
+        from twinkle.report import snapshot
+        used, unused = net.Norm(16), net.Attention(16)
+        used(__import__("torch").randn(2, 16))
+        before = vars(net.Attention)["forward"]
+        snapshot()
+        print(json.dumps([type(before).__name__, vars(net.Attention)["forward"] is before]))
+    """
+    kind, same = said(nets, textwrap.dedent(code))
+    assert kind != "function"
+    assert same
+
+
 def test_layers_of_a_transformers_model_are_decided_about_as_a_whole(nets: Program) -> None:
     code = """
         import torch

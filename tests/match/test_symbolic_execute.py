@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from twinkle.match.structure import recognise
 from twinkle.match.symbolic.execute import Run, Unsupported, execute
 from twinkle.match.symbolic.source import NoSource
 from twinkle.match.symbolic.terms import Arena, Term, walk
@@ -412,3 +413,53 @@ def test_the_whole_of_a_norm_is_one_term() -> None:
     assert {part.op for part in walk(term)} >= {"mul", "to", "rsqrt", "mean", "add", "input"}
     assert not any(part.op in ("unknown", "call") for part in walk(term))
     assert run_of(gated)[0].op == "mul"
+
+
+def nested(value: Any, made: Any) -> Any:
+    if isinstance(value, list):
+        return [nested(part, made) for part in value]
+    if isinstance(value, tuple):
+        return tuple([nested(part, made) for part in value])
+    if isinstance(value, dict):
+        return made((nested(key, made), nested(part, made)) for key, part in value.items())
+    if made is dict:
+        return {key: nested(part, dict) for key, part in value.items()}
+    return value
+
+
+def test_a_function_that_calls_itself_is_followed_once() -> None:
+    arena = Arena()
+    term, run = run_of(nested, arena)
+    assert any(part.op == "call" for part in walk(term))
+    assert run.steps < 100
+
+
+def one(x: Any) -> Any:
+    return x + 1
+
+
+def five(x: Any) -> Any:
+    return one(x) + one(x * 2) + one(x * 3) + one(x * 4) + one(x * 5)
+
+
+def many(x: Any) -> Any:
+    return five(x) + five(x + 2) + five(x + 3) + five(x + 4) + five(x + 5)
+
+
+def more(x: Any) -> Any:
+    return many(x) + many(x - 2) + many(x - 3) + many(x - 4) + many(x - 5)
+
+
+def most(x: Any) -> Any:
+    return more(x) + more(-x) + more(x / 3) + more(x / 4) + more(x / 5)
+
+
+def test_paths_that_multiply_are_given_up() -> None:
+    assert run_of(more)[1].steps == 156
+    with pytest.raises(Unsupported, match="too many"):
+        run_of(every)
+    assert "too many" in str(recognise(every).reason)
+
+
+def every(x: Any) -> Any:
+    return most(x) + most(x @ x) + most(x.T)

@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
+from twinkle.hooks.first_use import standing
 from twinkle.runtime import runtime
 from twinkle.swap.class_tree import core_of
 from twinkle.swap.front import LEFT_ALONE, MARK, Front, meaning_of
@@ -94,9 +95,13 @@ def ask_anew() -> None:
 
 
 def asks(cls: type) -> bool:
-    """Whether the forward of a class asks about instances that nobody has met."""
-    front = Front.of(cls)
-    return front is not None and front.asks
+    """Whether the forward of a class asks about instances that nobody has met.
+
+    The question wakes nothing: a class that nobody has used is not looked at for it.
+    """
+    function = standing(cls)
+    front = getattr(function, "__twinkle__", None)
+    return isinstance(front, Front) and front.function is function and front.asks
 
 
 def is_decided(module: nn.Module) -> bool:

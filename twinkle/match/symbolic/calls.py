@@ -15,7 +15,7 @@ from torch import nn
 
 from twinkle.match import reads
 from twinkle.match.symbolic import source
-from twinkle.match.symbolic.names import Names, Unsupported
+from twinkle.match.symbolic.names import Names, TooLarge, Unsupported
 from twinkle.match.symbolic.terms import Ref
 from twinkle.targets import own_forward
 
@@ -216,7 +216,7 @@ class Calls(Names):
     def inlined(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term | None:
         """The result of a helper; None when it stays a call: too large, not followed, or with effects."""
         run = self.run
-        if run.depth >= 6 or "**" in kwargs:
+        if len(run.inside) >= 6 or function in run.inside or "**" in kwargs:
             return None
         try:
             node = source.parse(function)
@@ -227,14 +227,16 @@ class Calls(Names):
             return None
         effects, calls, loops = list(run.effects), len(run.calls), run.loops
         losses = len(run.losses)
-        run.depth += 1
+        run.inside.append(function)
         try:
             result = run.function(function, args, kwargs)
+        except TooLarge:
+            raise
         except Unsupported:
             run.effects, run.loops = effects, loops
             return None
         finally:
-            run.depth -= 1
+            run.inside.pop()
         if run.effects != effects or result.op == "unknown":
             run.effects = effects
             del run.calls[calls:]

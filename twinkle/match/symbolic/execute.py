@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from twinkle.match import reads
 from twinkle.match.symbolic import source
 from twinkle.match.symbolic.idioms import Idioms
-from twinkle.match.symbolic.names import Unsupported
+from twinkle.match.symbolic.names import TooLarge, Unsupported
 from twinkle.match.symbolic.statements import CONTINUES, RAISES, Frame
 from twinkle.match.symbolic.terms import Arena, Ref, Term
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from twinkle.match.reads import Read
 
 __all__ = ["Run", "Unsupported", "execute"]
+
+_MOST_STATEMENTS = 2000  # the largest forward of transformers has 346
 
 
 class Run:
@@ -70,8 +72,19 @@ class Run:
         self.reads: dict[Read | None, None] = {}
         self.none = self.idioms.none
         self.cls: type | None = None
-        self.depth = 0
+        self.inside: list[FunctionType] = []
         self.loops = 0
+        self.steps = 0
+
+    def step(self) -> None:
+        """Count a statement; code whose paths multiply is not followed to its end.
+
+        Raises:
+            TooLarge: There have been too many of them.
+        """
+        self.steps += 1
+        if self.steps > _MOST_STATEMENTS:
+            raise TooLarge("its paths are too many to follow")
 
     def function(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term:
         """The term of a call of ``function``.

@@ -32,8 +32,12 @@ if TYPE_CHECKING:
         reads: dict[Read | None, None]
         none: Term
         cls: type | None
-        depth: int
+        inside: list[FunctionType]
         loops: int
+
+        def step(self) -> None:
+            """Count a statement."""
+            ...
 
         def function(self, function: FunctionType, args: list[Term], kwargs: dict[str, Term]) -> Term:
             """The term of a call of ``function``."""
@@ -52,11 +56,15 @@ if TYPE_CHECKING:
             ...
 
 
-__all__ = ["Names", "Unsupported", "is_fresh"]
+__all__ = ["Names", "TooLarge", "Unsupported", "is_fresh"]
 
 
 class Unsupported(Exception):
     """The source has a construct that the executor does not follow."""
+
+
+class TooLarge(Unsupported):
+    """Following the source takes more steps than it is worth."""
 
 
 class Names:

@@ -28,6 +28,7 @@ class Frame(Expressions):
         """Run statements: a term when all paths return, None when the end is reached."""
         for at, statement in enumerate(body):
             kind = type(statement)
+            self.run.step()
             if kind is ast.If:
                 done, result = self.branch(statement, body[at + 1 :])  # type: ignore[arg-type]
                 if done:
