@@ -43,6 +43,7 @@ ROOMS = (
     "swap",
     "fuse",
     "deferred",
+    "capture",
     "report",
     "apply",
 )

@@ -1,0 +1,11 @@
+"""Repeated layers as CUDA graphs: their forward and backward are captured once, and replayed.
+
+What is captured is asked at every call: a block runs as it is wherever a replay would not give its values.
+It stands beside the way of a kernel, as the deferred logits do.
+
+In reading order:
+
+- ``stacks``: which blocks of a model are alike, by the structure of the model;
+- ``install``: puts a callable in the place of each block's call, and takes it out again;
+- ``state``: what was captured, replayed and left alone, for the report
+"""
