@@ -20,6 +20,8 @@ SETTINGS = (
     "watch",
     "kernels",
     "sizes",
+    "capture",
+    "capture_memory",
     "trust_remote_code",
     "where",
 )
@@ -39,6 +41,10 @@ class Options:
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
+        capture: The calls of repeated layers that may be captured into CUDA graphs: ``auto`` for all,
+            ``off``, ``inference`` for those without gradients, ``train`` for those with.
+        capture_memory: The most memory that captures may hold: a share of the device as a float, or bytes as
+            an int.
         trust_remote_code: Whose code from the Hub may run, where a registration does not say.
         where: The places in models that embedded kernels are for; ``None`` for every place.
     """
@@ -53,6 +59,8 @@ class Options:
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
         self.sizes = "auto"
+        self.capture = "auto"
+        self.capture_memory: float | int = 0.1
         self.trust_remote_code: bool | Collection[str] = False
         self.where: Where | None = None
 
@@ -64,6 +72,15 @@ class Options:
     def wants(self, op: str) -> bool:
         """Whether the embedded kernels of an op are asked for."""
         return self.embedded and op not in self.disabled and (self.kernels == "auto" or op in self.kernels)
+
+    def captures(self, *, gradients: bool) -> bool:
+        """Whether calls of layers may be captured: those that record gradients, or those that do not."""
+        return self.capture in ("auto", "train" if gradients else "inference")
+
+    def capture_bytes(self, total: int) -> int:
+        """The most bytes that captures may hold on a device with so much memory in all."""
+        share = self.capture_memory
+        return int(share * total) if isinstance(share, float) else min(share, total)
 
     def take(self, settings: object, *, given: Collection[str] | None = None) -> None:
         """Bring settings into force.

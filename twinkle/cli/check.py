@@ -41,6 +41,8 @@ _SETTINGS = (
     "verify",
     "kernels",
     "sizes",
+    "capture",
+    "capture_memory",
     "trust_remote_code",
     "plugins",
     "disable",
@@ -137,6 +139,8 @@ def _shown(value: object) -> str:
         return "not set"
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value} bytes"
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
     return str(value)

@@ -47,6 +47,8 @@ class Settings:
         watch: ``off``, ``nan`` or ``nan:N``.
         kernels: The embedded kernels: ``auto``, ``off`` or a tuple of ops.
         sizes: The sizes that embedded kernels run at: ``auto`` or ``all``.
+        capture: The calls of layers that may be captured: ``auto``, ``off``, ``inference`` or ``train``.
+        capture_memory: The most that captures may hold: a share of the device as a float, or bytes as an int.
         trust_remote_code: ``True``, ``False`` or a tuple of repositories.
         plugins: The entry points of other packages to take kernels from.
         off: The off switch is set; nothing else was read.
@@ -68,6 +70,8 @@ class Settings:
     watch: str
     kernels: str | tuple[str, ...]
     sizes: str
+    capture: str
+    capture_memory: float | int
     trust_remote_code: bool | tuple[str, ...]
     plugins: tuple[str, ...]
     log: str
@@ -92,6 +96,8 @@ class Settings:
         self.watch = "off"
         self.kernels = kernels
         self.sizes = "auto"
+        self.capture = "auto"
+        self.capture_memory = 0.1
         self.trust_remote_code = False
         self.plugins = ()
         self.log = "warning"

@@ -31,6 +31,8 @@ __all__ = [
 
 # Setting, and what the text of its variable is: a word, a boolean, a list, or a boolean or a list.
 _SETTINGS = {
+    "TWINKLE_CAPTURE": ("capture", "word"),
+    "TWINKLE_CAPTURE_MEMORY": ("capture_memory", "word"),
     "TWINKLE_DEVICE": ("device", "word"),
     "TWINKLE_KERNELS": ("kernels", "word or list"),
     "TWINKLE_LOG": ("log", "word"),

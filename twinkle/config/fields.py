@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     Check = Callable[[object, bool], object]
 
 __all__ = [
+    "CAPTURE",
     "FUNCTION_KEYS",
     "LAYER_KEYS",
     "LOG_LEVELS",
@@ -40,6 +41,8 @@ VERIFY = ("auto", "off", "first-use", "always")
 _VENDORS = {"gpu": "cuda", "nvidia": "cuda", "hip": "rocm", "amd": "rocm", "metal": "mps", "ascend": "npu"}
 SIZES = ("auto", "all")
 """The sizes that embedded kernels run at: those at which they pay, or every one (for tests)."""
+CAPTURE = ("auto", "off", "inference", "train")
+"""The calls of repeated layers that may be captured into CUDA graphs: all, none, or those of one mode."""
 LOG_LEVELS = ("off", "warning", "info", "debug")
 
 
@@ -433,6 +436,18 @@ def _watch(value: object, objects: bool) -> object:
     return value
 
 
+def _capture_memory(value: object, objects: bool) -> object:
+    from twinkle.config.amounts import memory  # at interpreter start only where it is asked for
+
+    amount = memory(value)
+    if amount is None:
+        expected = 'a share of the device (above 0, at most 1) such as 0.1, or a size such as "2GiB"'
+        nothing = value == 0 or (isinstance(value, str) and value.strip() in ("0", "off"))
+        fix = 'to capture nothing, write capture = "off"' if nothing else 'write 0.1 or "2GiB"'
+        raise WrongError("no amount of memory", expected, fix)
+    return amount
+
+
 _kernel_name = _text("a name for the kernel", 'a name such as "MyMLP"')
 
 _COMMON: dict[str, Check] = {
@@ -471,6 +486,8 @@ FUNCTION_KEYS: dict[str, Check] = {
 }
 
 SETTING_KEYS: dict[str, Check] = {
+    "capture": _choice(*CAPTURE),
+    "capture_memory": _capture_memory,
     "device": _device,
     "kernels": _kernels,
     "log": _choice(*LOG_LEVELS),
