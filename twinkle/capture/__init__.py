@@ -6,6 +6,7 @@ It stands beside the way of a kernel, as the deferred logits do.
 In reading order:
 
 - ``stacks``: which blocks of a model are alike, by the structure of the model;
+- ``slot``: where a module has a place for another call than its own;
 - ``install``: puts a callable in the place of each block's call, and takes it out again;
 - ``state``: what was captured, replayed and left alone, for the report
 """
