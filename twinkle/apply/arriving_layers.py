@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from twinkle.apply import captures
 from twinkle.apply.arrivals import OWNER, Arrivals, guarded, look_at_program, on_demand, waits, with_torch
 from twinkle.apply.bindings import layer_binding
 from twinkle.errors import ApplyError, suggest, warn
@@ -41,6 +42,7 @@ def torch_has_come(module: ModuleType, name: str) -> None:
     _watch_classes()
     _watch_restored()
     _watch_places()
+    captures.begin()
     waiting, state.waiting = state.waiting, []
     for subject, act in waiting:
         guarded(subject, act)
@@ -113,7 +115,8 @@ def _watch_classes() -> None:
     state = runtime.of(Arrivals)
     functions = any(kernel.op for kernel in runtime.registry.function_kernels)
     registered = bool(runtime.registry.layer_kernels) or functions
-    if state.classes is not None or not (registered or runtime.options.embedded):
+    wanted = registered or runtime.options.embedded or captures.begins()
+    if state.classes is not None or not wanted:
         return
     from torch import nn
 
@@ -172,11 +175,15 @@ def _watch_restored() -> None:
 
     state = runtime.of(Arrivals)
     if state.restored is None:
-        state.restored = watch_restored(nn.Module, _on_restored, owner=OWNER, strict=runtime.options.raises)
+        strict = runtime.options.raises
+        state.restored = watch_restored(
+            nn.Module, _on_restored, copied=captures.restored, owner=OWNER, strict=strict
+        )
 
 
 def _on_restored(instance: Any) -> None:
     """Kernelize a model or a layer that has no construction, unless it came with kernels of this process."""
+    captures.restored(instance)
     state = runtime.of(Arrivals)
     whole = state.models is not None and state.models.is_in(instance)
     if not whole and (state.classes is None or not state.classes.wants(type(instance))):
@@ -250,6 +257,7 @@ def _is_wanted(cls: type) -> bool | None:
 
     None to be asked at the next construction again.
     """
+    captures.notice(cls)
     if runtime.registry.layer_kernels and _watch_first_calls(cls):
         from twinkle.apply.matching import taken_for
 
@@ -290,3 +298,5 @@ def on_model(model: Any, *, whole: bool = True) -> None:
     runtime.of(Constructed).add(model)
     kernelize_layers(model, whole=whole)
     leave_alone(model.modules() if whole else (model,))
+    if whole:
+        captures.arrived(model)

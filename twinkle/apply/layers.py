@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from twinkle.apply import functions
+from twinkle.apply import captures, functions
 from twinkle.apply.bindings import settle_target
 from twinkle.apply.candidates import candidate_of, ranked, usable
 from twinkle.apply.functions import Change
@@ -126,6 +126,7 @@ def kernelize(
     change = _commit(layers, function_plans)
     if model is not None:
         leave_alone(model.modules())
+        captures.put_in(model, change)
     return change
 
 
@@ -181,6 +182,7 @@ def unkernelize(model: nn.Module | None) -> None:
     for module in model.modules():
         swap.swap_out(module)
     leave_alone(model.modules())
+    captures.take_out(model)
     _decided_by_program(model)
 
 

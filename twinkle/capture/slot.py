@@ -14,9 +14,10 @@ from twinkle.swap.front import LEFT_ALONE
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Slot", "empty", "fill", "is_left", "leave", "slot_of"]
+__all__ = ["NAME", "Slot", "empty", "fill", "forget", "is_left", "leave", "slot_of"]
 
-_NAME = "_compiled_call_impl"
+NAME = "_compiled_call_impl"
+"""The attribute of the slot, which is None in the class."""
 _LEFT = "_tw_call"
 """The attribute of a module whose calls stay as they are; its value means nothing in another process."""
 
@@ -24,8 +25,8 @@ _LEFT = "_tw_call"
 class Slot:
     """A callable that stands in the slot of one module: the base of those that replay.
 
-    It belongs to that module and to this process. A copy or a pickle of it is None, for classes that copy or
-    pickle their whole ``__dict__``: the copy is called as it is.
+    It belongs to that module and to this process. A copy or a pickle of it is None, for whoever copies or
+    pickles a whole ``__dict__``: the copy is called as it is.
     """
 
     __slots__ = ()
@@ -45,14 +46,14 @@ class Slot:
 
 def slot_of(module: nn.Module) -> Slot | None:
     """What Twinkle has put there; None for nothing, or a compiled call of the program's."""
-    found = module.__dict__.get(_NAME)
+    found = module.__dict__.get(NAME)
     return found if isinstance(found, Slot) else None
 
 
 def fill(module: nn.Module, call: Slot) -> None:
     """Put a callable into the slot of a module, past any ``__setattr__`` of its class."""
     module.__dict__.pop(_LEFT, None)
-    module.__dict__[_NAME] = call
+    module.__dict__[NAME] = call
 
 
 def empty(module: nn.Module) -> bool:
@@ -60,9 +61,15 @@ def empty(module: nn.Module) -> bool:
     call = slot_of(module)
     if call is None:
         return False
-    del module.__dict__[_NAME]
+    del module.__dict__[NAME]
     call.close()
     return True
+
+
+def forget(module: nn.Module) -> None:
+    """Take out of a module what stands in the slot of another, whose ``__dict__`` it was given."""
+    if slot_of(module) is not None:
+        del module.__dict__[NAME]
 
 
 def leave(module: nn.Module) -> None:

@@ -148,7 +148,7 @@ class Captured:
         self._lock = forks.lock()
         self._records: dict[tuple[str, str, str, int], StackRecord] = {}
 
-    def stack(self, model: str, container: str, block: str, blocks: int) -> StackRecord:
+    def stack(self, model: str, container: str, block: str, blocks: int, *, new: bool = True) -> StackRecord:
         """The record of a stack of one more model; made where there is none of such a stack.
 
         Args:
@@ -156,13 +156,14 @@ class Captured:
             container: The qualified name of the container in the model; empty for the model itself.
             block: The name of the blocks' class.
             blocks: How many blocks of that class there are in it.
+            new: The model counts as one more; otherwise it has got further blocks.
         """
         with self._lock:
             key = (model, container, block, blocks)
             record = self._records.get(key)
             if record is None:
                 record = self._records[key] = StackRecord(*key)
-            record.models += 1
+            record.models += new
         return record
 
     @property

@@ -43,6 +43,7 @@ __all__ = [
     "put_back",
     "under_construction",
     "unhook_subclasses",
+    "unobserved",
     "watch_class",
     "watch_pretrained",
     "watched_classes",
@@ -204,6 +205,13 @@ def watched_classes() -> tuple[type, ...]:
 def is_observed(function: object) -> bool:
     """Whether that is an ``__init__`` that was put around a class's own to observe it."""
     return issubclass(type(function), Init)
+
+
+def unobserved(function: Any) -> Any:
+    """The ``__init__`` of a class itself, below all that was put around it to observe it."""
+    while is_observed(function):
+        function = _function(function)
+    return function
 
 
 class Init:

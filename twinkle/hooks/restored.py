@@ -2,7 +2,8 @@
 
 They have no construction. What gives them their state is ``__setstate__`` of the root of their family, or
 one of their own class: a callback runs when the outermost is done. Copies within the process are no arrivals:
-what ``copy`` makes has what its original has.
+what ``copy`` makes has what its original has, but for what is left out of every state. Whoever has put
+something there is told of copies, too.
 
 Neither torch nor transformers is imported by this module.
 """
@@ -33,9 +34,18 @@ __all__ = ["RestoredWatch", "watch_restored"]
 class RestoredWatch:
     """A callback, and the classes whose ``__setstate__`` tells it of their objects."""
 
-    def __init__(self, root: type, callback: Callable[[Any], object], *, owner: str, strict: bool) -> None:
+    def __init__(
+        self,
+        root: type,
+        callback: Callable[[Any], object],
+        copied: Callable[[Any], object] | None,
+        *,
+        owner: str,
+        strict: bool,
+    ) -> None:
         self._root = root
         self._callback = callback
+        self._copied = copied
         self._owner = owner
         self._strict = strict
         self._classes: WeakSet[type] = WeakSet()
@@ -78,10 +88,13 @@ class RestoredWatch:
                 if type(given) is _SetState and _watch(given) is self:
                     put_back(cls, "__setstate__", _function(given))
 
-    def restored(self, instance: object) -> None:
+    def restored(self, instance: object, *, copied: bool = False) -> None:
         """Call back; unless strict, what the callback raises does not leave this method."""
+        callback = self._copied if copied else self._callback
+        if callback is None:
+            return
         try:
-            self._callback(instance)
+            callback(instance)
         except Exception as error:
             kind = type(instance)
             subject = f"{kind.__module__}:{kind.__qualname__}"
@@ -105,8 +118,8 @@ class _SetState(Init):
         # The last of those that call each other tells of it: only then it has all of its state.
         last: Any = type(instance).__setstate__
         inner = type(last) is _SetState and last is not self
-        if not inner and sys._getframe(1).f_globals.get("__name__") != "copy":
-            _watch(self).restored(instance)
+        if not inner:
+            _watch(self).restored(instance, copied=sys._getframe(1).f_globals.get("__name__") == "copy")
         return result
 
 
@@ -115,7 +128,12 @@ _watch: Callable[[_SetState], RestoredWatch] = _SetState.watch.__get__  # type: 
 
 
 def watch_restored(
-    root: type, callback: Callable[[Any], object], *, owner: str = "", strict: bool = False
+    root: type,
+    callback: Callable[[Any], object],
+    *,
+    copied: Callable[[Any], object] | None = None,
+    owner: str = "",
+    strict: bool = False,
 ) -> RestoredWatch:
     """Call ``callback(instance)`` when an object below ``root`` was given its state by ``__setstate__``.
 
@@ -125,9 +143,10 @@ def watch_restored(
     Args:
         root: A class that defines ``__setstate__``.
         callback: Called in the thread that restores.
+        copied: Called in its place for what ``copy`` makes; None for nobody.
         owner: Who asks, for messages.
         strict: Let what the callback raises leave ``__setstate__``, instead of a warning.
     """
-    watch = RestoredWatch(root, callback, owner=owner, strict=strict)
+    watch = RestoredWatch(root, callback, copied, owner=owner, strict=strict)
     watch.begin()
     return watch

@@ -1,0 +1,117 @@
+"""Gives the blocks of a model what stands in for their calls, and takes it out again.
+
+Who makes that is not known here: it is given to :class:`Installed`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.jit import _recursive
+
+from twinkle.capture.slot import NAME, empty, fill, forget, is_left, leave, slot_of
+from twinkle.capture.stacks import class_of, stacks_of
+from twinkle.capture.state import captured
+from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twinkle.capture.slot import Slot
+    from twinkle.capture.state import StackRecord
+
+    CallsFor = Callable[[Sequence[nn.Module], StackRecord], Sequence[Slot]]
+
+__all__ = ["Installed", "install", "remove"]
+
+
+class Installed:
+    """What was put into models in this process.
+
+    Attributes:
+        calls_for: Makes what stands in the slots of alike blocks, given these and their record; one for each
+            block, in their order. Nothing is installed while it is None.
+    """
+
+    def __init__(self) -> None:
+        self.calls_for: CallsFor | None = None
+        self._replicate: Any = None
+
+    def prepare(self) -> None:
+        """Have those parts of torch pass over the slot that read the whole ``__dict__`` of a module.
+
+        A replica of ``DataParallel`` has that of its original, and would call it; TorchScript would compile
+        what it finds.
+        """
+        if self._replicate is not None:
+            return
+        _recursive.ignored_attributes.append(NAME)
+        replicate = self._replicate = nn.Module._replicate_for_data_parallel
+
+        def replica_of(self: nn.Module) -> nn.Module:
+            replica: nn.Module = replicate(self)
+            forget(replica)
+            return replica
+
+        nn.Module._replicate_for_data_parallel = replica_of
+
+    def close(self) -> None:
+        """Give torch its own back; models keep what is in place."""
+        if self._replicate is not None:
+            nn.Module._replicate_for_data_parallel = self._replicate
+            _recursive.ignored_attributes.remove(NAME)
+
+
+def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
+    """Fill the slots of the blocks of a model; those that have something already keep it.
+
+    A block that holds others which were given theirs before takes these calls over. One whose class has a way
+    of its own of copying is left alone: a copy with all of its ``__dict__`` would call the original.
+
+    Args:
+        model: Any module; one that is inside a block with a full slot gets nothing.
+        again: Blocks that :func:`remove` has emptied are filled as well.
+
+    Returns:
+        The blocks whose slots were filled.
+    """
+    state = runtime.of(Installed)
+    calls_for = state.calls_for
+    if calls_for is None or slot_of(model) is not None:
+        return []
+    filled: list[nn.Module] = []
+    for stack in stacks_of(model):
+        blocks = [block for block in stack.blocks if slot_of(block) is None and (again or not is_left(block))]
+        if not blocks or _copies_itself(stack.cls):
+            continue
+        state.prepare()
+        record = captured().stack(
+            class_of(model).__name__,
+            stack.container,
+            stack.class_name,
+            len(stack.blocks),
+            new=len(blocks) == len(stack.blocks),
+        )
+        for block, call in zip(blocks, calls_for(blocks, record), strict=True):
+            for inner in block.modules():
+                empty(inner)
+            fill(block, call)
+        filled += blocks
+    return filled
+
+
+def _copies_itself(cls: type[nn.Module]) -> bool:
+    """Whether a class has its own of what copies and pickles are made by."""
+    return any(
+        getattr(cls, name, None) is not getattr(nn.Module, name, None)
+        for name in ("__copy__", "__deepcopy__", "__getstate__", "__reduce__", "__reduce_ex__")
+    )
+
+
+def remove(model: nn.Module) -> int:
+    """Take all out again that Twinkle has put into the slots of a model, for good; from how many modules."""
+    emptied = [module for module in model.modules() if empty(module)]
+    for module in emptied:
+        leave(module)
+    return len(emptied)
