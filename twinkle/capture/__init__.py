@@ -8,5 +8,9 @@ In reading order:
 - ``stacks``: which blocks of a model are alike, by the structure of the model;
 - ``slot``: where a module has a place for another call than its own;
 - ``install``: puts a callable in the place of each block's call, and takes it out again;
+- ``block``: what stands there: which calls are recorded, and which are replayed;
+- ``signature``, ``caches``: what kind of call a call is;
+- ``recording``: one kind of call of one block, with ``guard`` (is the block what it was?) and ``aliases``;
+- ``pool``, ``graphs``: the memory of all recordings, their order, and CUDA's part;
 - ``state``: what was captured, replayed and left alone, for the report
 """

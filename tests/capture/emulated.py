@@ -1,0 +1,87 @@
+"""Recordings on a CPU: what a graph would launch is run again, and written to where it was written first."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from twinkle.capture.block import BlockCall, Stack
+from twinkle.capture.pool import Pool
+from twinkle.capture.state import StackRecord
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+__all__ = ["EmulatedGraphs", "put_in"]
+
+
+class EmulatedGraphs:
+    """As ``CudaGraphs``, without a device."""
+
+    memory = 1 << 40
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.recorded = 0
+        self.replayed = 0
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        state = torch.get_rng_state()
+        first = run()
+        torch.set_rng_state(state)  # a graph that is recorded draws nothing
+        self.recorded += 1
+        mode = torch.is_grad_enabled()
+        inference = torch.is_inference_mode_enabled()
+        written = [one.detach() for one in _tensors(first)]
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch.inference_mode(inference), torch.set_grad_enabled(mode):
+                again = run()
+            with torch.no_grad():
+                for old, new in zip(written, _tensors(again), strict=True):
+                    old.copy_(new)
+            if isinstance(first[-1], list):
+                first[-1][:] = again[-1]
+
+        return replay, first
+
+    def held(self) -> int:
+        return self.recorded * 1000
+
+    def free(self) -> int:
+        return self.memory
+
+    def total(self) -> int:
+        return self.memory
+
+    def stream(self) -> Any:
+        return "the only one"
+
+    def random(self) -> Any:
+        return bytes(torch.get_rng_state().numpy())
+
+    def set_random(self, state: Any) -> None:
+        torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [one for part in value for one in _tensors(part)]
+    return []
+
+
+def put_in(blocks: Iterable[nn.Module], *, limit: int = 1 << 40) -> Stack:
+    """Give blocks that are no part of a watched model their slot."""
+    blocks = list(blocks)
+    record = StackRecord("Net", "blocks", type(blocks[0]).__name__, len(blocks))
+    stack = Stack(record, Pool(torch.device("cpu"), limit, EmulatedGraphs))
+    for block in blocks:
+        block._compiled_call_impl = BlockCall(block, stack)
+    assert weakref.getweakrefcount(blocks[0])
+    return stack

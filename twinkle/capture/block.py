@@ -1,0 +1,318 @@
+"""What stands in the slot for the calls of a block: the block itself, or what was recorded of it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._device import DeviceContext
+
+from twinkle.capture.caches import holds_tokens, layers_of
+from twinkle.capture.pool import Pool, pool_of
+from twinkle.capture.recording import FILLED, Recording
+from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
+from twinkle.capture.slot import Slot
+from twinkle.ops.failures import is_failure
+from twinkle.proof.room import comparing
+from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import nn
+
+    from twinkle.capture.signature import Call
+    from twinkle.capture.state import StackRecord
+
+__all__ = ["BlockCall", "Stack", "calls_for"]
+
+WARM = 2
+"""Calls of a kind that run as they are before one is recorded."""
+_MOST_KINDS = 64
+_MOST_RECORDINGS = 8
+_MOST_ATTEMPTS = 3
+_HOST_IS_SLOW = 1.3
+"""Device time over host time above which a replay would gain nothing: the device is the wall."""
+
+
+class Stack:
+    """Alike blocks of one model: what is decided for all of them.
+
+    Args:
+        record: What the report knows of them.
+        pool: Where recordings go; that of the blocks' device where None.
+        always: Record also where it was not found to be faster.
+    """
+
+    def __init__(self, record: StackRecord, pool: Pool | None = None, *, always: bool = False) -> None:
+        self.record = record
+        self._always = always
+        self.pool = pool
+        self.kinds: dict[Any, Kind] = {}
+        self.blocks: weakref.WeakSet[BlockCall] = weakref.WeakSet()
+
+    def kind(self, key: Any) -> Kind | None:
+        """One kind of call; None where there are more kinds than are kept in mind."""
+        known = self.kinds.get(key)
+        if known is None:
+            if len(self.kinds) >= _MOST_KINDS:
+                return None
+            known = self.kinds[key] = Kind(chosen=self._always)
+        return known
+
+
+class Kind:
+    """One kind of call of the blocks of a stack, and whether it is captured.
+
+    Attributes:
+        refused: Why it is not; None while that is open, or when it is.
+        chosen: Whether it was found that the host is the wall.
+        attempts: Recordings that failed.
+    """
+
+    def __init__(self, *, chosen: bool = False) -> None:
+        self.refused: str | None = None
+        self.chosen = chosen
+        self.attempts = 0
+        self._times: list[tuple[float, Any, Any]] = []
+        self._late = 0
+
+    def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call as it is, and look how long host and device are at it."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        began = time.perf_counter()
+        result = block._call_impl(*args, **kwargs)
+        taken = time.perf_counter() - began
+        end.record()
+        self._times.append((taken, start, end))
+        return result
+
+    def decide(self) -> str | None:
+        """Why it is not captured now; None where it is to be."""
+        if self.chosen or self.refused is not None or not self._times:
+            self.chosen = self.refused is None
+            return self.refused
+        if not self._times[-1][2].query():
+            self._late += 1
+            if self._late > WARM * len(self._times):
+                self.refused = "not faster here: the device is more than a step behind the host"
+            return self.refused or "the device has not come so far"
+        host = sorted(taken for taken, _, _ in self._times)[len(self._times) // 2] * 1e3
+        device = sorted(start.elapsed_time(end) for _, start, end in self._times)[len(self._times) // 2]
+        self._times.clear()
+        if device > host * _HOST_IS_SLOW:
+            self.refused = f"not faster here: the device takes {device:.2f} ms, the host {host:.2f} ms"
+        self.chosen = self.refused is None
+        return self.refused
+
+
+def calls_for(blocks: Sequence[nn.Module], record: StackRecord) -> list[BlockCall]:
+    """What stands in the slots of alike blocks of one model, one for each.
+
+    Args:
+        blocks: The blocks.
+        record: What the report knows of them.
+    """
+    stack = Stack(record)
+    return [BlockCall(block, stack) for block in blocks]
+
+
+class BlockCall(Slot):
+    """The calls of one block.
+
+    Args:
+        block: Is not held.
+        stack: The block is one of.
+    """
+
+    __slots__ = ("__weakref__", "_block", "_known", "_layers", "_pass", "_stack")
+
+    def __init__(self, block: nn.Module, stack: Stack) -> None:
+        self._block = weakref.ref(block)
+        self._stack = stack
+        self._known: dict[Any, Any] = {}
+        self._pass = -1
+        self._layers: frozenset[int] | None = None
+        stack.blocks.add(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the block gives."""
+        block: Any = self._block()
+        stack = self._stack
+        if not _is_plain():
+            return block._call_impl(*args, **kwargs)
+        pool = stack.pool
+        if pool is None:
+            try:
+                pool = self._pool(block)
+            except Unservable as why:
+                stack.record.eager(str(why))
+                return block._call_impl(*args, **kwargs)
+        with pool.lock:
+            if self._pass == pool.passed:
+                pool.passed += 1
+            self._pass = pool.passed
+            try:
+                call = call_of(args, kwargs, pool.device, training=block.training)
+                key = (call.key, settings())
+                recording = self._recording(block, call, key, args, kwargs, pool)
+            except Unservable as why:
+                stack.record.eager(str(why))
+            else:
+                if isinstance(recording, Kind):
+                    return recording.timed(block, args, kwargs)
+                if recording is not None:
+                    result = recording.replay(block, call)
+                    stack.record.replays += 1
+                    return result
+        return block._call_impl(*args, **kwargs)
+
+    def close(self) -> None:
+        """Drop all recordings."""
+        self._known.clear()
+
+    def _recording(
+        self,
+        block: nn.Module,
+        call: Call,
+        key: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        pool: Pool,
+    ) -> Recording | Kind | None:
+        """The recording for a call, made now where it is time; a kind that is timed; None for a plain call.
+
+        Raises:
+            Unservable: The call runs as it is.
+        """
+        known = self._known.get(key, 0)
+        if type(known) is int:
+            if call.caches and self._is_filled(block, call):
+                raise Unservable(FILLED)
+            kind = self._stack.kind(key)
+            if kind is None:
+                raise Unservable("calls are of too many kinds")
+            if kind.refused is not None:
+                raise Unservable(kind.refused)
+            if known < WARM:
+                self._known[key] = known + 1
+                self._stack.record.eager("before it was recorded")
+                return kind if known == WARM - 1 and pool.device.type == "cuda" else None
+            why = kind.decide()
+            if why is not None:
+                raise Unservable(why)
+            known = self._known[key] = self._record(block, call, kind, args, kwargs, pool)
+        if known.broken is not None:
+            raise Unservable(known.broken)
+        if not known.makeup.holds(block):
+            self._forget(key, known)
+            raise Unservable("the block has changed since it was recorded")
+        if not pool.is_home():
+            raise Unservable("another stream is current")
+        why = known.obstacle(call)
+        if why is not None:
+            raise Unservable(why)
+        return known  # type: ignore[no-any-return]
+
+    def _is_filled(self, block: nn.Module, call: Call) -> bool:
+        """Whether a cache is one that the block adds to, as in the steps of a generation."""
+        if self._layers is None:
+            self._layers = layers_of(block.modules())
+        return holds_tokens(call.caches, self._layers)
+
+    def _record(
+        self,
+        block: nn.Module,
+        call: Call,
+        kind: Kind,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        pool: Pool,
+    ) -> Recording:
+        if not pool.is_home():
+            raise Unservable("another stream is current")
+        mode = "train" if call.grad else "inference"
+        if not runtime.options.captures(gradients=call.grad):
+            raise Unservable(f"capture is {runtime.options.capture!r}")
+        if _watches():
+            raise Unservable("kernels are watched for NaN")
+        if sum(type(one) is Recording for one in self._known.values()) >= _MOST_RECORDINGS:
+            raise Unservable("calls are of too many kinds")
+        if not pool.has_room():
+            raise Unservable("no room: recordings may hold no more memory")
+        try:
+            made = Recording(block, call, args, kwargs, pool)
+        except Passing as why:
+            self._failed(kind, str(why))
+            raise
+        except Unservable as why:
+            kind.refused = str(why)
+            raise
+        except Exception as error:
+            if not is_failure(error):
+                raise
+            text = f"it cannot be recorded: {type(error).__name__}: {error}".partition("\n")[0]
+            self._failed(kind, text)
+            raise Unservable(text) from error
+        record, words = self._stack.record, words_of(call.tensors)
+        record.captures(words, mode)
+        record.holds(made.bytes)
+        weakref.finalize(made, _gone, record, words, mode, made.bytes)
+        return made
+
+    def _forget(self, key: Any, recording: Recording) -> None:
+        """Drop a recording of a block that has changed; it is recorded anew like the first."""
+        kind = self._stack.kind(key)
+        if kind is not None:
+            self._failed(kind, "the blocks change again and again")
+        self._known[key] = 0
+
+    def _failed(self, kind: Kind, why: str) -> None:
+        """Count what went wrong; after as many as all blocks may have a few of, the kind is left alone."""
+        kind.attempts += 1
+        if kind.attempts >= _MOST_ATTEMPTS * max(1, len(self._stack.blocks)):
+            kind.refused = why
+
+    def _pool(self, block: nn.Module) -> Pool:
+        for one in block.parameters():
+            if one.device.type != "cuda":
+                raise Unservable("the block is on no GPU")
+            self._stack.pool = pool_of(one.device)
+            return self._stack.pool
+        raise Unservable("the block has no parameters")
+
+
+def _watches() -> bool:
+    """Whether the results of kernels are looked at, which a replay would leave out."""
+    registry = runtime.registry
+    chosen = {kernel.watch for kernel in (*registry.layer_kernels, *registry.function_kernels)}
+    return bool(chosen - {None, "off"}) or runtime.options.watch != "off"
+
+
+def _gone(record: StackRecord, words: str, mode: str, count: int) -> None:
+    record.drops(words, mode)
+    record.holds(-count)
+
+
+def _is_plain() -> bool:
+    """Whether nobody follows the operators of a call: no compiler, tracer, mode, transform or hook."""
+    c = torch._C
+    if (
+        torch.compiler.is_compiling()
+        or c._len_torch_dispatch_stack()
+        or c._are_functorch_transforms_active()
+        or c._get_tracing_state() is not None
+        or torch.is_anomaly_enabled()
+        or forward_ad._current_level >= 0
+        or c._autograd._top_saved_tensors_default_hooks(True) is not None
+        or comparing()
+    ):
+        return False
+    for at in range(c._len_torch_function_stack()):
+        if type(c._get_function_stack_at(at)) is not DeviceContext:
+            return False
+    return not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,118 @@
+"""CUDA graphs that share memory: recording on a stream of their own, without a wait for the device."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["CudaGraphs"]
+
+
+class CudaGraphs:
+    """Records functions as graphs, on one device and in one pool of memory.
+
+    Args:
+        device: A CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._side = torch.cuda.Stream(device)
+        self._spare = torch.zeros(1, device=device)
+        self._underway = False
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        """Record what a function launches; it computes nothing yet.
+
+        Returns:
+            The replay, and what the function returned: its tensors lie where replays write.
+
+        Raises:
+            Exception: What the function raised, or what it did cannot be recorded.
+        """
+        collecting = gc.isenabled()
+        gc.disable()  # An object that goes now might free memory of the graph or destroy another graph.
+        try:
+            return self._record(run)
+        except BaseException:
+            self._end()
+            raise
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        graph = torch.cuda.CUDAGraph()
+        current = torch.cuda.current_stream(self.device)
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                result = run()
+            except BaseException:
+                self._underway = True
+                with contextlib.suppress(Exception):
+                    graph.capture_end()
+                    self._underway = False
+                raise
+            self._underway = True
+            graph.capture_end()
+            self._underway = False
+        current.wait_stream(self._side)
+        return graph.replay, result
+
+    def _end(self) -> None:
+        """Put right what torch leaves undone where a recording is broken off by the device.
+
+        The allocator goes on giving memory of the pool, and the generator of random numbers counts what it
+        draws for a graph: both until a recording ends as it should.
+        """
+        if not self._underway:
+            return
+        self._underway = False
+        with contextlib.suppress(Exception):
+            torch._C._cuda_endAllocateToPool(self._index(), self._pool)
+        self._pool = torch.cuda.graph_pool_handle()  # the old one stays with the graphs that it has
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            self._spare.zero_()
+            graph.capture_end()
+
+    def held(self) -> int:
+        """Bytes that the device has given to this process for tensors."""
+        return int(torch.cuda.memory_reserved(self.device))
+
+    def free(self) -> int:
+        """Bytes that no process has taken of the device."""
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def total(self) -> int:
+        """Bytes of the device's memory."""
+        return int(torch.cuda.mem_get_info(self.device)[1])
+
+    def stream(self) -> Any:
+        """The current stream: what is replayed on another would not wait for what was there before."""
+        return torch.cuda.current_stream(self.device)
+
+    def random(self) -> Any:
+        """The state of the device's generator of random numbers, as :meth:`set_random` takes it."""
+        generator = torch.cuda.default_generators[self._index()]
+        return generator.initial_seed(), generator.get_offset()
+
+    def set_random(self, state: Any) -> None:
+        """Put the generator back to a state."""
+        generator = torch.cuda.default_generators[self._index()]
+        generator.manual_seed(state[0])
+        generator.set_offset(state[1])
+
+    def _index(self) -> int:
+        index: int | None = self.device.index
+        return torch.cuda.current_device() if index is None else index

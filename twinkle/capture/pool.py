@@ -1,0 +1,177 @@
+"""The memory that recordings share, the order in which they may be replayed, and how much they may hold."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from twinkle import forks
+from twinkle.capture.graphs import CudaGraphs
+from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+__all__ = ["Pool", "Shared", "pool_of"]
+
+_MOST_SHARED = 64
+
+
+class Shared:
+    """An input that blocks are given one after the other, such as a mask: it is copied once for all of them.
+
+    Attributes:
+        buffer: Where recordings read it.
+    """
+
+    __slots__ = ("__weakref__", "_last", "_version", "buffer", "passed")
+
+    def __init__(self, tensor: Tensor, buffer: Tensor, passed: int) -> None:
+        self.buffer = buffer
+        self.note(tensor, passed)
+
+    def note(self, tensor: Tensor, passed: int) -> None:
+        """The buffer has the contents of a tensor."""
+        self._last = weakref.ref(tensor)
+        self._version = _version(tensor)
+        self.passed = passed
+
+    def has(self, tensor: Tensor, passed: int) -> bool:
+        """Whether the buffer has what a tensor holds now, copied in this pass over the blocks."""
+        return self._last() is tensor and self.passed == passed and self._version == _version(tensor)
+
+
+class Pending:
+    """A forward that was replayed and waits for its backward: what it keeps lies in the pool's memory."""
+
+    __slots__ = ("context", "index", "shared")
+
+    def __init__(self, index: int, context: Any, shared: list[Shared]) -> None:
+        self.index = index
+        self.context = weakref.ref(context)
+        self.shared = shared
+
+
+class Pool:
+    """The recordings of one device.
+
+    Graphs are recorded one after the other into one pool of memory. What a graph keeps for its backward is
+    held and given to no later graph; what it needs only while it runs is used again by later ones. So a graph
+    may run while forwards wait for their backwards that were recorded before it, and must not while one waits
+    that was recorded after it: that one may keep its tensors where the graph writes. Forwards in their usual
+    order, and backwards in the reverse of it, never meet this; what does runs without its graph.
+
+    Args:
+        device: Of all tensors.
+        limit: Bytes that recordings may hold.
+        graphs: Makes what records.
+
+    Attributes:
+        lock: Held from the copy of the inputs to the copy of the results.
+        passed: Counts the passes over the blocks.
+        used: Bytes that recordings hold.
+    """
+
+    def __init__(
+        self, device: torch.device, limit: int, graphs: Callable[[torch.device], Any] = CudaGraphs
+    ) -> None:
+        self.device = device
+        self.limit = limit
+        self.lock = forks.lock()
+        self.passed = 0
+        self.used = 0
+        self.count = 0
+        self._training, self._inference = graphs(device), graphs(device)
+        self._home = self._training.stream()
+        self._pending: list[Pending] = []
+        self._shared: list[weakref.ref[Shared]] = []
+
+    def graphs(self, *, training: bool) -> Any:
+        """What records calls with, or without gradients."""
+        return self._training if training else self._inference
+
+    def next_index(self) -> int:
+        """The place of a graph that is recorded now in the order of all."""
+        self.count += 1
+        return self.count
+
+    def is_home(self) -> bool:
+        """Whether the current stream is the one that all recordings are replayed on."""
+        return bool(self._training.stream() == self._home)
+
+    def pending(self) -> list[Pending]:
+        """The forwards that wait for their backwards, in the order of their recordings."""
+        pending = self._pending
+        while pending and pending[-1].context() is None:
+            pending.pop()
+        return pending
+
+    def may_run(self, index: int) -> bool:
+        """Whether no forward waits that was recorded after a graph."""
+        pending = self.pending()
+        return not pending or pending[-1].index < index
+
+    def waits(self, index: int, context: Any, shared: list[Shared]) -> None:
+        """A forward was replayed, and keeps what its backward needs."""
+        self._pending.append(Pending(index, context, shared))
+
+    def ends(self, context: Any) -> bool:
+        """The backward of a forward has come: whether what it needs is still there; it is kept no longer."""
+        for at in range(len(self._pending) - 1, -1, -1):
+            if self._pending[at].context() is context:
+                del self._pending[at]
+                return True
+        return False
+
+    def is_needed(self, shared: Shared) -> bool:
+        """Whether a forward that waits for its backward was given what a shared input holds now."""
+        return any(shared in one.shared for one in self._pending if one.context() is not None)
+
+    def shared_with(self, tensor: Tensor) -> Shared | None:
+        """A shared input that was copied of a tensor in this pass."""
+        for known in self._shared:
+            one = known()
+            if one is not None and one.has(tensor, self.passed) and one.buffer.stride() == tensor.stride():
+                return one
+        return None
+
+    def share(self, tensor: Tensor, buffer: Tensor) -> Shared:
+        """A shared input, which others that are given the same tensor in this pass find."""
+        made = Shared(tensor, buffer, self.passed)
+        self._shared = [known for known in self._shared[-_MOST_SHARED:] if known() is not None]
+        self._shared.append(weakref.ref(made))
+        return made
+
+    def has_room(self) -> bool:
+        """Whether one recording more may be made: within the limit, and the device is not nearly full."""
+        last = self.used // max(1, self.count)
+        if self.used + last > self.limit:
+            return False
+        return bool(self._training.free() > self._training.total() // 20 + 2 * last)
+
+
+class Pools:
+    """Those of this process, by device."""
+
+    def __init__(self) -> None:
+        self.by_device: dict[torch.device, Pool] = {}
+        self.lock = forks.lock()
+
+
+def pool_of(device: torch.device) -> Pool:
+    """The pool of a device."""
+    pools = runtime.of(Pools)
+    with pools.lock:
+        pool = pools.by_device.get(device)
+        if pool is None:
+            total = int(torch.cuda.mem_get_info(device)[1])
+            pool = pools.by_device[device] = Pool(device, runtime.options.capture_bytes(total))
+        return pool
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
