@@ -16,7 +16,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from twinkle import config
 from twinkle.apply import captures
+from twinkle.apply.activation import start
 from twinkle.capture.install import Installed, install, remove
 from twinkle.capture.slot import NAME, Slot, fill, slot_of
 from twinkle.capture.state import captured
@@ -65,17 +67,14 @@ def device(monkeypatch: pytest.MonkeyPatch, clean_registry: Any, clean_hooks: No
     runtime.of(Installed).calls_for = passing
 
 
+def begin(**variables: str) -> None:
+    """Open a door: constructions and pickles are watched from now on."""
+    start(config.load(["auto"], {f"TWINKLE_{name}": text for name, text in variables.items()}), door="api")
+
+
 @pytest.fixture
 def active(device: None) -> None:
-    """The doors are open: constructions and pickles are watched."""
-    from twinkle._bootstrap import _activate
-    from twinkle.apply.activation import Activation
-
-    runtime.options.kernels = "off"
-    settings = _activate("auto", "api")
-    assert settings is not None
-    assert runtime.of(Activation).active
-    runtime.of(Installed).calls_for = passing
+    begin(KERNELS="off")
 
 
 def calls(model: nn.Module) -> list[int]:
@@ -617,14 +616,21 @@ def test_classes_get_their_constructors_back(device: None, request: pytest.Fixtu
 
 @pytest.mark.usefixtures("device")
 def test_off_installs_nothing() -> None:
-    from twinkle._bootstrap import _activate
-
     runtime.options.capture = "off"
     assert calls(kernelize_model(GPT(2))) == []
-    _activate("auto", "api")
-    runtime.options.capture = "off"
+    begin(CAPTURE="off")
     assert calls(GPT(2)) == []
-    runtime.options.capture = "auto"
+    assert calls(copy.deepcopy(GPT(2))) == []
+
+
+@pytest.mark.usefixtures("device")
+def test_beside_the_embedded_kernels() -> None:
+    begin()
+    model = GPT(2)
+    expected = model(tokens())
+    assert calls(model) == [1, 1]
+    assert torch.equal(copy.deepcopy(model)(tokens()), expected)
+    assert calls(model) == [1, 1]
 
 
 # --- the API --------------------------------------------------------------------------------------

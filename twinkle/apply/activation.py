@@ -138,7 +138,8 @@ def watch_new() -> None:
         state.watches.append(models)
         watch("transformers.modeling_utils", models_may_come)
     embedded = runtime.options.embedded
-    if (in_models or functions or embedded) and not state.watches_torch:
+    wanted = in_models or functions or embedded or runtime.options.capture != "off"
+    if wanted and not state.watches_torch:
         state.watches_torch = True
         watch("torch", torch_has_come)
         if embedded:

@@ -298,5 +298,3 @@ def on_model(model: Any, *, whole: bool = True) -> None:
     runtime.of(Constructed).add(model)
     kernelize_layers(model, whole=whole)
     leave_alone(model.modules() if whole else (model,))
-    if whole:
-        captures.arrived(model)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from twinkle.apply.functions import Change
     from twinkle.hooks.chosen import ChosenWatch
+    from twinkle.hooks.construction import ConstructionWatch
 
 __all__ = ["arrived", "begin", "begins", "has_device", "notice", "put_in", "restored", "take_out"]
 
@@ -34,6 +35,7 @@ class Noticed:
 
     Attributes:
         watch: Tells of their instances.
+        models: Tells of models of transformers, whatever their constructors say.
         makes_lists: Whether the constructor of a class does, for those that were asked about.
     """
 
@@ -41,12 +43,14 @@ class Noticed:
         from weakref import WeakKeyDictionary
 
         self.watch: ChosenWatch | None = None
+        self.models: ConstructionWatch | None = None
         self.makes_lists: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
 
     def close(self) -> None:
         """Watch no more."""
-        if self.watch is not None:
-            self.watch.cancel()
+        for watch in (self.watch, self.models):
+            if watch is not None:
+                watch.cancel()
 
 
 def has_device() -> bool:
@@ -66,8 +70,12 @@ def begins() -> bool:
 
 
 def begin() -> None:
-    """Watch the classes of torch that hold blocks."""
+    """Watch the models of transformers, and the classes of torch that hold blocks."""
     if begins():
+        from twinkle.apply.arrivals import OWNER
+        from twinkle.hooks.construction import watch_pretrained
+
+        runtime.of(Noticed).models = watch_pretrained(arrived, owner=OWNER, strict=runtime.options.raises)
         for name in _OF_TORCH:
             _watch().choose(getattr(sys.modules["torch"].nn, name))
 
@@ -127,10 +135,9 @@ def _watch() -> ChosenWatch:
 
 def _is_inside() -> bool:
     """Whether something is being constructed that will be told of at its end."""
-    from twinkle.apply.arrivals import Arrivals
     from twinkle.hooks.construction import under_construction
 
-    models, watch = runtime.of(Arrivals).models, runtime.of(Noticed).watch
+    models, watch = runtime.of(Noticed).models, runtime.of(Noticed).watch
     return any(
         (watch is not None and type(one) in watch.classes) or (models is not None and models.is_in(one))
         for one in under_construction()

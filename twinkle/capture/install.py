@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.jit import _recursive
 
-from twinkle.capture.slot import NAME, empty, fill, forget, is_left, leave, slot_of
+from twinkle.capture.slot import NAME, disown, empty, fill, is_left, leave, slot_of
 from twinkle.capture.stacks import class_of, stacks_of
 from twinkle.capture.state import captured
 from twinkle.runtime import runtime
@@ -51,7 +51,7 @@ class Installed:
 
         def replica_of(self: nn.Module) -> nn.Module:
             replica: nn.Module = replicate(self)
-            forget(replica)
+            disown(replica)
             return replica
 
         nn.Module._replicate_for_data_parallel = replica_of

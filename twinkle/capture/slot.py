@@ -14,7 +14,7 @@ from twinkle.swap.front import LEFT_ALONE
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["NAME", "Slot", "empty", "fill", "forget", "is_left", "leave", "slot_of"]
+__all__ = ["NAME", "Slot", "disown", "empty", "fill", "is_left", "leave", "slot_of"]
 
 NAME = "_compiled_call_impl"
 """The attribute of the slot, which is None in the class."""
@@ -66,7 +66,7 @@ def empty(module: nn.Module) -> bool:
     return True
 
 
-def forget(module: nn.Module) -> None:
+def disown(module: nn.Module) -> None:
     """Take out of a module what stands in the slot of another, whose ``__dict__`` it was given."""
     if slot_of(module) is not None:
         del module.__dict__[NAME]

@@ -135,7 +135,7 @@ class StackRecord:
             "models": self.models,
             "signatures": signatures,
             "replays": self.replays,
-            "eager": dict(self.calls.most_common()),
+            "eager": dict(sorted(dict(self.calls).items(), key=lambda item: -item[1])),
             "bytes": self.held,
             "most_bytes": self.most_held,
         }

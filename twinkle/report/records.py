@@ -6,7 +6,7 @@ import os
 import sys
 
 from twinkle._version import __version__
-from twinkle.report import idle, where
+from twinkle.report import captures, idle, where
 from twinkle.runtime import runtime
 from twinkle.session import JOB
 
@@ -44,6 +44,7 @@ def snapshot(source: Registry | None = None) -> dict[str, Any]:
         "door": session.door,
         "configs": list(session.configs),
         "bindings": [_binding(binding) for binding in source.bindings],
+        "captures": captures.records(),
         "remarks": list(dict.fromkeys([*session.all_remarks(), *_nameless(source)]))
         + ([] if source.bindings else [f"nothing is bound: {why}" for why in idle.nothing_bound()]),
     }

@@ -6,6 +6,7 @@ import os
 import textwrap
 
 from twinkle.errors import printable
+from twinkle.report import captures
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ def render(snapshot: Mapping[str, Any], *, width: int = 120) -> str:
         lines.append(f"  config: {', '.join(printable(_near(path)) for path in snapshot['configs'])}")
     if bindings:
         lines += ["", *_table(bindings, width)]
+    section = captures.lines(snapshot.get("captures", ()), width)
+    lines += ["", *section] if section else []
     if snapshot["remarks"]:
         lines.append("")
         lines += [f"  note: {printable(remark)}" for remark in snapshot["remarks"]]
