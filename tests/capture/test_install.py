@@ -670,11 +670,6 @@ def test_what_fails_is_reported_and_the_program_goes_on() -> None:
     assert any("no graphs today" in remark for remark in runtime.session.remarks)
 
 
-def test_nothing_is_installed_without_a_maker(device: None) -> None:
-    runtime.of(Installed).calls_for = None
-    assert install(GPT(2)) == []
-
-
 # --- where nothing can be captured ----------------------------------------------------------------
 
 PROGRAM = """

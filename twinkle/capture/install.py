@@ -1,7 +1,4 @@
-"""Gives the blocks of a model what stands in for their calls, and takes it out again.
-
-Who makes that is not known here: it is given to :class:`Installed`.
-"""
+"""Gives the blocks of a model what stands in for their calls, and takes it out again."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.jit import _recursive
 
+from twinkle.capture.block import calls_for
 from twinkle.capture.slot import NAME, disown, empty, fill, is_left, leave, slot_of
 from twinkle.capture.stacks import class_of, stacks_of
 from twinkle.capture.state import captured
@@ -31,11 +29,11 @@ class Installed:
 
     Attributes:
         calls_for: Makes what stands in the slots of alike blocks, given these and their record; one for each
-            block, in their order. Nothing is installed while it is None.
+            block, in their order.
     """
 
     def __init__(self) -> None:
-        self.calls_for: CallsFor | None = None
+        self.calls_for: CallsFor = calls_for
         self._replicate: Any = None
 
     def prepare(self) -> None:
@@ -77,8 +75,7 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
         The blocks whose slots were filled.
     """
     state = runtime.of(Installed)
-    calls_for = state.calls_for
-    if calls_for is None or slot_of(model) is not None:
+    if slot_of(model) is not None:
         return []
     filled: list[nn.Module] = []
     for stack in stacks_of(model):
@@ -93,7 +90,7 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
             len(stack.blocks),
             new=len(blocks) == len(stack.blocks),
         )
-        for block, call in zip(blocks, calls_for(blocks, record), strict=True):
+        for block, call in zip(blocks, state.calls_for(blocks, record), strict=True):
             for inner in block.modules():
                 empty(inner)
             fill(block, call)
