@@ -61,6 +61,9 @@ class EmulatedGraphs:
     def stream(self) -> Any:
         return "the only one"
 
+    def generators(self) -> int:
+        return 0
+
     def random(self) -> Any:
         return bytes(torch.get_rng_state().numpy())
 

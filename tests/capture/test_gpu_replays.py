@@ -245,3 +245,37 @@ def test_a_recording_that_fails_leaves_no_trace() -> None:
     torch.manual_seed(3)
     assert torch.equal(torch.rand(3, device="cuda"), first)
     assert torch.cuda.memory_allocated() <= before + 4096
+
+
+@pytest.mark.parametrize("place", ["forward", "backward"])
+def test_random_numbers_after_a_recording_that_the_device_broke_off(place: str) -> None:
+    plain, ours, stack = pair()
+    found = []
+    for model in (plain, ours):
+        other = Net(Waits if place == "forward" else WaitsInBackward).cuda()
+        blocks = put_in(other) if model is ours else None
+        seen = steps(model, 5)
+        steps(other, 5)
+        seen += steps(model, 5)
+        found.append(seen)
+        assert blocks is None or blocks.record.calls
+    assert_same(*found)
+    assert stack.record.replays >= 4 * 3
+
+
+def test_models_one_after_the_other_in_one_pool() -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    pool = Pool(device, 1 << 32)
+    for _ in range(4):
+        torch.manual_seed(0)
+        plain: Any = Net().cuda()
+        ours = copy.deepcopy(plain)
+        stack = Stack(StackRecord("Net", "blocks", "Block", 4), pool, always=True)
+        for block in ours.blocks:
+            block._compiled_call_impl = BlockCall(block, stack)
+        assert_same(steps(ours, 5), steps(plain, 5))
+        assert stack.record.replays == 12, stack.record.calls
+        del ours, block, stack
+        gc.collect()
+        torch.cuda.empty_cache()
+        assert pool.used == 0

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["CudaGraphs"]
+
+
+class Generators:
+    """How often the states of generators were taken from all graphs that had been recorded."""
+
+    def __init__(self) -> None:
+        self.lost = 0
 
 
 class CudaGraphs:
@@ -27,6 +37,7 @@ class CudaGraphs:
         self._side = torch.cuda.Stream(device)
         self._spare = torch.zeros(1, device=device)
         self._underway = False
+        self._alive: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         """Record what a function launches; it computes nothing yet.
@@ -49,20 +60,23 @@ class CudaGraphs:
                 gc.enable()
 
     def _record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        if not self._alive:
+            # The allocator forgets a pool whose last graph goes, and does not take its handle again.
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
+        self._alive.add(graph)
         current = torch.cuda.current_stream(self.device)
         self._side.wait_stream(current)
         with torch.cuda.stream(self._side):
+            self._underway = True
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 result = run()
             except BaseException:
-                self._underway = True
                 with contextlib.suppress(Exception):
                     graph.capture_end()
                     self._underway = False
                 raise
-            self._underway = True
             graph.capture_end()
             self._underway = False
         current.wait_stream(self._side)
@@ -80,11 +94,30 @@ class CudaGraphs:
         with contextlib.suppress(Exception):
             torch._C._cuda_endAllocateToPool(self._index(), self._pool)
         self._pool = torch.cuda.graph_pool_handle()  # the old one stays with the graphs that it has
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._side):
-            graph.capture_begin(capture_error_mode="thread_local")
-            self._spare.zero_()
-            graph.capture_end()
+        self._side = torch.cuda.Stream(self.device)
+        with contextlib.suppress(Exception):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.stream(self._side):
+                graph.capture_begin(capture_error_mode="thread_local")
+                self._spare.zero_()
+                graph.capture_end()
+        self._check_random()
+
+    def _check_random(self) -> None:
+        """See that the program can draw random numbers; where not, all graphs lose the generator for it."""
+        state = self.random()
+        try:
+            self._spare.uniform_()
+            self.set_random(state)
+        except RuntimeError:
+            # A copy of the state is in no graph: the program draws what it would have, and no graph draws.
+            generator = torch.cuda.default_generators[self._index()]
+            generator.graphsafe_set_state(generator.clone_state())
+            runtime.of(Generators).lost += 1
+
+    def generators(self) -> int:
+        """A number that changes when graphs recorded before no longer draw the program's random numbers."""
+        return runtime.of(Generators).lost
 
     def held(self) -> int:
         """Bytes that the device has given to this process for tensors."""

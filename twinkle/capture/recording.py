@@ -116,6 +116,7 @@ class Recording:
         run = self._run_of(block, [one.leaf for one in self._inputs], self._uses, self._weights)
         self._replay, results = self._record(block, run)
         self._uses_random: bool | None = None
+        self._generators = self._graphs.generators()
         self._rebuild, self._kept = results
         self._check_results()
         self.grad = wanted and any(one.requires_grad for one in self._kept)
@@ -184,6 +185,9 @@ class Recording:
     def obstacle(self, call: Call) -> str | None:
         """Why a call of this kind cannot be replayed now; None where it can."""
         pool = self.pool
+        if self._uses_random is not False and self._generators != self._graphs.generators():
+            self.broken = "a recording that failed has taken the generator of random numbers with it"
+            return self.broken
         if self._ordered and not pool.may_run(self.index):
             return BUSY
         for at, one in self._common:
