@@ -459,3 +459,46 @@ def test_no_more_memory_than_allowed() -> None:
     assert stack.pool.used <= 2500
     assert 0 < stack.record.replays < 12
     assert any("memory" in reason for reason in stack.record.calls)
+
+
+def test_calls_that_are_never_replayed_cost_little() -> None:
+    plain, ours, stack = pair()
+    x = inputs(1)[0]["x"]
+    with torch.no_grad():
+        for at in range(60):
+            options = {"scale": 1.0 + at}
+            assert torch.equal(ours(x, **options), plain(x, **options))
+        assert len(stack.kinds) <= 64
+        for _ in range(60):
+            assert torch.equal(ours(x), plain(x))
+    assert stack.record.replays > 3 * 20
+
+
+class Quantity(float):
+    """No plain number: what it does to a tensor is its own."""
+
+
+def test_after_calls_that_cannot_be_replayed_the_others_are_again() -> None:
+    plain, ours, stack = pair()
+    x = inputs(1)[0]["x"]
+    with torch.no_grad():
+        for _ in range(4):
+            ours(x)
+        before = stack.record.replays
+        for _ in range(50):
+            assert torch.equal(ours(x, scale=Quantity(2)), plain(x, scale=2))
+        assert stack.record.calls["an argument is a Quantity"] == 50 * 3
+        for _ in range(60):
+            assert torch.equal(ours(x), plain(x))
+    assert stack.record.replays >= before + 3 * 25
+
+
+def test_more_kinds_than_are_kept_in_mind() -> None:
+    plain, ours, stack = pair()
+    with torch.no_grad():
+        for length in range(1, 150):
+            x = torch.ones(1, length, 8)
+            assert torch.equal(ours(x), plain(x))
+        for _ in range(4):
+            assert torch.equal(ours(x), plain(x))
+    assert stack.record.replays == 3 * 3

@@ -12,7 +12,7 @@ from torch.utils._device import DeviceContext
 
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.pool import Pool, pool_of
-from twinkle.capture.recording import FILLED, Recording
+from twinkle.capture.recording import BUSY, FILLED, Recording
 from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
 from twinkle.ops.failures import is_failure
@@ -34,6 +34,9 @@ WARM = 2
 _MOST_KINDS = 64
 _MOST_RECORDINGS = 8
 _MOST_ATTEMPTS = 3
+_MISSES = 8
+"""Calls in a row that could not be replayed, after which as many as there were are not looked at."""
+_MOST_SKIPPED = 32
 _HOST_IS_SLOW = 1.3
 """Device time over host time above which a replay would gain nothing: the device is the wall."""
 
@@ -59,7 +62,10 @@ class Stack:
         known = self.kinds.get(key)
         if known is None:
             if len(self.kinds) >= _MOST_KINDS:
-                return None
+                seldom = next((one for one, kind in self.kinds.items() if not kind.chosen), None)
+                if seldom is None:
+                    return None
+                del self.kinds[seldom]
             known = self.kinds[key] = Kind(chosen=self._always)
         return known
 
@@ -129,7 +135,7 @@ class BlockCall(Slot):
         stack: The block is one of.
     """
 
-    __slots__ = ("__weakref__", "_block", "_known", "_layers", "_pass", "_stack")
+    __slots__ = ("__weakref__", "_block", "_known", "_layers", "_misses", "_pass", "_skip", "_stack", "_why")
 
     def __init__(self, block: nn.Module, stack: Stack) -> None:
         self._block = weakref.ref(block)
@@ -137,39 +143,47 @@ class BlockCall(Slot):
         self._known: dict[Any, Any] = {}
         self._pass = -1
         self._layers: frozenset[int] | None = None
+        self._misses = 0
+        self._skip = 0
+        self._why = ""
         stack.blocks.add(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """What the block gives."""
         block: Any = self._block()
         stack = self._stack
+        if self._skip:
+            # The last calls were nothing to be replayed, and looking at each takes time as well.
+            self._skip -= 1
+            stack.record.calls[self._why] += 1
+            return block._call_impl(*args, **kwargs)
         if not _is_plain():
             return block._call_impl(*args, **kwargs)
-        pool = stack.pool
-        if pool is None:
-            try:
-                pool = self._pool(block)
-            except Unservable as why:
-                stack.record.eager(str(why))
-                return block._call_impl(*args, **kwargs)
-        with pool.lock:
-            if self._pass == pool.passed:
-                pool.passed += 1
-            self._pass = pool.passed
-            try:
+        try:
+            pool = stack.pool or self._pool(block)
+            with pool.lock:
+                if self._pass == pool.passed:
+                    pool.passed += 1
+                self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
-                key = (call.key, settings())
-                recording = self._recording(block, call, key, args, kwargs, pool)
-            except Unservable as why:
-                stack.record.eager(str(why))
-            else:
+                recording = self._recording(block, call, (call.key, settings()), args, kwargs, pool)
                 if isinstance(recording, Kind):
                     return recording.timed(block, args, kwargs)
                 if recording is not None:
+                    self._misses = 0
                     result = recording.replay(block, call)
                     stack.record.replays += 1
                     return result
+        except Unservable as why:
+            self._missed(str(why))
         return block._call_impl(*args, **kwargs)
+
+    def _missed(self, why: str) -> None:
+        self._stack.record.eager(why)
+        if why != BUSY:
+            self._misses += 1
+            if self._misses > _MISSES:
+                self._why, self._skip = why, min(self._misses, _MOST_SKIPPED)
 
     def close(self) -> None:
         """Drop all recordings."""
@@ -199,6 +213,8 @@ class BlockCall(Slot):
             if kind.refused is not None:
                 raise Unservable(kind.refused)
             if known < WARM:
+                if len(self._known) > 2 * _MOST_KINDS:
+                    self._known = {one: made for one, made in self._known.items() if type(made) is not int}
                 self._known[key] = known + 1
                 self._stack.record.eager("before it was recorded")
                 return kind if known == WARM - 1 and pool.device.type == "cuda" else None

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from twinkle.capture.pool import Pool, Shared
     from twinkle.capture.signature import Call
 
-__all__ = ["FILLED", "Recording"]
+__all__ = ["BUSY", "FILLED", "Recording"]
 
 BUSY = "the call before waits for its backward"
 FILLED = "its cache holds tokens already"
