@@ -11,7 +11,7 @@ image models 16 images and one. ``eager`` is the plain program, ``compile`` is
 Each way is a process of its own and they take turns; see turns.py for what a ratio is. Beside the
 milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
 launches it is made of (from one profiled call). The file of results has the first losses and what Twinkle's
-report says as well. At the end: the geometric mean of the ratios of each mode and the worst family.
+report says as well: its kernels, and how many calls of which layers were replayed. At the end: the geometric mean of the ratios of each mode and the worst family.
 
 A file of results that is there already is added to, family by family.
 """
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from turns import Worker, bindings, in_turns, ratios, serve, versions
+from turns import Worker, bindings, captures, in_turns, ratios, serve, versions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -215,7 +215,7 @@ class Way:
     def answer(self, what: str, *rest: str) -> dict[str, Any]:
         """The answer to a line of the parent: ``build NAME``, ``turn``, ``profile`` or ``report``."""
         if what == "report":
-            return {"bindings": bindings()}
+            return {"bindings": bindings(), "captures": captures(), "peak_gb": self.peak()}
         found: dict[str, Any] = getattr(self, what)(*rest)
         return found
 
@@ -227,6 +227,7 @@ class Way:
         self.model, self.calls = None, {}
         if self.device != "cpu":
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
         torch._dynamo.reset()
         family = FAMILIES[name]
         torch.set_default_dtype(torch.float32 if self.device == "cpu" else torch.bfloat16)
@@ -280,6 +281,12 @@ class Way:
             found[mode] = profiled(self.calls[mode])
         return found
 
+    def peak(self) -> float:
+        """Gigabytes that tensors took at most since the family was built."""
+        import torch
+
+        return 0.0 if self.device == "cpu" else round(torch.cuda.max_memory_allocated() / 1e9, 2)
+
     def _wait(self) -> None:
         import torch
 
@@ -309,6 +316,7 @@ def profiled(call: Callable[[], Any]) -> dict[str, Any]:
 
 def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -> dict[str, Any]:
     """Every way of one family."""
+    before = {text: n for worker in workers for text, n in worker.ask("report")["captures"].items()}
     built = {worker.way: worker.ask("build", name) for worker in workers}
     failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
     if failed.keys() & {"eager", "twinkle"}:
@@ -330,8 +338,16 @@ def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -
                 **profile.get(mode, {}),
                 **ratios(first, times),
             }
+        said = worker.ask("report")
+        if not processor:
+            one["peak_gb"] = said["peak_gb"]
         if way == "twinkle":
-            one["kernels"] = worker.ask("report")["bindings"]
+            one["kernels"] = said["bindings"]
+            one["captures"] = {
+                text: replays - before.get(text, 0)
+                for text, replays in said["captures"].items()
+                if replays > before.get(text, 0)
+            }
         result[way] = one
     return result
 

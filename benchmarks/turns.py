@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-__all__ = ["Worker", "bindings", "in_turns", "ratios", "serve", "versions"]
+__all__ = ["Worker", "bindings", "captures", "in_turns", "ratios", "serve", "versions"]
 
 
 class Worker:
@@ -125,6 +125,13 @@ def bindings() -> list[str]:
         return []
     found = report.snapshot()["bindings"]
     return [f"{b['target'].rpartition(':')[2]} {b['kernel']} {b['state']}" for b in found]
+
+
+def captures() -> dict[str, int]:
+    """What Twinkle's report says of captured layers in this process: how many calls of each were replayed."""
+    report: Any = sys.modules.get("twinkle.report")
+    found = [] if report is None else report.snapshot().get("captures", [])
+    return {f"{c['model']} {c['container']}: {c['blocks']} x {c['block']}": c["replays"] for c in found}
 
 
 def versions(device: str) -> dict[str, Any]:

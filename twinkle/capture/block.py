@@ -37,7 +37,7 @@ _MOST_ATTEMPTS = 3
 _MISSES = 8
 """Calls in a row that could not be replayed, after which as many as there were are not looked at."""
 _MOST_SKIPPED = 32
-_HOST_IS_SLOW = 1.3
+_HOST_IS_SLOW = 1.15
 """Device time over host time above which a replay would gain nothing: the device is the wall."""
 
 
