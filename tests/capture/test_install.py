@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import types
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -397,6 +398,28 @@ def test_hooks_of_accelerate_run() -> None:
     assert calls(model) == [2, 2]
 
 
+@pytest.mark.usefixtures("device")
+def test_checkpointed_layers_of_transformers_and_generation() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    ours = copy.deepcopy(plain)
+    install(ours)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens(), **options), plain.generate(tokens(), **options))
+    assert calls(ours) == [4, 4]
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, ours):
+        model.train(model is ours)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert calls(ours) == [6, 6]  # the forward, and its recomputation
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
 @pytest.fixture
 def one_rank(tmp_path: Any) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -504,6 +527,28 @@ def test_a_list_of_a_class_of_its_own_is_found() -> None:
             self.layers = Layers([Block(), Block()])
 
     assert len(calls(Net())) == 2
+
+
+@pytest.mark.usefixtures("active")
+def test_lists_that_methods_and_functions_of_functions_make_are_found() -> None:
+    class Clones(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = self.make()
+
+        def make(self) -> nn.Module:
+            return nets.clones(Block(), 2)
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+
+    assert len(calls(Clones())) == 2
+    before = vars(Products)["__init__"]
+    Products()
+    assert vars(Products)["__init__"] is not before  # it was asked about, and has its own back
+    assert isinstance(vars(Products)["__init__"], types.FunctionType)
 
 
 @pytest.mark.usefixtures("active")
@@ -670,7 +715,31 @@ def test_what_fails_is_reported_and_the_program_goes_on() -> None:
     assert any("no graphs today" in remark for remark in runtime.session.remarks)
 
 
-# --- where nothing can be captured ----------------------------------------------------------------
+# --- on a machine with a device, and without ----------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a device of CUDA")
+def test_a_device_is_found_and_stays_as_it_is() -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(nets.__file__).parent)!r})
+import torch
+from twinkle.capture.install import Installed
+from twinkle.capture.slot import Slot, slot_of
+from twinkle.runtime import runtime
+class Passing(Slot):
+    def __init__(self, module): self.module = module
+    def __call__(self, *args, **kwargs): return self.module._call_impl(*args, **kwargs)
+runtime.of(Installed).calls_for = lambda blocks, record: [Passing(block) for block in blocks]
+from nets import GPT, tokens
+model = GPT(3)
+print(sum(slot_of(module) is not None for module in model.modules()), torch.cuda.is_initialized())
+print(model.cuda()(tokens().cuda()).shape)
+"""
+    command = [sys.executable, "-m", "twinkle", "run", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "3 False\ntorch.Size([2, 5, 16])\n", done.stderr
+
 
 PROGRAM = """
 import sys
