@@ -61,6 +61,15 @@ class VisionTransformer(nn.Module):
         return self.head(self.blocks(x).mean(1))  # type: ignore[no-any-return]
 
 
+def clones(layer: nn.Module, number: int) -> nn.Module:
+    """As the annotated transformer has it."""
+    return _copied(layer, number)
+
+
+def _copied(layer: nn.Module, number: int) -> nn.Module:
+    return nn.ModuleList([copy.deepcopy(layer) for _ in range(number)])
+
+
 def _chain(block: nn.Module, depth: int) -> nn.Module:
     return nn.Sequential(*(copy.deepcopy(block) for _ in range(depth)))
 

@@ -1,85 +1,30 @@
-"""The slots of blocks are filled as models come, and nothing else of them changes."""
+"""The slots of blocks are filled and emptied, and nothing else of them changes."""
 
 from __future__ import annotations
 
 import copy
 import gc
 import pickle
-import subprocess
-import sys
-import threading
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from twinkle import config
-from twinkle.apply import captures
-from twinkle.apply.activation import start
 from twinkle.capture.install import Installed, install, remove
 from twinkle.capture.slot import NAME, Slot, fill, slot_of
 from twinkle.capture.state import captured
 from twinkle.kernel import kernelize_model, kernelized, unkernelize_model
 from twinkle.runtime import runtime
 
-from . import nets
-from .nets import GPT, Block, Flux, VisionTransformer, tokens
+from .nets import GPT, Block, VisionTransformer, tokens
+from .passing import calls
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from twinkle.capture.state import StackRecord
-
-
-class Passing(Slot):
-    """Calls its module as it is, and counts."""
-
-    __slots__ = ("calls", "closed", "module", "record")
-
-    def __init__(self, module: nn.Module, record: StackRecord) -> None:
-        self.module = weakref.ref(module)
-        self.record = record
-        self.calls = 0
-        self.closed = False
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        module: Any = self.module()
-        self.calls += 1
-        self.record.replayed()
-        return module._call_impl(*args, **kwargs)
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def passing(blocks: Sequence[nn.Module], record: StackRecord) -> list[Slot]:
-    return [Passing(block, record) for block in blocks]
-
-
-@pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch, clean_registry: Any, clean_hooks: None) -> None:
-    """A machine whose torch is built for CUDA and has a device, as far as captures ask."""
-    monkeypatch.setattr(captures, "begins", lambda: runtime.options.capture != "off")
-    monkeypatch.setattr(captures, "has_device", lambda: True)
-    runtime.of(Installed).calls_for = passing
-
-
-def begin(**variables: str) -> None:
-    """Open a door: constructions and pickles are watched from now on."""
-    start(config.load(["auto"], {f"TWINKLE_{name}": text for name, text in variables.items()}), door="api")
-
-
-@pytest.fixture
-def active(device: None) -> None:
-    begin(KERNELS="off")
-
-
-def calls(model: nn.Module) -> list[int]:
-    """How often each filled slot was called, in order."""
-    return [call.calls for call in map(slot_of, model.modules()) if isinstance(call, Passing)]
 
 
 # --- by hand --------------------------------------------------------------------------------------
@@ -397,6 +342,28 @@ def test_hooks_of_accelerate_run() -> None:
     assert calls(model) == [2, 2]
 
 
+@pytest.mark.usefixtures("device")
+def test_checkpointed_layers_of_transformers_and_generation() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=32)
+    plain = transformers.GPT2LMHeadModel(config).eval()
+    ours = copy.deepcopy(plain)
+    install(ours)
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(tokens(), **options), plain.generate(tokens(), **options))
+    assert calls(ours) == [4, 4]
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    for model in (plain, ours):
+        model.train(model is ours)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+    assert calls(ours) == [6, 6]  # the forward, and its recomputation
+    for mine, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
 @pytest.fixture
 def one_rank(tmp_path: Any) -> Iterator[None]:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -431,206 +398,6 @@ def test_fsdp_calls_the_blocks_and_they_stay_alike() -> None:
     assert install(model) == []
     remove(model)
     assert len(install(model, again=True)) == 2
-
-
-# --- as they come ---------------------------------------------------------------------------------
-
-
-@pytest.mark.usefixtures("active")
-@pytest.mark.parametrize(
-    "make", [lambda: GPT(3), lambda: VisionTransformer(3)], ids=["lists", "by a function"]
-)
-def test_a_plain_model_is_found_at_the_end_of_its_construction(make: Any) -> None:
-    kind = type(make())  # the class is asked about before its first construction, which counts
-    assert len(captured().stacks) == 1
-    model = make()
-    assert len(calls(model)) == 3
-    assert captured().stacks[0].model == kind.__name__
-
-
-@pytest.mark.usefixtures("active")
-def test_the_outermost_model_has_the_blocks() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.models = nn.ModuleDict({"first": GPT(2)})
-            assert calls(self) == []
-            self.later = nn.Linear(2, 2)
-
-    outer = Outer()
-    assert len(calls(outer)) == 2
-    assert [(record.model, record.container) for record in captured().stacks] == [
-        ("Outer", "models.first.transformer.h")
-    ]
-
-
-@pytest.mark.usefixtures("active")
-def test_a_model_inside_one_that_makes_no_lists_is_found() -> None:
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gpt = GPT(2)
-
-    assert len(calls(Outer())) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_a_subclass_is_complete_before_it_is_looked_at() -> None:
-    class Longer(GPT):
-        def __init__(self) -> None:
-            super().__init__(2)
-            self.transformer["h"].append(Block())  # type: ignore[union-attr, operator]
-
-    assert len(calls(Longer())) == 3
-
-
-@pytest.mark.usefixtures("active")
-def test_a_subclass_without_a_constructor_is_found() -> None:
-    class Same(GPT):
-        pass
-
-    assert len(calls(Same(2))) == 2
-    assert len(calls(Same(2))) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_a_list_of_a_class_of_its_own_is_found() -> None:
-    class Layers(nn.ModuleList):
-        pass
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = Layers([Block(), Block()])
-
-    assert len(calls(Net())) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_an_encoder_of_torch_is_found() -> None:
-    made = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    assert len(calls(made)) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_a_model_of_transformers_is_found() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=32,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    model(tokens())
-    assert calls(model) == [1, 1]
-    [record] = captured().stacks
-    assert (record.model, record.container) == ("LlamaForCausalLM", "model.layers")
-    assert len(calls(copy.deepcopy(model))) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_a_model_of_transformers_from_a_pickle_is_found() -> None:
-    transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=32
-    )
-    model = pickle.loads(pickle.dumps(transformers.BertModel(config)))
-    model(tokens())
-    assert calls(model) == [1, 1]
-
-
-@pytest.mark.usefixtures("active")
-def test_copies_and_pickles_get_theirs_again() -> None:
-    model = GPT(2)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert other(tokens()).shape == (2, 5, 16)
-        assert calls(other) == [1, 1]
-    assert calls(model) == [0, 0]
-
-
-@pytest.mark.usefixtures("active")
-def test_copies_of_what_was_taken_out_have_none() -> None:
-    model = unkernelize_model(GPT(2))
-    assert calls(copy.deepcopy(model)) == []
-
-
-@pytest.mark.usefixtures("active")
-def test_a_thread_constructs_its_own_models() -> None:
-    found = []
-    thread = threading.Thread(target=lambda: found.append(calls(GPT(2))))
-
-    class Outer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([Block(), Block()])
-            thread.start()
-            thread.join()
-
-    assert len(calls(Outer())) == 2
-    assert found == [[0, 0]]
-
-
-@pytest.mark.usefixtures("active")
-def test_a_constructor_that_raises_leaves_nothing_behind() -> None:
-    class Broken(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList([Block(), Block()])
-            raise RuntimeError("no")
-
-    with pytest.raises(RuntimeError, match="no"):
-        Broken()
-    assert captured().stacks == []
-    assert len(calls(GPT(2))) == 2
-
-
-@pytest.mark.usefixtures("active")
-def test_a_class_is_not_held() -> None:
-    def once() -> weakref.ref[type]:
-        class Net(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.layers = nn.ModuleList([Block(), Block()])
-
-        assert len(calls(Net())) == 2
-        return weakref.ref(Net)
-
-    gone = once()
-    gc.collect()
-    assert gone() is None
-
-
-def test_classes_get_their_constructors_back(device: None, request: pytest.FixtureRequest) -> None:
-    before = {cls: vars(cls)["__init__"] for cls in (GPT, Flux, nn.TransformerEncoder, nn.Transformer)}
-    request.getfixturevalue("active")
-    GPT(2)
-    Flux()
-    nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False)
-    assert vars(GPT)["__init__"] is not before[GPT]
-    runtime.reset()
-    assert {cls: vars(cls)["__init__"] for cls in before} == before
-
-
-@pytest.mark.usefixtures("device")
-def test_off_installs_nothing() -> None:
-    runtime.options.capture = "off"
-    assert calls(kernelize_model(GPT(2))) == []
-    begin(CAPTURE="off")
-    assert calls(GPT(2)) == []
-    assert calls(copy.deepcopy(GPT(2))) == []
-
-
-@pytest.mark.usefixtures("device")
-def test_beside_the_embedded_kernels() -> None:
-    begin()
-    model = GPT(2)
-    expected = model(tokens())
-    assert calls(model) == [1, 1]
-    assert torch.equal(copy.deepcopy(model)(tokens()), expected)
-    assert calls(model) == [1, 1]
 
 
 # --- the API --------------------------------------------------------------------------------------
@@ -668,32 +435,3 @@ def test_what_fails_is_reported_and_the_program_goes_on() -> None:
     model = GPT(2)
     assert calls(model) == []
     assert any("no graphs today" in remark for remark in runtime.session.remarks)
-
-
-# --- where nothing can be captured ----------------------------------------------------------------
-
-PROGRAM = """
-import sys
-import torch
-from torch import nn
-from nets import GPT, tokens
-model = GPT(3)
-model(tokens()).sum().backward()
-import copy, pickle
-copy.deepcopy(model)(tokens())
-pickle.loads(pickle.dumps(model))(tokens())
-print([name for name in sys.modules if name.startswith("twinkle.capture")])
-print("twinkle.apply.captures" in sys.modules)
-"""
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to capture with")
-@pytest.mark.parametrize("config", ["auto", None])
-def test_on_a_machine_without_a_device_nothing_of_the_room_is_imported(config: str | None) -> None:
-    folder = str(Path(nets.__file__).parent)
-    code = f"import sys; sys.path.insert(0, {folder!r})\n{PROGRAM}"
-    command = [sys.executable, "-m", "twinkle", "run", "-c", code]
-    if config is None:
-        command = [sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == f"[]\n{config is not None}\n", done.stderr

@@ -9,11 +9,13 @@ nothing can be captured. Standard library only at its top, for it is imported at
 from __future__ import annotations
 
 import sys
+from types import FunctionType, ModuleType
 
 from twinkle.runtime import runtime
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
     from weakref import WeakKeyDictionary
 
@@ -28,6 +30,10 @@ _LISTS = frozenset({"ModuleDict", "ModuleList", "Sequential", "_get_clones"})
 
 _OF_TORCH = ("Transformer", "TransformerDecoder", "TransformerEncoder")
 """The layers of torch that hold blocks. Of its others nobody asks: compiled code constructs them."""
+
+_FUNCTIONS = (FunctionType, staticmethod, classmethod)
+_MOST = 60
+"""So many functions of a package are followed from a constructor; one that leads to more may make lists."""
 
 
 class Noticed:
@@ -81,9 +87,20 @@ def begin() -> None:
 
 
 def notice(cls: type) -> None:
-    """Watch a class that is about to be constructed for the first time, if its instances may hold blocks."""
-    if begins() and _makes_lists(cls):
+    """Watch a class that is about to be constructed for the first time, if its instances may hold blocks.
+
+    Not within a model of transformers, nor such a model: these are told of whatever their classes say, and
+    what their constructors lead to takes 70 ms a class to read.
+    """
+    if begins() and not _is_in_model(cls) and _makes_lists(cls):
         _watch().choose(cls)
+
+
+def _is_in_model(cls: type) -> bool:
+    from twinkle.hooks.construction import under_construction
+
+    models = runtime.of(Noticed).models
+    return models is not None and (models.is_family(cls) or any(map(models.is_in, under_construction())))
 
 
 def arrived(model: Any) -> None:
@@ -96,7 +113,9 @@ def arrived(model: Any) -> None:
 
 def restored(module: Any) -> None:
     """Put captures into a module from a pickle, or a copy. One that holds it comes later, and takes over."""
-    if begins() and _makes_lists(type(module)) and has_device():
+    models = runtime.of(Noticed).models
+    whole = models is not None and models.is_in(module)
+    if begins() and (whole or _makes_lists(type(module))) and has_device():
         from twinkle.capture.install import install
         from twinkle.proof.room import comparing
 
@@ -154,7 +173,9 @@ def _makes_lists(cls: type) -> bool:
 
 
 def _says_lists(cls: type) -> bool:
-    if cls.__module__.partition(".")[0] in ("torch", "twinkle"):
+    """Whether the constructors of a class and its bases say so, or functions of its package they lead to."""
+    root = _package(cls.__module__)
+    if root in ("torch", "twinkle"):
         return cls.__module__.startswith("torch.nn.") and cls.__name__ in _OF_TORCH
     from torch import nn
 
@@ -163,5 +184,26 @@ def _says_lists(cls: type) -> bool:
 
     if issubclass(cls, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         return True
-    constructors = [unobserved(vars(base).get("__init__")) for base in cls.__mro__]
-    return any(words_of(one, cls).have(_LISTS) for one in constructors if one is not None)
+    spaces = [vars(base) for base in cls.__mro__]
+    todo = [unobserved(space["__init__"]) for space in spaces if "__init__" in space]
+    seen: dict[Any, None] = {}
+    while todo and len(seen) < _MOST:
+        words = words_of(todo.pop(), follow=False)
+        for function in words.functions.keys() - seen.keys():
+            seen[function] = None
+            if words.have(_LISTS):
+                return True
+            if _package(function.__module__) == root:
+                found = _named(words.names, [function.__globals__, *spaces])
+                modules = [vars(value) for value in found if isinstance(value, ModuleType)]
+                found += _named(words.names, [space for space in modules if space is not vars(nn)])
+                todo += [value for value in found if isinstance(value, _FUNCTIONS)]
+    return bool(todo)
+
+
+def _named(names: Iterable[str], scopes: Iterable[Any]) -> list[Any]:
+    return [scope[name] for scope in scopes for name in names if name in scope]
+
+
+def _package(module: object) -> str:
+    return str(module).partition(".")[0]
