@@ -11,7 +11,8 @@ image models 16 images and one. ``eager`` is the plain program, ``compile`` is
 Each way is a process of its own and they take turns; see turns.py for what a ratio is. Beside the
 milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
 launches it is made of (from one profiled call). The file of results has the first losses and what Twinkle's
-report says as well: its kernels, and how many calls of which layers were replayed. At the end: the geometric mean of the ratios of each mode and the worst family.
+report says as well: its kernels, and how many calls of which layers were replayed; of each way the peak of
+memory. At the end: the geometric mean of the ratios of each mode and the worst family.
 
 A file of results that is there already is added to, family by family.
 """
