@@ -23,6 +23,7 @@ from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.layer_norm.torch_backend import may_lack, rounds_as
 from twinkle.ops.layout import channels_first
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -129,7 +130,7 @@ def _by_kernel(
         return _op(x, given, bias, eps)[0]
     if torch.is_grad_enabled():
         return _eager(x, given, bias, eps)
-    return _kernels().forward(x, given, bias, eps, stats=False)[0]
+    return _inference.call(x, given, bias, eps)
 
 
 def _attempt(
@@ -222,7 +223,12 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_eager, _op = define_op(
+def _without_stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _kernels().forward(x, weight, bias, eps, stats=False)[0]
+
+
+_inference = Planned(_without_stats, "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+_eager, _op, _ = define_op(
     "_LayerNorm",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _forward,

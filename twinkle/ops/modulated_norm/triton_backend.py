@@ -15,6 +15,7 @@ from twinkle.ops.modulated_norm import reference
 from twinkle.ops.modulated_norm.dtypes import dtypes_of
 from twinkle.ops.modulated_norm.reference import ModulatedNormVariant
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned
 from twinkle.ops.rms_norm import triton_backend as rms_norm
 from twinkle.ops.rms_norm.reference import VARIANTS as RMS_NORMS
 from twinkle.ops.rms_norm.reference import RMSNormVariant
@@ -196,7 +197,7 @@ def run(
     """
     weight, bias = _used(weight, bias, variant.norm)
     if path is EAGER and not torch.is_grad_enabled():
-        return _kernels().forward(x, weight, bias, eps, scale, shift, variant, dtype, stats=False)[0]
+        return _inference.call(x, weight, bias, scale, shift, eps, variant.name, dtype)
     if path is EAGER:
         return _eager(x, weight, bias, scale, shift, eps, variant.name, dtype)
     return _op(x, weight, bias, scale, shift, eps, variant.name, dtype)[0]
@@ -323,10 +324,27 @@ def _again(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*found, None, None, None)
 
 
-_eager, _op = define_op(
+def _without_stats(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    variant: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return _kernels().forward(x, weight, bias, eps, scale, shift, _VARIANTS[variant], dtype, stats=False)[0]
+
+
+_INPUTS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift, float eps, str variant, "
+    "ScalarType? dtype"
+)
+_inference = Planned(_without_stats, f"({_INPUTS}) -> Tensor")
+_eager, _op, _ = define_op(
     "_ModulatedNorm",
-    "modulated_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift, float eps, "
-    "str variant, ScalarType? dtype) -> (Tensor, Tensor)",
+    f"modulated_norm({_INPUTS}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(

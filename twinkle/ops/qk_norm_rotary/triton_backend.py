@@ -88,7 +88,7 @@ def qk_norm_rotary(
         names = (variant.norm.name, variant.rotary.name, variant.over == "all")
         function = _eager if path is EAGER else _op
         if path is EAGER and not torch.is_grad_enabled():
-            function = _forward
+            function = _bare
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
         q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
@@ -281,16 +281,19 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), dqw, dkw
 
 
-_eager, _op = define_op(
+BACKWARD = (
+    "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
+    "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
+    "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_eager, _op, _bare = define_op(
     "_QKNormRotary",
     "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, "
     "Tensor sin, int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(
-        "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
-        "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
-        "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+        BACKWARD,
         _backward,
         _fake_backward,
         op_backward=_backward_apart,

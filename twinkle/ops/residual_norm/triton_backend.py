@@ -125,7 +125,7 @@ def run(
     if variant.norm.weight == "none":
         weight = None
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(x, residual, weight, eps, variant.norm.name, factor)
+        return _bare(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
     if path is EAGER:
         return _eager(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
     return _op(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
@@ -199,7 +199,7 @@ def _fake_backward(
     return dx, None if scale is None else torch.empty_like(dx), dw
 
 
-_eager, _op = define_op(
+_eager, _op, _bare = define_op(
     "_ResidualNorm",
     "residual_norm(Tensor x, Tensor residual, Tensor? weight, float eps, str norm, float? scale)"
     " -> (Tensor, Tensor)",

@@ -161,7 +161,7 @@ def _by_kernel(
     elif variant.statistic == "sum":
         number = float(x.shape[-1] if width is None else width)
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(x, weight, eps, variant.name, number)
+        return _bare(x, weight, eps, variant.name, number)
     if path is EAGER:
         return _eager(x, weight, eps, variant.name, number)
     return _op(x, weight, eps, variant.name, number)
@@ -276,7 +276,7 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float, variant: str, numbe
     )
 
 
-_eager, _op = define_op(
+_eager, _op, _bare = define_op(
     "_RMSNorm",
     "rms_norm(Tensor x, Tensor? weight, float eps, str variant, float number) -> Tensor",
     _forward,
