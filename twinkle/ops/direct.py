@@ -53,7 +53,8 @@ def direct(one: Launched) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
     ``compiled.run`` takes the same in all versions of triton that we support; it hands what it was given and
     what it adds to its C function, ``launch``. A copy of it is called once, with a function in that place
-    that notes its arguments and launches nothing: from then on the C function is called as it would be.
+    that notes its arguments and launches nothing: from then on the C function is called as it would be. Any
+    other function in C refuses a slot, so that nothing is launched by this.
     """
     run, compiled = one.compiled.run, one.compiled
     slots = [Slot(i) for i in range(len(one.tensors))]

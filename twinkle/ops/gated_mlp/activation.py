@@ -9,9 +9,9 @@ import torch.nn.functional as F
 
 from twinkle.ops.derivative import Derivative, apply_of, define_op, through_definition
 from twinkle.ops.failures import backward_survives
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layout import fresh, rows_of
-from twinkle.ops.plans import Planned
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,14 +86,24 @@ def by_kernel(
     exact: bool,
 ) -> Tensor | None:
     """As `gated_activation` where the kernel computes it: two tensors of one shape and dtype; else None."""
-    path = dispatch_path(gate, up)
-    if path is REFERENCE or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+    path = _path.call(gate, up)
+    if path is REFERENCE:
         return None
     if path is EAGER and not torch.is_grad_enabled():
         return _gated_bare(gate, up, activation, clamp, limit, scale, exact)
     if path is EAGER:
         return _gated(gate, up, activation, clamp, limit, scale, exact)
     return _op(gate, up, activation, clamp, limit, scale, exact)
+
+
+def _path_for(gate: Tensor, up: Tensor) -> DispatchPath:
+    """What computes with these tensors."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+        return REFERENCE
+    return dispatch_path(gate, up)
+
+
+_path = Settled(_path_for, "(Tensor gate, Tensor up) -> ")
 
 
 def gated_activation_fused(

@@ -17,13 +17,13 @@ from torch import nn
 from twinkle.ops.affine import affine_layers, fake_backward, gradients, launched_backward
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.layer_norm.torch_backend import may_lack, rounds_as
 from twinkle.ops.layout import channels_first
 from twinkle.ops.plain import pays
-from twinkle.ops.plans import Planned
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -122,8 +122,8 @@ def _by_kernel(
     """As `layer_norm` where the kernel computes it, else None."""
     if not pays(x, LEAST) or x.is_nested:
         return None
-    path = dispatch_path(x, weight, bias)
-    if path is REFERENCE or not accepts(x, weight, bias, variant, normalized_shape):
+    path = _path.call(x, weight, bias, variant, normalized_shape)
+    if path is REFERENCE:
         return None
     given = weight + 1 if variant.one_plus and weight is not None else weight
     if path is not EAGER:
@@ -191,6 +191,25 @@ def accepts(
         if p.shape != last or not p.is_contiguous() or (only is not None and p.dtype != only):
             return False
     return True
+
+
+def _path_for(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    variant: LayerNormVariant,
+    normalized_shape: tuple[int, ...] | None,
+) -> DispatchPath:
+    """What computes with these tensors."""
+    path = dispatch_path(x, weight, bias)
+    if path is REFERENCE or not accepts(x, weight, bias, variant, normalized_shape):
+        return REFERENCE
+    return path
+
+
+_path = Settled(
+    _path_for, "(Tensor x, Tensor? weight, Tensor? bias, object variant, int[]? normalized_shape) -> "
+)
 
 
 def across(x: Tensor) -> int | None:

@@ -17,7 +17,7 @@ from twinkle.ops.layer_norm.reference import VARIANTS
 from twinkle.ops.layer_norm.triton_backend import LEAST, accepts, across, exactly, takes_weight_and_eps
 from twinkle.ops.layer_norm.triton_backend import supports as supports_norm
 from twinkle.ops.plain import pays
-from twinkle.ops.plans import Planned
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from typing import Any
@@ -62,6 +62,13 @@ def path_for(
     if norm.affine != "both":
         bias = None
         weight = None if norm.affine == "none" else weight
+    return _path.call(x, residual, weight, bias, norm)  # type: ignore[no-any-return]
+
+
+def _path_for(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, norm: LayerNormVariant
+) -> DispatchPath:
+    """The same for what the norm applies, whatever the size."""
     path = dispatch_path(x, residual, weight, bias)
     dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:], dtype):
@@ -69,6 +76,9 @@ def path_for(
     if not x.is_contiguous():
         return REFERENCE
     return path if residual.is_contiguous() or across(residual) is not None else REFERENCE
+
+
+_path = Settled(_path_for, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, object norm) -> ")
 
 
 def run(

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layout import like
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Settled
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
@@ -148,8 +149,8 @@ def _by_kernel(
     math_root: bool,
 ) -> Tensor | None:
     """As `rms_norm` where the kernel computes it, else None."""
-    path = dispatch_path(x, weight)
-    if path is REFERENCE or not accepts(x, weight, variant, group_size, normalized_shape):
+    path = _path.call(x, weight, variant, group_size, normalized_shape)
+    if path is REFERENCE:
         return None
     if variant.weight == "none" or not with_weight:
         weight = None
@@ -231,6 +232,25 @@ def accepts(
         return not given or weight.dtype == (x.dtype if variant.compute == "fused" else torch.float32)  # type: ignore[union-attr]
     # Autocast computes powers and roots in float32; the other variants have cast by themselves before.
     return variant.compute != "input" or not torch.is_autocast_enabled(x.device.type)
+
+
+def _path_for(
+    x: Tensor,
+    weight: Tensor | None,
+    variant: RMSNormVariant,
+    group_size: int | None,
+    normalized_shape: tuple[int, ...] | None,
+) -> DispatchPath:
+    """What computes with these tensors."""
+    path = dispatch_path(x, weight)
+    if path is REFERENCE or not accepts(x, weight, variant, group_size, normalized_shape):
+        return REFERENCE
+    return path
+
+
+_path = Settled(
+    _path_for, "(Tensor x, Tensor? weight, object variant, int? group_size, int[]? normalized_shape) -> "
+)
 
 
 def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float) -> Tensor:
