@@ -12,6 +12,7 @@ where two inputs have one address, or where an address is not aligned, the funct
 from __future__ import annotations
 
 import re
+import weakref
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,13 @@ import torch
 from twinkle.codegen import compile_source
 from twinkle.ops import launch
 from twinkle.ops.replay import replay_of
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["Planned", "Settled", "parameters_of"]
+__all__ = ["Kept", "Planned", "Settled", "parameters_of"]
 
 _MOST = 512  # Kept plans or answers of a function; of shapes that vary without end the oldest go.
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -50,6 +52,18 @@ def parameters_of(schema: str) -> dict[str, tuple[str, bool]]:
         kind, name, default = re.fullmatch(r"(\S+) (\w+)(=None)?", text).groups()  # type: ignore[union-attr]
         found[name] = kind, default is not None
     return found
+
+
+class Kept:
+    """What keeps plans or answers, for as long as the runtime's state lives."""
+
+    def __init__(self) -> None:
+        self.keepers: weakref.WeakSet[Planned | Settled] = weakref.WeakSet()
+
+    def close(self) -> None:
+        """Forget all plans and answers."""
+        for keeper in list(self.keepers):
+            keeper.clear()
 
 
 def _key_of(parameters: dict[str, tuple[str, bool]], *first: str) -> str:
@@ -104,8 +118,14 @@ class Planned:
         self.call: Callable[..., Any] = scope["call"]
         self._bound: Callable[..., Callable[..., Any]] = scope["bound"]
 
+    def clear(self) -> None:
+        """Forget the plans."""
+        self._plans.clear()
+        self._kinds.clear()
+
     def _unknown(self, key: Any, *inputs: Any) -> Any:
         """The first call of a kind: the next one is recorded."""
+        runtime.of(Kept).keepers.add(self)
         given = dict(zip(self.parameters, inputs, strict=True))
         tensors = [given.pop(name) for name in self.tensors]
         general = self._bound(self.function, *given.values())
@@ -178,7 +198,13 @@ class Settled:
         compile_source(text, f"answer of {function.__name__}", scope)
         self.call: Callable[..., Any] = scope["call"]
 
+    def clear(self) -> None:
+        """Forget the answers."""
+        self._answers.clear()
+        self._kinds.clear()
+
     def _unknown(self, key: Any, *inputs: Any) -> Any:
+        runtime.of(Kept).keepers.add(self)
         answer = self._function(*inputs)
         if all(not isinstance(x, torch.Tensor) or type(x) in _PLAIN for x in inputs):
             kept = [x for x in inputs if not isinstance(x, torch.Tensor)]
