@@ -173,6 +173,21 @@ def test_numbers_and_absent_tensors_are_part_of_the_kind(kernels):
         assert doubling.calls == before + 2
 
 
+def test_the_first_tensor_may_be_absent(kernels):
+    calls = []
+
+    def function(other, x):
+        calls.append(other)
+        return Doubling.launched(x, 1.0)
+
+    planned = Planned(function, "(Tensor? other, Tensor x) -> Tensor")
+    for other in (None, torch.randn(3, device=kernels)):
+        for _ in range(3):
+            x = torch.randn(4, 8, device=kernels)
+            assert torch.equal(planned.call(other, x), torch.relu(x) ** 2)
+    assert len(calls) == 4
+
+
 def test_both_zeros_are_one_key_and_so_none(kernels):
     doubling, x = Doubling(), torch.randn(4, 8, device=kernels)
     for factor in (0.0, -0.0, 0.0, 0.0):

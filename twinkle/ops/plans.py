@@ -100,7 +100,8 @@ class Planned:
         names = ", ".join(self.parameters)
         others = [name for name in self.parameters if name not in self.tensors]
         tensors = ", ".join(self.tensors)
-        key = _key_of(self.parameters, f"{self.tensors[0]}.device")
+        given_always = next(name for name, (kind, _) in self.parameters.items() if kind == "Tensor")
+        key = _key_of(self.parameters, f"{given_always}.device")
         self.scope: dict[str, Any] = {"_tw_known": self._plans.get, "_tw_unknown": self._unknown}
         self.result = (
             f"_tw_plan({tensors}) if (_tw_plan := _tw_known(_tw_key := {key})) is not None"
