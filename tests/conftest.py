@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from kernel_fixtures import every_size, half, kernels  # noqa: F401
+from kernel_fixtures import every_size, half, kernels, unplanned  # noqa: F401
 from package_fixtures import clean_hooks, write  # noqa: F401
 
 from twinkle.session import JOB

@@ -132,7 +132,7 @@ def step(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
 
 
 @pytest.fixture
-def launches(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+def launches(kernels: torch.device, unplanned: None, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether each launch of the kernel was one for gradients."""
     from twinkle.ops.rotary import triton
 

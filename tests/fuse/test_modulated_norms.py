@@ -395,6 +395,7 @@ def test_blocks_of_models_shapes_on_a_gpu(
 @pytest.mark.parametrize("cls", [DiT, Flux], ids=lambda cls: cls.__name__)
 def test_a_kernel_that_raises_later_leaves_the_program_what_it_computes(
     at_any_size: torch.device,
+    unplanned: None,
     monkeypatch: pytest.MonkeyPatch,
     clean_registry: Registry,
     cls: type[Block],

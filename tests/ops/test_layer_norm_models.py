@@ -41,7 +41,7 @@ def device(kernels: torch.device, clean_registry: Registry, monkeypatch: pytest.
 
 
 @pytest.fixture
-def counted(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def counted(device: torch.device, unplanned: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that ran, proofs included."""
     from twinkle.ops.layer_norm import triton
 

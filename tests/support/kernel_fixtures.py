@@ -49,6 +49,16 @@ def half(kernels: torch.device) -> torch.dtype:
 
 
 @pytest.fixture
+def unplanned(kernels: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No call is replayed: a test that puts a function in the place of one that launches sees every call."""
+    from twinkle.ops import plans
+    from twinkle.runtime import runtime
+
+    runtime.of(plans.Kept).close()
+    monkeypatch.setattr(plans, "replay_of", lambda call, inputs: (call(*inputs), None, False))
+
+
+@pytest.fixture
 def every_size() -> Iterator[None]:
     """Small inputs go the way of large ones on a CPU: the logits of tiny models are deferred."""
     from twinkle.ops.plain import at_every_size

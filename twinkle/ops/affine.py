@@ -58,11 +58,12 @@ def gradients(*kept: int) -> Callable[..., tuple[Tensor | None, ...]]:
 
     def found(ctx: Any, function: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats = ctx.saved_tensors
-        dx, dw, db = ctx.needs_input_grad[:3]
-        wanted = [dx, weight is not None and dw, bias is not None and db]
-        made = function(dy, x, weight, bias, stats, *[ctx.rest[at] for at in kept], wanted)
-        given = (one if is_wanted else None for one, is_wanted in zip(made, wanted, strict=True))
-        return (*given, *[None] * len(ctx.rest))
+        needs = ctx.needs_input_grad
+        of_x, of_w, of_b = needs[0], weight is not None and needs[1], bias is not None and needs[2]
+        rest = ctx.rest
+        dx, dw, db = function(dy, x, weight, bias, stats, *[rest[at] for at in kept], [of_x, of_w, of_b])
+        none = (None,) * len(rest)
+        return (dx if of_x else None, dw if of_w else None, db if of_b else None, *none)
 
     return found
 

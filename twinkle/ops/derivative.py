@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from twinkle.codegen import compile_source
 from twinkle.ops.failures import Failures, is_failure, made_good
+from twinkle.ops.plans import Planned
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -70,23 +72,25 @@ class Derivative:
         reference: Callable[..., Any] | None = None,
         again: Callable[..., tuple[Tensor | None, ...]] | None = None,
     ) -> None:
+        self.schema = schema
         self.backward = backward
         self.op = _define(schema, _without_none(op_backward or backward), _without_none(fake))
         self.auxiliary = auxiliary
         self.keep = keep or self._keep_inputs
+        self.keeps_inputs = keep is None
         self.gradients = gradients or _gradients_of_inputs
         self.again = again or self._again_by_reference
-        self._tensors = tensors
+        self.tensors = tensors
         self._reference = reference
 
     def _keep_inputs(self, ctx: Any, inputs: tuple[Any, ...], results: Any) -> None:
-        ctx.save_for_backward(*inputs[: self._tensors], *(results[1:] if self.auxiliary else ()))
-        ctx.rest = inputs[self._tensors :]
+        ctx.save_for_backward(*inputs[: self.tensors], *(results[1:] if self.auxiliary else ()))
+        ctx.rest = inputs[self.tensors :]
 
     def _again_by_reference(self, ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         assert self._reference is not None
         definition = functools.partial(_with_rest, self._reference, ctx.rest)
-        found = through_definition(definition, ctx.saved_tensors[: self._tensors], cotangents)
+        found = through_definition(definition, ctx.saved_tensors[: self.tensors], cotangents)
         return (*found, *[None] * len(ctx.rest))
 
     def set_up(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -111,7 +115,9 @@ def define_op(
     forward: Callable[..., Any],
     fake: Callable[..., Any],
     derivative: Derivative,
-) -> tuple[Callable[..., Any], Any]:
+    *,
+    planned: bool = True,
+) -> tuple[Callable[..., Any], Any, Callable[..., Any]]:
     """Make one differentiable function of a forward and a backward: eager, and as an op of ``twinkle``.
 
     Args:
@@ -120,20 +126,18 @@ def define_op(
         forward: Launches the kernel.
         fake: Makes empty results of the same shapes, dtypes and strides.
         derivative: How it is differentiated.
+        planned: Forward and backward are functions as :class:`twinkle.ops.plans.Planned` takes them.
 
     Returns:
         The function for plain tensors outside every transform (see :func:`apply_of`), which returns the
-        first result alone where the others are auxiliary; and the op.
+        first result alone where the others are auxiliary; the op; and the forward alone, for such tensors
+        where nothing is to be differentiated.
     """
-    keep, auxiliary = derivative.keep, derivative.auxiliary
-    backward, gradients, again = derivative.backward, derivative.gradients, derivative.again
+    gradients, again = derivative.gradients, derivative.again
+    ready = Planned(forward, schema, planned=planned)
+    backward = Planned(derivative.backward, derivative.schema, planned=planned).call
     folder = forward.__module__.split(".")[2]
     op = _define(schema, forward, fake, setup=derivative.set_up, backward=derivative.of_op)
-
-    def eager_forward(ctx: Any, *inputs: Any) -> Any:
-        results = forward(*inputs)
-        keep(ctx, inputs, results)
-        return results[0] if auxiliary else results
 
     def eager_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
@@ -146,8 +150,33 @@ def define_op(
             runtime.of(Failures).tell(folder, error)
         return made_good(again, ctx, *cotangents)
 
-    members = {"forward": staticmethod(eager_forward), "backward": staticmethod(eager_backward)}
-    return apply_of(type(torch.autograd.Function)(name, (torch.autograd.Function,), members)), op
+    members = {
+        "forward": staticmethod(_eager_forward(ready, derivative)),
+        "backward": staticmethod(eager_backward),
+    }
+    function = type(torch.autograd.Function)(name, (torch.autograd.Function,), members)
+    return apply_of(function), op, ready.call
+
+
+def _eager_forward(ready: Planned, derivative: Derivative) -> Callable[..., Any]:
+    """The forward of the autograd ``Function``, written in one piece: calls cost most of it."""
+    names = [*ready.parameters]
+    scope = {**ready.scope, "_tw_keep": derivative.keep}
+    kept = [f"_tw_keep(ctx, ({', '.join(names)},), results)"]
+    if derivative.keeps_inputs:
+        count = derivative.tensors
+        saved = [*names[:count], *(["*results[1:]"] if derivative.auxiliary else [])]
+        rest = "".join(f"{name}, " for name in names[count:])
+        kept = [f"ctx.save_for_backward({', '.join(saved)})", f"ctx.rest = ({rest})"]
+    lines = [
+        f"def forward(ctx, {', '.join(names)}):",
+        f"    results = {ready.result}",
+        *[f"    {line}" for line in kept],
+        f"    return results{'[0]' if derivative.auxiliary else ''}",
+        "",
+    ]
+    compile_source("\n".join(lines), f"forward of {ready.function.__name__}", scope)
+    return scope["forward"]  # type: ignore[no-any-return]
 
 
 def _gradients_of_inputs(ctx: Any, function: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

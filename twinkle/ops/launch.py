@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -10,6 +11,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import torch
+
+from twinkle.ops.direct import Launched
+from twinkle.ops.replay import recorder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -82,46 +86,49 @@ def dispatch_path(x: Tensor, *others: Tensor | None, wide: tuple[Tensor, ...] = 
         subclass (its own rules apply to plain torch), a transform of ``torch.func``, ``torch.jit.trace``
         (which takes what a kernel wrote for a constant, or fails at an autograd ``Function``).
     """
-    device = x.device
-    if device.type not in DEVICE_TYPES or x.dtype not in _DTYPES:
-        return REFERENCE
     compiling = torch.compiler.is_compiling()
-    traced = compiling or torch._C._len_torch_dispatch_stack() > 0
     if not compiling and (
         torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None
     ):
         return REFERENCE
-    for tensor in (x, *others, *wide):
-        if tensor is None:
-            continue
-        known = tensor.dtype in _DTYPES or (tensor.dtype == torch.float64 and any(tensor is t for t in wide))
-        if tensor.device != device or not known:
+    if compiling or torch._C._len_torch_dispatch_stack() > 0:
+        return CUSTOM_OP if _runs(x, others, wide) else REFERENCE
+    # The rest does not change for a kind of tensors. Types are kept, so plain ones alone, which stay anyway.
+    kinds = [None if t is None else (t.device, t.dtype, type(t)) for t in (x, *others, *wide)]
+    key = (DEVICE_TYPES, len(wide), *kinds)
+    path = _paths.get(key)
+    if path is None:
+        if not all(t is None or type(t) in _PLAIN for t in (x, *others, *wide)):
             return REFERENCE
-        if not traced and type(tensor) not in _PLAIN:
-            return REFERENCE
-    if traced:
-        return CUSTOM_OP
-    return EAGER
+        path = _paths[key] = EAGER if _runs(x, others, wide) else REFERENCE
+    return path
 
 
-class _Here:
-    """The device is current already."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *exception: object) -> None:
-        pass
+_paths: dict[Any, DispatchPath] = {}
 
 
-_HERE = _Here()
+def _runs(x: Tensor, others: tuple[Tensor | None, ...], wide: tuple[Tensor, ...]) -> bool:
+    """Whether a kernel takes tensors of these devices and dtypes."""
+    device = x.device
+    if device.type not in DEVICE_TYPES or x.dtype not in _DTYPES:
+        return False
+    for tensor in others:
+        if tensor is not None and (tensor.device != device or tensor.dtype not in _DTYPES):
+            return False
+    for tensor in wide:
+        if tensor.device != device or (tensor.dtype not in _DTYPES and tensor.dtype != torch.float64):
+            return False
+    return True
+
+
+NOTHING = contextlib.nullcontext()
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of ``tensor`` current: triton launches on the current one, wherever the data are."""
     device = tensor.device
     if device.type != "cuda" or torch.cuda.current_device() == device.index:
-        return _HERE
+        return NOTHING
     return torch.cuda.device(device)  # type: ignore[no-any-return]
 
 
@@ -146,7 +153,8 @@ class Launcher:
     A training step repeats the same launches; triton binds and specialises all arguments again each time.
     Here the compiled kernel is found by the numbers themselves, and by whether all tensors are aligned.
 
-    The kernel takes its tensors first, then its numbers, then its constants.
+    The kernel takes its tensors first, then its numbers, then its constants. A launch inside a call that is
+    recorded (see :mod:`twinkle.ops.replay`) is part of the record.
     """
 
     _MOST = 512  # Kept launches; shapes that vary without end go through triton.
@@ -166,24 +174,30 @@ class Launcher:
             numbers: The next.
             constants: The rest, and options such as ``num_warps``.
         """
-        device = tensors[0].device
-        aligned = device.type == "cuda"
-        for tensor in tensors:
-            if tensor.data_ptr() & 15:
-                aligned = False
-        if not aligned:
+        sizes: Any = (*grid, 1, 1)[:3]
+        recording = recorder()
+        if any(tensor.data_ptr() & 15 for tensor in tensors):
+            if recording is not None:
+                recording.whole = False
             self.jitted[grid](*tensors, *numbers, **constants)
             return
-        key = (device.index, numbers, *[tensor.dtype for tensor in tensors], *constants.values())
+        key = (tensors[0].device, numbers, *[tensor.dtype for tensor in tensors], *constants.values())
         known = self._known.get(key)
         if known is not None:
             compiled, rest = known
-            compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *rest)
-            return
-        compiled = self.jitted[grid](*tensors, *numbers, **constants)
-        if len(self._known) < self._MOST and hasattr(compiled, "function"):
-            given = len(tensors) + len(numbers)
-            self._known[key] = compiled, tuple(constants[name] for name in self.jitted.arg_names[given:])
+            compiled[sizes](*tensors, *numbers, *rest)
+        else:
+            with NOTHING if recording is None else recording.unnoticed():
+                compiled = self.jitted[grid](*tensors, *numbers, **constants)
+            rest = tuple(constants[name] for name in self.jitted.arg_names[len(tensors) + len(numbers) :])
+            if not hasattr(compiled, "function"):  # the interpreter
+                compiled = None
+            elif len(self._known) < self._MOST:
+                self._known[key] = compiled, rest
+        if recording is not None:
+            recording.launches.append(
+                Launched(self.jitted, compiled, sizes, tensors, numbers, rest, constants)
+            )
 
 
 def cdiv(a: int, b: int) -> int:

@@ -69,7 +69,7 @@ def _by_kernel(x: Tensor, variant: ActivationVariant) -> Tensor | None:
         return _op(x, variant.name)
     if torch.is_grad_enabled():
         return _eager(x, variant.name)
-    return _forward(x, variant.name)
+    return _bare(x, variant.name)
 
 
 def _attempt(x: Any, *, variant: ActivationVariant, root: float | None = None) -> Tensor | None:
@@ -106,7 +106,7 @@ def _definition(x: Tensor, kind: str) -> Tensor:
     return reference.activation(x, variant=_VARIANTS[kind])
 
 
-_eager, _op = define_op(
+_eager, _op, _bare = define_op(
     "_Activation",
     "activation(Tensor x, str kind) -> Tensor",
     _forward,

@@ -273,7 +273,7 @@ _INPUTS = (
     "Tensor? down_bias"
 )
 _REST = "str variant, str activation, str clamp, float? limit, float? alpha, bool exact, bool interleaved"
-_eager, _op = define_op(
+_eager, _op, _ = define_op(
     "_Experts",
     f"experts({_INPUTS}, {_REST}) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
@@ -289,4 +289,5 @@ _eager, _op = define_op(
         gradients=_gradients,
         again=_again,
     ),
+    planned=False,  # sorts and products are between its launches
 )

@@ -9,8 +9,9 @@ import torch.nn.functional as F
 
 from twinkle.ops.derivative import Derivative, apply_of, define_op, through_definition
 from twinkle.ops.failures import backward_survives
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layout import fresh, rows_of
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -85,14 +86,24 @@ def by_kernel(
     exact: bool,
 ) -> Tensor | None:
     """As `gated_activation` where the kernel computes it: two tensors of one shape and dtype; else None."""
-    path = dispatch_path(gate, up)
-    if path is REFERENCE or gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+    path = _path.call(gate, up)
+    if path is REFERENCE:
         return None
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(gate, up, activation, clamp, limit, scale, exact)
+        return _gated_bare(gate, up, activation, clamp, limit, scale, exact)
     if path is EAGER:
         return _gated(gate, up, activation, clamp, limit, scale, exact)
     return _op(gate, up, activation, clamp, limit, scale, exact)
+
+
+def _path_for(gate: Tensor, up: Tensor) -> DispatchPath:
+    """What computes with these tensors."""
+    if gate.shape != up.shape or gate.dtype != up.dtype or gate.dim() == 0:
+        return REFERENCE
+    return dispatch_path(gate, up)
+
+
+_path = Settled(_path_for, "(Tensor gate, Tensor up) -> ")
 
 
 def gated_activation_fused(
@@ -140,7 +151,7 @@ def fused_by_kernel(
     if path is REFERENCE or gate_up.dim() == 0 or gate_up.shape[-1] % 2:
         return None
     if path is EAGER and not torch.is_grad_enabled():
-        return _fused_forward(gate_up, activation, gate_half, clamp, limit, scale, exact)
+        return _fused_bare(gate_up, activation, gate_half, clamp, limit, scale, exact)
     if path is EAGER:
         return _fused(gate_up, activation, gate_half, clamp, limit, scale, exact)
     return _fused_op(gate_up, activation, gate_half, clamp, limit, scale, exact)
@@ -246,6 +257,15 @@ def _fused_backward(dout: Tensor, gate_up: Tensor, activation: str, gate_half: i
     return gradient
 
 
+def _with_product(dout: Tensor, gate: Tensor, up: Tensor, *how: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients, and the result of forward again as ``[rows, intermediate]``."""
+    product = torch.empty(dout.shape, dtype=gate.dtype, device=gate.device)
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    rows = (rows_of(x) for x in (gate, up, dgate, dup))
+    _kernels().backward(dout, *rows, *how, out=product)
+    return dgate, dup, product
+
+
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -253,7 +273,7 @@ class _GatedLinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
         ctx.rest = rest
-        return F.linear(_forward(gate, up, *rest), weight, bias)
+        return F.linear(_gated_bare(gate, up, *rest), weight, bias)
 
     @staticmethod
     @backward_survives("gated_mlp")
@@ -266,11 +286,7 @@ class _GatedLinear(torch.autograd.Function):
             dbias = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
             return (*through, dbias, None, None, None, None, None)
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        product = torch.empty((dy_rows.shape[0], gate.shape[-1]), dtype=gate.dtype, device=gate.device)
-        dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        dup = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        rows = (rows_of(x) for x in (gate, up, dgate, dup))
-        _kernels().backward(dy_rows @ weight, *rows, *ctx.rest, out=product)
+        dgate, dup, product = _backward_again.call(dy_rows @ weight, gate, up, *ctx.rest)
         dweight = dy_rows.t() @ product if ctx.needs_input_grad[2] else None
         dbias = dy_rows.sum(0) if ctx.needs_input_grad[3] else None
         return (dgate, dup, dweight, dbias, None, None, None, None, None)
@@ -284,7 +300,11 @@ def _fused_definition(gate_up: Tensor, activation: str, gate_half: int, *rest: A
 
 
 _REST = "str clamp, float? limit, float? scale, bool exact"
-_gated, _op = define_op(
+_backward_again = Planned(
+    _with_product,
+    f"(Tensor dout, Tensor gate, Tensor up, str activation, {_REST}) -> (Tensor, Tensor, Tensor)",
+)
+_gated, _op, _gated_bare = define_op(
     "_Gated",
     f"gated_activation(Tensor gate, Tensor up, str activation, {_REST}) -> Tensor",
     _forward,
@@ -298,7 +318,7 @@ _gated, _op = define_op(
         reference=definition,
     ),
 )
-_fused, _fused_op = define_op(
+_fused, _fused_op, _fused_bare = define_op(
     "_Fused",
     f"gated_activation_fused(Tensor gate_up, str activation, int gate_half, {_REST}) -> Tensor",
     _fused_forward,

@@ -12,6 +12,7 @@ from twinkle.ops.group_norm import reference
 from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -72,6 +73,11 @@ def path_for(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None)
     """
     if not pays(x, LEAST) or x.dim() < 3 or groups < 1 or x.shape[1] % groups:
         return REFERENCE
+    return _path.call(x, weight, bias)  # type: ignore[no-any-return]
+
+
+def _path_for(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> DispatchPath:
+    """The same for images of enough elements and groups that divide their channels."""
     path = dispatch_path(x, weight, bias)
     if path is REFERENCE:
         return path
@@ -83,6 +89,9 @@ def path_for(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None)
     if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
         return REFERENCE
     return path
+
+
+_path = Settled(_path_for, "(Tensor x, Tensor? weight, Tensor? bias) -> ")
 
 
 def run(
@@ -100,7 +109,7 @@ def run(
         return _op(x, weight, bias, groups, eps, activation)[0]
     if torch.is_grad_enabled():
         return _eager(x, weight, bias, groups, eps, activation)
-    return _kernels().forward(x, groups, weight, bias, eps, activation, stats=False)[0]
+    return _inference.call(x, weight, bias, groups, eps, activation)
 
 
 def _forward(
@@ -121,7 +130,17 @@ def _definition(
     return reference.group_norm(x, groups, weight, bias, eps, variant=_BY_ACTIVATION[activation])
 
 
-_eager, _op = define_op(
+def _without_stats(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float, activation: str
+) -> Tensor:
+    return _kernels().forward(x, groups, weight, bias, eps, activation, stats=False)[0]
+
+
+_inference = Planned(
+    _without_stats,
+    "(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, str activation) -> Tensor",
+)
+_eager, _op, _ = define_op(
     "_GroupNorm",
     "group_norm(Tensor x, Tensor? weight, Tensor? bias, int groups, float eps, str activation)"
     " -> (Tensor, Tensor)",

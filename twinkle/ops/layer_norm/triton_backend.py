@@ -17,12 +17,13 @@ from torch import nn
 from twinkle.ops.affine import affine_layers, fake_backward, gradients, launched_backward
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layer_norm import reference, torch_backend
 from twinkle.ops.layer_norm.reference import VARIANTS, LayerNormVariant
 from twinkle.ops.layer_norm.torch_backend import may_lack, rounds_as
 from twinkle.ops.layout import channels_first
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -121,15 +122,15 @@ def _by_kernel(
     """As `layer_norm` where the kernel computes it, else None."""
     if not pays(x, LEAST) or x.is_nested:
         return None
-    path = dispatch_path(x, weight, bias)
-    if path is REFERENCE or not accepts(x, weight, bias, variant, normalized_shape):
+    path = _path.call(x, weight, bias, variant, normalized_shape)
+    if path is REFERENCE:
         return None
     given = weight + 1 if variant.one_plus and weight is not None else weight
     if path is not EAGER:
         return _op(x, given, bias, eps)[0]
     if torch.is_grad_enabled():
         return _eager(x, given, bias, eps)
-    return _kernels().forward(x, given, bias, eps, stats=False)[0]
+    return _inference.call(x, given, bias, eps)
 
 
 def _attempt(
@@ -192,6 +193,25 @@ def accepts(
     return True
 
 
+def _path_for(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    variant: LayerNormVariant,
+    normalized_shape: tuple[int, ...] | None,
+) -> DispatchPath:
+    """What computes with these tensors."""
+    path = dispatch_path(x, weight, bias)
+    if path is REFERENCE or not accepts(x, weight, bias, variant, normalized_shape):
+        return REFERENCE
+    return path
+
+
+_path = Settled(
+    _path_for, "(Tensor x, Tensor? weight, Tensor? bias, object variant, int[]? normalized_shape) -> "
+)
+
+
 def across(x: Tensor) -> int | None:
     """The rows of a batch, for a tensor that lies channels first and is read so; else None.
 
@@ -222,7 +242,12 @@ def _contiguous(x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
-_eager, _op = define_op(
+def _without_stats(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _kernels().forward(x, weight, bias, eps, stats=False)[0]
+
+
+_inference = Planned(_without_stats, "(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor")
+_eager, _op, _ = define_op(
     "_LayerNorm",
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
     _forward,

@@ -15,6 +15,7 @@ from twinkle.ops.modulated_norm import reference
 from twinkle.ops.modulated_norm.dtypes import dtypes_of
 from twinkle.ops.modulated_norm.reference import ModulatedNormVariant
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned, Settled
 from twinkle.ops.rms_norm import triton_backend as rms_norm
 from twinkle.ops.rms_norm.reference import VARIANTS as RMS_NORMS
 from twinkle.ops.rms_norm.reference import RMSNormVariant
@@ -127,6 +128,18 @@ def path_for(
     """
     if not pays(x, least_for(variant.norm)) or x.dim() < 2 or supports(variant) is not None:
         return REFERENCE
+    return _path.call(x, weight, bias, scale, shift, variant)  # type: ignore[no-any-return]
+
+
+def _path_for(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    variant: ModulatedNormVariant,
+) -> DispatchPath:
+    """The same for rows of enough elements and a variant that has a kernel."""
     if not _one_each(scale, x) or (shift is not None and shift.shape != scale.shape):
         return REFERENCE
     norm = variant.norm
@@ -141,6 +154,12 @@ def path_for(
     if not x.is_contiguous() or (variant.upcast and norm.compute in ("input", "statistics", "fused")):
         return REFERENCE
     return path if rms_norm.accepts(x, weight, norm, None, last) else REFERENCE
+
+
+_path = Settled(
+    _path_for,
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift, object variant) -> ",
+)
 
 
 def _one_each(scale: Tensor, x: Tensor) -> bool:
@@ -196,7 +215,7 @@ def run(
     """
     weight, bias = _used(weight, bias, variant.norm)
     if path is EAGER and not torch.is_grad_enabled():
-        return _kernels().forward(x, weight, bias, eps, scale, shift, variant, dtype, stats=False)[0]
+        return _inference.call(x, weight, bias, scale, shift, eps, variant.name, dtype)
     if path is EAGER:
         return _eager(x, weight, bias, scale, shift, eps, variant.name, dtype)
     return _op(x, weight, bias, scale, shift, eps, variant.name, dtype)[0]
@@ -323,10 +342,27 @@ def _again(ctx: Any, dy: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     return (*found, None, None, None)
 
 
-_eager, _op = define_op(
+def _without_stats(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor,
+    shift: Tensor | None,
+    eps: float,
+    variant: str,
+    dtype: torch.dtype | None,
+) -> Tensor:
+    return _kernels().forward(x, weight, bias, eps, scale, shift, _VARIANTS[variant], dtype, stats=False)[0]
+
+
+_INPUTS = (
+    "Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift, float eps, str variant, "
+    "ScalarType? dtype"
+)
+_inference = Planned(_without_stats, f"({_INPUTS}) -> Tensor")
+_eager, _op, _ = define_op(
     "_ModulatedNorm",
-    "modulated_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor scale, Tensor? shift, float eps, "
-    "str variant, ScalarType? dtype) -> (Tensor, Tensor)",
+    f"modulated_norm({_INPUTS}) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(

@@ -13,6 +13,7 @@ import torch
 from twinkle.ops.derivative import apply_of
 from twinkle.ops.failures import backward_survives
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path
+from twinkle.ops.plans import Planned
 from twinkle.ops.qk_norm_rotary import triton_backend
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def run(
     rest = (q.shape[3], variant.norm.name, variant.rotary.name, variant.over == "all")
     if path is EAGER and torch.is_grad_enabled():
         return _eager(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
-    function: Any = triton_backend._forward if path is EAGER else triton_backend._op
+    function: Any = triton_backend._bare if path is EAGER else triton_backend._op
     return function(joined(q), joined(k), q_weight, k_weight, q_eps, k_eps, cos, sin, *rest)  # type: ignore[no-any-return]
 
 
@@ -144,7 +145,7 @@ class _Heads(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         triton_backend._keep(ctx, inputs, None)
         q, k, *rest = inputs
-        return triton_backend._forward(joined(q), joined(k), *rest)
+        return triton_backend._bare(joined(q), joined(k), *rest)  # type: ignore[no-any-return]
 
     @staticmethod
     @backward_survives("qk_norm_rotary")
@@ -155,8 +156,9 @@ class _Heads(torch.autograd.Function):
 
 
 def _backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
-    dq, dk, dqw, dkw = triton_backend._backward(dq_out, dk_out, joined(q), joined(k), *rest)
+    dq, dk, dqw, dkw = _ready.call(dq_out, dk_out, joined(q), joined(k), *rest)
     return split(dq, q.shape[3]), split(dk, q.shape[3]), dqw, dkw
 
 
+_ready = Planned(triton_backend._backward, triton_backend.BACKWARD)
 _eager = apply_of(_Heads)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.derivative import Derivative, define_op, through_definition
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layout import rows_of
+from twinkle.ops.plans import Settled
 from twinkle.ops.qk_norm_rotary import reference
 from twinkle.ops.qk_norm_rotary.reference import QKNormRotaryVariant
 from twinkle.ops.rms_norm import reference as norms
@@ -81,14 +82,16 @@ def qk_norm_rotary(
         ``[batch, heads, tokens, head_dim]`` and ``[batch, kv_heads, tokens, head_dim]``; in memory tokens
         come before heads, as after the definition's transpose.
     """
-    path = dispatch_path(q, k, q_weight, k_weight, cos, sin) if _is_supported(variant) else REFERENCE
-    if path is not REFERENCE and _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, variant):
+    path = REFERENCE
+    if not (torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad)):
+        path = _path.call(q, k, q_weight, k_weight, cos, sin, head_dim, variant)
+    if path is not REFERENCE:
         if variant.norm.weight == "none":
             q_weight = k_weight = None
         names = (variant.norm.name, variant.rotary.name, variant.over == "all")
         function = _eager if path is EAGER else _op
         if path is EAGER and not torch.is_grad_enabled():
-            function = _forward
+            function = _bare
         return function(q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim, *names)  # type: ignore[no-any-return]
     return reference.qk_norm_rotary(
         q, k, q_weight, k_weight, q_eps, k_eps, cos, sin, head_dim=head_dim, variant=variant
@@ -105,8 +108,6 @@ def _accepts(
     head_dim: int,
     variant: QKNormRotaryVariant,
 ) -> bool:
-    if torch.is_grad_enabled() and (cos.requires_grad or sin.requires_grad):
-        return False
     width = cos.shape[-1] * (2 if variant.rotary.tables == "half" else 1)
     if q.dim() != 3 or k.dim() != 3 or cos.dim() != 3 or cos.shape != sin.shape or width != head_dim:
         return False
@@ -123,6 +124,30 @@ def _accepts(
         if w is not None and (w.shape != (wanted,) or not w.is_contiguous() or w.dtype != x.dtype):
             return False
     return True
+
+
+def _path_for(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    head_dim: int,
+    variant: QKNormRotaryVariant,
+) -> DispatchPath:
+    """What computes with these tensors."""
+    path = dispatch_path(q, k, q_weight, k_weight, cos, sin) if _is_supported(variant) else REFERENCE
+    if path is REFERENCE or not _accepts(q, k, q_weight, k_weight, cos, sin, head_dim, variant):
+        return REFERENCE
+    return path
+
+
+_path = Settled(
+    _path_for,
+    "(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, int head_dim, "
+    "object variant) -> ",
+)
 
 
 def _dtypes(
@@ -281,16 +306,19 @@ def _fake_backward(
     return q.new_empty(q.shape), k.new_empty(k.shape), dqw, dkw
 
 
-_eager, _op = define_op(
+BACKWARD = (
+    "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
+    "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
+    "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_eager, _op, _bare = define_op(
     "_QKNormRotary",
     "qk_norm_rotary(Tensor q, Tensor k, Tensor? qw, Tensor? kw, float q_eps, float k_eps, Tensor cos, "
     "Tensor sin, int head_dim, str norm, str rotation, bool over_all) -> (Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(
-        "qk_norm_rotary_backward(Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor? qw, "
-        "Tensor? kw, float q_eps, float k_eps, Tensor cos, Tensor sin, int head_dim, str norm, str rotation, "
-        "bool over_all, bool weight_grad) -> (Tensor, Tensor, Tensor, Tensor)",
+        BACKWARD,
         _backward,
         _fake_backward,
         op_backward=_backward_apart,

@@ -10,6 +10,7 @@ from twinkle.ops.derivative import Derivative, define_op, through_definition
 from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layer_norm.reference import LayerNormVariant
 from twinkle.ops.layout import like
+from twinkle.ops.plans import Settled
 from twinkle.ops.residual_norm import reference, triton_layer_norm
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.rms_norm import triton_backend
@@ -84,12 +85,23 @@ def path_for(
     """
     if isinstance(variant.norm, LayerNormVariant):
         return triton_layer_norm.path_for(x, residual, weight, bias, variant.norm)
+    return _path.call(x, residual, weight, variant)  # type: ignore[no-any-return]
+
+
+def _path_for(
+    x: Tensor, residual: Tensor, weight: Tensor | None, variant: ResidualNormVariant
+) -> DispatchPath:
+    """The same for an RMSNorm."""
+    assert isinstance(variant.norm, RMSNormVariant)
     if x.dtype != residual.dtype or x.shape != residual.shape or supports(variant) is not None:
         return REFERENCE
     path = dispatch_path(x, residual, weight)
     if path is not REFERENCE and triton_backend.accepts(x, weight, variant.norm, None, x.shape[-1:]):
         return path
     return REFERENCE
+
+
+_path = Settled(_path_for, "(Tensor x, Tensor residual, Tensor? weight, object variant) -> ")
 
 
 def run(
@@ -125,7 +137,7 @@ def run(
     if variant.norm.weight == "none":
         weight = None
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(x, residual, weight, eps, variant.norm.name, factor)
+        return _bare(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
     if path is EAGER:
         return _eager(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
     return _op(x, residual, weight, eps, variant.norm.name, factor)  # type: ignore[no-any-return]
@@ -199,7 +211,7 @@ def _fake_backward(
     return dx, None if scale is None else torch.empty_like(dx), dw
 
 
-_eager, _op = define_op(
+_eager, _op, _bare = define_op(
     "_ResidualNorm",
     "residual_norm(Tensor x, Tensor residual, Tensor? weight, float eps, str norm, float? scale)"
     " -> (Tensor, Tensor)",

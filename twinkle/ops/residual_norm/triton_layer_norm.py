@@ -17,6 +17,7 @@ from twinkle.ops.layer_norm.reference import VARIANTS
 from twinkle.ops.layer_norm.triton_backend import LEAST, accepts, across, exactly, takes_weight_and_eps
 from twinkle.ops.layer_norm.triton_backend import supports as supports_norm
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Planned, Settled
 
 if TYPE_CHECKING:
     from typing import Any
@@ -61,6 +62,13 @@ def path_for(
     if norm.affine != "both":
         bias = None
         weight = None if norm.affine == "none" else weight
+    return _path.call(x, residual, weight, bias, norm)  # type: ignore[no-any-return]
+
+
+def _path_for(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, norm: LayerNormVariant
+) -> DispatchPath:
+    """The same for what the norm applies, whatever the size."""
     path = dispatch_path(x, residual, weight, bias)
     dtype = x.dtype if x.dtype is residual.dtype else torch.promote_types(x.dtype, residual.dtype)
     if path is REFERENCE or not accepts(x, weight, bias, norm, x.shape[-1:], dtype):
@@ -68,6 +76,9 @@ def path_for(
     if not x.is_contiguous():
         return REFERENCE
     return path if residual.is_contiguous() or across(residual) is not None else REFERENCE
+
+
+_path = Settled(_path_for, "(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, object norm) -> ")
 
 
 def run(
@@ -101,11 +112,7 @@ def run(
         bias = None
         weight = None if norm.affine == "none" else weight
     if path is EAGER and not torch.is_grad_enabled():
-        total = _empty_sum(x, residual) if wanted else None
-        y, _ = _kernels().forward(
-            x, weight, bias, eps, stats=False, residual=residual, scale=scale, total=total
-        )
-        return total, y
+        return _inference.call(x, residual, weight, bias, eps, scale, wanted)  # type: ignore[no-any-return]
     function = _eager if path is EAGER else _op
     h, y, _ = function(x, residual, weight, bias, eps, scale)
     return h, y
@@ -237,10 +244,25 @@ def _of_addends(
     return (dh if scale is None else dh * scale).to(dtypes[0]), dh.to(dtypes[1])
 
 
-_eager, _op = define_op(
+def _without_stats(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: float | None,
+    wanted: bool,
+) -> tuple[Tensor | None, Tensor]:
+    total = _empty_sum(x, residual) if wanted else None
+    y, _ = _kernels().forward(x, weight, bias, eps, stats=False, residual=residual, scale=scale, total=total)
+    return total, y
+
+
+_INPUTS = "Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float? scale"
+_inference = Planned(_without_stats, f"({_INPUTS}, bool wanted) -> (Tensor, Tensor)")
+_eager, _op, _ = define_op(
     "_ResidualLayerNorm",
-    "residual_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps, float? scale)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"residual_layer_norm({_INPUTS}) -> (Tensor, Tensor, Tensor)",
     _forward,
     _fake_forward,
     Derivative(

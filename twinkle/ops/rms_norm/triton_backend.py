@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from twinkle.ops.build import forward_class, once_for
 from twinkle.ops.derivative import Derivative, define_op
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with, is_row
-from twinkle.ops.launch import EAGER, REFERENCE, dispatch_path, lazy_module
+from twinkle.ops.launch import EAGER, REFERENCE, DispatchPath, dispatch_path, lazy_module
 from twinkle.ops.layout import like
 from twinkle.ops.plain import pays
+from twinkle.ops.plans import Settled
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import result_dtype
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
@@ -148,8 +149,8 @@ def _by_kernel(
     math_root: bool,
 ) -> Tensor | None:
     """As `rms_norm` where the kernel computes it, else None."""
-    path = dispatch_path(x, weight)
-    if path is REFERENCE or not accepts(x, weight, variant, group_size, normalized_shape):
+    path = _path.call(x, weight, variant, group_size, normalized_shape)
+    if path is REFERENCE:
         return None
     if variant.weight == "none" or not with_weight:
         weight = None
@@ -161,7 +162,7 @@ def _by_kernel(
     elif variant.statistic == "sum":
         number = float(x.shape[-1] if width is None else width)
     if path is EAGER and not torch.is_grad_enabled():
-        return _forward(x, weight, eps, variant.name, number)
+        return _bare(x, weight, eps, variant.name, number)
     if path is EAGER:
         return _eager(x, weight, eps, variant.name, number)
     return _op(x, weight, eps, variant.name, number)
@@ -233,6 +234,25 @@ def accepts(
     return variant.compute != "input" or not torch.is_autocast_enabled(x.device.type)
 
 
+def _path_for(
+    x: Tensor,
+    weight: Tensor | None,
+    variant: RMSNormVariant,
+    group_size: int | None,
+    normalized_shape: tuple[int, ...] | None,
+) -> DispatchPath:
+    """What computes with these tensors."""
+    path = dispatch_path(x, weight)
+    if path is REFERENCE or not accepts(x, weight, variant, group_size, normalized_shape):
+        return REFERENCE
+    return path
+
+
+_path = Settled(
+    _path_for, "(Tensor x, Tensor? weight, object variant, int? group_size, int[]? normalized_shape) -> "
+)
+
+
 def _forward(x: Tensor, weight: Tensor | None, eps: float, variant: str, number: float) -> Tensor:
     return _kernels().forward(x, weight, eps, _VARIANTS[variant], number=number)[0]
 
@@ -276,7 +296,7 @@ def _reference(x: Tensor, weight: Tensor | None, eps: float, variant: str, numbe
     )
 
 
-_eager, _op = define_op(
+_eager, _op, _bare = define_op(
     "_RMSNorm",
     "rms_norm(Tensor x, Tensor? weight, float eps, str variant, float number) -> Tensor",
     _forward,

@@ -116,7 +116,7 @@ def _eager(
     scale: Tensor | None,
 ) -> tuple[Tensor, ...]:
     if not torch.is_grad_enabled():
-        return _forward(q, k, cos, sin, variant, tokens_first, dtype, scale)
+        return _bare(q, k, cos, sin, variant, tokens_first, dtype, scale)  # type: ignore[no-any-return]
     return _differentiable(q, k, cos, sin, variant, tokens_first, dtype, scale)  # type: ignore[no-any-return]
 
 
@@ -257,7 +257,7 @@ def _fake_backward(
     return empty(dq, inputs), None if dk is None else empty(dk, inputs)
 
 
-_differentiable, _op = define_op(
+_differentiable, _op, _bare = define_op(
     "_Rotary",
     "rotary(Tensor q, Tensor? k, Tensor cos, Tensor sin, str variant, bool tokens_first, ScalarType query, "
     "Tensor? scale=None) -> (Tensor, Tensor)",
