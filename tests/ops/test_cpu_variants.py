@@ -27,6 +27,7 @@ def small_chunks_at_any_size(monkeypatch):
     monkeypatch.setattr(norm_cpu, "LEAST", 1)
     monkeypatch.setattr(norm_cpu, "LEAST_INFERENCE", 1)
     monkeypatch.setattr(rotary_cpu, "LEAST", 1)
+    monkeypatch.setattr(rotary_cpu, "LEAST_INFERENCE", 1)
     monkeypatch.setattr(plain, "CHUNK", 500)
     monkeypatch.setattr(plain, "SHARED_CHUNK", 700)
 

@@ -73,6 +73,7 @@ def tensors(*table, dtype=torch.float32, shape=(BATCH, TOKENS, HEADS, WIDTH)):
 @pytest.fixture
 def any_size(monkeypatch):
     monkeypatch.setattr(cpu_backend, "LEAST", 1)
+    monkeypatch.setattr(cpu_backend, "LEAST_INFERENCE", 1)
     monkeypatch.setattr(plain, "CHUNK", 500)
 
 

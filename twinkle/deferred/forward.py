@@ -184,6 +184,7 @@ class DeferringForward:
     ) -> None:
         self.original = original
         self.path = path
+        self._steps = path.split(".")
         self.labels = labels
         self.recognised = recognised
         self.softcapped = softcapped
@@ -196,8 +197,18 @@ class DeferringForward:
     def layer_class(self) -> type[nn.Module]:
         """A layer kernel with this forward, for the class of the model."""
         original, begin, inside_graph = self.original, self.begin, self.inside_graph
+        names = tuple(self.labels)
+        positions = [position for position in self.labels.values() if position is not None]
+        first = min(positions, default=1 << 30)
 
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            # Most calls of a model are without labels: each token of `generate()` is one.
+            if len(args) <= first:
+                for name in names:
+                    if kwargs.get(name) is not None:
+                        break
+                else:
+                    return original(self, *args, **kwargs)
             if torch.compiler.is_compiling():
                 return inside_graph(self, args, kwargs)
             if not begin(self, args, kwargs):
@@ -214,9 +225,16 @@ class DeferringForward:
 
     def begin(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Let the head defer from here to :func:`_end`; False where the logits are to be computed."""
-        head, labels = (None, None) if _is_transformed() else self.head_and_labels(model, args, kwargs)
+        labels = _given(self.labels, args, kwargs)
         least = 0 if self.of_language else _LEAST_ON_GPU
-        if head is None or _are_few(head, labels, least) or not self.verified(model, head, labels):
+        # The quickest answer comes first: it is all that a small model's call is asked.
+        weight = _weight_at(model, self._steps)
+        if weight is not None and _are_few(weight, labels, least):
+            return False
+        head, labels = (None, None) if _is_transformed() else self.head_and_labels(model, args, kwargs)
+        if head is None or (weight is not head.weight and _are_few(head.weight, labels, least)):
+            return False
+        if not self.verified(model, head, labels):
             return False
         counted = None
         if self.ignore_index is not None and isinstance(labels, torch.Tensor) and labels.is_cuda:
@@ -275,16 +293,31 @@ def _is_transformed() -> bool:
     )
 
 
-def _are_few(head: Any, labels: Any, least_on_gpu: int) -> bool:
+def _are_few(weight: Tensor, labels: Any, least_on_gpu: int) -> bool:
     """Whether logits are so few that deferring them is slower: the steps of a deferred loss cost 1.4 ms."""
-    if head.weight.is_cuda and isinstance(labels, torch.Tensor):
-        return not pays(labels, least_on_gpu // max(1, head.weight.shape[0]))
-    if not (head.weight.is_cpu and isinstance(labels, torch.Tensor)) or uses_triton(head.weight):
+    if not isinstance(labels, torch.Tensor) or weight.dim() != 2:
         return False
-    vocab, width = head.weight.shape
-    if head.weight.element_size() == 2 or torch.is_autocast_enabled("cpu"):
-        return not pays(labels, _LEAST_HALF // max(1, vocab))
-    return not pays(labels, max(_LEAST // max(1, vocab), width))
+    vocab, width = weight.shape
+    if weight.is_cuda:
+        return not pays(labels, least_on_gpu // max(1, vocab))
+    if not weight.is_cpu:
+        return False
+    half = weight.element_size() == 2 or torch.is_autocast_enabled("cpu")
+    least = _LEAST_HALF // max(1, vocab) if half else max(_LEAST // max(1, vocab), width)
+    return not pays(labels, least) and not uses_triton(weight)
+
+
+def _weight_at(model: Any, steps: list[str]) -> Any:
+    """The weight of the head that a path of names leads to; None where it leads through no plain layers.
+
+    Read from where layers keep theirs: by name each step would be a call.
+    """
+    try:
+        for step in steps:
+            model = model._modules[step]
+        return model._parameters["weight"]
+    except (AttributeError, KeyError, TypeError):
+        return None
 
 
 def _end() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -17,11 +17,23 @@ from twinkle.ops import machine
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+    from typing import Any
 
     from torch import Tensor
 
-__all__ = ["CHUNK", "SHARED_CHUNK", "at_every_size", "chunk_rows", "chunks", "pays", "runs_eagerly"]
+__all__ = [
+    "CHUNK",
+    "FORCED",
+    "SHARED_CHUNK",
+    "Least",
+    "at_every_size",
+    "chunk_rows",
+    "chunks",
+    "paying_from",
+    "pays",
+    "runs_eagerly",
+]
 
 _DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
@@ -40,6 +52,39 @@ class _Sizes(threading.local):
 
 
 _sizes = _Sizes()
+FORCED: list[bool] = []
+"""Has an item for each thread that takes small inputs for large ones now: empty, which 5 ns tell, in nearly
+every call, where a thread's own flag takes 45."""
+
+
+class Least(NamedTuple):
+    """Sizes below which a kernel runs the definition of its op, as its original does with fewer calls.
+
+    Attributes:
+        argument: The name of the parameter whose elements count.
+        elements: So many, where gradients are recorded.
+        without_gradients: So many elsewhere.
+    """
+
+    argument: str
+    elements: int
+    without_gradients: int
+
+
+def paying_from(
+    kernel: Callable[..., Any], argument: object, elements: int, without_gradients: int
+) -> Callable[..., Any]:
+    """Note on a kernel from which size on it pays, so that nobody calls it below; returns it.
+
+    Args:
+        kernel: A function.
+        argument: The name of its parameter whose elements count; nothing is noted where it is none.
+        elements: See :class:`Least`.
+        without_gradients: See :class:`Least`.
+    """
+    if isinstance(argument, str) and argument.isidentifier():
+        kernel.__dict__["least"] = Least(argument, elements, without_gradients)
+    return kernel
 
 
 @contextlib.contextmanager
@@ -47,10 +92,12 @@ def at_every_size() -> Iterator[None]:
     """Let small inputs take the way of large ones: a proof on a few rows is to be about that one."""
     before = _sizes.every
     _sizes.every = True
+    FORCED.append(True)
     try:
         yield
     finally:
         _sizes.every = before
+        FORCED.pop()
 
 
 def pays(tensor: Tensor, least: int) -> bool:

@@ -72,6 +72,10 @@ class CallForm:
         self.probe: str | None = next(iter(self._names[skip:]), None)
         self._settled = False
 
+    def has(self, name: str) -> bool:
+        """Whether there is a parameter of a name."""
+        return name in self._names
+
     def head(self, name: str) -> str:
         """The ``def`` line; defaults are set on the function, where they are the original's own objects."""
         return def_line(name, self.parameters)
@@ -159,7 +163,13 @@ class CallForm:
 
 
 def _parameters_of(function: Callable[..., Any]) -> list[Parameter]:
-    """The parameters that a function's code takes, whatever its ``__signature__`` says."""
+    """The parameters that a function's code takes, whatever its ``__signature__`` says.
+
+    Of a layer that stands for a function (``kernels`` puts one in the place of those it decorates) they are
+    those of the function, which its forward says it has and hands on.
+    """
+    if isinstance(function, nn.Module) and _hands_on(type(function).forward):
+        function = function.forward
     try:
         signature: inspect.Signature | None = inspect.signature(function, follow_wrapped=False)
     except (TypeError, ValueError):
@@ -171,6 +181,15 @@ def _parameters_of(function: Callable[..., Any]) -> list[Parameter]:
     if signature is None or any(not name.isidentifier() for name in signature.parameters):
         return [Parameter("args", Parameter.VAR_POSITIONAL), Parameter("kwargs", Parameter.VAR_KEYWORD)]
     return list(signature.parameters.values())
+
+
+def _hands_on(forward: Any) -> bool:
+    """Whether a forward takes whatever it is given, and says what that is."""
+    if not isinstance(forward, FunctionType) or "__signature__" not in forward.__dict__:
+        return False
+    code = forward.__code__
+    takes_all = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+    return code.co_flags & takes_all == takes_all and code.co_argcount == 1 and not code.co_kwonlyargcount
 
 
 def forwarding_function(

@@ -13,6 +13,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
+from twinkle.ops.plain import FORCED, Least
+from twinkle.runtime import runtime
 from twinkle.swap.entry import Split, is_checked
 from twinkle.swap.kinds import PLAIN
 
@@ -74,7 +78,13 @@ class DispatchCode:
 
     def text(self, tree: Split | Leaf | None) -> str:
         """The function that chooses as the tree says; None for the original alone."""
-        lines = [*self._device_lines(tree), *self._lines(tree, "    ", {})]
+        lines: list[str] = []
+        known: dict[str, Any] = {}
+        entries = list(_entries_of(tree))
+        if len(entries) == 1:  # wherever its kernel is not called the original is: sizes come first
+            lines += self._size_lines(entries[0], "    ")
+            known["size"] = True
+        lines += [*self._device_lines(tree), *self._lines(tree, "    ", known)]
         return "\n".join([self.form.head("forward"), *lines, ""])
 
     def traced_text(self, never_ran: bool) -> str:
@@ -125,6 +135,9 @@ class DispatchCode:
             yield from self._lines(last[1], pad, {**known, tree.name: last[0]})
         elif tree is None:
             yield f"{pad}return {self.standing}({self.form.arguments})"
+        elif "size" not in known:
+            yield from self._size_lines(tree.entry, pad)
+            yield from self._lines(tree, pad, {**known, "size": True})
         elif tree.entry.guard is not None and "guard" not in known:
             yield from self._guard_lines(tree.entry, tree.entry.guard, pad)
             yield from self._lines(tree, pad, {**known, "guard": True})
@@ -140,6 +153,27 @@ class DispatchCode:
             yield f"{pad}if _tw_compiling():"
             yield from self._traced_lines(pad + "    ", known)
             yield f"{pad}return _tw_pending({self.form.packed})"
+
+    def _size_lines(self, entry: Entry, pad: str) -> Iterator[str]:
+        """The lines that run the original for what is too small for a kernel of Twinkle's own.
+
+        It is asked before anything else: the kernel would come to its definition, some calls later.
+        """
+        least = None if is_checked(entry.candidate) else getattr(entry.function, "least", None)
+        if (
+            not isinstance(least, Least)
+            or runtime.options.sizes == "all"
+            or not self.form.has(least.argument)
+        ):
+            return
+        x, elements, others = least
+        self.constants |= {"Tensor": Tensor, "forced": FORCED}
+        few = f"{x}.numel() < {elements}"
+        if elements < others:
+            few = f"({few} or {x}.numel() < {others} and not _tw_grad())"
+        # A stand-in for a tensor (torch.fx) has no number of elements to compare.
+        yield f"{pad}if _tw_type({x}) is _tw_Tensor and {few} and not _tw_forced:"
+        yield f"{pad}    return {self.standing}({self.form.arguments})"
 
     def _guard_lines(self, entry: Entry, guard: Guard, pad: str) -> Iterator[str]:
         """The lines that run what stands now where the kernel was made for something else."""
@@ -302,3 +336,10 @@ class DispatchCode:
             values.append(f"_tw_getattr({self.form.probe}, 'dtype', None)")
         yield f"{pad}_tw_load({', '.join(values)})"
         yield f"{pad}return _tw_traced_{name}({self.form.arguments})"
+
+
+def _entries_of(tree: Split | Leaf | None) -> set[Entry]:
+    """The entries that a tree chooses from."""
+    if isinstance(tree, Split):
+        return {entry for _, branch in tree.branches for entry in _entries_of(branch)}
+    return set() if tree is None else {tree.entry}

@@ -141,6 +141,8 @@ class _Rest:
                 names[name] = lambda index, result, *rest: result
             elif name.endswith("_fx"):
                 names[name] = SimpleNamespace(_is_fx_tracing_flag=False)
+            elif name.endswith("_forced"):
+                names[name] = ()
             elif isinstance(value, (set, frozenset)):
                 names[name] = set()
             elif isinstance(value, (type, BuiltinFunctionType)):

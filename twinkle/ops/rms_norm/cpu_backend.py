@@ -18,7 +18,7 @@ from twinkle.ops.derivative import through_definition
 from twinkle.ops.failures import backward_survives
 from twinkle.ops.guarded import are_numbers, are_tensors, function_with
 from twinkle.ops.layout import like, rows_of
-from twinkle.ops.plain import chunk_rows, chunks, pays, runs_eagerly
+from twinkle.ops.plain import chunk_rows, chunks, paying_from, pays, runs_eagerly
 from twinkle.ops.rms_norm import reference
 from twinkle.ops.rms_norm.dtypes import roundings
 from twinkle.ops.rms_norm.reference import VARIANTS, RMSNormVariant, may_lack_weight
@@ -39,9 +39,11 @@ __all__ = [
     "supports",
 ]
 
-LEAST, LEAST_INFERENCE = 1 << 17, 1 << 19
+LEAST, LEAST_INFERENCE = 1 << 18, 1 << 22
 """Elements below which the definition is as fast: everything is in the cache, and its nodes cost less.
-Without gradients it is as fast at any size where several threads share the rows."""
+Without gradients it is as fast at any size where several threads share the rows, and for one thread it was
+1.8 times as fast at 2^20 in float32, where at 2^22 the chunks were 3.5 times as fast
+(docs/decisions/0032)."""
 _NAMES = {variant.name: variant for variant in VARIANTS}
 
 
@@ -131,7 +133,8 @@ def function_for(
     variant: RMSNormVariant, facts: Mapping[str, Any], original: Callable[..., Any]
 ) -> Callable[..., Any]:
     """A function with the arguments of one that is an RMSNorm; the arguments are those of triton's."""
-    return function_with(original, _attempt, facts, {"variant": variant})
+    made = function_with(original, _attempt, facts, {"variant": variant})
+    return paying_from(made, facts.get("x"), LEAST, LEAST_INFERENCE)
 
 
 def normalise(x: Tensor, weight: Tensor | None, eps: float, variant: RMSNormVariant) -> tuple[Tensor, Tensor]:
@@ -238,7 +241,7 @@ def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Mo
     Returns:
         An ``nn.Module`` with ``forward`` alone; the same class for the same arguments.
     """
-    return forward_class(
+    made = forward_class(
         f"RMSNorm_{variant.name}",
         rms_norm,
         {"weight": None, **facts},
@@ -246,3 +249,5 @@ def layer_class(variant: RMSNormVariant, facts: Mapping[str, Any]) -> type[nn.Mo
         constants={"variant": variant},
         absent_ok=("weight",) if variant.optional_weight else (),
     )
+    paying_from(made.forward, facts.get("x"), LEAST, LEAST_INFERENCE)
+    return made

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from twinkle.ops.failures import backward_survives
-from twinkle.ops.plain import chunks, pays, runs_eagerly
+from twinkle.ops.plain import chunks, paying_from, pays, runs_eagerly
 from twinkle.ops.rotary.call import (
     HALF,
     NAMED,
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
     from twinkle.ops.rotary.reference import RotaryVariant
 
-__all__ = ["LEAST", "by_kernel", "function_for", "rotary", "supports"]
+__all__ = ["LEAST", "LEAST_INFERENCE", "by_kernel", "function_for", "rotary", "supports"]
 
-LEAST, _NEVER = 1 << 16, 1 << 62
-"""Elements of the query below which the definition is as fast; in half precision and without gradients it
-always is where only a part of the channels is turned."""
+LEAST, LEAST_INFERENCE, _NEVER = 1 << 18, 1 << 19, 1 << 62
+"""Elements of the query below which the definition is as fast, with and without gradients; in half precision
+and without gradients it always is where only a part of the channels is turned (docs/decisions/0032)."""
 
 
 def supports(
@@ -83,7 +83,9 @@ def by_kernel(
     if variant.scaled:
         return None
     grad = torch.is_grad_enabled()
-    least = LEAST if grad or variant.part == "all" or q.dtype == torch.float32 else _NEVER
+    least = LEAST if grad else LEAST_INFERENCE
+    if not grad and variant.part != "all" and q.dtype != torch.float32:
+        least = _NEVER
     if variant.name not in _SUPPORTED or not isinstance(cos, torch.Tensor) or not pays(q, least):
         return None
     columns = real_tables(q, cos, sin, variant)
@@ -270,5 +272,11 @@ class _Rotary(torch.autograd.Function):
         return (found[0], found[1], None, None, None, None, None)
 
 
-function_for = maker_of(rotary, by_kernel)
-"""A function with the arguments of another; see :func:`twinkle.ops.rotary.call.maker_of`."""
+_function_for = maker_of(rotary, by_kernel)
+
+
+def function_for(
+    variant: RotaryVariant, facts: Mapping[str, Any], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A function with the arguments of another; see :func:`twinkle.ops.rotary.call.maker_of`."""
+    return paying_from(_function_for(variant, facts, original), facts.get("q"), LEAST, LEAST_INFERENCE)
