@@ -1,0 +1,87 @@
+"""Whether a kind of call is captured: by the times of host and device, of a device that is made up."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from twinkle.capture import block as block_module
+from twinkle.capture.block import Kind
+
+
+class Layer(nn.Module):
+    def forward(self, x: int) -> int:
+        return x + 1
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A device whose calls take ``device`` ms, and a host that issues each in ``host`` ms."""
+    times: dict[str, Any] = {"host": 1.0, "device": 1.0, "done": True}
+    clock = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing: bool = False) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            pass
+
+        def query(self) -> bool:
+            return bool(times["done"])
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(times["device"])
+
+    class Clock:
+        @staticmethod
+        def perf_counter() -> float:
+            return next(clock) * times["host"] / 1e3
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(block_module, "time", Clock)
+    return times
+
+
+def timed(count: int = 5) -> Kind:
+    kind = Kind()
+    assert [kind.timed(Layer(), (1,), {}) for _ in range(count)] == [2] * count
+    return kind
+
+
+@pytest.mark.parametrize(
+    ("host", "busy", "captured"),
+    [(1.0, 1.02, True), (1.0, 0.9, True), (1.0, 1.3, False), (2.0, 9.0, False), (0.1, 0.11, True)],
+)
+def test_the_wall_decides(device: dict[str, Any], host: float, busy: float, captured: bool) -> None:
+    device.update(host=host, device=busy)
+    kind = timed()
+    why = kind.decide()
+    assert (why is None) is captured
+    assert kind.chosen is captured
+    if not captured:
+        assert why == f"not faster here: the device takes {busy:.2f} ms, the host {host:.2f} ms"
+    device.update(host=1.0, device=1.0 if not captured else 50.0)
+    assert kind.decide() == why  # once for all
+
+
+def test_a_device_that_has_not_come_so_far_is_asked_again(device: dict[str, Any]) -> None:
+    device["done"] = False
+    kind = timed()
+    assert kind.decide() == "the device has not come so far"
+    assert not kind.chosen
+    device["done"] = True
+    assert kind.decide() is None
+    assert kind.chosen
+
+
+def test_a_device_that_is_steps_behind_is_the_wall(device: dict[str, Any]) -> None:
+    device["done"] = False
+    kind = timed(2)
+    found = [kind.decide() for _ in range(8)]
+    assert found[-1] == "not faster here: the device is more than a step behind the host"
+    assert kind.refused
