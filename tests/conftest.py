@@ -13,6 +13,8 @@ import torch
 from kernel_fixtures import every_size, half, kernels  # noqa: F401
 from package_fixtures import clean_hooks, write  # noqa: F401
 
+from twinkle.options import Options
+from twinkle.runtime import runtime
 from twinkle.session import JOB
 
 if TYPE_CHECKING:
@@ -52,6 +54,22 @@ _share_the_cores()
 _import_triton_for_its_interpreter()
 # Proofs of the tests are no business of the user's cache, nor the other way round.
 os.environ["TWINKLE_CACHE"] = "off"
+
+
+def _measure_nothing() -> None:
+    """Which kernels run must not follow from what else this machine does: a test says where it measures."""
+    os.environ["TWINKLE_SIZES"] = "fixed"
+    begin = Options.__init__
+
+    def fixed(self: Options) -> None:
+        begin(self)
+        self.sizes = "fixed"
+
+    Options.__init__ = fixed  # type: ignore[method-assign]
+    runtime.options.sizes = "fixed"
+
+
+_measure_nothing()
 
 
 def _seed() -> None:

@@ -38,7 +38,8 @@ class Options:
         watch: ``off``, ``nan`` or ``nan:N``: results are looked at for NaN, at one of N calls.
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
-        sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
+        sizes: The sizes that embedded kernels run at: ``auto`` for those at which they are
+            measured to pay, ``fixed`` for those in their code, or ``all``.
         trust_remote_code: Whose code from the Hub may run, where a registration does not say.
         where: The places in models that embedded kernels are for; ``None`` for every place.
     """

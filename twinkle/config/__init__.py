@@ -46,7 +46,7 @@ class Settings:
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
         watch: ``off``, ``nan`` or ``nan:N``.
         kernels: The embedded kernels: ``auto``, ``off`` or a tuple of ops.
-        sizes: The sizes that embedded kernels run at: ``auto`` or ``all``.
+        sizes: The sizes that embedded kernels run at: ``auto``, ``fixed`` or ``all``.
         trust_remote_code: ``True``, ``False`` or a tuple of repositories.
         plugins: The entry points of other packages to take kernels from.
         off: The off switch is set; nothing else was read.

@@ -38,8 +38,8 @@ __all__ = [
 
 VERIFY = ("auto", "off", "first-use", "always")
 _VENDORS = {"gpu": "cuda", "nvidia": "cuda", "hip": "rocm", "amd": "rocm", "metal": "mps", "ascend": "npu"}
-SIZES = ("auto", "all")
-"""The sizes that embedded kernels run at: those at which they pay, or every one (for tests)."""
+SIZES = ("auto", "fixed", "all")
+"""The sizes that embedded kernels run at: those measured to pay, those in their code, or every one."""
 LOG_LEVELS = ("off", "warning", "info", "debug")
 
 
