@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from twinkle.proof.first_use import Subject
     from twinkle.swap.candidate import BaseCandidate
 
-__all__ = ["Ways", "is_timed", "tell_speed"]
+__all__ = ["Ways", "is_timed", "measures", "tell_speed"]
 
 _FOR_MEMORY = frozenset({"causal_lm_loss"})
 """Ops whose kernels are there for the memory that they save."""
@@ -33,7 +33,7 @@ def is_timed(candidate: BaseCandidate) -> bool:
     """Whether a kernel runs only where it is not slower than the original.
 
     A user's own kernel runs because the user says so. One whose forward is the program's own in parts decides
-    about each of these. Of the time in Triton's interpreter nothing follows.
+    about each of these.
     """
     source = candidate.kernel.source
     op = getattr(source, "op", None)
@@ -41,8 +41,13 @@ def is_timed(candidate: BaseCandidate) -> bool:
         return False
     if op in _FOR_MEMORY or getattr(source, "guarded", False) or getattr(source, "wraps", False):
         return False
+    return candidate.proofs.number > 0 and measures(source)
+
+
+def measures(source: Any) -> bool:
+    """Whether the speed of an embedded kernel decides; in Triton's interpreter it says nothing."""
     interpreted = getattr(source, "backend", None) == "triton_backend" and "cpu" in launch.DEVICE_TYPES
-    return candidate.proofs.number > 0 and runtime.options.sizes == "auto" and not interpreted
+    return runtime.options.sizes == "auto" and not interpreted
 
 
 class Ways:
