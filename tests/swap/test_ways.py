@@ -203,6 +203,7 @@ def test_the_report_gives_the_figures(swapped: Any, speeds: Speeds) -> None:
     (binding,) = told["bindings"]
     assert binding["speeds"]["8 float32"] == {
         "ratio": 1.23,
+        "low": 1.23,
         "runs": True,
         "original_us": [100.0, 100.0],
         "kernel_us": [80.7, 80.7],
@@ -211,6 +212,18 @@ def test_the_report_gives_the_figures(swapped: Any, speeds: Speeds) -> None:
     table = render(told)
     assert "beside its original: 1.23x at 8 float32" in table
     assert "not faster here, the original runs: 0.50x at 4 float32" in table
+
+
+def test_a_doubt_is_called_one(swapped: Any, speeds: Speeds) -> None:
+    layer, candidate = swapped
+    runtime.registry.record(candidate.binding)
+    speeds.by_size = {4: speed(ORIGINAL, 1.06, "4 float32")._replace(low=0.91)}
+    call(layer, 4)
+    assert candidate.binding.reason == "not faster here (1.06x in doubt at 4 float32)"
+    call(layer, 8)
+    assert "1.06x (0.91x or less in a quarter of the rounds) at 4 float32" in render(
+        records.snapshot(), width=200
+    )
 
 
 def test_what_cannot_be_measured_goes_to_the_kernel(swapped: Any, speeds: Speeds) -> None:

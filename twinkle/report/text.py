@@ -110,7 +110,9 @@ def _speeds(speeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _speed(at: str, figures: Mapping[str, Any]) -> str:
-    return f"{figures['ratio']:.2f}x at {at}"
+    unsure = not figures["runs"] and figures["ratio"] >= 0.97 > figures["low"]
+    doubt = f" ({figures['low']:.2f}x or less in a quarter of the rounds)" if unsure else ""
+    return f"{figures['ratio']:.2f}x{doubt} at {at}"
 
 
 def _some(figures: Sequence[str]) -> str:

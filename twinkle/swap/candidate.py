@@ -17,6 +17,7 @@ from twinkle import forks
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_layer
 from twinkle.ops.failures import Failures
+from twinkle.proof.clocks import NOT_SLOWER
 from twinkle.proof.speed import ORIGINAL
 from twinkle.runtime import runtime
 from twinkle.swap.code import fitted
@@ -24,7 +25,7 @@ from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
 from twinkle.swap.reentry import names_forward, reaches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
@@ -234,7 +235,7 @@ class BaseCandidate:
             self.record_unmeasured()
         elif self.rejected is None and (self.slower or not self.binding.ran):
             self.slower = True
-            slow = [f"{one['ratio']:.2f}x at {at}" for at, one in self.binding.speeds.items()]
+            slow = [f"{one['ratio']:.2f}x{_doubt(one)} at {at}" for at, one in self.binding.speeds.items()]
             more = f" and {len(slow) - 3} sizes more" if len(slow) > 3 else ""
             self.binding.set("skipped", f"not faster here ({', '.join(slow[:3])}{more})")
 
@@ -351,11 +352,17 @@ def _told(speed: Speed, *, runs: bool) -> dict[str, Any]:
     """A measurement as the report has it: ratios rounded down, times in microseconds."""
     return {
         "ratio": math.floor(speed.ratio * 100) / 100,
+        "low": math.floor(speed.low * 100) / 100,
         "runs": runs,
         "original_us": [round(part * 1e6, 1) for part in speed.original],
         "kernel_us": [round(part * 1e6, 1) for part in speed.kernel],
         "date": speed.date,
     }
+
+
+def _doubt(figures: Mapping[str, Any]) -> str:
+    """What is said of a kernel that is left out though the middle round was one in which it is as fast."""
+    return " in doubt" if figures["ratio"] >= NOT_SLOWER else ""
 
 
 def _flag(thing: Any, name: str) -> bool | None:
