@@ -40,7 +40,8 @@ class Options:
         watch: ``off``, ``nan`` or ``nan:N``: results are looked at for NaN, at one of N calls.
         disabled: Kernel, op and function names that are switched off.
         kernels: The embedded kernels: ``auto``, ``off`` or names of ops.
-        sizes: The sizes that embedded kernels run at: ``auto`` for those at which they pay, or ``all``.
+        sizes: The sizes that embedded kernels run at: ``fixed`` for those in their code, ``auto`` for
+            those at which they are measured to pay, or ``all``.
         capture: The calls of repeated layers that may be captured into CUDA graphs: ``auto`` for all,
             ``off``, ``inference`` for those without gradients, ``train`` for those with.
         capture_memory: The most memory that captures may hold: a share of the device as a float, or bytes as
@@ -58,7 +59,7 @@ class Options:
         self.watch = "off"
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
-        self.sizes = "auto"
+        self.sizes = "fixed"
         self.capture = "auto"
         self.capture_memory: float | int = 0.1
         self.trust_remote_code: bool | Collection[str] = False

@@ -229,6 +229,7 @@ class Binding:
         reason: Why the state is not ``active``; notes when it is.
         ran: Whether it was called; ``None`` where it stands in place itself and its calls are not seen.
         proof: ``unproven``, ``proven`` or ``rejected``, with figures in words.
+        speeds: How fast it is beside its original, by what it was measured at.
         most_instances: The largest that ``instances`` has been.
         load_seconds: How long loading took, once it was loaded.
         origin: Where it was registered.
@@ -252,6 +253,7 @@ class Binding:
         "ran",
         "reason",
         "scope",
+        "speeds",
         "state",
         "target",
     )
@@ -278,6 +280,7 @@ class Binding:
         self.reason = ""
         self.notes: list[str] = []
         self.proof = "unproven"
+        self.speeds: dict[str, dict[str, object]] = {}
         self.ran: bool | None = None
         self.load_seconds: float | None = None
         self.on_change: Callable[[], object] | None = None
@@ -309,6 +312,11 @@ class Binding:
         with self._lock:
             if text not in self.notes:
                 self.notes.append(text)
+
+    def measured(self, at: str, figures: dict[str, object]) -> None:
+        """Add how fast the kernel is at a size, in figures as the report has them."""
+        with self._lock:
+            self.speeds = {**self.speeds, at: figures}
 
     def has_run(self) -> None:
         """Record that it was called."""

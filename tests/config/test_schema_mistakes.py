@@ -187,7 +187,7 @@ def test_a_wrong_value_in_a_function_is_named(line: str, found: str, expected: s
         ("kernels = ['rope']", "'rope' (a string)", "list of rms_norm", "did you mean 'rotary'?"),
         ("kernels = ['my_kernel']", "'my_kernel' (a string)", "list of rms_norm", "remove"),
         ("plugins = 'liger'", "'liger' (a string)", "a list of entry points", "list of strings"),
-        ("sizes = 'tiny'", "'tiny' (a string)", "auto or all", "write"),
+        ("sizes = 'tiny'", "'tiny' (a string)", "fixed, auto or all", "write"),
         ("log = 'verbose'", "'verbose' (a string)", "off, warning, info or debug", "write"),
         ("report = true", "True (a boolean)", "JSON file", "report.json"),
         ("mode = 'fast'", "'fast' (a string)", "train, inference, compile", "choose"),

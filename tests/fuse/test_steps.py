@@ -9,12 +9,16 @@ import torch
 from torch import nn
 
 from twinkle.errors import TwinkleWarning
+from twinkle.fuse import steps
 from twinkle.fuse.norms import described
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep, unfused
-from twinkle.fuse.steps import layer_copies, reason_against
+from twinkle.fuse.steps import SLOWER, Comparison, layer_copies, reason_against
+from twinkle.proof.clocks import Cost
 from twinkle.proof.compare import Verdict
+from twinkle.proof.speed import KERNEL, ORIGINAL, Speed, Unmeasured, size_of
 from twinkle.records import Binding, LayerKernel
+from twinkle.runtime import runtime
 from twinkle.swap.candidate import Candidate
 
 if TYPE_CHECKING:
@@ -73,6 +77,68 @@ def test_a_comparison_without_gradients_proves_nothing_for_calls_with_them() -> 
         compare_and_run(step)
     assert step.proven == {"key": "needs"}
     assert step.proven_with_grad == {}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, clean_registry: object) -> dict[tuple[int, bool], str]:
+    """The way that is found at each size, with gradients or without: by default the kernel's."""
+    ways: dict[tuple[int, bool], str] = {}
+
+    def speed_at_call(subject: Any, args: Any, kwargs: Any, *, grad: bool) -> Speed:
+        way = ways.setdefault((size_of(args[1]), grad), KERNEL)
+        ratio = 0.5 if way == ORIGINAL else 2.0
+        return Speed(way, ratio, ratio, Cost(1e-5, 1e-5), Cost(1e-5, 1e-5), f"{args[1].numel()} float32")
+
+    monkeypatch.setattr(steps, "speed_at_call", speed_at_call)
+    monkeypatch.setattr(steps, "measures", lambda subject: True)
+    runtime.options.sizes = "auto"
+    return ways
+
+
+def run_at(step: Planted, count: int) -> Any:
+    x = torch.ones(count)
+    compared = Comparison("a subject", never, never, (x,), nn.Identity())  # type: ignore[arg-type]
+    return step.compare_and_run(
+        nn.Identity(), ("kind", size_of(x)), "needs", lambda: "done", lambda: compared
+    )
+
+
+def test_each_size_is_compared_once_and_measured(measured: dict[tuple[int, bool], str]) -> None:
+    step = Planted()
+    step.planted.kernel.chosen_by = "twinkle"
+    measured[3, True] = ORIGINAL
+    assert [run_at(step, count) for count in (4, 8, 16)] == [None, "done", "done"]
+    assert step.compared == [True]
+    assert step.proven_with_grad == {("kind", 3): SLOWER, ("kind", 4): "needs", ("kind", 5): "needs"}
+    assert step.proven == {}, "calls without gradients are measured for themselves"
+    with torch.no_grad():
+        assert run_at(step, 4) == "done"
+    assert step.proven == {("kind", 3): "needs"}
+    assert step.compared == [True]
+    binding = step.planted.binding
+    assert binding.state == "active"
+    assert [figures["runs"] for figures in binding.speeds.values()] == [True, True, True]
+    assert next(iter(binding.speeds)) == "residual_norm 4 float32"
+
+
+def test_a_step_that_is_slower_calls_the_original_steps(
+    measured: dict[tuple[int, bool], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = LlamaRMSNorm(8)
+    step = Planted()
+    x = torch.ones(2, 8)
+    key = (LlamaRMSNorm, torch.float32, torch.float32, size_of(x))
+    step.proven_with_grad[key] = SLOWER
+    monkeypatch.setattr(step, "first_call", never)
+    given = step.fused(nn.Identity(), x, x, layer, None)
+    assert torch.equal(given[1], layer(x + x))
+
+
+def test_a_step_that_cannot_be_measured_runs(
+    measured: dict[tuple[int, bool], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "speed_at_call", lambda *args, **kwargs: Unmeasured("no room", for_good=True))
+    assert run_at(Planted(), 4) == "done"
 
 
 def test_a_kernel_that_is_wrong_is_not_called() -> None:

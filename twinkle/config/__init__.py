@@ -46,7 +46,7 @@ class Settings:
         verify: ``auto``, ``off``, ``first-use`` or ``always``.
         watch: ``off``, ``nan`` or ``nan:N``.
         kernels: The embedded kernels: ``auto``, ``off`` or a tuple of ops.
-        sizes: The sizes that embedded kernels run at: ``auto`` or ``all``.
+        sizes: The sizes that embedded kernels run at: ``fixed``, ``auto`` or ``all``.
         capture: The calls of layers that may be captured: ``auto``, ``off``, ``inference`` or ``train``.
         capture_memory: The most that captures may hold: a share of the device as a float, or bytes as an int.
         trust_remote_code: ``True``, ``False`` or a tuple of repositories.
@@ -95,7 +95,7 @@ class Settings:
         self.verify = "auto"
         self.watch = "off"
         self.kernels = kernels
-        self.sizes = "auto"
+        self.sizes = "fixed"
         self.capture = "auto"
         self.capture_memory = 0.1
         self.trust_remote_code = False

@@ -39,8 +39,8 @@ __all__ = [
 
 VERIFY = ("auto", "off", "first-use", "always")
 _VENDORS = {"gpu": "cuda", "nvidia": "cuda", "hip": "rocm", "amd": "rocm", "metal": "mps", "ascend": "npu"}
-SIZES = ("auto", "all")
-"""The sizes that embedded kernels run at: those at which they pay, or every one (for tests)."""
+SIZES = ("fixed", "auto", "all")
+"""The sizes that embedded kernels run at: those in their code, those measured to pay, or every one."""
 CAPTURE = ("auto", "off", "inference", "train")
 """The calls of repeated layers that may be captured into CUDA graphs: all, none, or those of one mode."""
 LOG_LEVELS = ("off", "warning", "info", "debug")

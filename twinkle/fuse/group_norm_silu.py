@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from twinkle.fuse.norms import UNGUARDED, hooked, plainly_called
-from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, tensor_text
+from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, tensor_text
 from twinkle.match.instance import elementwise_of
 from twinkle.match.reads import CHANGED, Guard, of_forward
 from twinkle.match.structure import recognise
@@ -18,6 +18,7 @@ from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
 from twinkle.ops.group_norm.triton_backend import path_for, run
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.plain import pays
+from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 from twinkle.swap.tensors import constant
 
@@ -186,9 +187,11 @@ class ActivatedNormStep(FusedStep):
         if type(x) is not torch.Tensor or not pays(x, triton_backend.LEAST):
             return None, None
         layer = isinstance(act, nn.Module)
-        key = (type(norm), type(act) if layer else act, x.dtype)
+        key = (type(norm), type(act) if layer else act, x.dtype, size_of(x))
         proven = self.proven_with_grad if _recording() else self.proven
         known: _Fused | None = proven.get(key)
+        if known is SLOWER:
+            return None, None
         if known is None:
             return self.first_call(owner, key, x, norm, act), None
         if not known.norm.guard.holds(norm) or not known.behind.guard.holds(act, type(act)):

@@ -9,11 +9,12 @@ import torch
 from twinkle.fuse.modulated_functions import ModulatingFunction, modulating_function
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.places import LayerThenModulation
-from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against, tensor_text
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.modulated_norm.triton_backend import least_for, path_for, run, variant_of
 from twinkle.ops.plain import pays
+from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ class ModulationStep(FusedStep):
         dtype = _dtype_of(like, x)
         proven = self.proven_with_grad if _recording() else self.proven
         other = None if shift is None else shift.dtype
-        key = (type(layer), x.dtype, scale.dtype, other, dtype, scale.numel() == x.numel())
+        key = (type(layer), x.dtype, scale.dtype, other, dtype, scale.numel() == x.numel(), size_of(x))
         known = proven.get(key)
         if known is None:
             least = self.least.get(type(layer))
@@ -153,6 +154,8 @@ class ModulationStep(FusedStep):
                 done = self.first_call(owner, key, x, layer, dtype, scale, shift, original)
                 if done is not None:
                     return done
+        elif known is SLOWER:
+            pass
         elif not known.norm.guard.holds(layer):
             self.note(owner, f"the norm {CHANGED}")
         elif not hooked(layer):

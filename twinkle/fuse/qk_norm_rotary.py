@@ -16,7 +16,7 @@ from twinkle.fuse.norms import (
     numbers_of,
 )
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
-from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against
+from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against
 from twinkle.match.reads import CHANGED, Guard
 from twinkle.match.structure import recognise
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
@@ -27,6 +27,7 @@ from twinkle.ops.rms_norm.reference import RMSNormVariant
 from twinkle.ops.rotary.reference import VARIANTS
 from twinkle.proof.first_use import proof_tokens
 from twinkle.proof.inputs import fewer_of
+from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 from twinkle.swap.tensors import constant
 
@@ -211,8 +212,10 @@ class PairStep(FusedStep):
             return self.traced(q, k, q_layer, k_layer, function, cos, sin)
         if not (type(q) is type(k) is type(cos) is type(sin) is torch.Tensor):
             return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
-        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype)
+        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype, size_of(q))
         pair = (self.proven_with_grad if _recording() else self.proven).get(key)
+        if pair is SLOWER:
+            return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
         if pair is not None:
             u, v = numbers_of(pair.q, q_layer), numbers_of(pair.k, k_layer)
             if u is not None and v is not None:
@@ -291,7 +294,7 @@ class PairStep(FusedStep):
 
         Args:
             owner: The layer whose forward it is.
-            key: The classes of the norms, the rotation and the dtypes.
+            key: The classes of the norms, the rotation, the dtypes and the size.
             q: Queries, ``[batch, heads, tokens, head_dim]``.
             k: Keys of the same layout.
             q_layer: The norm of the queries.

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.fuse.steps import Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against, tensor_text
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.plain import pays
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.ops.residual_norm.triton_layer_norm import LEAST
+from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ class SumStep(FusedStep):
         if type(left) is not torch.Tensor or type(right) is not torch.Tensor:
             return unfused(left, right, layer, factor)
         proven = self.proven_with_grad if _recording() else self.proven
-        variants = proven.get((type(layer), left.dtype, right.dtype))
+        variants = proven.get((type(layer), left.dtype, right.dtype, size_of(left)))
         if variants is None:
             least = self.least.get(type(layer))
             if least is not None and not pays(left, least):
@@ -112,6 +113,8 @@ class SumStep(FusedStep):
             done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
                 return done
+        elif variants is SLOWER:
+            pass
         elif not variants.norm.guard.holds(layer):
             self.note(owner, f"the norm {CHANGED}")
         elif not hooked(layer):
@@ -165,7 +168,7 @@ class SumStep(FusedStep):
             return None
         done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
-            (type(layer), left.dtype, right.dtype),
+            (type(layer), left.dtype, right.dtype, size_of(left)),
             variants,
             lambda: run(EAGER, right, left, weight, eps, variant, factor, bias),
             lambda: self.comparison(norm, variant, left, right, layer, factor),

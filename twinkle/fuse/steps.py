@@ -7,7 +7,7 @@ forward around it may not run twice (it may write to a cache of keys and values,
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -19,11 +19,13 @@ from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.failures import is_failure
 from twinkle.proof import first_use
 from twinkle.proof.room import comparing
+from twinkle.proof.speed import ORIGINAL, Speed, speed_at_call
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
 from twinkle.swap.dtype_keys import ANY
 from twinkle.swap.front import MARK
 from twinkle.swap.layers import candidates_of, original_class
+from twinkle.swap.ways import measures
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -35,9 +37,11 @@ if TYPE_CHECKING:
     from twinkle.sources.embedded import EmbeddedLayer
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["Comparison", "FusedStep", "layer_copies", "reason_against", "tensor_text"]
+__all__ = ["SLOWER", "Comparison", "FusedStep", "layer_copies", "reason_against", "tensor_text"]
 
 _recording = torch.is_grad_enabled
+SLOWER: Any = object()
+"""What :attr:`FusedStep.proven` has for a size at which the original steps are the faster ones."""
 
 
 class Comparison(NamedTuple):
@@ -68,8 +72,8 @@ class FusedStep:
 
     Attributes:
         op: The op of the place.
-        proven: What the kernel needs to run, by the classes and dtypes it was proven for; for calls that
-            record no gradients.
+        proven: What the kernel needs to run, by the classes and dtypes it was proven for, and the size that
+            it was measured at; for calls that record no gradients.
         proven_with_grad: The same for calls that do.
     """
 
@@ -107,7 +111,7 @@ class FusedStep:
 
         Args:
             owner: The layer whose forward it is.
-            key: What the kernel depends on, but for the tensors' sizes.
+            key: What the kernel depends on; the last of it is the size of the call (:func:`size_of`).
             needs: Kept under ``key`` in :attr:`proven` once it is.
             kernel: The call.
             comparison: Makes what is compared; called if a comparison is due.
@@ -119,11 +123,15 @@ class FusedStep:
         if candidate is None or _capturing() or comparing() or candidate.proofs.given_up(ANY):
             return None
         grad = _recording()
-        if self.proofs:
+        comparison = cache(comparison)
+        if self._passed(key, grad) < self.proofs:
             verdict = self._verdict(comparison(), grad)
             candidate.record_verdict(verdict, grad=grad)
-            if not verdict.ok and not (verdict.pending and (key, grad) in self._counted):
+            if not verdict.ok and not (verdict.pending and self._passed(key, grad)):
                 return None
+        if self._passed(key, grad) + 1 >= self.proofs and self._is_slower(candidate, comparison, grad):
+            self._count(key, SLOWER, grad)
+            return None
         try:
             result = kernel()
         except Exception as error:
@@ -149,12 +157,36 @@ class FusedStep:
             recall=self.recall,
         )
 
+    def _is_slower(self, candidate: Candidate, comparison: Callable[[], Comparison], grad: bool) -> bool:
+        """Whether the original steps are faster at the size of a call, as far as that can be measured."""
+        if not self.proofs or runtime.options.sizes != "auto":
+            return False
+        compared = comparison()
+        if not measures(compared.subject):
+            return False
+        subject = first_use.Subject(
+            compared.subject, compared.original, compared.kernel, nn.Module, recall=self.recall
+        )
+        speed = speed_at_call(subject, (compared.layers, *compared.tensors), {}, grad=grad)
+        if not isinstance(speed, Speed):
+            return False
+        candidate.record_speed(speed._replace(at=f"{self.op} {speed.at}"))
+        return speed.way == ORIGINAL
+
+    def _passed(self, key: Any, grad: bool) -> int:
+        """How many comparisons the kernel passed at any size; one with gradients counts for calls without."""
+        passed = self._counted.get((key[:-1], True), 0)
+        return passed if grad else passed + self._counted.get((key[:-1], False), 0)
+
     def _count(self, key: Any, needs: Any, grad: bool) -> None:
-        self._counted[key, grad] = self._counted.get((key, grad), 0) + 1
-        if self._counted[key, grad] >= self.proofs:
+        kind = key[:-1], grad
+        self._counted[kind] = self._counted.get(kind, 0) + 1
+        if self._passed(key, grad) < self.proofs:
+            return
+        if grad:
+            self.proven_with_grad[key] = needs
+        if not grad or runtime.options.sizes != "auto":  # else calls without gradients are to be measured
             self.proven[key] = needs
-            if grad:
-                self.proven_with_grad[key] = needs
 
     def failed(self, owner: nn.Module, error: Exception) -> Callable[[], None]:
         """Excuse a proven kernel that raised: the original steps are to run, and then what this returns.

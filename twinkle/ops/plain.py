@@ -28,6 +28,7 @@ __all__ = [
     "SHARED_CHUNK",
     "Least",
     "at_every_size",
+    "at_measured_size",
     "chunk_rows",
     "chunks",
     "paying_from",
@@ -46,9 +47,17 @@ it with, that wait is milliseconds, and small chunks were ten times slower than 
 
 
 class _Sizes(threading.local):
-    """Whether this thread takes small inputs for large ones."""
+    """Whether this thread takes small inputs for large ones.
+
+    Attributes:
+        every: In a proof.
+        measured: In a call whose size was measured.
+        mattered: Some tensor was taken for a large one because of that.
+    """
 
     every = False
+    measured = False
+    mattered = False
 
 
 _sizes = _Sizes()
@@ -100,14 +109,43 @@ def at_every_size() -> Iterator[None]:
         FORCED.pop()
 
 
+def at_measured_size(function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[[], bool]]:
+    """A kernel without its fixed sizes, for calls that were measured: it runs, however small they are.
+
+    Args:
+        function: The kernel.
+
+    Returns:
+        The kernel for such calls, and whether that made a difference to the last one in this thread.
+    """
+
+    def measured(*args: Any, **kwargs: Any) -> Any:
+        before = _sizes.measured
+        _sizes.measured, _sizes.mattered = True, False
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _sizes.measured = before
+
+    return measured, lambda: _sizes.mattered
+
+
 def pays(tensor: Tensor, least: int) -> bool:
     """Whether a tensor has ``least`` elements, or is to be taken for one that has.
 
-    The setting ``sizes = "all"`` takes every tensor of the process for one, :func:`at_every_size` those of
-    its thread.
+    The fixed size is for calls that nobody measured (:mod:`twinkle.proof.speed`): under a compiler, say. The
+    setting ``sizes = "all"`` takes every tensor of the process for a large one, :func:`at_every_size` and
+    :func:`at_measured_size` those of their thread.
     """
     count = tensor.numel()
-    return count >= least or (count > 0 and _every_size())
+    return count >= least or (count > 0 and (_every_size() or _is_measured()))
+
+
+def _is_measured() -> bool:
+    if _sizes.measured:
+        _sizes.mattered = True
+        return True
+    return False
 
 
 def _every_size() -> bool:

@@ -2,11 +2,11 @@
 
 The directory is ``proofs`` in the one that ``TWINKLE_CACHE`` names (:func:`twinkle.files.cache_directory`).
 Each file is named by the digest of its key and written whole, so that processes which write at once lose
-nothing and need no lock.
+nothing and need no lock. Beside the verdicts lie the figures of measurements (:mod:`twinkle.proof.speed`).
 
 A kept verdict spares a proof, and is believed only where nobody but the user can have written it: the
 directory is theirs and closed to others, and the file is signed with a secret that lies in it. Anything odd
-about a file means proving again. Only verdicts that a kernel is right are kept: no file can switch one off.
+about a file means proving again. Only verdicts that a kernel is right are kept: none can switch one off.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ DAYS = 180
 
 _BYTES = 1 << 16
 _SECRET = "secret"
-_FIELDS = {"schema", "key", "text", "errors", "date", "about", "mac"}
+_VERDICT, _FIGURES = {"text", "errors"}, {"figures"}
+_COMMON = {"schema", "key", "date", "about", "mac"}
 LOOK_EVERY = 256
 _log = logging.getLogger("twinkle.proof")
 
@@ -62,6 +63,7 @@ class ProofCache:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._known: dict[str, Verdict] = {}
+        self._figures: dict[str, dict[str, Any]] = {}
         self._secret: bytes | None = None
         self._complained = False
         self._written = 0
@@ -77,10 +79,10 @@ class ProofCache:
         with self._guarded("read"):
             digest = _digest(key)
             if digest not in self._known:
-                verdict = self._read(digest)
-                if verdict is None:
+                document = self._read(digest, _VERDICT)
+                if document is None:
                     return None
-                self._known[digest] = verdict
+                self._known[digest] = _verdict_in(document)
             return self._known[digest]
         return None
 
@@ -99,11 +101,36 @@ class ProofCache:
                 digest, today = _digest(key), datetime.date.today().isoformat()
                 self._known[digest] = Verdict(verdict.ok, verdict.text, errors=verdict.errors, date=today)
                 if verdict.ok:
-                    self._write(digest, key, self._known[digest])
+                    errors = [None if math.isnan(number) else number for number in verdict.errors]
+                    self._write(digest, key, today, {"text": verdict.text[:4096], "errors": errors})
+
+    def figures_of(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured under that very cache key, with its ``date``, if anything was."""
+        if self.path is None:
+            return None
+        with self._guarded("read"):
+            digest = _digest(key)
+            if digest not in self._figures:
+                document = self._read(digest, _FIGURES)
+                if document is None:
+                    return None
+                self._figures[digest] = {**document["figures"], "date": document["date"]}
+            return self._figures[digest]
+        return None
+
+    def keep_figures(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+        """Add what was measured, as JSON has it, under its cache key."""
+        if self.path is None:
+            return
+        with self._guarded("written"):
+            digest, today = _digest(key), datetime.date.today().isoformat()
+            self._figures[digest] = {**figures, "date": today}
+            self._write(digest, key, today, {"figures": {**figures, "date": None}})
 
     def clear(self) -> int:
         """Remove the verdicts and the secret that signs them; returns how many there were."""
         self._known.clear()
+        self._figures.clear()
         self._secret = None
         count = 0
         with self._guarded("cleared"):
@@ -121,7 +148,7 @@ class ProofCache:
 
     # -- one file ----------------------------------------------------------------------------------
 
-    def _read(self, digest: str) -> Verdict | None:
+    def _read(self, digest: str, fields: set[str]) -> dict[str, Any] | None:
         assert self.path is not None
         file = self.path / f"{digest}.json"
         if not file.exists():
@@ -130,17 +157,17 @@ class ProofCache:
         data = _read_own(file, _BYTES)
         document = json.loads(data, parse_constant=_no_number)
         secret = self._signing()
-        if not isinstance(document, dict) or set(document) != _FIELDS or document["schema"] != SCHEMA:
+        right = isinstance(document, dict) and set(document) == _COMMON | fields
+        if not right or document["schema"] != SCHEMA:
             raise ValueError(f"{file.name} is of another format")
         if secret is None or document["mac"] != _mac(secret, document) or document["key"] != digest:
             raise ValueError(f"{file.name} is not what was written")
         date = datetime.date.fromisoformat(document["date"])
         if not 0 <= (datetime.date.today() - date).days + 1 <= DAYS:
             return None
-        a, b, c, d = (math.nan if number is None else float(number) for number in document["errors"])
-        return Verdict(True, str(document["text"]), errors=(a, b, c, d), date=document["date"])
+        return dict(document)
 
-    def _write(self, digest: str, key: Mapping[str, Any], verdict: Verdict) -> None:
+    def _write(self, digest: str, key: Mapping[str, Any], date: str, fields: Mapping[str, Any]) -> None:
         assert self.path is not None
         if not self.path.is_dir():
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -149,10 +176,9 @@ class ProofCache:
         document: dict[str, Any] = {
             "schema": SCHEMA,
             "key": digest,
-            "text": verdict.text[:4096],
-            "errors": [None if math.isnan(number) else number for number in verdict.errors],
-            "date": verdict.date,
+            "date": date,
             "about": " ".join(str(key.get(part)) for part in ("op", "variant", "dtype", "device"))[:512],
+            **fields,
         }
         document["mac"] = _mac(self._signing(make=True) or b"", document)
         write_whole(self.path / f"{digest}.json", json.dumps(document, indent=1).encode(), mode=0o600)
@@ -228,6 +254,11 @@ class ProofCache:
 def _read_own(file: Path, limit: int) -> bytes:
     """The content of a file that is this user's own."""
     return read_bounded(file, limit, follow=False, check=lambda status: check_own(str(file), status))
+
+
+def _verdict_in(document: Mapping[str, Any]) -> Verdict:
+    a, b, c, d = (math.nan if number is None else float(number) for number in document["errors"])
+    return Verdict(True, str(document["text"]), errors=(a, b, c, d), date=document["date"])
 
 
 def _no_number(text: str) -> float:

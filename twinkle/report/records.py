@@ -73,6 +73,7 @@ def _binding(binding: Binding) -> dict[str, Any]:
         "instances": instances,
         "most_instances": max(binding.most_instances, instances),
         "proof": binding.proof,
+        "speeds": {at: dict(figures) for at, figures in binding.speeds.items()},
         "load_seconds": binding.load_seconds,
         "notes": [*binding.notes, *where.note(binding)],
         "origin": binding.origin,

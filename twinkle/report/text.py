@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["render", "summary"]
 
 _HEADERS = ("state", "target", "kernel", "source", "for", "where")
+_SPEEDS = 4
+"""Sizes of which the table gives the figures; the data has all."""
 _MARKS = {"active": "+", "pending": ".", "skipped": "-", "reverted": "-"}
 
 
@@ -97,7 +99,28 @@ def _remarks(binding: Mapping[str, Any]) -> list[str]:
     remarks = [binding["reason"]] if binding["reason"] else []
     if binding["state"] == "active" and binding["proof"] != "unproven":
         remarks.append(binding["proof"])
+    if binding["state"] == "active":
+        remarks += _speeds(binding.get("speeds", {}))
     return remarks + list(binding["notes"])
+
+
+def _speeds(speeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """How fast a kernel is beside its original: where it runs, and where the original does."""
+    runs = [_speed(at, one) for at, one in speeds.items() if one["runs"]]
+    left = [_speed(at, one) for at, one in speeds.items() if not one["runs"]]
+    lines = [f"beside its original: {_some(runs)}"] if runs else []
+    return lines + ([f"not faster here, the original runs: {_some(left)}"] if left else [])
+
+
+def _speed(at: str, figures: Mapping[str, Any]) -> str:
+    unsure = not figures["runs"] and figures["ratio"] >= 0.97 > figures["low"]
+    doubt = f" ({figures['low']:.2f}x or less in a quarter of the rounds)" if unsure else ""
+    return f"{figures['ratio']:.2f}x{doubt} at {at}"
+
+
+def _some(figures: Sequence[str]) -> str:
+    more = len(figures) - _SPEEDS
+    return ", ".join(figures[:_SPEEDS]) + (f" and {more} sizes more" if more > 0 else "")
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import traceback
 import weakref
@@ -16,16 +17,19 @@ from twinkle import forks
 from twinkle.errors import KernelError, TwinkleError, warn
 from twinkle.fit.layer import LayerCompatibility, check_layer
 from twinkle.ops.failures import Failures
+from twinkle.proof.clocks import NOT_SLOWER
+from twinkle.proof.speed import ORIGINAL
 from twinkle.runtime import runtime
 from twinkle.swap.code import fitted
 from twinkle.swap.dtype_keys import ANY, MOST_TRIES, Proofs, describe
 from twinkle.swap.reentry import names_forward, reaches
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from twinkle.modes import Mode
     from twinkle.proof.compare import Verdict
+    from twinkle.proof.speed import Speed
     from twinkle.records import Binding, FunctionKernel, LayerKernel
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.dtype_keys import DtypeKey
@@ -50,6 +54,7 @@ class BaseCandidate:
         proofs: The comparisons with the original that it has passed, and those that are pending.
         recall: A kept verdict will do in the place of a comparison.
         watch: Of so many calls one is looked at for NaN; 0 for none.
+        slower: It was not faster at any size that was met, and runs at none.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class BaseCandidate:
         self.binding = binding
         self.strict = strict
         self.rejected: str | None = None
+        self.slower = False
         self.device: str | None = kernel.device
         self.mode: Mode | None = kernel.mode
         self._loaded: Any = _UNLOADED
@@ -174,7 +180,7 @@ class BaseCandidate:
 
     def mark_pending(self) -> None:
         """Record that the kernel is in place and not loaded yet."""
-        if self.rejected is None and self.binding.state != "active":
+        if self.rejected is None and self.binding.state != "active" and not self.slower:
             where = f" on a {self.device} tensor" if self.device else ""
             self.binding.set("pending", f"in place; loads at the first forward{where}")
 
@@ -218,9 +224,30 @@ class BaseCandidate:
         if self.strict:
             raise KernelError(f"kernel {self.binding.kernel!r} {reason}")
 
+    def record_speed(self, speed: Speed) -> None:
+        """Put what was measured at a size in the report, and what follows from it for the state.
+
+        A user's own kernel runs whatever it gave.
+        """
+        runs = speed.way != ORIGINAL or self.kernel.chosen_by != "twinkle"
+        self.binding.measured(speed.at, _told(speed, runs=runs))
+        if runs:
+            self.record_unmeasured()
+        elif self.rejected is None and (self.slower or not self.binding.ran):
+            self.slower = True
+            slow = [f"{one['ratio']:.2f}x{_doubt(one)} at {at}" for at, one in self.binding.speeds.items()]
+            more = f" and {len(slow) - 3} sizes more" if len(slow) > 3 else ""
+            self.binding.set("skipped", f"not faster here ({', '.join(slow[:3])}{more})")
+
+    def record_unmeasured(self) -> None:
+        """Record that the kernel takes a call, whether it was measured or could not be."""
+        self.slower = False
+        self.mark_active()
+        self.binding.has_run()
+
     def mark_active(self) -> None:
         """Record that the kernel is in place, loaded and compatible."""
-        if self.rejected is None and self.binding.state != "active":
+        if self.rejected is None and self.binding.state != "active" and not self.slower:
             self.binding.set("active")
 
 
@@ -319,6 +346,23 @@ class FunctionCandidate(BaseCandidate):
         for names, name in self.own:
             names[name] = standing  # It may have been imported when the kernel was in place already.
         return found
+
+
+def _told(speed: Speed, *, runs: bool) -> dict[str, Any]:
+    """A measurement as the report has it: ratios rounded down, times in microseconds."""
+    return {
+        "ratio": math.floor(speed.ratio * 100) / 100,
+        "low": math.floor(speed.low * 100) / 100,
+        "runs": runs,
+        "original_us": [round(part * 1e6, 1) for part in speed.original],
+        "kernel_us": [round(part * 1e6, 1) for part in speed.kernel],
+        "date": speed.date,
+    }
+
+
+def _doubt(figures: Mapping[str, Any]) -> str:
+    """What is said of a kernel that is left out though the middle round was one in which it is as fast."""
+    return " in doubt" if figures["ratio"] >= NOT_SLOWER else ""
 
 
 def _flag(thing: Any, name: str) -> bool | None:

@@ -20,6 +20,7 @@ from twinkle.match.reads import CHANGED, KEPT
 from twinkle.ops.failures import is_failure
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
+from twinkle.proof.speed import size_of
 from twinkle.swap import rescue
 from twinkle.swap.backward import guard_backward
 from twinkle.swap.candidate import explain
@@ -40,6 +41,7 @@ from twinkle.swap.tensors import (
     on_another_gpu,
     several_gpus,
 )
+from twinkle.swap.ways import tell_speed
 from twinkle.targets import own_forward
 
 if TYPE_CHECKING:
@@ -111,12 +113,16 @@ class Dispatch:
             odd=self._odd,
             unversioned=self._unversioned,
             look=self._look,
+            decide=self._decide,
             guard_backward=self._guard_backward,
             again=self._run_again,
             load=_constant(self._load_for_trace),
             changed=_constant(self._changed),
             **_FIXED_NAMES,
         )
+        for entry in self.entries:
+            if entry.ways is not None:
+                self._set(**{f"ways{entry.index}": entry.ways.known.get})
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
@@ -144,8 +150,10 @@ class Dispatch:
             names.append("grad")
         if any(candidate.mode is not None and candidate.mode.compile for candidate in candidates):
             names.append("compiling")
-        if any(map(is_checked, candidates)):
+        if any(map(is_checked, candidates)) or any(entry.ways is not None for entry in self.entries):
             names.append("by_dynamo")
+        if any(entry.ways is not None for entry in self.entries):
+            names.append("grad")
         if any(candidate.proofs.number for candidate in candidates):
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
         if self._minds_the_gpu():
@@ -240,9 +248,35 @@ class Dispatch:
             return self.original(*args, **kwargs)
         if entry.is_pending(moment) and not self._prove(entry, moment, args, kwargs):
             return self.original(*args, **kwargs)
+        if entry.ways is not None and not self.fixed_compiling and not entry.is_pending(moment):
+            entry.state = "live"  # as the text has it: whether it ever runs is decided by size
+            self.rebuild()
+            key = self._size_key(args, kwargs)
+            way = entry.function if key is None else self._decide(entry.index, key, args, kwargs)
+            if way is False:
+                return self.original(*args, **kwargs)
+            return rescue.guarded_call(self, entry, args, kwargs, function=way)
         if entry.is_live(moment):
             self.rebuild()
         return self._run(entry, args, kwargs)
+
+    def _size_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The key by which the text finds the way of a call; None for one without a tensor in front."""
+        named = self._call.probe is not None
+        first = self._call.probed(args, kwargs) if named else next(iter((*args, *kwargs.values())), None)
+        if not isinstance(first, torch.Tensor):
+            return None
+        key = first.dtype if named and not autocasting() else dtype_key_of(first)
+        return key, size_of(first), torch.is_grad_enabled()
+
+    def _decide(self, index: int, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The way of a call whose size was not met yet: a function, or False for the original."""
+        entry = self.entry(index)
+        assert entry.ways is not None
+        known = entry.ways.known.get(key)
+        if known is not None:
+            return known
+        return entry.ways.decide(entry.candidate, self._subject(entry), key, args, kwargs)
 
     def _moment(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Moment:
         return Moment(
@@ -260,6 +294,8 @@ class Dispatch:
             return False
         verdict = prove_at_call(self._subject(entry), args, kwargs, grad=moment.grad)
         entry.candidate.record_verdict(verdict, grad=moment.grad, key=key)
+        if verdict.ok and entry.candidate.kernel.chosen_by == "user" and self.kind == PLAIN:
+            tell_speed(entry.candidate, self._subject(entry), args, kwargs, grad=moment.grad)
         return verdict.ok or (verdict.pending and proofs.passed(key, grad=moment.grad))
 
     def _prove_ahead(self, entry: Entry, moment: Moment, dtype: torch.dtype | None) -> bool:

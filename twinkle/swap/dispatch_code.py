@@ -6,7 +6,8 @@ global or a builtin: the globals are the original's, see :mod:`twinkle.swap.scop
 ``_tw_traced_…`` and ``_tw_load`` (calls under a compiler), the functions that look at the moment
 (``_tw_where``, ``_tw_grad``, ``_tw_compiling``, ``_tw_autocast``, ``_tw_dtype_key``, ``_tw_current``,
 ``_tw_astray``), ``_tw_there`` (a call with another GPU as the current one), what looks after kernels that
-fail (``_tw_failed``, ``_tw_instead``, ``_tw_odd``, ``_tw_look`` …), and the ``constants`` below.
+fail (``_tw_failed``, ``_tw_instead``, ``_tw_odd``, ``_tw_look`` …), what finds the way of a call of its size
+(``_tw_ways0`` …, ``_tw_decide``), and the ``constants`` below.
 """
 
 from __future__ import annotations
@@ -141,8 +142,10 @@ class DispatchCode:
         elif tree.entry.guard is not None and "guard" not in known:
             yield from self._guard_lines(tree.entry, tree.entry.guard, pad)
             yield from self._lines(tree, pad, {**known, "guard": True})
-        elif tree.live or (tree.dtype_keys and self.form.probe is None):
+        elif tree.live:
             yield from self._kernel_lines(tree.entry, pad, known)
+        elif tree.dtype_keys and self.form.probe is None:
+            yield from self._lines_by_size(tree.entry, pad, known, f"{self.form.values()}[0]")
         elif tree.dtype_keys and (self.always_compiling or known.get("compiling") is not True):
             yield from self._lines_for_keys(tree.entry, tree.dtype_keys, pad, known)
         elif known.get("compiling") is True and not self.always_compiling:
@@ -197,9 +200,52 @@ class DispatchCode:
         """The expression of what an entry rests on, and what the names in it stand for."""
         return guard.inline(self.form.first, f"_tw_guard{entry.index}_")
 
-    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any]) -> Iterator[str]:
-        """The lines of a call of a kernel that ran before, and of what becomes of it where it fails."""
-        call, index, packed = f"_tw_k{entry.index}({self.form.arguments})", entry.index, self.form.packed
+    def _lines_by_size(
+        self, entry: Entry, pad: str, known: dict[str, Any], first: str | None, dtype: str = ""
+    ) -> Iterator[str]:
+        """The lines of a call of a kernel that takes those of some sizes: ``_tw_way`` is what takes this one.
+
+        Under a compiler, and for what is no tensor in memory, that is the kernel: nothing can be measured.
+
+        Args:
+            entry: The kernel.
+            pad: The indentation.
+            known: See :meth:`_lines`.
+            first: The expression of the first tensor.
+            dtype: The expression of the first part of the key, by which ways are known.
+        """
+        if entry.ways is None or self.always_compiling:
+            yield from self._kernel_lines(entry, pad, known)
+            return
+        index, arguments = entry.index, self.form.arguments
+        if known.get("compiling") is not False:
+            yield f"{pad}if _tw_by_dynamo():"
+            yield f"{pad}    return _tw_k{index}({arguments})"
+        yield f"{pad}try:"
+        yield f"{pad}    _tw_first = {first}"
+        dtype = dtype or "_tw_dtype_key(_tw_first)"
+        grad = "_tw_grad()" if known.get("grad") is None else repr(known["grad"])
+        yield f"{pad}    _tw_key = {dtype}, _tw_first.numel().bit_length(), {grad}"
+        yield f"{pad}    _tw_way = _tw_ways{index}(_tw_key)"
+        yield f"{pad}except _tw_Exception:"
+        yield f"{pad}    _tw_way = _tw_k{index}"
+        yield f"{pad}if _tw_way is None:"
+        yield f"{pad}    _tw_way = _tw_decide({index}, _tw_key, {self.form.packed})"
+        yield f"{pad}if _tw_way is False:"
+        yield f"{pad}    return {self.standing}({arguments})"
+        yield from self._kernel_lines(entry, pad, known, "_tw_way")
+
+    def _kernel_lines(self, entry: Entry, pad: str, known: dict[str, Any], kernel: str = "") -> Iterator[str]:
+        """The lines of a call of a kernel that ran before, and of what becomes of it where it fails.
+
+        Args:
+            entry: The kernel.
+            pad: The indentation.
+            known: See :meth:`_lines`.
+            kernel: Its name in the text; by default the one that goes with its index.
+        """
+        index, packed, kernel = entry.index, self.form.packed, kernel or f"_tw_k{entry.index}"
+        call = f"{kernel}({self.form.arguments})"
         away = known.get("device", "cuda") in (None, "cuda") and self.several_gpus
         source = entry.candidate.kernel.source
         # Once it ran, what comes out of a forward that is the program's own in parts is the program's affair.
@@ -220,7 +266,7 @@ class DispatchCode:
             yield f"{pad}if {traced}:"
             yield f"{pad}    return {call}"
         if away:
-            call = f"_tw_there(_tw_k{index}, {packed}) if _tw_away else {call}"
+            call = f"_tw_there({kernel}, {packed}) if _tw_away else {call}"
         habits = entry.habits
         state = "_tw_state" if habits is not None and habits.draws else "None"
         before = habits.before if habits is not None else ""
@@ -292,7 +338,9 @@ class DispatchCode:
     ) -> Iterator[str]:
         """The kernel for calls whose dtype key it was proven for, a comparison for others."""
         yield f"{pad}if {self._dtype_condition(keys)}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
+        plain = [dtype for dtype, autocast in keys if dtype and autocast is None]
+        dtype = f"_tw_{str(plain[0]).removeprefix('torch.')}" if len(plain) == 1 else "_tw_first.dtype"
+        yield from self._lines_by_size(entry, pad + "    ", known, self.form.probe, dtype)
         if known.get("compiling") is not False:
             yield f"{pad}if _tw_compiling():"
             yield from self._traced_lines(pad + "    ", known)
@@ -302,7 +350,7 @@ class DispatchCode:
         name = f"keys{self._key_sets.index(keys)}"
         self.constants[name] = keys
         yield f"{pad}if _tw_dtype_key({self.form.probe}) in _tw_{name}:"
-        yield from self._kernel_lines(entry, pad + "    ", known)
+        yield from self._lines_by_size(entry, pad + "    ", known, self.form.probe)
         yield f"{pad}return _tw_pending({self.form.packed})"
 
     def _dtype_condition(self, keys: frozenset[DtypeKey]) -> str:

@@ -9,6 +9,7 @@ from twinkle.match.reads import Guard
 from twinkle.modes import rank
 from twinkle.swap.dtype_keys import ANY
 from twinkle.swap.watch import Watch
+from twinkle.swap.ways import Ways, is_timed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,6 +61,7 @@ class Entry:
         habits: What was seen of the kernel at its first run; None for one that is not checked.
         unsettled: How often nobody could say whether a result is right in form.
         watch: Looks for NaN in results now and then; None where that is not asked for.
+        ways: Which way calls go by their size; None where all go to the kernel.
     """
 
     __slots__ = (
@@ -76,6 +78,7 @@ class Entry:
         "state",
         "unsettled",
         "watch",
+        "ways",
     )
 
     def __init__(self, candidate: BaseCandidate, index: int, target: type | None = None) -> None:
@@ -95,6 +98,7 @@ class Entry:
         self.habits: Habits | None = None
         self.unsettled = 0
         self.watch = Watch(candidate.watch) if candidate.watch else None
+        self.ways = Ways() if is_timed(candidate) else None
 
     def suits(self, moment: Moment) -> tuple[int, int, int] | None:
         """How well the candidate suits the moment: smaller first, ``None`` never."""

@@ -28,7 +28,7 @@ from twinkle.swap.habits import Habits, described
 from twinkle.swap.tensors import call_there, version_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from twinkle.swap.dispatch import Dispatch
     from twinkle.swap.entry import Entry
@@ -109,13 +109,28 @@ def complete(
     return result
 
 
-def guarded_call(dispatch: Dispatch, entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A call of a kernel that ran before, where the text of the dispatch function does not make it."""
-    assert entry.function is not None
+def guarded_call(
+    dispatch: Dispatch,
+    entry: Entry,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    function: Callable[..., Any] | None = None,
+) -> Any:
+    """A call of a kernel that ran before, where the text of the dispatch function does not make it.
+
+    Args:
+        dispatch: The dispatch.
+        entry: The kernel.
+        args: The arguments of the call.
+        kwargs: Its keyword arguments.
+        function: What the kernel is for calls of this size; by default that of the entry.
+    """
+    function = function or entry.function
+    assert function is not None
     written = _Versions(dispatch, args, kwargs)
     state = random_state() if entry.habits is not None and entry.habits.draws else None
     try:
-        return call_there(entry.function, args, kwargs)
+        return call_there(function, args, kwargs)
     except Exception as error:
         failure = excuse(dispatch, entry, error, args, kwargs, written=written.changed())
     put_back(state)
