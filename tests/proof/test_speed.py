@@ -346,7 +346,12 @@ print(json.dumps({"made": len(made), **binding}))
 
 def test_a_second_process_measures_nothing_and_chooses_the_same(tmp_path: Path) -> None:
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
-    environ |= {"TWINKLE_CONFIG": "auto", "TWINKLE_CACHE": str(tmp_path / "cache"), "TRITON_INTERPRET": "0"}
+    environ |= {
+        "TWINKLE_CONFIG": "auto",
+        "TWINKLE_SIZES": "auto",
+        "TWINKLE_CACHE": str(tmp_path / "cache"),
+        "TRITON_INTERPRET": "0",
+    }
     environ["PYTHONPATH"] = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
     (tmp_path / "program.py").write_text(PROGRAM)
     runs = []

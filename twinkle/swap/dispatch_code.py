@@ -165,7 +165,7 @@ class DispatchCode:
         least = None if is_checked(entry.candidate) else getattr(entry.function, "least", None)
         if (
             not isinstance(least, Least)
-            or runtime.options.sizes == "all"
+            or runtime.options.sizes != "fixed"  # every size, or what was measured of each
             or not self.form.has(least.argument)
         ):
             return
