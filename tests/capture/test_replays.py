@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import random
+import weakref
 from typing import Any
 
 import numpy
@@ -436,9 +438,6 @@ def test_copies_and_pickles_have_no_recordings(tmp_path: Any) -> None:
 
 
 def test_recordings_go_with_their_model() -> None:
-    import gc
-    import weakref
-
     _, ours, stack = pair()
     steps(ours, inputs(4))
     held = stack.record.held
@@ -502,3 +501,51 @@ def test_more_kinds_than_are_kept_in_mind() -> None:
         for _ in range(4):
             assert torch.equal(ours(x), plain(x))
     assert stack.record.replays == 3 * 3
+
+
+def test_weights_that_are_frozen_between_a_forward_and_its_backward() -> None:
+    plain, ours, stack = pair()
+    for model in (plain, ours):
+        for _ in range(4):
+            model(inputs(1)[0]["x"]).sum().backward()
+        model.zero_grad()
+        loss = model(inputs(1)[0]["x"]).sum()
+        model.blocks[1].norm.weight.requires_grad_(False)
+        loss.backward()
+    others = [[p.grad for n, p in m.named_parameters() if n != "blocks.1.norm.weight"] for m in (ours, plain)]
+    assert_same(*others)
+    assert stack.record.replays == 9
+
+
+class Moody(Block):
+    """Has two results, of which a caller may use either."""
+
+    def forward(self, x: Tensor) -> Any:  # type: ignore[override]
+        y = Block.forward(self, x)
+        return y * 2, y * 3
+
+
+def test_backwards_of_other_results_and_what_they_held() -> None:
+    torch.manual_seed(0)
+    plain, x = Moody(), torch.randn(2, 5, 8)
+    ours = copy.deepcopy(plain)
+    stack = put_in([ours])
+    for model in (plain, ours):
+        for at in range(12):
+            model(x)[at % 2].sum().backward()
+    assert_same([p.grad for p in ours.parameters()], [p.grad for p in plain.parameters()])
+    assert stack.record.replays > 3
+    assert stack.record.calls["its backward is not the same again and again"]
+    gc.collect()
+    assert (stack.record.held, stack.pool.used) == (0, 0)
+
+
+def test_the_report_counts_the_memory_of_backwards() -> None:
+    _, ours, stack = pair()
+    with torch.no_grad():
+        for call in inputs(4):
+            ours(**call)
+    forwards = stack.record.held
+    steps(ours, inputs(4))
+    assert stack.record.held == stack.pool.used
+    assert stack.record.held > 2 * forwards

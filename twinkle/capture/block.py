@@ -12,7 +12,7 @@ from torch.utils._device import DeviceContext
 
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.pool import Pool, pool_of
-from twinkle.capture.recording import BUSY, FILLED, Recording
+from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, Recording
 from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
 from twinkle.ops.failures import is_failure
@@ -223,6 +223,8 @@ class BlockCall(Slot):
                 raise Unservable(why)
             known = self._known[key] = self._record(block, call, kind, args, kwargs, pool)
         if known.broken is not None:
+            self._known[key] = 0
+            self._refuse(key, known.broken)
             raise Unservable(known.broken)
         if not known.makeup.holds(block):
             self._forget(key, known)
@@ -259,7 +261,7 @@ class BlockCall(Slot):
         if sum(type(one) is Recording for one in self._known.values()) >= _MOST_RECORDINGS:
             raise Unservable("calls are of too many kinds")
         if not pool.has_room():
-            raise Unservable("no room: recordings may hold no more memory")
+            raise Unservable(NO_ROOM)
         try:
             made = Recording(block, call, args, kwargs, pool)
         except Passing as why:
@@ -274,10 +276,7 @@ class BlockCall(Slot):
             text = f"it cannot be recorded: {type(error).__name__}: {error}".partition("\n")[0]
             self._failed(kind, text)
             raise Unservable(text) from error
-        record, words = self._stack.record, words_of(call.tensors)
-        record.captures(words, mode)
-        record.holds(made.bytes)
-        weakref.finalize(made, _gone, record, words, mode, made.bytes)
+        made.belongs_to(self._stack.record, words_of(call.tensors), mode)
         return made
 
     def _forget(self, key: Any, recording: Recording) -> None:
@@ -286,6 +285,12 @@ class BlockCall(Slot):
         if kind is not None:
             self._failed(kind, "the blocks change again and again")
         self._known[key] = 0
+
+    def _refuse(self, key: Any, why: str) -> None:
+        """Leave a kind of call alone, but for the blocks that have a recording that works."""
+        kind = self._stack.kind(key)
+        if kind is not None:
+            kind.refused = why
 
     def _failed(self, kind: Kind, why: str) -> None:
         """Count what went wrong; after as many as all blocks may have a few of, the kind is left alone."""
@@ -307,11 +312,6 @@ def _watches() -> bool:
     registry = runtime.registry
     chosen = {kernel.watch for kernel in (*registry.layer_kernels, *registry.function_kernels)}
     return bool(chosen - {None, "off"}) or runtime.options.watch != "off"
-
-
-def _gone(record: StackRecord, words: str, mode: str, count: int) -> None:
-    record.drops(words, mode)
-    record.holds(-count)
 
 
 def _is_plain() -> bool:

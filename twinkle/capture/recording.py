@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 
     from twinkle.capture.pool import Pool, Shared
     from twinkle.capture.signature import Call
+    from twinkle.capture.state import StackRecord
 
-__all__ = ["BUSY", "FILLED", "Recording"]
+__all__ = ["BUSY", "FILLED", "NO_ROOM", "Recording"]
 
 BUSY = "the call before waits for its backward"
+NO_ROOM = "no room: recordings may hold no more memory"
 FILLED = "its cache holds tokens already"
 _SAME: Any = contextlib.nullcontext()
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
@@ -103,6 +105,7 @@ class Recording:
         self._autocast = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         wanted = call.grad and any(t.requires_grad for t in (*call.tensors, *self.makeup.parameters))
         self._ordered = wanted
+        self._trained = [one.requires_grad for one in self.makeup.parameters]
         self._graphs = pool.graphs(training=wanted)
         before = self._graphs.held()
         self._inputs = [_Input(tensor, pool, grad=wanted) for tensor in call.tensors]
@@ -128,8 +131,30 @@ class Recording:
         self.index = pool.next_index()
         self._backward: _Backward | None = None
         self.bytes = self._graphs.held() - before
-        pool.used += self.bytes
-        weakref.finalize(self, _leave, weakref.ref(pool), self.bytes)
+        self._record_of: StackRecord | None = None
+        self._holds(self.bytes)
+
+    def belongs_to(self, record: StackRecord, words: str, mode: str) -> None:
+        """Have the report say what is held, here and from now on.
+
+        Args:
+            record: Of the stack.
+            words: The inputs.
+            mode: ``train`` or ``inference``.
+        """
+        record.captures(words, mode)
+        record.holds(self.bytes)
+        weakref.finalize(self, record.drops, words, mode)
+        weakref.finalize(self, record.holds, -self.bytes)
+        self._record_of = record
+
+    def _holds(self, count: int) -> None:
+        """Count bytes that are held until this goes."""
+        self.pool.used += count
+        weakref.finalize(self, _leave, weakref.ref(self.pool), count)
+        if self._record_of is not None:
+            self._record_of.holds(count)
+            weakref.finalize(self, self._record_of.holds, -count)
 
     def _record(self, block: nn.Module, run: Callable[[], Any]) -> Any:
         versions = [one.buffer._version for one in self._inputs]
@@ -181,6 +206,10 @@ class Recording:
                 raise Unservable("a result is on another device than the block")
             if one.numel() and one.untyped_storage().data_ptr() in taken:
                 raise Unservable("a result is a part of what it was given")
+
+    def weights(self) -> list[Tensor]:
+        """The parameters that wanted gradients when this was recorded."""
+        return [one for one, wants in zip(self.makeup.parameters, self._trained, strict=True) if wants]
 
     def obstacle(self, call: Call) -> str | None:
         """Why a call of this kind cannot be replayed now; None where it can."""
@@ -242,7 +271,7 @@ class Recording:
         context.random = None if self._uses_random is False else self._graphs.random()
         inputs = tensors[: len(self._inputs)]
         wanted = [inputs[at] for at in self._where]
-        weights = [one for one in tensors[len(inputs) :] if one.requires_grad]
+        weights = self.weights()
         # What asks for no gradient may be written to before the backward, as far as autograd is concerned.
         others = [one.data for at, one in enumerate(inputs) if at not in self._where]
         context.save_for_backward(*wanted, *weights, *others)
@@ -269,14 +298,14 @@ class Recording:
                 self.broken = "its backward is not the same again and again"
             found = self._again(context, saved, grads, twice=twice)
         made = iter(found)
-        wants = [at in self._where for at in range(len(self._inputs))]
-        wants += [one.requires_grad for one in self.makeup.parameters]
+        wants = [*(at in self._where for at in range(len(self._inputs))), *self._trained]
         return [next(made) if one else None for one in wants]
 
     def _by_graph(self, grads: tuple[Tensor | None, ...]) -> Sequence[Tensor | None] | None:
         """The gradients by replay; the first time by recording it. None where they must be computed."""
         if self._backward is None:
             if not self.pool.has_room():
+                self.broken = NO_ROOM
                 return None
             before = self._graphs.held()
             try:
@@ -285,10 +314,7 @@ class Recording:
                 self.broken = f"its backward: {error}".partition("\n")[0]
                 return None
             finally:
-                more = self._graphs.held() - before
-                self.bytes += more
-                self.pool.used += more
-                weakref.finalize(self, _leave, weakref.ref(self.pool), more)
+                self._holds(self._graphs.held() - before)
         return self._backward.replay(grads)
 
     def _again(
@@ -299,7 +325,7 @@ class Recording:
         inputs = list(saved[:count])
         if not twice:
             inputs = [one.detach().requires_grad_() for one in inputs]
-        weights = [one for one in self.makeup.parameters if one.requires_grad]
+        weights = self.weights()
         wanted, others = iter(inputs), iter(saved[count + len(weights) :])
         tensors = [next(wanted if at in self._where else others) for at in range(len(self._inputs))]
         now = self._graphs.random()
@@ -339,7 +365,7 @@ class _Backward:
                 self._given.append(torch.empty_like(kept[at]).copy_(grads[at]))
         wanted = [recording._inputs[at].leaf for at in recording._where]
         assert recording._weights is not None
-        wanted += [recording._weights.of(one) for one in recording.makeup.parameters if one.requires_grad]
+        wanted += [recording._weights.of(one) for one in recording.weights()]
 
         def run() -> Any:
             results = [kept[at] for at in places]
