@@ -11,13 +11,13 @@ import functools
 import hashlib
 import platform
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from twinkle import forks
+from twinkle.files import read_bounded
 from twinkle.ops.plain import at_measured_size
 from twinkle.proof.cache import proofs
 from twinkle.proof.cache_key import cache_key
@@ -56,6 +56,8 @@ _TEMPORARY = 16
 """Times the memory of the inputs that both need, by and large, for results, gradients and steps between."""
 _MOST_ON_CPU = 1 << 28
 """Bytes of inputs: more are not copied on a CPU."""
+_MOST_BYTES = 1 << 22
+"""Of what a system says of its processors: about 1500 bytes for each of them."""
 
 
 class Speed(NamedTuple):
@@ -288,7 +290,7 @@ def _digest_of(function: Any) -> str:
 def processor() -> str:
     """The model of the processor: what is issued from a slower one may take longer than it saves."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        text = read_bounded("/proc/cpuinfo", _MOST_BYTES).decode("utf-8", errors="replace")
         names = (
             line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")
         )
