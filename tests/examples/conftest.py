@@ -71,7 +71,7 @@ def run_example() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(name: str, *arguments: str, before: tuple[str, ...] = (), **twinkle: str) -> Any:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("TWINKLE_")}
-        environment.update({"TWINKLE_SIZES": "fixed", **twinkle}, OMP_NUM_THREADS="1")
+        environment.update(twinkle, OMP_NUM_THREADS="1")
         command = [sys.executable, *before, str(EXAMPLES / name), *arguments]
         return subprocess.run(
             command, env=environment, capture_output=True, text=True, check=False, timeout=240

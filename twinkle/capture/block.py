@@ -166,7 +166,7 @@ class BlockCall(Slot):
                     pool.passed += 1
                 self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
-                recording = self._recording(block, call, (call.key, settings()), args, kwargs, pool)
+                recording = self._recording(block, call, (call.key, settings()), pool)
                 if isinstance(recording, Kind):
                     return recording.timed(block, args, kwargs)
                 if recording is not None:
@@ -189,15 +189,7 @@ class BlockCall(Slot):
         """Drop all recordings."""
         self._known.clear()
 
-    def _recording(
-        self,
-        block: nn.Module,
-        call: Call,
-        key: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        pool: Pool,
-    ) -> Recording | Kind | None:
+    def _recording(self, block: nn.Module, call: Call, key: Any, pool: Pool) -> Recording | Kind | None:
         """The recording for a call, made now where it is time; a kind that is timed; None for a plain call.
 
         Raises:
@@ -221,13 +213,13 @@ class BlockCall(Slot):
             why = kind.decide()
             if why is not None:
                 raise Unservable(why)
-            known = self._known[key] = self._record(block, call, kind, args, kwargs, pool)
+            known = self._known[key] = self._record(block, call, kind, pool)
         if known.broken is not None:
             self._known[key] = 0
             self._refuse(key, known.broken)
             raise Unservable(known.broken)
         if not known.makeup.holds(block):
-            self._forget(key, known)
+            self._forget(key)
             raise Unservable("the block has changed since it was recorded")
         if not pool.is_home():
             raise Unservable("another stream is current")
@@ -242,15 +234,7 @@ class BlockCall(Slot):
             self._layers = layers_of(block.modules())
         return holds_tokens(call.caches, self._layers)
 
-    def _record(
-        self,
-        block: nn.Module,
-        call: Call,
-        kind: Kind,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        pool: Pool,
-    ) -> Recording:
+    def _record(self, block: nn.Module, call: Call, kind: Kind, pool: Pool) -> Recording:
         if not pool.is_home():
             raise Unservable("another stream is current")
         mode = "train" if call.grad else "inference"
@@ -263,7 +247,7 @@ class BlockCall(Slot):
         if not pool.has_room():
             raise Unservable(NO_ROOM)
         try:
-            made = Recording(block, call, args, kwargs, pool)
+            made = Recording(block, call, pool)
         except Passing as why:
             self._failed(kind, str(why))
             raise
@@ -279,7 +263,7 @@ class BlockCall(Slot):
         made.belongs_to(self._stack.record, words_of(call.tensors), mode)
         return made
 
-    def _forget(self, key: Any, recording: Recording) -> None:
+    def _forget(self, key: Any) -> None:
         """Drop a recording of a block that has changed; it is recorded anew like the first."""
         kind = self._stack.kind(key)
         if kind is not None:

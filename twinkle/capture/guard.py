@@ -62,6 +62,7 @@ class Makeup:
         "_class",
         "_contents",
         "_hooks",
+        "_length",
         "_lengths",
         "_parts",
         "_pointers",
@@ -92,11 +93,8 @@ class Makeup:
         self._values = [*chain.from_iterable(map(_values_of, self._tables))]
         self._spaces = [part.__dict__ for part in self._parts]
         self._lengths = [*map(len, self._tables), *map(len, self._spaces)]
-        own = _names(block)
-        self._attributes = [(len(block.__dict__), own, own(block.__dict__))]
-        for space, part in zip(self._spaces, self._parts, strict=True):
-            names = _names(part)
-            self._attributes.append((0, names, names(space)))
+        self._length = len(block.__dict__)
+        self._attributes = [(names := _names(part), names(part.__dict__)) for part in modules]
         self.weights = [*self.parameters, *block.buffers()]
         self._pointers = [*map(_pointer, self.weights)]
         self._states = [*map(_state, self.weights)]
@@ -107,14 +105,14 @@ class Makeup:
         if any(_GLOBAL_HOOKS) or any(self._hooks) or type(block) is not self._class:
             return False
         own, spaces = block.__dict__, self._spaces
-        if [*map(type, self._parts)] != self._types or self._attributes[0][0] != len(own):
+        if [*map(type, self._parts)] != self._types or self._length != len(own):
             return False
         if [*map(len, self._tables), *map(len, spaces)] != self._lengths:
             return False
         if not all(map(is_, chain.from_iterable(map(_values_of, self._tables)), self._values)):
             return False
         try:
-            for space, (_, names, values) in zip((own, *spaces), self._attributes, strict=True):
+            for space, (names, values) in zip((own, *spaces), self._attributes, strict=True):
                 if not all(map(is_, names(space), values)):
                     return False
         except KeyError:
@@ -178,7 +176,7 @@ class Draws:
 def _names(part: nn.Module) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """Takes the attributes of a part out of its ``__dict__``, but for torch's own and the slot for calls."""
     names = [name for name in part.__dict__ if name not in _TORCH and name != NAME]
-    return itemgetter("training", "training", *names)
+    return itemgetter("training", "training", *names)  # of a single name it would make no tuple
 
 
 def _is_config(value: Any) -> bool:

@@ -82,8 +82,6 @@ class Recording:
     Args:
         block: The block.
         call: A call.
-        args: Its arguments.
-        kwargs: Its arguments.
         pool: Of the device.
 
     Raises:
@@ -91,9 +89,7 @@ class Recording:
         Exception: What the device or the block says to being recorded.
     """
 
-    def __init__(
-        self, block: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], pool: Pool
-    ) -> None:
+    def __init__(self, block: nn.Module, call: Call, pool: Pool) -> None:
         if hooks_on(block):
             raise Unservable("hooks are called inside")
         self.pool = pool
@@ -112,7 +108,7 @@ class Recording:
         self.shared = [one.shared for one in self._inputs if one.shared is not None]
         self._own = [(at, one) for at, one in enumerate(self._inputs) if one.shared is None]
         self._common = [(at, one) for at, one in enumerate(self._inputs) if one.shared is not None]
-        self._fill = template(args, kwargs)
+        self._fill = template(call.args, call.kwargs)
         self._caches: list[Any] = [kind_of_cache(one) for one in call.caches]
         self._uses = CacheUses()
         self._weights = Aliases(block) if wanted else None

@@ -40,19 +40,30 @@ class Call:
     """The arguments of a call, taken apart.
 
     Attributes:
+        args: The arguments.
+        kwargs: The arguments by name.
         key: Equal for calls of one kind.
         tensors: The tensors among the arguments, in order.
         caches: The caches among them, in order.
         grad: Whether its result may want a gradient, as far as its arguments and the mode tell.
     """
 
-    __slots__ = ("caches", "grad", "key", "tensors")
+    __slots__ = ("args", "caches", "grad", "key", "kwargs", "tensors")
 
-    def __init__(self, key: Any, tensors: list[Tensor], caches: list[Any], grad: bool) -> None:
-        self.key = key
+    def __init__(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        key: list[Any],
+        tensors: list[Tensor],
+        caches: list[Any],
+    ) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.key = tuple(key)
         self.tensors = tensors
         self.caches = caches
-        self.grad = grad
+        self.grad: bool = key[1]
 
 
 def call_of(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device, *, training: bool) -> Call:
@@ -75,7 +86,7 @@ def call_of(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device,
     for name, value in kwargs.items():
         key.append(name)
         _take(value, key, tensors, caches, device)
-    return Call(tuple(key), tensors, caches, key[1])
+    return Call(args, kwargs, key, tensors, caches)
 
 
 def _take(value: Any, key: list[Any], tensors: list[Tensor], caches: list[Any], device: torch.device) -> None:
