@@ -99,9 +99,8 @@ def asks(cls: type) -> bool:
 
     The question wakes nothing: a class that nobody has used is not looked at for it.
     """
-    function = standing(cls)
-    front = getattr(function, "__twinkle__", None)
-    return isinstance(front, Front) and front.function is function and front.asks
+    front = Front.behind(standing(cls))
+    return front is not None and front.asks
 
 
 def is_decided(module: nn.Module) -> bool:

@@ -108,7 +108,11 @@ class Front:
     @classmethod
     def of(cls, core: type) -> Front | None:
         """The front that stands where a class has its forward from, if one does."""
-        function: Any = getattr(core, "forward", None)
+        return cls.behind(getattr(core, "forward", None))
+
+    @classmethod
+    def behind(cls, function: Any) -> Front | None:
+        """The front whose function this is, if it is one's."""
         front = getattr(function, "__twinkle__", None)
         return front if isinstance(front, cls) and front.function is function else None
 
