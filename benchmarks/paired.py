@@ -6,7 +6,8 @@
 Models of the middle size (hidden size 1024, 12 layers, bfloat16), where a host is as long at it as a GPU:
 training steps of 4 x 512 tokens with fused AdamW, evaluations of 1 x 512, forwards of a single token; of
 image models 16 images and one. ``eager`` is the plain program, ``compile`` is
-``torch.compile(mode="reduce-overhead")``; ``liger`` is left out of families that liger-kernel does not know.
+``torch.compile(mode="reduce-overhead", dynamic=False)``; ``liger`` is left out of families that liger-kernel
+does not know. With ``--prepare 8`` eight processes at once compile all families before the first is measured.
 
 Each way is a process of its own and they take turns; see turns.py for what a ratio is. Beside the
 milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
@@ -29,7 +30,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from turns import Worker, bindings, captures, in_turns, ratios, serve, versions
+from turns import (
+    Worker,
+    ask_all,
+    bindings,
+    captures,
+    in_turns,
+    prepare,
+    profiled,
+    ratios,
+    serve,
+    versions,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -206,10 +218,11 @@ class Way:
         name: Of the way.
         device: ``cuda`` or ``cpu``.
         size: Of the models.
+        modes: Those that are called.
     """
 
-    def __init__(self, name: str, device: str, size: Size) -> None:
-        self.name, self.device, self.size = name, device, size
+    def __init__(self, name: str, device: str, size: Size, modes: tuple[str, ...]) -> None:
+        self.name, self.device, self.size, self.modes = name, device, size, modes
         self.model: Any = None
         self.calls: dict[str, Callable[[], Any]] = {}
 
@@ -242,13 +255,13 @@ class Way:
                 return {"left_out": f"liger-kernel does not know {model.config.model_type}"}
             monkey_patch._apply_liger_kernel_to_instance(model=model)
         if self.name == "compile":
-            model.compile(mode="reduce-overhead")
+            model.compile(mode="reduce-overhead", dynamic=False)
         self.model, self.calls = model, calls_of(model, family, self.size, self.device)
         self._wait()
         began = time.perf_counter()
         loss = float(self.calls["train"]())
         first = time.perf_counter() - began
-        for mode in MODES:
+        for mode in self.modes:
             model.train(mode == "train")
             for _ in range(4):
                 self.calls[mode]()
@@ -258,7 +271,8 @@ class Way:
     def turn(self) -> dict[str, Any]:
         """Milliseconds of a call of each mode: by the clock, of the processor, and to issue it."""
         found: dict[str, Any] = {}
-        for mode, calls in MODES.items():
+        for mode in self.modes:
+            calls = MODES[mode]
             self.model.train(mode == "train")
             call = self.calls[mode]
             self._wait()
@@ -277,7 +291,7 @@ class Way:
     def profile(self) -> dict[str, Any]:
         """What the device does in a call of each mode; nothing on a CPU."""
         found: dict[str, Any] = {}
-        for mode in MODES if self.device != "cpu" else ():
+        for mode in self.modes if self.device != "cpu" else ():
             self.model.train(mode == "train")
             found[mode] = profiled(self.calls[mode])
         return found
@@ -295,30 +309,10 @@ class Way:
             torch.cuda.synchronize()
 
 
-def profiled(call: Callable[[], Any]) -> dict[str, Any]:
-    """Milliseconds the device is busy with a call, and the launches it is made of."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
-        call()
-        torch.cuda.synchronize()
-    busy, launches = 0.0, 0
-    for event in found.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            # A range that the program named is no work of its own.
-            busy += (
-                0.0 if "#" in event.name or event.name.startswith("aten::") else event.self_device_time_total
-            )
-        elif event.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")):
-            launches += 1
-    return {"device_ms": round(busy / 1e3, 3), "launches": launches}
-
-
 def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -> dict[str, Any]:
     """Every way of one family."""
     before = {text: n for worker in workers for text, n in worker.ask("report")["captures"].items()}
-    built = {worker.way: worker.ask("build", name) for worker in workers}
+    built = ask_all(workers, "build", name)
     failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
     if failed.keys() & {"eager", "twinkle"}:
         return {"family": name, "failed": failed}
@@ -329,7 +323,7 @@ def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -
     for worker in taking_part:
         profile, way = worker.ask("profile"), worker.way
         one: dict[str, Any] = {"first_step_s": built[way]["first_step_s"], "loss": built[way]["loss"]}
-        for mode in MODES:
+        for mode in filter(found[0][way].__contains__, MODES):
             key = f"{mode} processor" if processor else mode
             times = [answers[way][key] for answers in found]
             first = [answers[taking_part[0].way][key] for answers in found]
@@ -339,6 +333,11 @@ def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -
                 **profile.get(mode, {}),
                 **ratios(first, times),
             }
+            if way == "twinkle" and len(taking_part) > 2:
+                others = (worker.way for worker in taking_part[1:] if worker.way != way)
+                one[mode]["over"] = {
+                    other: ratios([answers[other][key] for answers in found], times) for other in others
+                }
         said = worker.ask("report")
         if not processor:
             one["peak_gb"] = said["peak_gb"]
@@ -361,7 +360,7 @@ def show(result: dict[str, Any]) -> None:
     print(result["family"], *(f"({way}: {why})" for way, why in result["left_out"].items()), flush=True)
     for way in filter(result.__contains__, WAYS):
         one = result[way]
-        for mode in MODES:
+        for mode in filter(one.__contains__, MODES):
             found = one[mode]
             device = (
                 f"  device {found['device_ms']:7.2f}  {found['launches']:5} launches"
@@ -378,15 +377,29 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
     lines = []
     for way in WAYS[1:]:
         for mode in MODES:
-            found = {r["family"]: r[way][mode]["ratio"] for r in results if way in r}
-            if found:
-                mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
-                worst = min(found, key=lambda name: found[name])
-                lines.append(
-                    f"{way} {mode}: {mean:.3f} x eager, the mean of {len(found)} families; "
-                    f"the least {found[worst]:.3f}, {worst}"
-                )
+            ratios_of = {r["family"]: r[way][mode]["ratio"] for r in results if mode in r.get(way, {})}
+            lines += one_line(f"{way} {mode}", "eager", ratios_of)
+    for other in WAYS[2:]:
+        for mode in MODES:
+            ratios_of = {
+                r["family"]: r["twinkle"][mode]["over"][other]["ratio"]
+                for r in results
+                if other in r.get("twinkle", {}).get(mode, {}).get("over", {})
+            }
+            lines += one_line(f"twinkle {mode}", other, ratios_of)
     return lines
+
+
+def one_line(what: str, other: str, found: dict[str, float]) -> list[str]:
+    """The geometric mean and the least of the ratios of families, if there are any."""
+    if not found:
+        return []
+    mean = math.exp(statistics.fmean(math.log(ratio) for ratio in found.values()))
+    worst = min(found, key=lambda name: found[name])
+    return [
+        f"{what}: {mean:.3f} x {other}, the mean of {len(found)} families; "
+        f"the least {found[worst]:.3f}, {worst}"
+    ]
 
 
 def main() -> int:
@@ -400,20 +413,28 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--modes", default=",".join(MODES), help="what is called")
+    parser.add_argument("--prepare", type=int, default=0, help="processes that compile the families first")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no family after so many")
     parser.add_argument("--json", type=Path, help="results are added to it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        serve(Way(options.worker, options.device, SIZES[options.size]).answer)
+        serve(
+            Way(options.worker, options.device, SIZES[options.size], tuple(options.modes.split(","))).answer
+        )
         return 0
     names = options.families.split(",")
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         parser.error(f"no families: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
     began, results = time.perf_counter(), []
-    shared = ("--device", options.device, "--size", options.size)
-    workers = [Worker(__file__, way, ("--worker", way, *shared)) for way in options.ways.split(",")]
+    shared = ("--device", options.device, "--size", options.size, "--modes", options.modes)
+    ways = options.ways.split(",")
+    if options.prepare and "compile" in ways:
+        prepare(lambda: Worker(__file__, "compile", ("--worker", "compile", *shared)), names, options.prepare)
+        print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    workers = [Worker(__file__, way, ("--worker", way, *shared)) for way in ways]
     try:
         for name in names:
             if time.perf_counter() - began > options.seconds:

@@ -1,12 +1,14 @@
 """Training steps of whole programs with no configuration: plain and under Twinkle in turns, in one run.
 
-    python benchmarks/programs.py [--programs nanogpt,bert,…] [--rounds 9] [--compile nanogpt] [--json FILE]
+    python benchmarks/programs.py [--programs nanogpt,bert,…] [--rounds 9] [--json FILE]
+    python benchmarks/programs.py --programs gemma3-1b --ways compile,twinkle,liger
     python benchmarks/programs.py --device cpu --rounds 3          small models, to see what is replaced
 
 Each way to run a program is a process of its own that keeps its model; round by round they take a few steps
-in turn, so that the noise of the host meets all of them. A ratio is the median of the rounds' ratios of plain
-to that way (above 1: faster than plain), with the smallest and the largest. Beside it stand the most memory a
-step took, the losses of the first and the last warm-up step, and which kernels ran.
+in turn, so that the noise of the host meets all of them. A ratio is the median of the rounds' ratios of the
+first way to that way (above 1: faster), with the smallest and the largest. Beside it stand the most memory
+that a step took, the milliseconds of the host and of the device, the losses of the first and the last warm-up
+step, which kernels ran and what was replayed.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from turns import Worker, bindings, in_turns, ratios, serve, versions
+from turns import Worker, ask_all, bindings, captures, in_turns, profiled, ratios, serve, versions
+
+WAYS = ("plain", "compile", "twinkle", "liger")
 
 
 def work(way: str, device: str) -> None:
@@ -47,8 +51,7 @@ def work(way: str, device: str) -> None:
         if what == "build":
             torch.manual_seed(0)
             model, loss = PROGRAMS[rest[0]](device, not gpu)
-            if way == "compile":
-                model.compile()
+            change(model, way)
             began = time.perf_counter()
             state["loss"] = loss
             state["optimizer"] = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=gpu)
@@ -62,13 +65,17 @@ def work(way: str, device: str) -> None:
                 "losses": [float(losses[0]), float(losses[-1])],
             }
         if what == "report":
-            return {"bindings": bindings()}
+            done = profiled(step, costliest=24) if gpu else {}
+            return {"bindings": bindings(), "captures": captures(), **done}
         wait()
         began = time.perf_counter()
         for _ in range(int(rest[0])):
             step()
         wait()
         found = {"ms": (time.perf_counter() - began) / int(rest[0]) * 1e3}
+        began = time.perf_counter()
+        step()  # to an idle device
+        found["host_ms"] = (time.perf_counter() - began) * 1e3
         if gpu:
             found["peak_gb"] = torch.cuda.max_memory_allocated() / 2**30
         return found
@@ -76,34 +83,45 @@ def work(way: str, device: str) -> None:
     serve(answer)
 
 
+def change(model: Any, way: str) -> None:
+    """Make a model what a way of running it is about."""
+    if way == "compile":
+        model.compile()
+    elif way == "liger":
+        from liger_kernel.transformers import monkey_patch
+
+        monkey_patch._apply_liger_kernel_to_instance(model=model)
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Every way of one program."""
-    ways = ["plain", "twinkle", *(["compile"] if name in options.compile.split(",") else [])]
+    ways = options.ways.split(",")
     environ = {"TWINKLE_SIZES": "all"} if options.device == "cpu" else {}
     workers = [Worker(__file__, way, ("--worker", way, "--device", options.device), environ) for way in ways]
     try:
-        built = {worker.way: worker.ask("build", name) for worker in workers}
+        built = ask_all(workers, "build", name)
         failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
         if failed:
             return {"program": name, "failed": failed}
         rounds = in_turns(workers, options.rounds, "run", str(options.steps))
-        kernels = workers[1].ask("report")["bindings"]
+        said = {worker.way: worker.ask("report") for worker in workers}
     finally:
         for worker in workers:
             worker.end()
-    result: dict[str, Any] = {
-        "program": name,
-        "parameters": built["plain"]["parameters"],
-        "kernels": kernels,
-    }
+    result: dict[str, Any] = {"program": name, "parameters": built[ways[0]]["parameters"]}
     for way in ways:
         times = [one[way]["ms"] for one in rounds]
         result[way] = {
             "ms": round(statistics.median(times), 2),
-            **ratios((one["plain"]["ms"] for one in rounds), times),
+            **ratios((one[ways[0]]["ms"] for one in rounds), times),
+            "over": {
+                other: ratios((one[other]["ms"] for one in rounds), times) for other in ways if other != way
+            },
             "peak_gb": round(max(one[way].get("peak_gb", 0.0) for one in rounds), 2),
+            "host_ms": round(statistics.median(one[way]["host_ms"] for one in rounds), 2),
             "first_steps_s": built[way]["first_steps_s"],
             "losses": built[way]["losses"],
+            **said[way],
         }
     return result
 
@@ -114,15 +132,17 @@ def show(result: dict[str, Any]) -> None:
         print(f"{result['program']}: failed: {result['failed']}", flush=True)
         return
     print(f"{result['program']}: {result['parameters'] / 1e6:.0f} M parameters", flush=True)
-    for way in ("plain", "twinkle", "compile"):
-        if way in result:
-            one = result[way]
-            print(
-                f"   {way:8} {one['ms']:8.1f} ms  x{one['ratio']:.3f} ({one['smallest']:.3f} to "
-                f"{one['largest']:.3f})  {one['peak_gb']:6.2f} GB  losses {one['losses']}",
-                flush=True,
-            )
-    print("   kernels:", ", ".join(result["kernels"]) or "none", flush=True)
+    for way in filter(result.__contains__, WAYS):
+        one = result[way]
+        print(
+            f"   {way:8} {one['ms']:8.1f} ms  x{one['ratio']:.3f} ({one['smallest']:.3f} to "
+            f"{one['largest']:.3f})  {one['peak_gb']:6.2f} GB  host {one['host_ms']:.1f}  device "
+            f"{one.get('device_ms', 0.0):.1f}  first {one['first_steps_s']} s  losses {one['losses']}",
+            flush=True,
+        )
+    one = result.get("twinkle", {})
+    print("   kernels:", ", ".join(one.get("bindings", ())) or "none", flush=True)
+    print("   captures:", one.get("captures") or "none", flush=True)
 
 
 def main() -> int:
@@ -130,7 +150,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--programs", default="nanogpt,nanogpt-bf16,bert,t5,whisper,dit,vit")
-    parser.add_argument("--compile", default="nanogpt", help="programs that are compiled as well")
+    parser.add_argument("--ways", default="plain,twinkle", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=4, help="steps of each way in a round")
     parser.add_argument("--device", default="cuda")

@@ -252,6 +252,54 @@ def dit(device: str, small: bool) -> tuple[nn.Module, Callable[[int], Any]]:
     return model, loss
 
 
+def qwen3(device: str, small: bool) -> tuple[nn.Module, Callable[[int], Any]]:
+    """Of the shape of Qwen3-0.6B, 8 x 2048 tokens."""
+    import transformers
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+    if small:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    config = transformers.Qwen3Config(
+        vocab_size=512 if small else 151936,
+        num_attention_heads=4 if small else 16,
+        num_key_value_heads=2 if small else 8,
+        tie_word_embeddings=True,
+        use_cache=False,
+        **sizes,
+    )
+    return language_model(transformers.Qwen3ForCausalLM, config, device, small, 8)
+
+
+def gemma3(device: str, small: bool) -> tuple[nn.Module, Callable[[int], Any]]:
+    """Of the shape of Gemma3-1B, 4 x 2048 tokens."""
+    import transformers
+
+    sizes = {"hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26, "head_dim": 256}
+    if small:
+        sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16}
+    config = transformers.Gemma3TextConfig(
+        vocab_size=512 if small else 262144,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        query_pre_attn_scalar=256,
+        use_cache=False,
+        **sizes,
+    )
+    return language_model(transformers.Gemma3ForCausalLM, config, device, small, 4)
+
+
+def language_model(
+    cls: Any, config: Any, device: str, small: bool, batch: int
+) -> tuple[nn.Module, Callable[[int], Any]]:
+    """A model for the next token, and its loss on random tokens of 2048 a sample."""
+    torch.set_default_dtype(torch.float32 if small else torch.bfloat16)
+    config._attn_implementation = "sdpa"
+    with torch.device(device):
+        model = cls(config)
+        tokens = torch.randint(0, config.vocab_size, (4, *((2, 32) if small else (batch, 2048))))
+    return model, lambda step: model(input_ids=tokens[step % 4], labels=tokens[step % 4]).loss
+
+
 PROGRAMS: dict[str, Callable[[str, bool], tuple[nn.Module, Callable[[int], Any]]]] = {
     "nanogpt": lambda device, small: nanogpt(device, small, autocast=True),
     "nanogpt-bf16": lambda device, small: nanogpt(device, small, autocast=False),
@@ -260,6 +308,8 @@ PROGRAMS: dict[str, Callable[[str, bool], tuple[nn.Module, Callable[[int], Any]]
     "whisper": whisper,
     "dit": dit,
     "vit": vit,
+    "qwen3-0.6b": qwen3,
+    "gemma3-1b": gemma3,
 }
 """From the name of a program to what makes it, on a device, small for a trial on a CPU."""
 

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 
-__all__ = ["Worker", "bindings", "captures", "in_turns", "ratios", "serve", "versions"]
+__all__ = [
+    "Worker",
+    "ask_all",
+    "bindings",
+    "captures",
+    "in_turns",
+    "prepare",
+    "profiled",
+    "ratios",
+    "serve",
+    "versions",
+]
 
 
 class Worker:
@@ -57,13 +69,29 @@ class Worker:
         Raises:
             RuntimeError: The process has ended.
         """
+        self.send(*words)
+        return self.answer()
+
+    def send(self, *words: str) -> None:
+        """Send a line, and do not wait for its answer.
+
+        Raises:
+            RuntimeError: The process has ended.
+        """
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
         try:
             self.process.stdin.write(" ".join(words) + "\n")
             self.process.stdin.flush()
         except BrokenPipeError:
             raise RuntimeError(f"the process for {self.way} has ended") from None
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the answer to the line that was sent.
+
+        Raises:
+            RuntimeError: The process has ended.
+        """
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("@"):
                 answer: dict[str, Any] = json.loads(line[1:])
@@ -89,6 +117,34 @@ def serve(answer: Callable[..., dict[str, Any]]) -> None:
             traceback.print_exc()
             given = {"error": f"{type(error).__name__}: {error}"[:400]}
         print("@" + json.dumps(given), flush=True)
+
+
+def ask_all(workers: Iterable[Worker], *words: str) -> dict[str, dict[str, Any]]:
+    """Each worker's answer to a line that all of them are at at once."""
+    workers = list(workers)
+    for worker in workers:
+        worker.send(*words)
+    return {worker.way: worker.answer() for worker in workers}
+
+
+def prepare(start: Callable[[], Worker], names: Iterable[str], jobs: int) -> None:
+    """Have ``build NAME`` answered for each name, in some processes at once.
+
+    What a compiler makes is then on the disk, and the processes that are measured do not wait for it.
+    """
+    left = list(names)
+
+    def some() -> None:
+        worker = start()
+        try:
+            while left:
+                worker.ask("build", left.pop(0))
+        finally:
+            worker.end()
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for done in [pool.submit(some) for _ in range(jobs)]:
+            done.result()
 
 
 def in_turns(workers: list[Worker], rounds: int, *words: str) -> list[dict[str, dict[str, Any]]]:
@@ -132,6 +188,31 @@ def captures() -> dict[str, int]:
     report: Any = sys.modules.get("twinkle.report")
     found = [] if report is None else report.snapshot().get("captures", [])
     return {f"{c['model']} {c['container']}: {c['blocks']} x {c['block']}": c["replays"] for c in found}
+
+
+def profiled(call: Callable[[], Any], costliest: int = 0) -> dict[str, Any]:
+    """Milliseconds the device is busy with a call, the launches it is made of, and so many of its kernels."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    busy, launches = 0.0, 0
+    kernels: dict[str, list[float]] = {}
+    for event in found.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            if "#" in event.name or event.name.startswith("aten::"):
+                continue  # a range that the program named is no work of its own
+            busy += event.self_device_time_total
+            kernels.setdefault(event.name[:90], []).append(event.self_device_time_total)
+        elif event.name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")):
+            launches += 1
+    found: dict[str, Any] = {"device_ms": round(busy / 1e3, 3), "launches": launches}
+    if costliest:
+        costly = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))[:costliest]
+        found["costliest"] = [[name, len(times), round(sum(times) / 1e3, 3)] for name, times in costly]
+    return found
 
 
 def versions(device: str) -> dict[str, Any]:
