@@ -15,6 +15,7 @@ from twinkle.capture.pool import Pool, pool_of
 from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, Recording
 from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
+from twinkle.capture.weights import Chains
 from twinkle.ops.failures import is_failure
 from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
@@ -34,6 +35,8 @@ WARM = 2
 _MOST_KINDS = 64
 _MOST_RECORDINGS = 8
 _MOST_ATTEMPTS = 3
+_MOST_STRAYED = 4
+"""Calls given anything but the results of the recording whose memory is read: then it is made anew."""
 _MISSES = 8
 """Calls in a row that could not be replayed, after which as many as there were are not looked at."""
 _MOST_SKIPPED = 32
@@ -56,6 +59,7 @@ class Stack:
         self.pool = pool
         self.kinds: dict[Any, Kind] = {}
         self.blocks: weakref.WeakSet[BlockCall] = weakref.WeakSet()
+        self.chains = Chains()
 
     def kind(self, key: Any) -> Kind | None:
         """One kind of call; None where there are more kinds than are kept in mind."""
@@ -171,7 +175,7 @@ class BlockCall(Slot):
                     return recording.timed(block, args, kwargs)
                 if recording is not None:
                     self._misses = 0
-                    result = recording.replay(block, call)
+                    result = recording.replay(block, call, stack.chains)
                     stack.record.replays += 1
                     return result
         except Unservable as why:
@@ -188,6 +192,7 @@ class BlockCall(Slot):
     def close(self) -> None:
         """Drop all recordings."""
         self._known.clear()
+        self._stack.chains.clear()
 
     def _recording(self, block: nn.Module, call: Call, key: Any, pool: Pool) -> Recording | Kind | None:
         """The recording for a call, made now where it is time; a kind that is timed; None for a plain call.
@@ -225,6 +230,8 @@ class BlockCall(Slot):
             raise Unservable("another stream is current")
         why = known.obstacle(call)
         if why is not None:
+            if known.strayed > _MOST_STRAYED:
+                self._forget(key)
             raise Unservable(why)
         return known  # type: ignore[no-any-return]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -80,7 +81,8 @@ class CudaGraphs:
             graph.capture_end()
             self._underway = False
         current.wait_stream(self._side)
-        return graph.replay, result
+        # Past the method in Python, which adds nothing for graphs made here.
+        return functools.partial(torch._C._CUDAGraph.replay, graph), result
 
     def _end(self) -> None:
         """Put right what torch leaves undone where a recording is broken off by the device.
@@ -133,7 +135,7 @@ class CudaGraphs:
 
     def stream(self) -> Any:
         """The current stream: what is replayed on another would not wait for what was there before."""
-        return torch.cuda.current_stream(self.device)
+        return torch._C._cuda_getCurrentRawStream(self._index())
 
     def random(self) -> Any:
         """The state of the device's generator of random numbers, as :meth:`set_random` takes it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import random
 import sys
 from itertools import chain
@@ -34,6 +35,7 @@ _TORCH = frozenset(nn.Module().__dict__)
 _values_of: Callable[[dict[str, Any]], Iterable[Any]] = dict.values
 _pointer: Callable[[Tensor], int] = Tensor.data_ptr
 _state = attrgetter("requires_grad", "dtype")
+_call: Callable[..., Any] = getattr(operator, "call", lambda function, given: function(given))  # from 3.11
 _MOST_PARTS = 64  # of a list, set or dictionary that is looked into while a block is recorded
 
 
@@ -61,11 +63,13 @@ class Makeup:
         "_attributes",
         "_class",
         "_contents",
+        "_getters",
         "_hooks",
         "_length",
         "_lengths",
         "_parts",
         "_pointers",
+        "_sized",
         "_spaces",
         "_states",
         "_tables",
@@ -89,12 +93,19 @@ class Makeup:
             if _is_config(value)
         }
         held = [part.__dict__[name] for part in modules for name in _TABLES]
-        self._tables = [*held, *configs.values()]
-        self._values = [*chain.from_iterable(map(_values_of, self._tables))]
+        tables = [*held, *configs.values()]
         self._spaces = [part.__dict__ for part in self._parts]
-        self._lengths = [*map(len, self._tables), *map(len, self._spaces)]
+        self._sized = [*tables, *self._spaces]
+        self._lengths = [*map(len, self._sized)]
+        self._tables = [*filter(None, tables)]
+        self._values = [*chain.from_iterable(map(_values_of, self._tables))]
         self._length = len(block.__dict__)
-        self._attributes = [(names := _names(part), names(part.__dict__)) for part in modules]
+        self._getters = [*map(_names, modules)]
+        self._attributes = [
+            *chain.from_iterable(
+                names(part.__dict__) for names, part in zip(self._getters, modules, strict=True)
+            )
+        ]
         self.weights = [*self.parameters, *block.buffers()]
         self._pointers = [*map(_pointer, self.weights)]
         self._states = [*map(_state, self.weights)]
@@ -104,17 +115,17 @@ class Makeup:
         """Whether the block is as it was, but for what its weights hold."""
         if any(_GLOBAL_HOOKS) or any(self._hooks) or type(block) is not self._class:
             return False
-        own, spaces = block.__dict__, self._spaces
+        own = block.__dict__
         if [*map(type, self._parts)] != self._types or self._length != len(own):
             return False
-        if [*map(len, self._tables), *map(len, spaces)] != self._lengths:
+        if [*map(len, self._sized)] != self._lengths:
             return False
         if not all(map(is_, chain.from_iterable(map(_values_of, self._tables)), self._values)):
             return False
         try:
-            for space, (names, values) in zip((own, *spaces), self._attributes, strict=True):
-                if not all(map(is_, names(space), values)):
-                    return False
+            attributes = chain.from_iterable(map(_call, self._getters, (own, *self._spaces)))
+            if not all(map(is_, attributes, self._attributes)):
+                return False
         except KeyError:
             return False
         return [*map(_pointer, self.weights)] == self._pointers and [
@@ -176,7 +187,7 @@ class Draws:
 def _names(part: nn.Module) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """Takes the attributes of a part out of its ``__dict__``, but for torch's own and the slot for calls."""
     names = [name for name in part.__dict__ if name not in _TORCH and name != NAME]
-    return itemgetter("training", "training", *names)  # of a single name it would make no tuple
+    return itemgetter("training", *names or ("training",))  # of a single name it would make no tuple
 
 
 def _is_config(value: Any) -> bool:

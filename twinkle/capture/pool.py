@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle import forks
+from twinkle.capture.buffers import Shared
 from twinkle.capture.graphs import CudaGraphs
 from twinkle.runtime import runtime
 
@@ -16,33 +17,11 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Pool", "Shared", "pool_of"]
+    from twinkle.capture.backward import Backward
+
+__all__ = ["Pool", "pool_of"]
 
 _MOST_SHARED = 64
-
-
-class Shared:
-    """An input that blocks are given one after the other, such as a mask: it is copied once for all of them.
-
-    Attributes:
-        buffer: Where recordings read it.
-    """
-
-    __slots__ = ("__weakref__", "_last", "_version", "buffer", "passed")
-
-    def __init__(self, tensor: Tensor, buffer: Tensor, passed: int) -> None:
-        self.buffer = buffer
-        self.note(tensor, passed)
-
-    def note(self, tensor: Tensor, passed: int) -> None:
-        """The buffer has the contents of a tensor."""
-        self._last = weakref.ref(tensor)
-        self._version = _version(tensor)
-        self.passed = passed
-
-    def has(self, tensor: Tensor, passed: int) -> bool:
-        """Whether the buffer has what a tensor holds now, copied in this pass over the blocks."""
-        return self._last() is tensor and self.passed == passed and self._version == _version(tensor)
 
 
 class Pending:
@@ -74,6 +53,8 @@ class Pool:
         lock: Held from the copy of the inputs to the copy of the results.
         passed: Counts the passes over the blocks.
         used: Bytes that recordings hold.
+        last_backward: The one that was replayed last.
+        nothing: An empty tensor.
     """
 
     def __init__(
@@ -89,6 +70,8 @@ class Pool:
         self._home = self._training.stream()
         self._pending: list[Pending] = []
         self._shared: list[weakref.ref[Shared]] = []
+        self.last_backward: weakref.ref[Backward] | None = None
+        self.nothing = torch.empty(0, device=device)
 
     def graphs(self, *, training: bool) -> Any:
         """What records calls with, or without gradients."""
@@ -132,7 +115,7 @@ class Pool:
         return any(shared in one.shared for one in self._pending if one.context() is not None)
 
     def shared_with(self, tensor: Tensor) -> Shared | None:
-        """A shared input that was copied of a tensor in this pass."""
+        """Memory with what a tensor holds, copied or computed there in this pass."""
         for known in self._shared:
             one = known()
             if one is not None and one.has(tensor, self.passed) and one.buffer.stride() == tensor.stride():
@@ -140,11 +123,23 @@ class Pool:
         return None
 
     def share(self, tensor: Tensor, buffer: Tensor) -> Shared:
-        """A shared input, which others that are given the same tensor in this pass find."""
-        made = Shared(tensor, buffer, self.passed)
+        """An input, which others that are given the same tensor in this pass find."""
+        made = Shared(buffer, tensor, self.passed)
+        self.offer(made)
+        return made
+
+    def offer(self, made: Shared) -> None:
+        """Have recordings find memory that they may read."""
         self._shared = [known for known in self._shared[-_MOST_SHARED:] if known() is not None]
         self._shared.append(weakref.ref(made))
-        return made
+
+    def gradient_with(self, grad: Tensor) -> Shared | None:
+        """Where the gradient lies that the backward before this one has given."""
+        last = None if self.last_backward is None else self.last_backward()
+        for one in () if last is None else last.shared:
+            if one is not None and one.has(grad, 0) and one.buffer.stride() == grad.stride():
+                return one
+        return None
 
     def has_room(self) -> bool:
         """Whether one recording more may be made: within the limit, and the device is not nearly full."""
@@ -171,7 +166,3 @@ def pool_of(device: torch.device) -> Pool:
             total = int(torch.cuda.mem_get_info(device)[1])
             pool = pools.by_device[device] = Pool(device, runtime.options.capture_bytes(total))
         return pool
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

@@ -1,0 +1,100 @@
+"""The backward of a recording as a graph."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from twinkle.capture.buffers import Shared, alias
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from twinkle.capture.recording import Recording
+    from twinkle.capture.weights import Weights
+
+__all__ = ["Backward"]
+
+_ANY = 0
+"""Gradients are handed on at once: in which pass over the blocks is nothing to them."""
+
+
+class Backward:
+    """The graph of a recording's backward.
+
+    Args:
+        recording: Its forward was replayed and keeps what this needs.
+        grads: Of its results, in the call at hand; those of later calls must be given in the same places.
+
+    Attributes:
+        shared: Where the gradients of the inputs lie.
+    """
+
+    def __init__(self, recording: Recording, grads: tuple[Tensor | None, ...]) -> None:
+        self._pattern = [grad is not None for grad in grads]
+        pool = self._pool = recording.pool
+        kept, places = recording.kept, [at for at, grad in enumerate(grads) if grad is not None]
+        self._given: list[tuple[int, Tensor, Shared | None]] = []
+        with torch.no_grad():
+            for at in places:
+                grad: Any = grads[at]
+                shared = pool.gradient_with(grad)
+                buffer = torch.empty_like(kept[at]).copy_(grad) if shared is None else shared.buffer
+                self._given.append((at, buffer, shared))
+        assert recording.aliases is not None
+        wanted = [recording.inputs[at].leaf for at in recording.where]
+        wanted += [recording.aliases.of(one) for one in recording.weights]
+        given = [buffer for _, buffer, _ in self._given]
+
+        def run() -> Any:
+            results = [kept[at] for at in places]
+            return torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True)
+
+        with torch.enable_grad():
+            self._replay, found = recording.graphs.record(run)
+        self._index = pool.next_index()
+        count = len(recording.where)
+        self._found = [None if one is None else one.detach() for one in found[:count]]
+        self.shared = [None if one is None else Shared(alias(one)) for one in found[:count]]
+        self._weights = [None if one is None else one.detach() for one in found[count:]]
+        self._owner: tuple[weakref.ref[Weights], int] | None = None
+        self._fresh = True
+
+    def replay(
+        self, grads: tuple[Tensor | None, ...], weights: Weights | None, at: int
+    ) -> Sequence[Tensor | None] | None:
+        """The gradients of the inputs; None where these are given in other places, or a later forward waits.
+
+        Args:
+            grads: Of the results.
+            weights: Takes the gradients of the weights.
+            at: The place for them.
+        """
+        if [grad is not None for grad in grads] != self._pattern or not self._pool.may_run(self._index):
+            return None
+        if not self._fresh:
+            for place, buffer, shared in self._given:
+                grad: Any = grads[place]
+                if shared is None or not shared.has(grad, _ANY):
+                    buffer.copy_(grad)
+        self._fresh = False
+        if self._owner is not None:
+            taken = self._owner[0]()
+            if taken is not None:
+                taken.settle(self._owner[1])
+        self._replay()
+        if weights is not None:
+            weights.give(at, self._weights, static=True)
+            self._owner = weakref.ref(weights), at
+        made: list[Tensor | None] = []
+        for found, shared in zip(self._found, self.shared, strict=True):
+            copy = None if found is None else found.clone()
+            if copy is not None and shared is not None:
+                shared.note(copy, _ANY)
+            made.append(copy)
+        self._pool.last_backward = weakref.ref(self)
+        return made

@@ -1,0 +1,221 @@
+"""The way of gradients from replayed backwards to the parameters: one autograd node for all blocks of a pass.
+
+A node that has the weights of one block among its inputs costs the host more than the replay. Where each
+block is given what the one before it gave, one node for all of them is made with the first. The node of each
+replay takes a token of it, an empty tensor, and leaves the gradients of its weights there; autograd comes to
+it last, when all that have a token have run. What autograd promises of a block's inputs and results holds as
+it did.
+
+Where somebody waits for single gradients (a process group, an optimizer within the backward) each block has a
+node of its own.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from twinkle.capture.buffers import Shared
+    from twinkle.capture.recording import Recording
+
+__all__ = ["Chains", "Weights"]
+
+_MOST = 256  # recordings of one node
+
+
+class Weights:
+    """Gradients of the weights of some recordings, until they are taken to the parameters.
+
+    Args:
+        recordings: Those of one pass; they are not held.
+
+    Attributes:
+        done: Whether they were taken.
+        nothing: The gradient of a token.
+    """
+
+    __slots__ = ("__weakref__", "_counts", "_found", "_lock", "done", "nothing")
+
+    def __init__(self, recordings: Sequence[Recording]) -> None:
+        self._counts = [len(one.weights) for one in recordings]
+        self._lock = recordings[0].pool.lock
+        self._found: list[tuple[Sequence[Tensor | None], bool] | None] = [None] * len(recordings)
+        self.nothing = recordings[0].pool.nothing
+        self.done = False
+
+    def give(self, at: int, found: Sequence[Tensor | None], *, static: bool) -> None:
+        """Leave the gradients of the weights of a recording.
+
+        Args:
+            at: Which.
+            found: The gradients.
+            static: Whether they lie where the next replay writes.
+        """
+        self._found[at] = found, static
+
+    def settle(self, at: int) -> None:
+        """Copy what a replay is about to write to."""
+        found = self._found[at]
+        if found is not None and found[1]:
+            self._found[at] = _copies(found[0]), False
+
+    def take(self, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The gradients of all weights.
+
+        Args:
+            wanted: Those of the tokens: there is one where the replay was followed backward just now.
+        """
+        with self._lock:
+            self.done = True
+            made: list[Tensor | None] = []
+            static: list[int] = []
+            for at, (count, token) in enumerate(zip(self._counts, wanted, strict=True)):
+                found = self._found[at]
+                if token is None or found is None:
+                    made += [None] * count
+                    continue
+                if found[1]:
+                    static += range(len(made), len(made) + len(found[0]))
+                made += found[0]
+                self._found[at] = None
+            for at, copy in zip(static, _copies([made[at] for at in static]), strict=True):
+                made[at] = copy
+        return made
+
+
+class _Weights(torch.autograd.Function):
+    """From the weights to the tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Weights, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.weights = weights
+        ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
+        return tuple([weights.nothing.detach() for _ in range(count)])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        _ = ctx.saved_tensors  # says what autograd says: freed, or written to
+        return None, None, *ctx.weights.take(grads)
+
+
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Weights).apply
+"""Of the class below torch's: that one looks for tensors of transforms, in which nothing is replayed."""
+
+
+def is_taken(node: Any) -> bool:
+    """Whether autograd comes to the node of the weights, in the backward at hand.
+
+    Args:
+        node: Of a replay with a token.
+    """
+    kind = _Weights._backward_cls
+    return any(
+        isinstance(one, kind) and torch._C._will_engine_execute_node(one) for one, _ in node.next_functions
+    )
+
+
+class Chains:
+    """The nodes of weights of the blocks of one stack: that of the pass at hand, and who comes after whom."""
+
+    __slots__ = ("_given", "_last", "_next", "_places", "_tokens", "_weights")
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None
+        self._tokens: list[Tensor | None] = []
+        self._places: weakref.WeakKeyDictionary[Recording, int] = weakref.WeakKeyDictionary()
+        self._given: Sequence[Shared] = ()
+        self._last: weakref.ref[Recording] | None = None
+        self._next: weakref.WeakKeyDictionary[Recording, weakref.ref[Recording]] = weakref.WeakKeyDictionary()
+
+    def token(self, recording: Recording, tensors: Sequence[Tensor]) -> tuple[Weights, int, Tensor]:
+        """Where the node of a replay leaves the gradients of its weights.
+
+        Args:
+            recording: Has weights that want gradients.
+            tensors: The inputs of the call.
+
+        Returns:
+            The gradients, the place among them, and the input by which autograd comes there.
+        """
+        weights, at = self._weights, None
+        if weights is not None and not weights.done and self._follows(recording, tensors):
+            at = self._places.get(recording)
+            last = None if self._last is None else self._last()
+            if at is None and last is not None:
+                self._next[last] = weakref.ref(recording)
+        token = None if at is None else self._tokens[at]
+        if at is None or token is None:
+            weights, at, token = self._begin(recording)
+        self._tokens[at] = None
+        assert weights is not None
+        return weights, at, token
+
+    def clear(self) -> None:
+        """Hold nothing; the next replay begins anew."""
+        self.__init__()  # type: ignore[misc]
+
+    def note(self, recording: Recording) -> None:
+        """A recording with a token was replayed."""
+        self._given = recording.outputs
+        self._last = weakref.ref(recording)
+
+    def _follows(self, recording: Recording, tensors: Sequence[Tensor]) -> bool:
+        """Whether one of the inputs is what the replay before it gave."""
+        given = self._given
+        for at in recording.where:
+            tensor = tensors[at]
+            for one in given:
+                if one.last() is tensor:
+                    return True
+        return False
+
+    def _begin(self, first: Recording) -> tuple[Weights, int, Tensor]:
+        """A node for a recording and those that came after it in the last pass."""
+        recordings, found = [first], self._next.get(first)
+        seen = {first}
+        while found is not None and len(recordings) < _MOST:
+            one = found()
+            if one is None or one in seen or one.broken is not None:
+                break
+            recordings.append(one)
+            seen.add(one)
+            found = self._next.get(one)
+        tensors = [weight for one in recordings for weight in one.weights]
+        if len(recordings) > 1 and _is_awaited(tensors):
+            recordings, tensors = [first], first.weights
+        self._weights = weights = Weights(recordings)
+        self._tokens = [*_apply(weights, len(recordings), *tensors)]
+        self._places = weakref.WeakKeyDictionary({one: at for at, one in enumerate(recordings)})
+        token = self._tokens[0]
+        assert token is not None
+        return weights, 0, token
+
+
+def _is_awaited(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody waits for the gradients of single parameters before the backward is over."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return True
+    return any(one._post_accumulate_grad_hooks or one._backward_hooks for one in tensors)
+
+
+def _copies(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies of gradients, those of one dtype in one go."""
+    made: list[Tensor | None] = [None] * len(found)
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for at, one in enumerate(found):
+        if one is not None:
+            by_dtype.setdefault(one.dtype, []).append(at)
+    with torch.no_grad():
+        for places in by_dtype.values():
+            copies = torch._foreach_mul([found[at] for at in places], 1.0)
+            for at, copy in zip(places, copies, strict=True):
+                made[at] = copy
+    return made
