@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.capture.buffers import Shared, alias
+from twinkle.capture.weights import Static
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -57,10 +58,12 @@ class Backward:
         with torch.enable_grad():
             self._replay, found = recording.graphs.record(run)
         self._index = pool.next_index()
+        self._of = recording.weights
         count = len(recording.where)
         self._found = [None if one is None else one.detach() for one in found[:count]]
         self.shared = [None if one is None else Shared(alias(one)) for one in found[:count]]
         self._weights = [None if one is None else one.detach() for one in found[count:]]
+        self._static = Static(self._weights, recording.weights)
         self._owner: tuple[weakref.ref[Weights], int] | None = None
         self._fresh = True
 
@@ -76,19 +79,21 @@ class Backward:
         """
         if [grad is not None for grad in grads] != self._pattern or not self._pool.may_run(self._index):
             return None
+        if self._owner is not None:
+            taken = self._owner[0]()
+            if taken is not None:
+                taken.settle(self._owner[1])
+        if not self._static.is_free(self._of):
+            return None
         if not self._fresh:
             for place, buffer, shared in self._given:
                 grad: Any = grads[place]
                 if shared is None or not shared.has(grad, _ANY):
                     buffer.copy_(grad)
         self._fresh = False
-        if self._owner is not None:
-            taken = self._owner[0]()
-            if taken is not None:
-                taken.settle(self._owner[1])
         self._replay()
         if weights is not None:
-            weights.give(at, self._weights, static=True)
+            weights.give(at, self._weights, self._static)
             self._owner = weakref.ref(weights), at
         made: list[Tensor | None] = []
         for found, shared in zip(self._found, self.shared, strict=True):

@@ -15,7 +15,7 @@ from twinkle.capture.pool import Pool, pool_of
 from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, Recording
 from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
-from twinkle.capture.weights import Chains
+from twinkle.capture.weights import Calls, Chains
 from twinkle.ops.failures import is_failure
 from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
@@ -139,12 +139,24 @@ class BlockCall(Slot):
         stack: The block is one of.
     """
 
-    __slots__ = ("__weakref__", "_block", "_known", "_layers", "_misses", "_pass", "_skip", "_stack", "_why")
+    __slots__ = (
+        "__weakref__",
+        "_block",
+        "_calls",
+        "_known",
+        "_layers",
+        "_misses",
+        "_pass",
+        "_skip",
+        "_stack",
+        "_why",
+    )
 
     def __init__(self, block: nn.Module, stack: Stack) -> None:
         self._block = weakref.ref(block)
         self._stack = stack
         self._known: dict[Any, Any] = {}
+        self._calls = Calls()
         self._pass = -1
         self._layers: frozenset[int] | None = None
         self._misses = 0
@@ -156,6 +168,7 @@ class BlockCall(Slot):
         """What the block gives."""
         block: Any = self._block()
         stack = self._stack
+        self._calls.count += torch.is_grad_enabled()
         if self._skip:
             # The last calls were nothing to be replayed, and looking at each takes time as well.
             self._skip -= 1
@@ -254,7 +267,7 @@ class BlockCall(Slot):
         if not pool.has_room():
             raise Unservable(NO_ROOM)
         try:
-            made = Recording(block, call, pool)
+            made = Recording(block, call, pool, self._calls)
         except Passing as why:
             self._failed(kind, str(why))
             raise

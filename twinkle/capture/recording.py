@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
     from twinkle.capture.state import StackRecord
-    from twinkle.capture.weights import Chains, Weights
+    from twinkle.capture.weights import Calls, Chains, Weights
 
 __all__ = ["BUSY", "FILLED", "NO_ROOM", "Recording"]
 
@@ -43,16 +43,17 @@ class Recording:
         block: The block.
         call: A call.
         pool: Of the device.
+        calls: Counts those of the block.
 
     Raises:
         Unservable: It is nothing that can be replayed.
         Exception: What the device or the block says to being recorded.
     """
 
-    def __init__(self, block: nn.Module, call: Call, pool: Pool) -> None:
+    def __init__(self, block: nn.Module, call: Call, pool: Pool, calls: Calls) -> None:
         if hooks_on(block):
             raise Unservable("hooks are called inside")
-        self.pool = pool
+        self.pool, self.calls = pool, calls
         self.broken: str | None = None
         self._repeats = 0
         self.makeup = Makeup(block)
@@ -272,7 +273,7 @@ class Recording:
             found = all_found[: len(self.where)]
             # What is differentiable itself and nobody takes would be held for ever: it holds the node.
             if weights is not None and (not twice or is_taken(context)):
-                weights.give(context.at, all_found[len(self.where) :], static=False)
+                weights.give(context.at, all_found[len(self.where) :])
         made: list[Tensor | None] = [None] * (1 + len(self.inputs))
         if weights is not None:
             made[0] = weights.nothing

@@ -24,9 +24,18 @@ if TYPE_CHECKING:
     from twinkle.capture.buffers import Shared
     from twinkle.capture.recording import Recording
 
-__all__ = ["Chains", "Weights"]
+__all__ = ["Calls", "Chains", "Static", "Weights", "is_taken"]
 
 _MOST = 256  # recordings of one node
+
+
+class Calls:
+    """How often a block was called, with gradients, since some were taken to its parameters."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
 
 
 class Weights:
@@ -40,53 +49,163 @@ class Weights:
         nothing: The gradient of a token.
     """
 
-    __slots__ = ("__weakref__", "_counts", "_found", "_lock", "done", "nothing")
+    __slots__ = ("__weakref__", "_calls", "_counts", "_found", "_lock", "done", "nothing")
 
     def __init__(self, recordings: Sequence[Recording]) -> None:
         self._counts = [len(one.weights) for one in recordings]
+        self._calls = [one.calls for one in recordings]
         self._lock = recordings[0].pool.lock
-        self._found: list[tuple[Sequence[Tensor | None], bool] | None] = [None] * len(recordings)
+        self._found: list[tuple[Sequence[Tensor | None], Static | None] | None] = [None] * len(recordings)
         self.nothing = recordings[0].pool.nothing
         self.done = False
 
-    def give(self, at: int, found: Sequence[Tensor | None], *, static: bool) -> None:
+    def give(self, at: int, found: Sequence[Tensor | None], owner: Static | None = None) -> None:
         """Leave the gradients of the weights of a recording.
 
         Args:
             at: Which.
             found: The gradients.
-            static: Whether they lie where the next replay writes.
+            owner: Whose memory they lie in, where the next replay writes.
         """
-        self._found[at] = found, static
+        self._found[at] = found, owner
 
     def settle(self, at: int) -> None:
         """Copy what a replay is about to write to."""
         found = self._found[at]
-        if found is not None and found[1]:
-            self._found[at] = _copies(found[0]), False
+        if found is not None and found[1] is not None:
+            self._found[at] = copies_of(found[0]), None
 
-    def take(self, wanted: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The gradients of all weights.
+    def take(
+        self, wanted: Sequence[Tensor | None], parameters: Sequence[Tensor], nodes: Sequence[Any]
+    ) -> list[Tensor | None]:
+        """The gradients of all weights, but for those that the parameters have already.
 
         Args:
             wanted: Those of the tokens: there is one where the replay was followed backward just now.
+            parameters: The weights.
+            nodes: Of autograd, which come next for each of them.
         """
         with self._lock:
             self.done = True
             made: list[Tensor | None] = []
-            static: list[int] = []
+            lent: list[tuple[int, Static, int]] = []
+            copied: list[int] = []
             for at, (count, token) in enumerate(zip(self._counts, wanted, strict=True)):
                 found = self._found[at]
                 if token is None or found is None:
                     made += [None] * count
                     continue
-                if found[1]:
-                    static += range(len(made), len(made) + len(found[0]))
+                start, owner = len(made), found[1]
                 made += found[0]
                 self._found[at] = None
-            for at, copy in zip(static, _copies([made[at] for at in static]), strict=True):
+                if owner is None:
+                    continue
+                if owner.lends and self._calls[at].count == 1:
+                    lent += [(start + n, owner, n) for n in owner.present]
+                else:  # to sum the gradients of several calls in autograd's order is autograd's work
+                    copied += [start + n for n in owner.present]
+            for calls in self._calls:
+                calls.count = 0
+            if len(lent) > 1 and _are_given(parameters, nodes):
+                # One goes autograd's way, and has it wait for the stream.
+                copied += [lent[0][0], *_lend(parameters, made, lent[1:])]
+            else:
+                copied += [at for at, _, _ in lent]
+            for at, copy in zip(copied, copies_of([made[at] for at in copied]), strict=True):
                 made[at] = copy
         return made
+
+
+def _are_given(parameters: Sequence[Tensor], nodes: Sequence[Any]) -> bool:
+    """Whether autograd is about to add gradients to all of these parameters, and nobody looks on."""
+    if torch.is_grad_enabled() or len(nodes) != len(parameters):
+        return False
+    if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in parameters):
+        return False
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return False
+    try:
+        return all(map(torch._C._will_engine_execute_node, nodes))
+    except RuntimeError:  # of torch.autograd.grad, which gives them to its caller
+        return False
+
+
+def _lend(
+    parameters: Sequence[Tensor], made: list[Tensor | None], lent: Sequence[tuple[int, Static, int]]
+) -> list[int]:
+    """Give gradients to the parameters that have none.
+
+    Args:
+        parameters: The weights.
+        made: Their gradients; those that are given are taken out.
+        lent: The places of those that may be, whose they are and which.
+
+    Returns:
+        The places that are left to autograd.
+    """
+    left: list[int] = []
+    for at, owner, number in lent:
+        parameter, found = parameters[at], made[at]
+        if found is not None and owner.is_plain[number] and parameter.grad is None:
+            parameter.grad = found.detach()
+            made[at] = None
+        else:
+            left.append(at)
+    return left
+
+
+class Static:
+    """Gradients of weights in memory that a replay writes to, which parameters may be lent.
+
+    Where the program drops its gradients before the next backward, as most do, they are never copied. What it
+    still has then is moved out of the way; from there on it gets copies.
+
+    Args:
+        found: The gradients.
+        weights: Their weights.
+
+    Attributes:
+        found: The gradients.
+        present: The numbers of those that there are.
+        is_plain: Which are laid out as their weights are.
+        lends: Whether the parameters get the memory itself.
+    """
+
+    def __init__(self, found: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
+        self.found = found
+        self.present = [number for number, one in enumerate(found) if one is not None]
+        self.is_plain = [
+            one is not None and one.dtype is weight.dtype and one.stride() == weight.stride()
+            for one, weight in zip(found, weights, strict=True)
+        ]
+        self.lends = True
+        self._storages = [one.untyped_storage() for one in found if one is not None]
+        self._addresses = [one._cdata for one in self._storages]
+        self._uses: list[int] | None = None
+
+    def is_free(self, weights: Sequence[Tensor]) -> bool:
+        """Whether nobody has any of the memory; gradients of the parameters are moved elsewhere.
+
+        Args:
+            weights: The parameters.
+        """
+        if self._uses is None:  # before the first replay: nothing was lent
+            self._uses = self._counted()
+        if not self.lends or self._counted() == self._uses:
+            return True
+        self.lends = False
+        for one, weight in zip(self.found, weights, strict=True):
+            grad = weight.grad
+            if one is not None and grad is not None and grad.data_ptr() == one.data_ptr():
+                grad.data = grad.clone()
+        return self._counted() == self._uses
+
+    def _counted(self) -> list[int]:
+        return [*map(_uses_of, self._addresses)]
+
+
+_uses_of: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class _Weights(torch.autograd.Function):
@@ -101,8 +220,8 @@ class _Weights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        _ = ctx.saved_tensors  # says what autograd says: freed, or written to
-        return None, None, *ctx.weights.take(grads)
+        parameters = ctx.saved_tensors  # says what autograd says: freed, or written to
+        return None, None, *ctx.weights.take(grads, parameters, [one for one, _ in ctx.next_functions])
 
 
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Weights).apply
@@ -206,7 +325,7 @@ def _is_awaited(tensors: Sequence[Tensor]) -> bool:
     return any(one._post_accumulate_grad_hooks or one._backward_hooks for one in tensors)
 
 
-def _copies(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+def copies_of(found: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Copies of gradients, those of one dtype in one go."""
     made: list[Tensor | None] = [None] * len(found)
     by_dtype: dict[torch.dtype, list[int]] = {}
