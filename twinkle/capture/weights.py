@@ -13,6 +13,7 @@ node of its own.
 from __future__ import annotations
 
 import weakref
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Calls", "Chains", "Static", "Weights", "is_taken"]
 
 _MOST = 256  # recordings of one node
+_HOOKS = (attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks"))
 
 
 class Calls:
@@ -116,14 +118,19 @@ class Weights:
         return made
 
 
+def _is_awaited(tensors: Sequence[Tensor]) -> bool:
+    """Whether somebody waits for the gradients of single parameters before the backward is over."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return True
+    return any(any(map(hooks, tensors)) for hooks in _HOOKS)
+
+
 def _are_given(parameters: Sequence[Tensor], nodes: Sequence[Any]) -> bool:
     """Whether autograd is about to add gradients to all of these parameters, and nobody looks on."""
     if torch.is_grad_enabled() or len(nodes) != len(parameters):
         return False
-    if any(one._backward_hooks or one._post_accumulate_grad_hooks for one in parameters):
-        return False
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
+    if _is_awaited(parameters):
         return False
     try:
         return all(map(torch._C._will_engine_execute_node, nodes))
@@ -315,14 +322,6 @@ class Chains:
         token = self._tokens[0]
         assert token is not None
         return weights, 0, token
-
-
-def _is_awaited(tensors: Sequence[Tensor]) -> bool:
-    """Whether somebody waits for the gradients of single parameters before the backward is over."""
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return True
-    return any(one._post_accumulate_grad_hooks or one._backward_hooks for one in tensors)
 
 
 def copies_of(found: Sequence[Tensor | None]) -> list[Tensor | None]:
