@@ -22,6 +22,7 @@ class EmulatedGraphs:
     """As ``CudaGraphs``, without a device."""
 
     memory = 1 << 40
+    short = 0
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -57,6 +58,9 @@ class EmulatedGraphs:
 
     def total(self) -> int:
         return self.memory
+
+    def shortages(self) -> int:
+        return self.short
 
     def stream(self) -> Any:
         return "the only one"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import random
+import time
 import weakref
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from .emulated import put_in
+from .emulated import EmulatedGraphs, put_in
 
 
 class Block(nn.Module):
@@ -459,6 +460,22 @@ def test_no_more_memory_than_allowed() -> None:
     assert stack.pool.used <= 2500
     assert 0 < stack.record.replays < 12
     assert any("memory" in reason for reason in stack.record.calls)
+
+
+def test_all_is_given_back_where_memory_ran_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours, stack = pair()
+    calls = inputs(12)
+
+    def each(model: nn.Module, at: int) -> None:
+        time.sleep(0.06)  # more than between two looks
+        if at == 6 and model is ours:
+            monkeypatch.setattr(EmulatedGraphs, "short", 1)
+
+    assert_same(steps(ours, calls, each=each), steps(plain, calls, each=each))
+    gc.collect()
+    assert stack.record.replays == 4 * 3
+    assert (stack.record.held, stack.pool.used) == (0, 0)
+    assert stack.record.calls["given back: the device ran out of memory"] == 4 * 3
 
 
 def test_calls_that_are_never_replayed_cost_little() -> None:

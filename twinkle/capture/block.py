@@ -12,7 +12,7 @@ from torch.utils._device import DeviceContext
 
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.pool import Pool, pool_of
-from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, Recording
+from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, SHORT, Recording
 from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
 from twinkle.capture.weights import Calls, Chains
@@ -180,7 +180,7 @@ class BlockCall(Slot):
             pool = stack.pool or self._pool(block)
             with pool.lock:
                 if self._pass == pool.passed:
-                    pool.passed += 1
+                    pool.next_pass()
                 self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
                 recording = self._recording(block, call, (call.key, settings()), pool)
@@ -265,7 +265,7 @@ class BlockCall(Slot):
         if sum(type(one) is Recording for one in self._known.values()) >= _MOST_RECORDINGS:
             raise Unservable("calls are of too many kinds")
         if not pool.has_room():
-            raise Unservable(NO_ROOM)
+            raise Unservable(SHORT if pool.is_short else NO_ROOM)
         try:
             made = Recording(block, call, pool, self._calls)
         except Passing as why:
@@ -280,6 +280,7 @@ class BlockCall(Slot):
             text = f"it cannot be recorded: {type(error).__name__}: {error}".partition("\n")[0]
             self._failed(kind, text)
             raise Unservable(text) from error
+        pool.holders.add(self)
         made.belongs_to(self._stack.record, words_of(call.tensors), mode)
         return made
 

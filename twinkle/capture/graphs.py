@@ -133,6 +133,10 @@ class CudaGraphs:
         """Bytes of the device's memory."""
         return int(torch.cuda.mem_get_info(self.device)[1])
 
+    def shortages(self) -> int:
+        """How often the device had no memory left and the allocator took back what it had cached."""
+        return int(torch._C._cuda_memoryStats(self._index())["num_alloc_retries"])
+
     def stream(self) -> Any:
         """The current stream: what is replayed on another would not wait for what was there before."""
         return torch._C._cuda_getCurrentRawStream(self._index())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 __all__ = ["Pool", "pool_of"]
 
 _MOST_SHARED = 64
+_SECONDS = 0.05
+"""Between two looks at whether memory is short, which take 20 us."""
+
+
+class Holder(Protocol):
+    """What holds recordings."""
+
+    def close(self) -> None:
+        """Drop all of them."""
 
 
 class Pending:
@@ -53,6 +63,8 @@ class Pool:
         lock: Held from the copy of the inputs to the copy of the results.
         passed: Counts the passes over the blocks.
         used: Bytes that recordings hold.
+        is_short: Whether the program was found to need the memory itself: nothing is recorded any more.
+        holders: Of recordings.
         last_backward: The one that was replayed last.
         nothing: An empty tensor.
     """
@@ -66,8 +78,12 @@ class Pool:
         self.passed = 0
         self.used = 0
         self.count = 0
+        self.is_short = False
+        self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()
+        self._looked = 0.0
         self._training, self._inference = graphs(device), graphs(device)
         self._home = self._training.stream()
+        self._shortages = self._training.shortages()
         self._pending: list[Pending] = []
         self._shared: list[weakref.ref[Shared]] = []
         self.last_backward: weakref.ref[Backward] | None = None
@@ -141,8 +157,32 @@ class Pool:
                 return one
         return None
 
+    def next_pass(self) -> None:
+        """The blocks are gone through anew: give all back where memory was short since the last look.
+
+        The allocator counts how often the device had nothing left and it took back what it had cached: the
+        last thing it does before it gives up, and what a program without captures might not have come to.
+        """
+        self.passed += 1
+        now = time.monotonic()
+        if now - self._looked < _SECONDS:
+            return
+        self._looked = now
+        shortages = self._training.shortages()
+        if shortages != self._shortages:
+            self._shortages = shortages
+            self.give_back()
+
+    def give_back(self) -> None:
+        """Drop all recordings, and make no more: their memory goes as soon as no backward waits for it."""
+        self.is_short = True
+        for holder in [*self.holders]:
+            holder.close()
+
     def has_room(self) -> bool:
         """Whether one recording more may be made: within the limit, and the device is not nearly full."""
+        if self.is_short:
+            return False
         last = self.used // max(1, self.count)
         if self.used + last > self.limit:
             return False

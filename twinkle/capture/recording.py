@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from twinkle.capture.state import StackRecord
     from twinkle.capture.weights import Calls, Chains, Weights
 
-__all__ = ["BUSY", "FILLED", "NO_ROOM", "Recording"]
+__all__ = ["BUSY", "FILLED", "NO_ROOM", "SHORT", "Recording"]
 
 BUSY = "the call before waits for its backward"
 NO_ROOM = "no room: recordings may hold no more memory"
+SHORT = "given back: the device ran out of memory"
 FILLED = "its cache holds tokens already"
 _SAME: Any = contextlib.nullcontext()
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
