@@ -54,7 +54,7 @@ class EmulatedGraphs:
         return self.recorded * 1000
 
     def free(self) -> int:
-        return self.memory
+        return self.memory // 16 if self.short == 1 else self.memory
 
     def total(self) -> int:
         return self.memory

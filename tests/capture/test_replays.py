@@ -462,17 +462,22 @@ def test_no_more_memory_than_allowed() -> None:
     assert any("memory" in reason for reason in stack.record.calls)
 
 
-def test_all_is_given_back_where_memory_ran_short(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+def test_all_is_given_back_where_memory_ran_short(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And nothing where somebody else had it, who has given it back since."""
     plain, ours, stack = pair()
     calls = inputs(12)
 
     def each(model: nn.Module, at: int) -> None:
         time.sleep(0.06)  # more than between two looks
         if at == 6 and model is ours:
-            monkeypatch.setattr(EmulatedGraphs, "short", 1)
+            monkeypatch.setattr(EmulatedGraphs, "short", times)
 
     assert_same(steps(ours, calls, each=each), steps(plain, calls, each=each))
     gc.collect()
+    if times == 2:
+        assert stack.record.replays == 10 * 3
+        return
     assert stack.record.replays == 4 * 3
     assert (stack.record.held, stack.pool.used) == (0, 0)
     assert stack.record.calls["given back: the device ran out of memory"] == 4 * 3

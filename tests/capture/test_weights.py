@@ -129,6 +129,15 @@ def keep_views(model: Any, x: Tensor, seen: list[Tensor]) -> None:
     drop(model)
 
 
+def keep_views_for_long(model: Any, x: Tensor, seen: list[Tensor]) -> None:
+    model(x).square().mean().backward()
+    kept = [p.grad.view(-1)[:3] for p in model.parameters()]
+    drop(model)
+    for _ in range(4):
+        plain_step(model, x * 2, seen)
+    seen += [one.clone() for one in kept]
+
+
 def accumulate(model: Any, x: Tensor, seen: list[Tensor]) -> None:
     for part in range(3):
         model(x * (part + 1)).square().mean().backward()
@@ -306,7 +315,15 @@ def penalty(model: Any, x: Tensor, seen: list[Tensor]) -> None:
 
 
 STEPS = [
-    *(keep_gradients, keep_views, accumulate, zero_in_place, several_forwards, weight_decay),
+    *(
+        keep_gradients,
+        keep_views,
+        keep_views_for_long,
+        accumulate,
+        zero_in_place,
+        several_forwards,
+        weight_decay,
+    ),
     *(results_between, hooks_between, part_of_the_way, of_single_weights, twice),
     *(hook_on_a_weight, hook_after_the_forward, optimizer_in_the_backward, without_some, no_backward),
     *(from_the_middle, changed_between, another_between, scaled_between, again_in_the_backward, frozen),

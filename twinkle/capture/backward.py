@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.capture.buffers import Shared, alias
+from twinkle.capture.signature import BUSY, Unservable
 from twinkle.capture.weights import Static
 
 if TYPE_CHECKING:
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
     from twinkle.capture.recording import Recording
     from twinkle.capture.weights import Weights
 
-__all__ = ["Backward"]
+__all__ = ["IN_USE", "Backward"]
+
+IN_USE = "gradients of the backward before are in use"
 
 _ANY = 0
 """Gradients are handed on at once: in which pass over the blocks is nothing to them."""
@@ -69,22 +72,27 @@ class Backward:
 
     def replay(
         self, grads: tuple[Tensor | None, ...], weights: Weights | None, at: int
-    ) -> Sequence[Tensor | None] | None:
-        """The gradients of the inputs; None where these are given in other places, or a later forward waits.
+    ) -> Sequence[Tensor | None]:
+        """The gradients of the inputs.
 
         Args:
             grads: Of the results.
             weights: Takes the gradients of the weights.
             at: The place for them.
+
+        Raises:
+            Unservable: Other results have gradients, a later forward waits, or the memory is in use.
         """
-        if [grad is not None for grad in grads] != self._pattern or not self._pool.may_run(self._index):
-            return None
+        if [grad is not None for grad in grads] != self._pattern:
+            raise Unservable("its backward is that of other results")
+        if not self._pool.may_run(self._index):
+            raise Unservable(BUSY)
         if self._owner is not None:
             taken = self._owner[0]()
             if taken is not None:
                 taken.settle(self._owner[1])
         if not self._static.is_free(self._of):
-            return None
+            raise Unservable(IN_USE)
         if not self._fresh:
             for place, buffer, shared in self._given:
                 grad: Any = grads[place]

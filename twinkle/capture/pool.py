@@ -162,6 +162,7 @@ class Pool:
 
         The allocator counts how often the device had nothing left and it took back what it had cached: the
         last thing it does before it gives up, and what a program without captures might not have come to.
+        Where much is free again, somebody else had it.
         """
         self.passed += 1
         now = time.monotonic()
@@ -171,7 +172,8 @@ class Pool:
         shortages = self._training.shortages()
         if shortages != self._shortages:
             self._shortages = shortages
-            self.give_back()
+            if self._training.free() < self._training.total() // 8 + self.used:
+                self.give_back()
 
     def give_back(self) -> None:
         """Drop all recordings, and make no more: their memory goes as soon as no backward waits for it."""

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.aliases import Aliases
-from twinkle.capture.backward import Backward
+from twinkle.capture.backward import IN_USE, Backward
 from twinkle.capture.buffers import Input, Shared, alias
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
-from twinkle.capture.signature import Passing, Unservable, flattened, template
+from twinkle.capture.signature import BUSY, Passing, Unservable, flattened, template
 from twinkle.capture.weights import is_taken
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BUSY", "FILLED", "NO_ROOM", "SHORT", "Recording"]
 
-BUSY = "the call before waits for its backward"
 NO_ROOM = "no room: recordings may hold no more memory"
 SHORT = "given back: the device ran out of memory"
 FILLED = "its cache holds tokens already"
@@ -261,15 +260,14 @@ class Recording:
         saved = context.saved_tensors  # says what autograd says: freed, or written to
         twice = torch.is_grad_enabled()
         weights = context.weights
-        found = None
         with self.pool.lock:
             waits = self.pool.ends(context)
-            if waits and not twice and self.pool.is_home():
-                found = self._by_graph(grads, weights, context.at)
+            try:
+                found = self._by_graph(grads, weights, context.at, again=twice or not waits)
+            except Unservable as why:
+                found = None
+                self._missed(str(why))
         if found is None:
-            self._repeats += 1
-            if self._repeats > _MOST_REPEATS and self.broken is None:
-                self.broken = "its backward is not the same again and again"
             all_found = self._again(context, saved, grads, twice=twice)
             found = all_found[: len(self.where)]
             # What is differentiable itself and nobody takes would be held for ever: it holds the node.
@@ -282,23 +280,37 @@ class Recording:
             made[1 + at] = grad
         return made
 
+    def _missed(self, why: str) -> None:
+        """Count a backward that is computed by calling the block once more."""
+        if self._record_of is not None:
+            self._record_of.eager(why)
+        if why != IN_USE:  # the next one gets copies
+            self._repeats += 1
+            if self._repeats > _MOST_REPEATS and self.broken is None:
+                self.broken = "its backward is not the same again and again"
+
     def _by_graph(
-        self, grads: tuple[Tensor | None, ...], weights: Weights | None, at: int
-    ) -> Sequence[Tensor | None] | None:
+        self, grads: tuple[Tensor | None, ...], weights: Weights | None, at: int, *, again: bool
+    ) -> Sequence[Tensor | None]:
         """The gradients of the inputs by replay; the first time by recording it.
 
-        None where they must be computed.
+        Raises:
+            Unservable: They must be computed.
         """
+        if again:
+            raise Unservable("its backward came a second time, or is differentiated itself")
+        if not self.pool.is_home():
+            raise Unservable("another stream is current in its backward")
         if self._backward is None:
             if not self.pool.has_room():
                 self.broken = NO_ROOM
-                return None
+                raise Unservable(NO_ROOM)
             before = self.graphs.held()
             try:
                 self._backward = Backward(self, grads)
             except Exception as error:
                 self.broken = f"its backward: {error}".partition("\n")[0]
-                return None
+                raise Unservable(self.broken) from error
             finally:
                 self._holds(self.graphs.held() - before)
         return self._backward.replay(grads, weights, at)

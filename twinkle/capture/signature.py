@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 __all__ = [
+    "BUSY",
     "Call",
     "Passing",
     "Unservable",
@@ -24,6 +25,7 @@ __all__ = [
     "words_of",
 ]
 
+BUSY = "the call before waits for its backward"
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size})
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 

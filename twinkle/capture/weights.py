@@ -186,7 +186,7 @@ class Static:
             one is not None and one.dtype is weight.dtype and one.stride() == weight.stride()
             for one, weight in zip(found, weights, strict=True)
         ]
-        self.lends = True
+        self.lends = self._is_out = True
         self._storages = [one.untyped_storage() for one in found if one is not None]
         self._addresses = [one._cdata for one in self._storages]
         self._uses: list[int] | None = None
@@ -199,14 +199,18 @@ class Static:
         """
         if self._uses is None:  # before the first replay: nothing was lent
             self._uses = self._counted()
-        if not self.lends or self._counted() == self._uses:
+        if not self._is_out:
             return True
-        self.lends = False
-        for one, weight in zip(self.found, weights, strict=True):
-            grad = weight.grad
-            if one is not None and grad is not None and grad.data_ptr() == one.data_ptr():
-                grad.data = grad.clone()
-        return self._counted() == self._uses
+        if self._counted() != self._uses:
+            self.lends = False
+            for one, weight in zip(self.found, weights, strict=True):
+                grad = weight.grad
+                if one is not None and grad is not None and grad.data_ptr() == one.data_ptr():
+                    grad.data = grad.clone()
+            if self._counted() != self._uses:
+                return False
+        self._is_out = self.lends
+        return True
 
     def _counted(self) -> list[int]:
         return [*map(_uses_of, self._addresses)]
