@@ -12,8 +12,8 @@ does not know. With ``--prepare 8`` eight processes at once compile all families
 Each way is a process of its own and they take turns; see turns.py for what a ratio is. Beside the
 milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
 launches it is made of (from one profiled call). The file of results has the first losses and what Twinkle's
-report says as well: its kernels, and how many calls of which layers were replayed; of each way the peak of
-memory. At the end: the geometric mean of the ratios of each mode and the worst family.
+report says as well: its kernels, how many calls of which layers were replayed and why others were not; of
+each way the peak of memory. At the end: the geometric mean of the ratios of each mode and the worst family.
 
 A file of results that is there already is added to, family by family.
 """
@@ -36,6 +36,7 @@ from turns import (
     bindings,
     captures,
     in_turns,
+    left_alone,
     prepare,
     profiled,
     ratios,
@@ -229,9 +230,10 @@ class Way:
     def answer(self, what: str, *rest: str) -> dict[str, Any]:
         """The answer to a line of the parent: ``build NAME``, ``turn``, ``profile`` or ``report``."""
         if what == "report":
-            return {"bindings": bindings(), "captures": captures(), "peak_gb": self.peak()}
-        found: dict[str, Any] = getattr(self, what)(*rest)
-        return found
+            found = {"captures": captures(), "left_alone": left_alone()}
+            return {"bindings": bindings(), "peak_gb": self.peak(), **found}
+        answer: dict[str, Any] = getattr(self, what)(*rest)
+        return answer
 
     def build(self, name: str) -> dict[str, Any]:
         """A family, its first step, and some calls of each mode."""
@@ -311,7 +313,11 @@ class Way:
 
 def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -> dict[str, Any]:
     """Every way of one family."""
-    before = {text: n for worker in workers for text, n in worker.ask("report")["captures"].items()}
+    before: dict[str, dict[str, int]] = {"captures": {}, "left_alone": {}}
+    for worker in workers:
+        said = worker.ask("report")
+        for what, counts in before.items():
+            counts.update(said[what])
     built = ask_all(workers, "build", name)
     failed = {way: answer["error"] for way, answer in built.items() if "error" in answer}
     if failed.keys() & {"eager", "twinkle"}:
@@ -343,11 +349,9 @@ def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -
             one["peak_gb"] = said["peak_gb"]
         if way == "twinkle":
             one["kernels"] = said["bindings"]
-            one["captures"] = {
-                text: replays - before.get(text, 0)
-                for text, replays in said["captures"].items()
-                if replays > before.get(text, 0)
-            }
+            for what, counts in before.items():
+                new = {text: calls - counts.get(text, 0) for text, calls in said[what].items()}
+                one[what] = {text: calls for text, calls in new.items() if calls}
         result[way] = one
     return result
 

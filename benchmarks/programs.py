@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from turns import Worker, ask_all, bindings, captures, in_turns, profiled, ratios, serve, versions
+from turns import Worker, ask_all, bindings, captures, in_turns, left_alone, profiled, ratios, serve, versions
 
 WAYS = ("plain", "compile", "twinkle", "liger")
 
@@ -66,7 +66,8 @@ def work(way: str, device: str) -> None:
             }
         if what == "report":
             done = profiled(step, costliest=24) if gpu else {}
-            return {"bindings": bindings(), "captures": captures(), **done}
+            found = {"captures": captures(), "left_alone": left_alone()}
+            return {"bindings": bindings(), **found, **done}
         wait()
         began = time.perf_counter()
         for _ in range(int(rest[0])):

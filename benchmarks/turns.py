@@ -30,6 +30,7 @@ __all__ = [
     "bindings",
     "captures",
     "in_turns",
+    "left_alone",
     "prepare",
     "profiled",
     "ratios",
@@ -212,6 +213,16 @@ def profiled(call: Callable[[], Any], costliest: int = 0) -> dict[str, Any]:
     if costliest:
         costly = sorted(kernels.items(), key=lambda kernel: -sum(kernel[1]))[:costliest]
         found["costliest"] = [[name, len(times), round(sum(times) / 1e3, 3)] for name, times in costly]
+    return found
+
+
+def left_alone() -> dict[str, int]:
+    """How many calls of captured layers ran as they are in this process, by reason."""
+    report: Any = sys.modules.get("twinkle.report")
+    found: dict[str, int] = {}
+    for one in [] if report is None else report.snapshot().get("captures", []):
+        for reason, calls in one["eager"].items():
+            found[reason] = found.get(reason, 0) + calls
     return found
 
 

@@ -117,7 +117,7 @@ def test_evaluation_between_training_steps(mode: Any) -> None:
 
     assert_same(steps(ours, 8, each=each), steps(plain, 8, each=each))
     assert_same(ours.seen, plain.seen)
-    assert stack.record.replays == 2 * 4 * 6
+    assert stack.record.replays == 2 * 4 * 6, stack.record.calls
 
 
 class Waits(Block):
@@ -199,7 +199,7 @@ def test_threads() -> None:
 def test_memory_goes_with_the_model() -> None:
     _, ours, stack = pair()
     steps(ours)
-    assert stack.record.held > 0
+    assert stack.record.held > 0, stack.record.calls
     block = ours.blocks[0]
     gc.disable()
     try:
@@ -230,7 +230,7 @@ def test_checkpointing() -> None:
         ours = copy.deepcopy(plain)
         stack = put_in(ours)
         assert_same(steps(ours), steps(plain))
-        assert bool(stack.record.replays) is reentrant
+        assert bool(stack.record.replays) is reentrant, stack.record.calls
 
 
 def test_a_recording_that_fails_leaves_no_trace() -> None:
@@ -260,7 +260,7 @@ def test_random_numbers_after_a_recording_that_the_device_broke_off(place: str) 
         found.append(seen)
         assert blocks is None or blocks.record.calls
     assert_same(*found)
-    assert stack.record.replays >= 4 * 3
+    assert stack.record.replays >= 4 * 3, stack.record.calls
 
 
 def test_models_one_after_the_other_in_one_pool() -> None:
