@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from interpreter import quicken
 from kernel_fixtures import every_size, half, kernels, unplanned  # noqa: F401
 from package_fixtures import clean_hooks, write  # noqa: F401
 
@@ -42,6 +43,7 @@ def _import_triton_for_its_interpreter() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.language  # noqa: F401
 
+    quicken()
     if given is None:
         del os.environ["TRITON_INTERPRET"]
     else:
