@@ -50,7 +50,16 @@ def _import_triton_for_its_interpreter() -> None:
         os.environ["TRITON_INTERPRET"] = given
 
 
+def _keep_the_bytecode() -> None:
+    """Hundreds of programs import Twinkle: one compiles it, wherever the others may read what it wrote.
+
+    An editable install has no bytecode of its own, and 0.3 seconds of each program went into it.
+    """
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
 _share_the_cores()
+_keep_the_bytecode()
 _import_triton_for_its_interpreter()
 # Proofs of the tests are no business of the user's cache, nor the other way round.
 os.environ["TWINKLE_CACHE"] = "off"
