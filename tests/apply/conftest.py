@@ -10,8 +10,10 @@ import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from stem import Stem
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 FILES = {
@@ -79,10 +81,11 @@ FILES = {
 
 
 class Program:
-    """Writes a configuration and programs, and runs them."""
+    """Writes a configuration and programs, and runs them: in new interpreters, or forked of a stem."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, stem: Stem | None = None) -> None:
         self.root = root
+        self._stem = stem
         for name, text in FILES.items():
             path = root / name
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,15 +108,19 @@ class Program:
             "def report():\n    print(json.dumps(twinkle.report.snapshot()))\n"
             "twinkle.activate()\n"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", prelude + textwrap.dedent(code)],
-            cwd=self.root,
-            env=environ,
-            capture_output=True,
-            text=True,
-            timeout=240,
-            check=False,
-        )
+        whole = prelude + textwrap.dedent(code)
+        if self._stem is not None:
+            done = self._stem.run(whole, cwd=self.root, env=environ, timeout=240)
+        else:
+            done = subprocess.run(
+                [sys.executable, "-c", whole],
+                cwd=self.root,
+                env=environ,
+                capture_output=True,
+                text=True,
+                timeout=240,
+                check=False,
+            )
         if check:
             assert done.returncode == 0, done.stderr
         return done
@@ -126,5 +133,26 @@ class Program:
 
 
 @pytest.fixture
-def program(tmp_path: Path) -> Program:
+def program_of_its_own(tmp_path: Path) -> Program:
+    """A program that is an interpreter from its start on."""
     return Program(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def stem() -> Iterator[Stem]:
+    """A process with torch, of which the programs are forked whose start is not what is tested."""
+    made = Stem()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def program_with_torch(tmp_path: Path, stem: Stem) -> Program:
+    """A program that has torch when it begins."""
+    return Program(tmp_path, stem)
+
+
+@pytest.fixture
+def program(program_of_its_own: Program) -> Program:
+    """What most files use; those whose programs may begin with torch override it."""
+    return program_of_its_own

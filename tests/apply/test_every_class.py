@@ -9,11 +9,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from .conftest import Program
+
+if TYPE_CHECKING:
+    from stem import Stem
 
 ROOT = Path(__file__).parents[2]
 
@@ -102,8 +105,8 @@ AUTO = {"TWINKLE_CONFIG": "auto", "TWINKLE_SIZES": "all"}
 
 
 @pytest.fixture(scope="module")
-def nets(tmp_path_factory: pytest.TempPathFactory) -> Program:
-    program = Program(tmp_path_factory.mktemp("every_class"))
+def nets(tmp_path_factory: pytest.TempPathFactory, stem: Stem) -> Program:
+    program = Program(tmp_path_factory.mktemp("every_class"), stem)
     (program.root / "site" / "net.py").write_text(NET)
     return program
 

@@ -41,6 +41,11 @@ ROADS = {
 }
 
 
+@pytest.fixture
+def program(program_with_torch: Program) -> Program:
+    return program_with_torch
+
+
 @pytest.mark.parametrize("saved", ["plainly", "with kernels"])
 @pytest.mark.parametrize("road", ROADS)
 def test_layers_of_a_file_run_their_kernel(program: Program, road: str, saved: str) -> None:

@@ -27,6 +27,11 @@ USE = """
 """
 
 
+@pytest.fixture
+def program(program_with_torch: Program) -> Program:
+    return program_with_torch
+
+
 @pytest.mark.parametrize("setting", ["strict = true", "use_fallback = false"])
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_what_is_wrong_is_an_error_of_the_program(program: Program, wrong: str, setting: str) -> None:

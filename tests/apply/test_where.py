@@ -66,6 +66,11 @@ PLACES = [
 ]
 
 
+@pytest.fixture
+def program(program_with_torch: Program) -> Program:
+    return program_with_torch
+
+
 @pytest.mark.parametrize(("where", "expected"), PLACES)
 def test_layers_are_chosen_by_their_place(program: Program, where: object, expected: str) -> None:
     assert program.run(MODEL + "\n    print(Net()(x))", config(where)).stdout == expected + "\n"

@@ -112,6 +112,11 @@ def function(name: str, module: str, kernel: str = "f") -> str:
     return f'[functions."{name}"]\ntarget_module = "{module}"\nfunc_impl = "fast:{kernel}"\n'
 
 
+@pytest.fixture
+def program(program_with_torch: Program) -> Program:
+    return program_with_torch
+
+
 def test_every_way_to_write_a_class_means_that_class_and_no_other(program: Program) -> None:
     written = ("net:MLP", "net._impl:Alias", "net._impl:Factory", "net._impl:Decorated", "net._impl:Public")
     code = """
@@ -170,7 +175,8 @@ def test_what_a_lazy_package_would_give_is_replaced_where_it_is_defined(program:
     assert program.run(code, function("f", "lazy")).stdout == "42.0\n"
 
 
-def test_transformers_stays_lazy_and_its_class_is_found(program: Program) -> None:
+def test_transformers_stays_lazy_and_its_class_is_found(program_of_its_own: Program) -> None:
+    program = program_of_its_own
     code = """
     import sys, transformers
     print("torch" in sys.modules, "transformers.pytorch_utils" in sys.modules)
@@ -201,7 +207,8 @@ def test_targets_inside_torch_and_inside_what_it_imports(program: Program) -> No
     assert "partially initialized" not in done.stderr
 
 
-def test_a_program_without_torch_is_not_made_to_import_it(program: Program) -> None:
+def test_a_program_without_torch_is_not_made_to_import_it(program_of_its_own: Program) -> None:
+    program = program_of_its_own
     code = "import sys, core\nprint('torch' in sys.modules)\nreport()"
     config = function("f", "core")
     done = program.run(code, config)
