@@ -6,6 +6,8 @@ import importlib.util
 import os
 import random
 import sys
+import traceback
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -50,6 +52,18 @@ def _import_triton_for_its_interpreter() -> None:
         os.environ["TRITON_INTERPRET"] = given
 
 
+def _seed_without_a_stack() -> None:
+    """``torch.manual_seed`` writes down where it was called, for each kind of device that is not in use.
+
+    Nobody reads it unless the device then fails to start. With the frames of pytest below it is a millisecond
+    and a half of each call, and a test is seeded three times and more.
+    """
+    quick = SimpleNamespace(**{**vars(traceback), "format_stack": lambda *_: []})
+    for kind in ("cuda", "xpu", "mtia"):
+        if hasattr(getattr(torch, kind, None), "traceback"):
+            getattr(torch, kind).traceback = quick
+
+
 def _keep_the_bytecode() -> None:
     """Hundreds of programs import Twinkle: one compiles it, wherever the others may read what it wrote.
 
@@ -60,6 +74,7 @@ def _keep_the_bytecode() -> None:
 
 _share_the_cores()
 _keep_the_bytecode()
+_seed_without_a_stack()
 _import_triton_for_its_interpreter()
 # Proofs of the tests are no business of the user's cache, nor the other way round.
 os.environ["TWINKLE_CACHE"] = "off"
