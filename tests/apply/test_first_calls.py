@@ -12,6 +12,8 @@ from .conftest import Program
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stem import Stem
+
 CONFIG = """
     [layers.Plus]
     target = "pkg.layers:Scale"
@@ -141,9 +143,14 @@ GET_IT = [
 ]
 
 
+@pytest.fixture
+def program(program_with_torch: Program) -> Program:
+    return program_with_torch
+
+
 @pytest.fixture(scope="module")
-def roads(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    program = Program(tmp_path_factory.mktemp("roads"))
+def roads(tmp_path_factory: pytest.TempPathFactory, stem: Stem) -> dict[str, str]:
+    program = Program(tmp_path_factory.mktemp("roads"), stem)
     lines = program.run(textwrap.dedent(BARE) + textwrap.dedent(ROADS), CONFIG).stdout.splitlines()
     return dict(line.split(":", 1) for line in lines)
 
@@ -164,7 +171,8 @@ def test_a_forward_that_calls_the_targets_is_no_target(roads: dict[str, str]) ->
 
 
 def ends(program: Program, code: str, config: str, **variables: str) -> tuple[int, str]:
-    """The exit code and stderr of a program that a door has opened."""
+    """The exit code and stderr of a program that a door has opened, in an interpreter from its start on."""
+    program = Program(program.root)
     (program.root / "site" / "sitecustomize.py").write_text("import twinkle\ntwinkle.activate(door='pth')\n")
     done = program.run(textwrap.dedent(BARE) + textwrap.dedent(code), config, check=False, **variables)
     return done.returncode, done.stderr

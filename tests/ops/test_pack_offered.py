@@ -56,6 +56,7 @@ def mixtral(**given: Any) -> nn.Module:
         head_dim=16,
         vocab_size=64,
         num_local_experts=4,
+        num_experts_per_tok=1,  # a program of the interpreter for each slot of a token
         **given,
     )
     return transformers.MixtralForCausalLM(config)
