@@ -120,6 +120,24 @@ def test_evaluation_between_training_steps(mode: Any) -> None:
     assert stack.record.replays == 2 * 4 * 6, stack.record.calls
 
 
+def test_a_second_backward_calls_the_block_with_the_same_random_numbers() -> None:
+    plain, ours, stack = pair()
+    found = []
+    for model in (plain, ours):
+        torch.manual_seed(3)
+        seen = []
+        for at in range(6):
+            loss = model(torch.full((2, 16, 64), 0.1 * at, device="cuda")).square().mean()
+            loss.backward(retain_graph=at == 4)
+            if at == 4:
+                loss.backward()
+            seen += [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+            model.zero_grad(set_to_none=at % 2 == 0)
+        found.append([*seen, torch.rand(3, device="cuda")])
+    assert_same(*found)
+    assert stack.record.replays == 4 * 4, stack.record.calls
+
+
 class Waits(Block):
     """Asks the device for a number, which nothing that is recorded can."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import weakref
 from operator import attrgetter
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Calls", "Chains", "Static", "Weights", "is_taken"]
 
 _MOST = 256  # recordings of one node
+_COPIES = 2  # backwards of a recording whose gradients are copied before others are lent
 _HOOKS = (attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks"))
 
 
@@ -165,8 +167,9 @@ def _lend(
 class Static:
     """Gradients of weights in memory that a replay writes to, which parameters may be lent.
 
-    Where the program drops its gradients before the next backward, as most do, they are never copied. What it
-    still has then is moved out of the way; from there on it gets copies.
+    Where the program drops its gradients before the next backward, as most do, they are not copied. What it
+    still has then is moved out of the way; from there on it gets copies. It gets copies at first as well,
+    until the uses that the memory has of its own are known: autograd's thread may hold it a moment longer.
 
     Args:
         found: The gradients.
@@ -186,10 +189,12 @@ class Static:
             one is not None and one.dtype is weight.dtype and one.stride() == weight.stride()
             for one, weight in zip(found, weights, strict=True)
         ]
-        self.lends = self._is_out = True
+        self.lends = self._is_out = False
+        self._left = _COPIES
+        self._none = [NoneType] * len(weights)
         self._storages = [one.untyped_storage() for one in found if one is not None]
         self._addresses = [one._cdata for one in self._storages]
-        self._uses: list[int] | None = None
+        self._uses: list[int] = []
 
     def is_free(self, weights: Sequence[Tensor]) -> bool:
         """Whether nobody has any of the memory; gradients of the parameters are moved elsewhere.
@@ -197,17 +202,23 @@ class Static:
         Args:
             weights: The parameters.
         """
-        if self._uses is None:  # before the first replay: nothing was lent
+        if self._left:
+            self._left -= 1
             self._uses = self._counted()
+            self.lends = self._is_out = not self._left
+            return True
         if not self._is_out:
             return True
-        if self._counted() != self._uses:
-            self.lends = False
-            for one, weight in zip(self.found, weights, strict=True):
-                grad = weight.grad
+        grads, uses = [*map(_grad_of, weights)], self._counted()
+        if uses != self._uses:
+            self._uses = [*map(min, uses, self._uses)]
+        if uses != self._uses or [*map(type, grads)] != self._none:
+            for one, grad in zip(self.found, grads, strict=True):
                 if one is not None and grad is not None and grad.data_ptr() == one.data_ptr():
+                    self.lends = False
                     grad.data = grad.clone()
             if self._counted() != self._uses:
+                self.lends = False
                 return False
         self._is_out = self.lends
         return True
@@ -216,6 +227,7 @@ class Static:
         return [*map(_uses_of, self._addresses)]
 
 
+_grad_of = attrgetter("grad")
 _uses_of: Callable[[int], int] = torch._C._storage_Use_Count
 
 
