@@ -205,7 +205,7 @@ class BlockCall(Slot):
     def close(self) -> None:
         """Drop all recordings."""
         self._known.clear()
-        self._stack.chains.clear()
+        self._stack.chains = Chains()
 
     def _recording(self, block: nn.Module, call: Call, key: Any, pool: Pool) -> Recording | Kind | None:
         """The recording for a call, made now where it is time; a kind that is timed; None for a plain call.

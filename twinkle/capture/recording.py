@@ -360,7 +360,7 @@ class _Replay(torch.autograd.Function):
 
 
 _apply: Callable[..., Any] = super(torch.autograd.Function, _Replay).apply
-"""See weights.py."""
+"""Of the class below torch's: that one looks for tensors of transforms, in which nothing is replayed."""
 _NO_WEIGHTS: tuple[None, int, None] = (None, 0, None)
 
 

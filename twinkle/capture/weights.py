@@ -299,10 +299,6 @@ class Chains:
         assert weights is not None
         return weights, at, token
 
-    def clear(self) -> None:
-        """Hold nothing; the next replay begins anew."""
-        self.__init__()  # type: ignore[misc]
-
     def note(self, recording: Recording) -> None:
         """A recording with a token was replayed."""
         self._given = recording.outputs
