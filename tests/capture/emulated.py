@@ -19,7 +19,11 @@ __all__ = ["EmulatedGraphs", "put_in"]
 
 
 class EmulatedGraphs:
-    """As ``CudaGraphs``, without a device."""
+    """As ``CudaGraphs``, without a device.
+
+    The memory that a graph needs while it runs may lie where the results of any later one do: a replay writes
+    to all of them.
+    """
 
     memory = 1 << 40
     short = 0
@@ -28,27 +32,25 @@ class EmulatedGraphs:
         self.device = device
         self.recorded = 0
         self.replayed = 0
+        self._graphs: weakref.WeakSet[_Graph] = weakref.WeakSet()
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         state = torch.get_rng_state()
         first = run()
         torch.set_rng_state(state)  # a graph that is recorded draws nothing
         self.recorded += 1
-        mode = torch.is_grad_enabled()
-        inference = torch.is_inference_mode_enabled()
-        written = [one.detach() for one in _tensors(first)]
+        graph = _Graph(self, run, first)
+        self._graphs.add(graph)
+        return graph.replay, first
 
-        def replay() -> None:
-            self.replayed += 1
-            with torch.inference_mode(inference), torch.set_grad_enabled(mode):
-                again = run()
-            with torch.no_grad():
-                for old, new in zip(written, _tensors(again), strict=True):
-                    old.copy_(new)
-            if isinstance(first[-1], list):
-                first[-1][:] = again[-1]
-
-        return replay, first
+    def spoil(self, number: int) -> None:
+        """Write to what the graphs recorded after one have written."""
+        self.replayed += 1
+        with torch.no_grad():
+            for graph in self._graphs:
+                if graph.number > number:
+                    for one in graph.written:
+                        one.fill_(float("nan") if one.is_floating_point() else 1)
 
     def held(self) -> int:
         return self.recorded * 1000
@@ -73,6 +75,27 @@ class EmulatedGraphs:
 
     def set_random(self, state: Any) -> None:
         torch.set_rng_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+
+
+class _Graph:
+    """One of them."""
+
+    def __init__(self, graphs: EmulatedGraphs, run: Callable[[], Any], first: Any) -> None:
+        self.number = graphs.recorded
+        self.written = [one.detach() for one in _tensors(first)]
+        self._graphs, self._run, self._first = graphs, run, first
+        self._mode = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+
+    def replay(self) -> None:
+        self._graphs.spoil(self.number)
+        with torch.inference_mode(self._inference), torch.set_grad_enabled(self._mode):
+            again = self._run()
+        with torch.no_grad():
+            for old, new in zip(self.written, _tensors(again), strict=True):
+                old.copy_(new)
+        if isinstance(self._first[-1], list):
+            self._first[-1][:] = again[-1]
 
 
 def _tensors(value: Any) -> list[Tensor]:

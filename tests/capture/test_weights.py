@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from twinkle.capture.weights import Static
+from twinkle.capture.lent import Lent
 
 from .emulated import put_in
 
@@ -152,6 +152,31 @@ def zero_in_place(model: Any, x: Tensor, seen: list[Tensor]) -> None:
         model(x).square().mean().backward()
         seen += grads(model)
         model.zero_grad(set_to_none=False)
+    drop(model)
+
+
+def zero_after_the_forward(model: Any, x: Tensor, seen: list[Tensor]) -> None:
+    """The gradients of the last step are there until just before the backward, as in Lightning's loop."""
+    for at in range(4):
+        loss = model(x * (at + 1)).square().mean()
+        drop(model)
+        loss.backward()
+        seen += grads(model)
+    drop(model)
+
+
+def evaluate_before_the_step(model: Any, x: Tensor, seen: list[Tensor]) -> None:
+    model(x).square().mean().backward()
+    with torch.no_grad():
+        seen.append(model(x * 2))
+    seen += grads(model)
+    drop(model)
+
+
+def another_forward_before_the_step(model: Any, x: Tensor, seen: list[Tensor]) -> None:
+    model(x).square().mean().backward()
+    seen.append(model(x * 2).detach())
+    seen += grads(model)
     drop(model)
 
 
@@ -323,6 +348,9 @@ STEPS = [
         keep_views_for_long,
         accumulate,
         zero_in_place,
+        zero_after_the_forward,
+        evaluate_before_the_step,
+        another_forward_before_the_step,
         several_forwards,
         weight_decay,
     ),
@@ -348,13 +376,13 @@ def test_what_autograd_holds_a_moment_longer_is_not_taken_for_free_memory(
     ours = copy.deepcopy(plain)
     stack = put_in(ours.blocks)
     held: list[Tensor] = []
-    made = Static.__init__
+    made = Lent.__init__
 
-    def hold(self: Static, found: Any, weights: Any) -> None:
-        made(self, found, weights)
+    def hold(self: Lent, found: Any, *rest: Any) -> None:
+        made(self, found, *rest)
         held.extend(one.detach() for one in found if one is not None)
 
-    monkeypatch.setattr(Static, "__init__", hold)
+    monkeypatch.setattr(Lent, "__init__", hold)
     found: list[list[Tensor]] = []
     for model in (plain, ours):
         seen: list[Tensor] = []

@@ -11,6 +11,9 @@ In reading order:
 - ``block``: what stands there: which calls are recorded, and which are replayed;
 - ``signature``, ``caches``: what kind of call a call is;
 - ``recording``: one kind of call of one block, with ``guard`` (is the block what it was?) and ``aliases``;
-- ``pool``, ``graphs``: the memory of all recordings, their order, and CUDA's part;
+- ``backward``: the graph of its backward; ``weights``, ``chains`` and ``lent``: how gradients of weights get
+  to the parameters;
+- ``pool``, ``order``, ``buffers``: the memory of all recordings, and what of it holds what at a time;
+- ``graphs``: CUDA's part;
 - ``state``: what was captured, replayed and left alone, for the report
 """

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from twinkle.capture.buffers import Shared, alias
-from twinkle.capture.signature import BUSY, Unservable
-from twinkle.capture.weights import Static
+from twinkle.capture.lent import Lent
+from twinkle.capture.signature import BUSY, IN_USE, Unservable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from twinkle.capture.recording import Recording
     from twinkle.capture.weights import Weights
 
-__all__ = ["IN_USE", "Backward"]
-
-IN_USE = "gradients of the backward before are in use"
+__all__ = ["Backward"]
 
 _ANY = 0
 """Gradients are handed on at once: in which pass over the blocks is nothing to them."""
@@ -61,13 +59,12 @@ class Backward:
         with torch.enable_grad():
             self._replay, found = recording.graphs.record(run)
         self._index = pool.next_index()
-        self._of = recording.weights
+        self._order = recording.order
         count = len(recording.where)
         self._found = [None if one is None else one.detach() for one in found[:count]]
-        self.shared = [None if one is None else Shared(alias(one)) for one in found[:count]]
-        self._weights = [None if one is None else one.detach() for one in found[count:]]
-        self._static = Static(self._weights, recording.weights)
-        self._owner: tuple[weakref.ref[Weights], int] | None = None
+        self.shared = [None if one is None else Shared(alias(one), self._order) for one in found[:count]]
+        of_weights = [None if one is None else one.detach() for one in found[count:]]
+        self._lent = Lent(of_weights, recording.weights, self._index, pool)
         self._fresh = True
 
     def replay(
@@ -87,11 +84,9 @@ class Backward:
             raise Unservable("its backward is that of other results")
         if not self._pool.may_run(self._index):
             raise Unservable(BUSY)
-        if self._owner is not None:
-            taken = self._owner[0]()
-            if taken is not None:
-                taken.settle(self._owner[1])
-        if not self._static.is_free(self._of):
+        if self._index > self._order.last:
+            self._order.last = self._index
+        elif not self._pool.rewind(self._order, self._index):
             raise Unservable(IN_USE)
         if not self._fresh:
             for place, buffer, shared in self._given:
@@ -101,8 +96,8 @@ class Backward:
         self._fresh = False
         self._replay()
         if weights is not None:
-            weights.give(at, self._weights, self._static)
-            self._owner = weakref.ref(weights), at
+            self._lent.give(weights, at)
+            self._order.claims.append(self._lent)
         made: list[Tensor | None] = []
         for found, shared in zip(self._found, self.shared, strict=True):
             copy = None if found is None else found.clone()

@@ -11,11 +11,12 @@ from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from twinkle.capture.caches import holds_tokens, layers_of
+from twinkle.capture.chains import Chains
 from twinkle.capture.pool import Pool, pool_of
 from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, SHORT, Recording
-from twinkle.capture.signature import Passing, Unservable, call_of, settings, words_of
+from twinkle.capture.signature import IN_USE, Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
-from twinkle.capture.weights import Calls, Chains
+from twinkle.capture.weights import Calls
 from twinkle.ops.failures import is_failure
 from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
@@ -36,7 +37,8 @@ _MOST_KINDS = 64
 _MOST_RECORDINGS = 8
 _MOST_ATTEMPTS = 3
 _MOST_STRAYED = 4
-"""Calls given anything but the results of the recording whose memory is read: then it is made anew."""
+"""Calls out of the order of the recordings, which others have been made behind, or given anything but the
+results of the recording whose memory is read: then it is made anew."""
 _MISSES = 8
 """Calls in a row that could not be replayed, after which as many as there were are not looked at."""
 _MOST_SKIPPED = 32
@@ -243,7 +245,9 @@ class BlockCall(Slot):
             raise Unservable("another stream is current")
         why = known.obstacle(call)
         if why is not None:
-            if known.strayed > _MOST_STRAYED:
+            if why == IN_USE:
+                self._known[key] = 1  # as of the others that were dropped: they are made anew in one pass
+            elif known.strayed > _MOST_STRAYED:
                 self._forget(key)
             raise Unservable(why)
         return known  # type: ignore[no-any-return]

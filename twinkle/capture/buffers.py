@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from twinkle.capture.order import STILL, Order
 from twinkle.capture.signature import Unservable, overlaps
 
 if TYPE_CHECKING:
@@ -26,34 +27,34 @@ class Shared:
 
     Args:
         buffer: The memory.
-        tensor: What it has the contents of; None for nothing yet.
-        passed: The pass over the blocks.
+        order: Of the graphs of which one has been given the memory.
 
     Attributes:
         buffer: Where recordings read it.
         last: Gives that tensor, as long as it is there.
     """
 
-    __slots__ = ("__weakref__", "_passed", "_version", "buffer", "last")
+    __slots__ = ("__weakref__", "_order", "_passed", "_rewinds", "_version", "buffer", "last")
 
-    def __init__(self, buffer: Tensor, tensor: Tensor | None = None, passed: int = 0) -> None:
+    def __init__(self, buffer: Tensor, order: Order = STILL) -> None:
         self.buffer = buffer
         self.last: Callable[[], Any] = _nothing
+        self._order = order
         self._passed = -1
-        self._version = 0
-        if tensor is not None:
-            self.note(tensor, passed)
+        self._rewinds = self._version = 0
 
     def note(self, tensor: Tensor, passed: int) -> None:
         """The buffer has the contents of a tensor."""
         self.last = weakref.ref(tensor)
         self._version = -1 if tensor.is_inference() else tensor._version
         self._passed = passed
+        self._rewinds = self._order.rewinds
 
     def has(self, tensor: Any, passed: int) -> bool:
         """Whether the buffer has what a tensor holds now, noted in this pass over the blocks."""
         return bool(
             self._passed == passed
+            and self._rewinds == self._order.rewinds
             and self.last() is tensor
             and (self._version < 0 or self._version == tensor._version)  # of inference, none is counted
         )

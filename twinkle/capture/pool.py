@@ -11,6 +11,7 @@ import torch
 from twinkle import forks
 from twinkle.capture.buffers import Shared
 from twinkle.capture.graphs import CudaGraphs
+from twinkle.capture.order import Order
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Pool:
         holders: Of recordings.
         last_backward: The one that was replayed last.
         nothing: An empty tensor.
+        lends: Whether parameters may be lent the memory of their gradients.
+        age: Counts how often all was to be recorded anew.
     """
 
     def __init__(
@@ -81,7 +84,10 @@ class Pool:
         self.is_short = False
         self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._looked = 0.0
+        self.lends = True
+        self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
+        self._order_of_training, self._order_of_inference = Order(), Order()
         self._home = self._training.stream()
         self._shortages = self._training.shortages()
         self._pending: list[Pending] = []
@@ -92,6 +98,10 @@ class Pool:
     def graphs(self, *, training: bool) -> Any:
         """What records calls with, or without gradients."""
         return self._training if training else self._inference
+
+    def order(self, *, training: bool) -> Order:
+        """That of the graphs that have been recorded with gradients, or without."""
+        return self._order_of_training if training else self._order_of_inference
 
     def next_index(self) -> int:
         """The place of a graph that is recorded now in the order of all."""
@@ -113,6 +123,27 @@ class Pool:
         """Whether no forward waits that was recorded after a graph."""
         pending = self.pending()
         return not pending or pending[-1].index < index
+
+    def is_waiting(self, index: int) -> bool:
+        """Whether a forward waits for its backward that was replayed by this graph."""
+        return any(one.index == index for one in self._pending if one.context() is not None)
+
+    def rewind(self, order: Order, index: int) -> bool:
+        """An earlier graph than the last one is about to be replayed, which it must not where False.
+
+        Then the program has views of gradients that it was lent, where the graph would write. All is recorded
+        anew, behind that memory, and gradients are lent no more.
+        """
+        if order.rewind(index):
+            return True
+        self.lends = False
+        self.age += 1
+        self._drop()
+        return False
+
+    def look_after(self) -> None:
+        """A recording has gone: what its memory is needed for is moved elsewhere."""
+        self._order_of_training.look_after()
 
     def waits(self, index: int, context: Any, shared: list[Shared]) -> None:
         """A forward was replayed, and keeps what its backward needs."""
@@ -140,7 +171,8 @@ class Pool:
 
     def share(self, tensor: Tensor, buffer: Tensor) -> Shared:
         """An input, which others that are given the same tensor in this pass find."""
-        made = Shared(buffer, tensor, self.passed)
+        made = Shared(buffer)
+        made.note(tensor, self.passed)
         self.offer(made)
         return made
 
@@ -178,6 +210,9 @@ class Pool:
     def give_back(self) -> None:
         """Drop all recordings, and make no more: their memory goes as soon as no backward waits for it."""
         self.is_short = True
+        self._drop()
+
+    def _drop(self) -> None:
         for holder in [*self.holders]:
             holder.close()
 

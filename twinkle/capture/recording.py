@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.aliases import Aliases
-from twinkle.capture.backward import IN_USE, Backward
+from twinkle.capture.backward import Backward
 from twinkle.capture.buffers import Input, Shared, alias
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
-from twinkle.capture.signature import BUSY, Passing, Unservable, flattened, template
+from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, flattened, template
 from twinkle.capture.weights import is_taken
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from twinkle.capture.chains import Chains
     from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
     from twinkle.capture.state import StackRecord
-    from twinkle.capture.weights import Calls, Chains, Weights
+    from twinkle.capture.weights import Calls, Weights
 
 __all__ = ["BUSY", "FILLED", "NO_ROOM", "SHORT", "Recording"]
 
@@ -63,7 +64,8 @@ class Recording:
         wanted = call.grad and any(t.requires_grad for t in (*call.tensors, *self.makeup.parameters))
         self._ordered = wanted
         self.weights = [one for one in self.makeup.parameters if one.requires_grad] if wanted else []
-        self.graphs = pool.graphs(training=wanted)
+        self.graphs, self.order = pool.graphs(training=wanted), pool.order(training=wanted)
+        self._age = pool.age
         before = self.graphs.held()
         self.inputs = [Input(tensor, pool, grad=wanted) for tensor in call.tensors]
         self._fill = template(call.args, call.kwargs)
@@ -98,7 +100,7 @@ class Recording:
         self._constants = [at for at, one in enumerate(self.kept) if not one.requires_grad]
         self._links = {id(self.inputs[at].shared) for at in self.where}
         self.strayed = 0
-        self.outputs = [Shared(alias(one)) for one in self._static[: self._results]]
+        self.outputs = [Shared(alias(one), self.order) for one in self._static[: self._results]]
         for output in self.outputs:
             self.pool.offer(output)
         self.shared = [*(shared for _, _, shared in self._common), *self.outputs]
@@ -183,7 +185,12 @@ class Recording:
             self.broken = "a recording that failed has taken the generator of random numbers with it"
             return self.broken
         if self._ordered and not pool.may_run(self.index):
+            self.strayed += not pool.is_waiting(self.index)
             return BUSY
+        if self.index > self.order.last:
+            self.order.last = self.index
+        elif not pool.rewind(self.order, self.index):
+            return IN_USE
         self._stale = stale = []
         for at, one, shared in self._common:
             if not shared.has(call.tensors[at], pool.passed):
@@ -301,6 +308,8 @@ class Recording:
             raise Unservable("its backward came a second time, or is differentiated itself")
         if not self.pool.is_home():
             raise Unservable("another stream is current in its backward")
+        if self._age != self.pool.age:
+            raise Unservable(IN_USE)
         if self._backward is None:
             if not self.pool.has_room():
                 self.broken = NO_ROOM
@@ -368,3 +377,4 @@ def _leave(pool: weakref.ref[Pool], count: int) -> None:
     known = pool()
     if known is not None:
         known.used -= count
+        known.look_after()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BUSY",
+    "IN_USE",
     "Call",
     "Passing",
     "Unservable",
@@ -26,6 +27,7 @@ __all__ = [
 ]
 
 BUSY = "the call before waits for its backward"
+IN_USE = "gradients of the backward before are in use"
 _PLAIN = frozenset({type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size})
 _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 

@@ -12,24 +12,23 @@ node of its own.
 
 from __future__ import annotations
 
-import weakref
 from operator import attrgetter
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+
+from twinkle.capture.lent import copies_of, lend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from twinkle.capture.buffers import Shared
+    from torch import Tensor
+
+    from twinkle.capture.lent import Lent
     from twinkle.capture.recording import Recording
 
-__all__ = ["Calls", "Chains", "Static", "Weights", "is_taken"]
+__all__ = ["Calls", "Weights", "is_awaited", "is_taken", "tokens"]
 
-_MOST = 256  # recordings of one node
-_COPIES = 2  # backwards of a recording whose gradients are copied before others are lent
 _HOOKS = (attrgetter("_backward_hooks"), attrgetter("_post_accumulate_grad_hooks"))
 
 
@@ -59,11 +58,11 @@ class Weights:
         self._counts = [len(one.weights) for one in recordings]
         self._calls = [one.calls for one in recordings]
         self._lock = recordings[0].pool.lock
-        self._found: list[tuple[Sequence[Tensor | None], Static | None] | None] = [None] * len(recordings)
+        self._found: list[tuple[Sequence[Tensor | None], Lent | None] | None] = [None] * len(recordings)
         self.nothing = recordings[0].pool.nothing
         self.done = False
 
-    def give(self, at: int, found: Sequence[Tensor | None], owner: Static | None = None) -> None:
+    def give(self, at: int, found: Sequence[Tensor | None], owner: Lent | None = None) -> None:
         """Leave the gradients of the weights of a recording.
 
         Args:
@@ -92,7 +91,7 @@ class Weights:
         with self._lock:
             self.done = True
             made: list[Tensor | None] = []
-            lent: list[tuple[int, Static, int]] = []
+            lent: list[tuple[int, Lent, int]] = []
             copied: list[int] = []
             for at, (count, token) in enumerate(zip(self._counts, wanted, strict=True)):
                 found = self._found[at]
@@ -112,7 +111,7 @@ class Weights:
                 calls.count = 0
             if len(lent) > 1 and _are_given(parameters, nodes):
                 # One goes autograd's way, and has it wait for the stream.
-                copied += [lent[0][0], *_lend(parameters, made, lent[1:])]
+                copied += [lent[0][0], *lend(parameters, made, lent[1:])]
             else:
                 copied += [at for at, _, _ in lent]
             for at, copy in zip(copied, copies_of([made[at] for at in copied]), strict=True):
@@ -120,7 +119,7 @@ class Weights:
         return made
 
 
-def _is_awaited(tensors: Sequence[Tensor]) -> bool:
+def is_awaited(tensors: Sequence[Tensor]) -> bool:
     """Whether somebody waits for the gradients of single parameters before the backward is over."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
@@ -132,103 +131,12 @@ def _are_given(parameters: Sequence[Tensor], nodes: Sequence[Any]) -> bool:
     """Whether autograd is about to add gradients to all of these parameters, and nobody looks on."""
     if torch.is_grad_enabled() or len(nodes) != len(parameters):
         return False
-    if _is_awaited(parameters):
+    if is_awaited(parameters):
         return False
     try:
         return all(map(torch._C._will_engine_execute_node, nodes))
     except RuntimeError:  # of torch.autograd.grad, which gives them to its caller
         return False
-
-
-def _lend(
-    parameters: Sequence[Tensor], made: list[Tensor | None], lent: Sequence[tuple[int, Static, int]]
-) -> list[int]:
-    """Give gradients to the parameters that have none.
-
-    Args:
-        parameters: The weights.
-        made: Their gradients; those that are given are taken out.
-        lent: The places of those that may be, whose they are and which.
-
-    Returns:
-        The places that are left to autograd.
-    """
-    left: list[int] = []
-    for at, owner, number in lent:
-        parameter, found = parameters[at], made[at]
-        if found is not None and owner.is_plain[number] and parameter.grad is None:
-            parameter.grad = found.detach()
-            made[at] = None
-        else:
-            left.append(at)
-    return left
-
-
-class Static:
-    """Gradients of weights in memory that a replay writes to, which parameters may be lent.
-
-    Where the program drops its gradients before the next backward, as most do, they are not copied. What it
-    still has then is moved out of the way; from there on it gets copies. It gets copies at first as well,
-    until the uses that the memory has of its own are known: autograd's thread may hold it a moment longer.
-
-    Args:
-        found: The gradients.
-        weights: Their weights.
-
-    Attributes:
-        found: The gradients.
-        present: The numbers of those that there are.
-        is_plain: Which are laid out as their weights are.
-        lends: Whether the parameters get the memory itself.
-    """
-
-    def __init__(self, found: Sequence[Tensor | None], weights: Sequence[Tensor]) -> None:
-        self.found = found
-        self.present = [number for number, one in enumerate(found) if one is not None]
-        self.is_plain = [
-            one is not None and one.dtype is weight.dtype and one.stride() == weight.stride()
-            for one, weight in zip(found, weights, strict=True)
-        ]
-        self.lends = self._is_out = False
-        self._left = _COPIES
-        self._none = [NoneType] * len(weights)
-        self._storages = [one.untyped_storage() for one in found if one is not None]
-        self._addresses = [one._cdata for one in self._storages]
-        self._uses: list[int] = []
-
-    def is_free(self, weights: Sequence[Tensor]) -> bool:
-        """Whether nobody has any of the memory; gradients of the parameters are moved elsewhere.
-
-        Args:
-            weights: The parameters.
-        """
-        if self._left:
-            self._left -= 1
-            self._uses = self._counted()
-            self.lends = self._is_out = not self._left
-            return True
-        if not self._is_out:
-            return True
-        grads, uses = [*map(_grad_of, weights)], self._counted()
-        if uses != self._uses:
-            self._uses = [*map(min, uses, self._uses)]
-        if uses != self._uses or [*map(type, grads)] != self._none:
-            for one, grad in zip(self.found, grads, strict=True):
-                if one is not None and grad is not None and grad.data_ptr() == one.data_ptr():
-                    self.lends = False
-                    grad.data = grad.clone()
-            if self._counted() != self._uses:
-                self.lends = False
-                return False
-        self._is_out = self.lends
-        return True
-
-    def _counted(self) -> list[int]:
-        return [*map(_uses_of, self._addresses)]
-
-
-_grad_of = attrgetter("grad")
-_uses_of: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class _Weights(torch.autograd.Function):
@@ -247,7 +155,7 @@ class _Weights(torch.autograd.Function):
         return None, None, *ctx.weights.take(grads, parameters, [one for one, _ in ctx.next_functions])
 
 
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Weights).apply
+tokens: Callable[..., tuple[Tensor, ...]] = super(torch.autograd.Function, _Weights).apply
 """Of the class below torch's: that one looks for tensors of transforms, in which nothing is replayed."""
 
 
@@ -261,91 +169,3 @@ def is_taken(node: Any) -> bool:
     return any(
         isinstance(one, kind) and torch._C._will_engine_execute_node(one) for one, _ in node.next_functions
     )
-
-
-class Chains:
-    """The nodes of weights of the blocks of one stack: that of the pass at hand, and who comes after whom."""
-
-    __slots__ = ("_given", "_last", "_next", "_places", "_tokens", "_weights")
-
-    def __init__(self) -> None:
-        self._weights: Weights | None = None
-        self._tokens: list[Tensor | None] = []
-        self._places: weakref.WeakKeyDictionary[Recording, int] = weakref.WeakKeyDictionary()
-        self._given: Sequence[Shared] = ()
-        self._last: weakref.ref[Recording] | None = None
-        self._next: weakref.WeakKeyDictionary[Recording, weakref.ref[Recording]] = weakref.WeakKeyDictionary()
-
-    def token(self, recording: Recording, tensors: Sequence[Tensor]) -> tuple[Weights, int, Tensor]:
-        """Where the node of a replay leaves the gradients of its weights.
-
-        Args:
-            recording: Has weights that want gradients.
-            tensors: The inputs of the call.
-
-        Returns:
-            The gradients, the place among them, and the input by which autograd comes there.
-        """
-        weights, at = self._weights, None
-        if weights is not None and not weights.done and self._follows(recording, tensors):
-            at = self._places.get(recording)
-            last = None if self._last is None else self._last()
-            if at is None and last is not None:
-                self._next[last] = weakref.ref(recording)
-        token = None if at is None else self._tokens[at]
-        if at is None or token is None:
-            weights, at, token = self._begin(recording)
-        self._tokens[at] = None
-        assert weights is not None
-        return weights, at, token
-
-    def note(self, recording: Recording) -> None:
-        """A recording with a token was replayed."""
-        self._given = recording.outputs
-        self._last = weakref.ref(recording)
-
-    def _follows(self, recording: Recording, tensors: Sequence[Tensor]) -> bool:
-        """Whether one of the inputs is what the replay before it gave."""
-        given = self._given
-        for at in recording.where:
-            tensor = tensors[at]
-            for one in given:
-                if one.last() is tensor:
-                    return True
-        return False
-
-    def _begin(self, first: Recording) -> tuple[Weights, int, Tensor]:
-        """A node for a recording and those that came after it in the last pass."""
-        recordings, found = [first], self._next.get(first)
-        seen = {first}
-        while found is not None and len(recordings) < _MOST:
-            one = found()
-            if one is None or one in seen or one.broken is not None:
-                break
-            recordings.append(one)
-            seen.add(one)
-            found = self._next.get(one)
-        tensors = [weight for one in recordings for weight in one.weights]
-        if len(recordings) > 1 and _is_awaited(tensors):
-            recordings, tensors = [first], first.weights
-        self._weights = weights = Weights(recordings)
-        self._tokens = [*_apply(weights, len(recordings), *tensors)]
-        self._places = weakref.WeakKeyDictionary({one: at for at, one in enumerate(recordings)})
-        token = self._tokens[0]
-        assert token is not None
-        return weights, 0, token
-
-
-def copies_of(found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copies of gradients, those of one dtype in one go."""
-    made: list[Tensor | None] = [None] * len(found)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for at, one in enumerate(found):
-        if one is not None:
-            by_dtype.setdefault(one.dtype, []).append(at)
-    with torch.no_grad():
-        for places in by_dtype.values():
-            copies = torch._foreach_mul([found[at] for at in places], 1.0)
-            for at, copy in zip(places, copies, strict=True):
-                made[at] = copy
-    return made
