@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from twinkle import config
 from twinkle.apply.activation import start
 from twinkle.capture.slot import Slot, slot_of
+from twinkle.capture.state import captured
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
     from twinkle.capture.state import StackRecord
 
-__all__ = ["Passing", "begin", "calls", "passing"]
+__all__ = ["Passing", "Trunk", "begin", "blocks", "calls", "passing", "records"]
 
 
 class Passing(Slot):
@@ -40,13 +41,40 @@ class Passing(Slot):
         self.closed = True
 
 
+class Trunk(Slot):
+    """Calls its module as it is."""
+
+    __slots__ = ("module",)
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = weakref.ref(module)
+
+    @property
+    def is_of_trunk(self) -> bool:
+        return True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        module: Any = self.module()
+        return module._call_impl(*args, **kwargs)
+
+
 def passing(blocks: Sequence[nn.Module], record: StackRecord) -> list[Slot]:
-    return [Passing(block, record) for block in blocks]
+    return [Passing(block, record) if not record.is_trunk else Trunk(block) for block in blocks]
 
 
 def begin(**variables: str) -> None:
     """Open a door: constructions and pickles are watched from now on."""
     start(config.load(["auto"], {f"TWINKLE_{name}": text for name, text in variables.items()}), door="api")
+
+
+def blocks(filled: list[nn.Module]) -> list[nn.Module]:
+    """Those of the modules with a filled slot that are blocks."""
+    return [module for module in filled if not isinstance(slot_of(module), Trunk)]
+
+
+def records() -> list[StackRecord]:
+    """Those of blocks."""
+    return [record for record in captured().stacks if not record.is_trunk]
 
 
 def calls(model: nn.Module) -> list[int]:

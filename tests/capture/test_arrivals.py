@@ -17,13 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.capture.state import captured
 from twinkle.kernel import kernelize_model, unkernelize_model
 from twinkle.runtime import runtime
 
 from . import nets
 from .nets import GPT, Block, Flux, VisionTransformer, tokens
-from .passing import begin, calls
+from .passing import begin, calls, records
 
 
 @pytest.mark.usefixtures("active")
@@ -32,10 +31,10 @@ from .passing import begin, calls
 )
 def test_a_plain_model_is_found_at_the_end_of_its_construction(make: Any) -> None:
     kind = type(make())  # the class is asked about before its first construction, which counts
-    assert len(captured().stacks) == 1
+    assert len(records()) == 1
     model = make()
     assert len(calls(model)) == 3
-    assert captured().stacks[0].model == kind.__name__
+    assert records()[0].model == kind.__name__
 
 
 @pytest.mark.usefixtures("active")
@@ -49,7 +48,7 @@ def test_the_outermost_model_has_the_blocks() -> None:
 
     outer = Outer()
     assert len(calls(outer)) == 2
-    assert [(record.model, record.container) for record in captured().stacks] == [
+    assert [(record.model, record.container) for record in records()] == [
         ("Outer", "models.first.transformer.h")
     ]
 
@@ -138,7 +137,7 @@ def test_a_model_of_transformers_is_found() -> None:
     model = transformers.LlamaForCausalLM(config)
     model(tokens())
     assert calls(model) == [1, 1]
-    [record] = captured().stacks
+    [record] = records()
     assert (record.model, record.container) == ("LlamaForCausalLM", "model.layers")
     assert len(calls(copy.deepcopy(model))) == 2
 
@@ -195,7 +194,7 @@ def test_a_constructor_that_raises_leaves_nothing_behind() -> None:
 
     with pytest.raises(RuntimeError, match="no"):
         Broken()
-    assert captured().stacks == []
+    assert records() == []
     assert len(calls(GPT(2))) == 2
 
 
@@ -268,7 +267,7 @@ print(model.cuda()(tokens().cuda()).shape)
 """
     command = [sys.executable, "-m", "twinkle", "run", "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert done.stdout == "3 False\ntorch.Size([2, 5, 16])\n", done.stderr
+    assert done.stdout == "4 False\ntorch.Size([2, 5, 16])\n", done.stderr
 
 
 PROGRAM = """

@@ -47,9 +47,14 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return times
 
 
+class Memory:
+    def allocated(self) -> int:
+        return 0
+
+
 def timed(count: int = 5) -> Kind:
     kind = Kind()
-    assert [kind.timed(Layer(), (1,), {}) for _ in range(count)] == [2] * count
+    assert [kind.timed(Layer(), (1,), {}, Memory()) for _ in range(count)] == [2] * count
     return kind
 
 

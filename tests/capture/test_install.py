@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from twinkle.capture.install import Installed, install, remove
 from twinkle.capture.slot import NAME, Slot, fill, slot_of
-from twinkle.capture.state import captured
 from twinkle.kernel import kernelize_model, kernelized, unkernelize_model
 from twinkle.runtime import runtime
 
 from .nets import GPT, Block, VisionTransformer, tokens
-from .passing import calls
+from .passing import blocks, calls, records
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -33,11 +32,12 @@ if TYPE_CHECKING:
 @pytest.mark.usefixtures("device")
 def test_each_block_gets_its_call_and_its_record() -> None:
     model = GPT(3)
-    blocks = install(model)
-    assert blocks == list(model.transformer["h"])  # type: ignore[call-overload]
+    filled = install(model)
+    assert slot_of(model) is not None
+    assert blocks(filled) == list(model.transformer["h"])  # type: ignore[call-overload]
     model(tokens())
     assert calls(model) == [1, 1, 1]
-    [record] = captured().stacks
+    [record] = records()
     assert (record.model, record.container, record.block, record.blocks) == (
         "GPT",
         "transformer.h",
@@ -68,7 +68,7 @@ def test_installing_twice_is_installing_once() -> None:
     before = [slot_of(block) for block in model.modules()]
     assert install(model) == []
     assert [slot_of(block) for block in model.modules()] == before
-    assert captured().stacks[0].models == 1
+    assert records()[0].models == 1
 
 
 @pytest.mark.usefixtures("device")
@@ -78,7 +78,7 @@ def test_blocks_that_come_later_are_filled_and_the_model_counts_once() -> None:
     layers: Any = model.transformer["h"]
     layers.append(Block())
     assert install(model) == [layers[2]]
-    assert [(record.blocks, record.models) for record in captured().stacks] == [(2, 1), (3, 0)]
+    assert [(record.blocks, record.models) for record in records()] == [(2, 1), (3, 0)]
 
 
 @pytest.mark.usefixtures("device")
@@ -86,7 +86,7 @@ def test_models_of_a_class_share_a_record() -> None:
     install(GPT(3))
     install(GPT(3))
     install(GPT(2))
-    assert [(record.blocks, record.models) for record in captured().stacks] == [(3, 2), (2, 1)]
+    assert [(record.blocks, record.models) for record in records()] == [(3, 2), (2, 1)]
 
 
 @pytest.mark.usefixtures("device")
@@ -95,7 +95,7 @@ def test_what_the_user_has_compiled_keeps_its_call() -> None:
     block: Any = model.transformer["h"][1]  # type: ignore[index]
     block.compile()
     theirs = block._compiled_call_impl
-    assert len(install(model)) == 2
+    assert len(blocks(install(model))) == 2
     assert block._compiled_call_impl is theirs
     remove(model)
     assert block._compiled_call_impl is theirs
@@ -117,14 +117,14 @@ def test_removing_leaves_the_model_as_it_was() -> None:
     model = GPT(3)
     before = [dict(vars(module)) for module in model.modules()]
     install(model)
-    ours: Any = [slot_of(block) for block in model.modules() if slot_of(block) is not None]
-    assert remove(model) == 3
+    ours: Any = [slot_of(block) for block in blocks([*model.modules()]) if slot_of(block) is not None]
+    assert remove(model) == 4
     assert all(call.closed for call in ours)
     assert remove(model) == 0
     for module, was in zip(model.modules(), before, strict=True):
         assert {key: value for key, value in vars(module).items() if key != "_tw_call"} == was
     assert install(model) == []
-    assert len(install(model, again=True)) == 3
+    assert len(blocks(install(model, again=True))) == 3
 
 
 @pytest.mark.usefixtures("device")
@@ -138,7 +138,7 @@ def test_a_block_around_others_takes_their_calls_over() -> None:
             return self.blocks[1](self.blocks[0](x))  # type: ignore[no-any-return]
 
     stages = [Stage(), Stage()]
-    assert len(install(stages[0])) == 2
+    assert len(blocks(install(stages[0]))) == 2
     inner: Any = [slot_of(block) for block in stages[0].blocks]
     model = nn.Sequential(*stages)
     assert install(model) == stages
@@ -282,7 +282,7 @@ def test_torchscript_compiles_the_blocks() -> None:
     model = Chain()
     x = torch.ones(2, 8)
     expected = model(x)
-    assert len(install(model)) == 2
+    assert len(blocks(install(model))) == 2
     assert torch.equal(torch.jit.script(model)(x), expected)
 
 
@@ -379,7 +379,7 @@ def test_ddp_calls_the_blocks() -> None:
     wrapped(tokens()).sum().backward()
     assert calls(wrapped) == [1, 1]
     assert install(wrapped) == []
-    [record] = captured().stacks
+    [record] = records()
     assert record.container == "transformer.h"
 
 
@@ -397,7 +397,7 @@ def test_fsdp_calls_the_blocks_and_they_stay_alike() -> None:
     assert calls(model) == [1, 1]
     assert install(model) == []
     remove(model)
-    assert len(install(model, again=True)) == 2
+    assert len(blocks(install(model, again=True))) == 2
 
 
 # --- the API --------------------------------------------------------------------------------------

@@ -40,6 +40,7 @@ def test_the_data_has_everything() -> None:
         "container": "model.layers",
         "block": "Layer",
         "blocks": 28,
+        "is_trunk": False,
         "models": 1,
         "signatures": [
             {"shapes": "bfloat16[4, 512, 1024]", "mode": "train", "blocks": 28, "most_blocks": 28},

@@ -294,4 +294,4 @@ def test_a_mixture_of_experts_is_one_block() -> None:
 
 
 def test_a_stack_shows_what_it_is() -> None:
-    assert repr(Stack("h", [Block()], Block)) == "Stack('h', 1 x Block)"
+    assert repr(Stack("h", [Block()], Block, None)) == "Stack('h', 1 x Block)"

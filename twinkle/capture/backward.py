@@ -10,6 +10,7 @@ import torch
 from twinkle.capture.buffers import Shared, alias
 from twinkle.capture.lent import Lent
 from twinkle.capture.signature import BUSY, IN_USE, Unservable
+from twinkle.capture.surroundings import as_if_run
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Backward:
             results = [kept[at] for at in places]
             return torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True)
 
-        with torch.enable_grad():
+        with torch.enable_grad(), as_if_run():
             self._replay, found = recording.graphs.record(run)
         self._index = pool.next_index()
         self._order = recording.order

@@ -13,12 +13,12 @@ from torch.utils._device import DeviceContext
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.chains import Chains
 from twinkle.capture.pool import Pool, pool_of
-from twinkle.capture.recording import BUSY, FILLED, NO_ROOM, SHORT, Recording
+from twinkle.capture.recording import BUSY, FILLED, GIVEN, NO_ROOM, SHORT, Recording
 from twinkle.capture.signature import IN_USE, Passing, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
-from twinkle.capture.weights import Calls
+from twinkle.capture.weights import Calls, is_awaited
 from twinkle.ops.failures import is_failure
-from twinkle.proof.room import comparing
+from twinkle.proof.room import comparing, is_capturing
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _HOST_IS_SLOW = 1.15
 
 
 class Stack:
-    """Alike blocks of one model: what is decided for all of them.
+    """Alike blocks of one model, or the one module that calls them: what is decided for all of them.
 
     Args:
         record: What the report knows of them.
@@ -83,23 +83,27 @@ class Kind:
         refused: Why it is not; None while that is open, or when it is.
         chosen: Whether it was found that the host is the wall.
         attempts: Recordings that failed.
+        kept: Bytes that a call has kept for its backward.
     """
 
     def __init__(self, *, chosen: bool = False) -> None:
+        self.kept = 0
         self.refused: str | None = None
         self.chosen = chosen
         self.attempts = 0
         self._times: list[tuple[float, Any, Any]] = []
         self._late = 0
 
-    def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run a call as it is, and look how long host and device are at it."""
+    def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pool: Pool) -> Any:
+        """Run a call as it is, and look how long host and device are at it, and what it keeps."""
+        before = pool.allocated()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         began = time.perf_counter()
         result = block._call_impl(*args, **kwargs)
         taken = time.perf_counter() - began
         end.record()
+        self.kept = max(self.kept, pool.allocated() - before)
         self._times.append((taken, start, end))
         return result
 
@@ -187,7 +191,7 @@ class BlockCall(Slot):
                 call = call_of(args, kwargs, pool.device, training=block.training)
                 recording = self._recording(block, call, (call.key, settings()), pool)
                 if isinstance(recording, Kind):
-                    return recording.timed(block, args, kwargs)
+                    return recording.timed(block, args, kwargs, pool)
                 if recording is not None:
                     self._misses = 0
                     result = recording.replay(block, call, stack.chains)
@@ -204,6 +208,11 @@ class BlockCall(Slot):
             if self._misses > _MISSES:
                 self._why, self._skip = why, min(self._misses, _MOST_SKIPPED)
 
+    @property
+    def is_of_trunk(self) -> bool:
+        """Whether it calls blocks, which have recordings of their own where this one has none."""
+        return self._stack.record.is_trunk
+
     def close(self) -> None:
         """Drop all recordings."""
         self._known.clear()
@@ -217,8 +226,8 @@ class BlockCall(Slot):
         """
         known = self._known.get(key, 0)
         if type(known) is int:
-            if call.caches and self._is_filled(block, call):
-                raise Unservable(FILLED)
+            if call.caches and (self.is_of_trunk or self._is_filled(block, call)):
+                raise Unservable(GIVEN if self.is_of_trunk else FILLED)
             kind = self._stack.kind(key)
             if kind is None:
                 raise Unservable("calls are of too many kinds")
@@ -268,7 +277,9 @@ class BlockCall(Slot):
             raise Unservable("kernels are watched for NaN")
         if sum(type(one) is Recording for one in self._known.values()) >= _MOST_RECORDINGS:
             raise Unservable("calls are of too many kinds")
-        if not pool.has_room():
+        if self.is_of_trunk and call.grad and is_awaited([*block.parameters()]):
+            raise Unservable("gradients are waited for while the backward is under way")
+        if not pool.has_room(self._needs(block, call, kind)):
             raise Unservable(SHORT if pool.is_short else NO_ROOM)
         try:
             made = Recording(block, call, pool, self._calls)
@@ -287,6 +298,13 @@ class BlockCall(Slot):
         pool.holders.add(self)
         made.belongs_to(self._stack.record, words_of(call.tensors), mode)
         return made
+
+    def _needs(self, block: nn.Module, call: Call, kind: Kind) -> int:
+        """Bytes that a recording will hold, as far as that is known: nothing for a block."""
+        if not self.is_of_trunk:
+            return 0
+        gradients = sum(int(one.nbytes) for one in block.parameters() if one.requires_grad)
+        return kind.kept + (gradients if call.grad else 0)
 
     def _forget(self, key: Any) -> None:
         """Drop a recording of a block that has changed; it is recorded anew like the first."""
@@ -340,4 +358,4 @@ def _is_plain() -> bool:
     for at in range(c._len_torch_function_stack()):
         if type(c._get_function_stack_at(at)) is not DeviceContext:
             return False
-    return not torch.cuda.is_initialized() or not torch.cuda.is_current_stream_capturing()
+    return not is_capturing()

@@ -12,11 +12,16 @@ from twinkle.capture.order import STILL, Order
 from twinkle.capture.signature import Unservable, overlaps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from twinkle.capture.pool import Pool
 
-__all__ = ["Input", "Shared", "alias"]
+__all__ = ["FEW", "Input", "Shared", "alias", "copies_of"]
+
+
+FEW = 4
+"""So many copies cost less one by one."""
+_SCALED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 class Shared:
@@ -116,6 +121,22 @@ def alias(tensor: Tensor) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         made = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         return made.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors, those of one floating dtype in one go where they are many."""
+    if len(tensors) <= FEW:
+        return [one.clone() for one in tensors]
+    made: dict[int, Tensor] = {}
+    by_dtype: dict[torch.dtype, list[int]] = {}
+    for at, one in enumerate(tensors):
+        by_dtype.setdefault(one.dtype, []).append(at)
+    with torch.no_grad():
+        for dtype, places in by_dtype.items():
+            group = [tensors[at] for at in places]
+            copies = torch._foreach_mul(group, 1.0) if dtype in _SCALED else [*map(Tensor.clone, group)]
+            made.update(zip(places, copies, strict=True))
+    return [made[at] for at in range(len(tensors))]
 
 
 def _nothing() -> None:

@@ -18,16 +18,30 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["CacheUses", "empty_caches", "holds_tokens", "is_cache", "kind_of_cache", "layers_of"]
+__all__ = [
+    "CacheUses",
+    "empty_caches",
+    "holds_tokens",
+    "is_cache",
+    "is_of_caches",
+    "kind_of_cache",
+    "layers_of",
+]
 
 _MODULE = "transformers.cache_utils"
 _LAYERS = frozenset({"DynamicLayer", "DynamicSlidingWindowLayer"})
+_OBJECTS = frozenset({"DynamicCache", "EncoderDecoderCache", *_LAYERS})
 _PARTS = ("self_attention_cache", "cross_attention_cache")
 
 
 def is_cache(kind: type) -> bool:
     """Whether a class is that of a cache that grows with its tokens, or of a pair of them."""
     return kind.__module__ == _MODULE and kind.__qualname__ in ("DynamicCache", "EncoderDecoderCache")
+
+
+def is_of_caches(kind: type) -> bool:
+    """Whether a class is that of such a cache or of one of its layers: all they have are their attributes."""
+    return kind.__module__ == _MODULE and kind.__qualname__ in _OBJECTS
 
 
 def kind_of_cache(cache: Any) -> tuple[Any, ...] | None:

@@ -121,6 +121,10 @@ class CudaGraphs:
         """A number that changes when graphs recorded before no longer draw the program's random numbers."""
         return runtime.of(Generators).lost
 
+    def allocated(self) -> int:
+        """Bytes that tensors of this process have of it."""
+        return int(torch.cuda.memory_allocated(self.device))
+
     def held(self) -> int:
         """Bytes that the device has given to this process for tensors."""
         return int(torch.cuda.memory_reserved(self.device))

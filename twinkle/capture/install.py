@@ -28,8 +28,8 @@ class Installed:
     """What was put into models in this process.
 
     Attributes:
-        calls_for: Makes what stands in the slots of alike blocks, given these and their record; one for each
-            block, in their order.
+        calls_for: Makes what stands in the slots of alike blocks, or of the one that calls them, given these
+            and their record; one for each block, in their order.
     """
 
     def __init__(self) -> None:
@@ -72,14 +72,16 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
         again: Blocks that :func:`remove` has emptied are filled as well.
 
     Returns:
-        The blocks whose slots were filled.
+        The blocks, and the modules that call them, whose slots were filled.
     """
     state = runtime.of(Installed)
-    if slot_of(model) is not None:
+    found = slot_of(model)
+    if found is not None and not found.is_of_trunk:
         return []
     filled: list[nn.Module] = []
-    for stack in stacks_of(model):
-        blocks = [block for block in stack.blocks if slot_of(block) is None and (again or not is_left(block))]
+    stacks = stacks_of(model)
+    for stack in stacks:
+        blocks = [block for block in stack.blocks if _is_free(block) and (again or not is_left(block))]
         if not blocks or _copies_itself(stack.cls):
             continue
         state.prepare()
@@ -95,7 +97,27 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
                 empty(inner)
             fill(block, call)
         filled += blocks
+    for path, trunk in {id(stack.trunk[1]): stack.trunk for stack in stacks if stack.trunk}.values():
+        if _takes(trunk, again=again):
+            state.prepare()
+            cls = class_of(trunk)
+            record = captured().stack(class_of(model).__name__, path, cls.__name__, 1, is_trunk=True)
+            fill(trunk, *state.calls_for([trunk], record))
+            filled.append(trunk)
     return filled
+
+
+def _is_free(block: nn.Module) -> bool:
+    """Whether a block has no call yet, or that of a trunk, which it was before others stood beside it."""
+    found = slot_of(block)
+    return found is None or found.is_of_trunk
+
+
+def _takes(trunk: nn.Module, *, again: bool) -> bool:
+    """Whether a module that calls blocks gets a call of its own."""
+    if trunk._compiled_call_impl is not None or _copies_itself(class_of(trunk)):
+        return False
+    return again or not is_left(trunk)
 
 
 def _copies_itself(cls: type[nn.Module]) -> bool:

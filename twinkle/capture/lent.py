@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from twinkle.capture.pool import Pool
     from twinkle.capture.weights import Weights
 
-__all__ = ["Lent", "copies_of", "lend"]
+__all__ = ["Lent", "lend"]
 
 _NOTHING = frozenset({NoneType})
 _COPIES = 2  # backwards of a recording whose gradients are copied before others are lent
@@ -139,18 +139,3 @@ def lend(
         else:
             left.append(at)
     return left
-
-
-def copies_of(found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """Copies of gradients, those of one dtype in one go."""
-    made: list[Tensor | None] = [None] * len(found)
-    by_dtype: dict[torch.dtype, list[int]] = {}
-    for at, one in enumerate(found):
-        if one is not None:
-            by_dtype.setdefault(one.dtype, []).append(at)
-    with torch.no_grad():
-        for places in by_dtype.values():
-            copies = torch._foreach_mul([found[at] for at in places], 1.0)
-            for at, copy in zip(places, copies, strict=True):
-                made[at] = copy
-    return made

@@ -216,11 +216,19 @@ class Pool:
         for holder in [*self.holders]:
             holder.close()
 
-    def has_room(self) -> bool:
-        """Whether one recording more may be made: within the limit, and the device is not nearly full."""
+    def allocated(self) -> int:
+        """Bytes that tensors of this process have."""
+        return int(self._training.allocated())
+
+    def has_room(self, needed: int = 0) -> bool:
+        """Whether one recording more may be made: within the limit, and the device is not nearly full.
+
+        Args:
+            needed: Bytes that it will hold; 0 where it is like those before it.
+        """
         if self.is_short:
             return False
-        last = self.used // max(1, self.count)
+        last = needed or self.used // max(1, self.count)
         if self.used + last > self.limit:
             return False
         return bool(self._training.free() > self._training.total() // 20 + 2 * last)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from twinkle.capture.aliases import Aliases
 from twinkle.capture.backward import Backward
-from twinkle.capture.buffers import Input, Shared, alias
+from twinkle.capture.buffers import FEW, Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
 from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, flattened, template
+from twinkle.capture.surroundings import as_if_run
 from twinkle.capture.weights import is_taken
 
 if TYPE_CHECKING:
@@ -28,12 +29,14 @@ if TYPE_CHECKING:
     from twinkle.capture.state import StackRecord
     from twinkle.capture.weights import Calls, Weights
 
-__all__ = ["BUSY", "FILLED", "NO_ROOM", "SHORT", "Recording"]
+__all__ = ["BUSY", "FILLED", "GIVEN", "NO_ROOM", "SHORT", "Recording"]
 
 NO_ROOM = "no room: recordings may hold no more memory"
 SHORT = "given back: the device ran out of memory"
 FILLED = "its cache holds tokens already"
+GIVEN = "a cache is given to it"
 _SAME: Any = contextlib.nullcontext()
+_MOST_READ = 4  # results that others may read where they are: those of a cache come after them
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
 
 
@@ -80,6 +83,7 @@ class Recording:
         self._check_results()
         self.grad = wanted and any(one.requires_grad for one in self.kept)
         self._static = [one.detach() for one in self.kept]
+        self._is_many = len(self._static) > FEW
         self._results = len(self._static) - 2 * len(self._uses.updates)
         if not self.grad:
             self.kept = []
@@ -100,7 +104,7 @@ class Recording:
         self._constants = [at for at, one in enumerate(self.kept) if not one.requires_grad]
         self._links = {id(self.inputs[at].shared) for at in self.where}
         self.strayed = 0
-        self.outputs = [Shared(alias(one), self.order) for one in self._static[: self._results]]
+        self.outputs = [Shared(alias(one), self.order) for one in self._static[: self._results][:_MOST_READ]]
         for output in self.outputs:
             self.pool.offer(output)
         self.shared = [*(shared for _, _, shared in self._common), *self.outputs]
@@ -155,7 +159,7 @@ class Recording:
             made: list[Tensor] = []
             uses.clear()
             args, kwargs = self._fill(tensors, empty_caches(self._caches, uses, made))
-            with self._casting(), aliases or _SAME:
+            with self._casting(), aliases or _SAME, as_if_run():
                 result = block._call_impl(*args, **kwargs)
             out: list[Tensor] = []
             rebuild = flattened(result, out, {id(one): at for at, one in enumerate(tensors)})
@@ -234,6 +238,8 @@ class Recording:
         self._replay()
         if before is not None:
             self._uses_random = self.graphs.random() != before
+        if self._is_many:
+            return tuple(copies_of(self._static))
         return tuple([one.clone() for one in self._static])
 
     def forward(

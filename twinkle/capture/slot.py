@@ -31,6 +31,11 @@ class Slot:
 
     __slots__ = ()
 
+    @property
+    def is_of_trunk(self) -> bool:
+        """Whether the module is one that calls blocks, which have slots of their own."""
+        return False
+
     def close(self) -> None:
         """Give back what it holds: it was taken out of its module."""
 

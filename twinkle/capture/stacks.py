@@ -22,7 +22,8 @@ from twinkle.swap.generated import original_of
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator
 
-    Entries = Iterator[tuple[str, nn.Module]]
+    Place = tuple[str, nn.Module]
+    Entries = Iterator[Place]
 
 __all__ = ["FEWEST", "Stack", "class_of", "stacks_of"]
 
@@ -45,15 +46,21 @@ _PARAMETRIZED = "parametrizations"
 class Stack:
     """Alike blocks of a model.
 
+    The module whose ``forward`` goes through the list that they are in is their *trunk*.
+
     Attributes:
         container: The qualified name of the list that holds them; empty where it is the model itself.
         blocks: In the order in which they stand there, each once.
         cls: Their class, below what Twinkle and torch have generated on top of it.
+        trunk: Its qualified name, empty for the model itself, and the module; None for a list alone.
     """
 
-    __slots__ = ("blocks", "cls", "container")
+    __slots__ = ("blocks", "cls", "container", "trunk")
 
-    def __init__(self, container: str, blocks: list[nn.Module], cls: type[nn.Module]) -> None:
+    def __init__(
+        self, container: str, blocks: list[nn.Module], cls: type[nn.Module], trunk: Place | None
+    ) -> None:
+        self.trunk = trunk
         self.container = container
         self.blocks = blocks
         self.cls = cls
@@ -77,7 +84,7 @@ def stacks_of(model: nn.Module) -> list[Stack]:
         model: Any module, which may be a list itself; on any device, also ``meta``.
     """
     found: list[Stack] = []
-    _visit(model, "", found, set())
+    _visit(model, "", None, found, set())
     return found
 
 
@@ -86,13 +93,14 @@ def class_of(module: nn.Module) -> type[nn.Module]:
     return core_of(original_of(type(module)))[0]
 
 
-def _visit(module: nn.Module, path: str, found: list[Stack], seen: set[int]) -> None:
+def _visit(module: nn.Module, path: str, trunk: Place | None, found: list[Stack], seen: set[int]) -> None:
     if id(module) in seen or _is_compiled(module):
         return
     seen.add(id(module))
     if not _is_container(module):
+        trunk = (path, module)
         for name, child in module.named_children():
-            _visit(child, _joined(path, name), found, seen)
+            _visit(child, _joined(path, name), trunk, found, seen)
         return
     entries = {id(entry): (place, entry) for place, entry in reversed(list(_flat(module, path)))}
     groups: dict[Hashable, list[tuple[str, nn.Module]]] = {}
@@ -105,10 +113,10 @@ def _visit(module: nn.Module, path: str, found: list[Stack], seen: set[int]) -> 
         # In a chain the odd one may be its stem or its head.
         if len(alike) >= FEWEST or (many and not _is_chain(module)):
             blocks = [entry for _, entry in alike]
-            found.append(Stack(_common([place for place, _ in alike]), blocks, class_of(blocks[0])))
+            found.append(Stack(_common([place for place, _ in alike]), blocks, class_of(blocks[0]), trunk))
             seen.update(map(id, blocks))
     for place, entry in reversed(entries.values()):
-        _visit(entry, place, found, seen)
+        _visit(entry, place, trunk, found, seen)
 
 
 def _flat(container: nn.Module, path: str) -> Entries:
@@ -192,7 +200,7 @@ def _is_model(module: nn.Module) -> bool:
         return False
     inside: list[Stack] = []
     for name, child in module.named_children():
-        _visit(child, name, inside, {id(module)})
+        _visit(child, name, None, inside, {id(module)})
     return bool(inside)
 
 

@@ -42,7 +42,10 @@ class StackRecord:
     Models of the same class with as many blocks share a record. Counts that threads write at the same time
     may miss a call.
 
+    What calls them all, their trunk, has a record of its own.
+
     Attributes:
+        is_trunk: It is of a module that calls blocks: ``blocks`` is one, ``container`` its own name.
         model: The name of the model's class.
         container: The qualified name of the container in the model, such as ``model.layers``.
         block: The name of the blocks' class.
@@ -61,6 +64,7 @@ class StackRecord:
         "calls",
         "container",
         "held",
+        "is_trunk",
         "lock",
         "model",
         "models",
@@ -69,7 +73,10 @@ class StackRecord:
         "signatures",
     )
 
-    def __init__(self, model: str, container: str, block: str, blocks: int) -> None:
+    def __init__(
+        self, model: str, container: str, block: str, blocks: int, *, is_trunk: bool = False
+    ) -> None:
+        self.is_trunk = is_trunk
         self.model = model
         self.container = container
         self.block = block
@@ -132,6 +139,7 @@ class StackRecord:
             "container": self.container,
             "block": self.block,
             "blocks": self.blocks,
+            "is_trunk": self.is_trunk,
             "models": self.models,
             "signatures": signatures,
             "replays": self.replays,
@@ -146,9 +154,18 @@ class Captured:
 
     def __init__(self) -> None:
         self._lock = forks.lock()
-        self._records: dict[tuple[str, str, str, int], StackRecord] = {}
+        self._records: dict[tuple[str, str, str, int, bool], StackRecord] = {}
 
-    def stack(self, model: str, container: str, block: str, blocks: int, *, new: bool = True) -> StackRecord:
+    def stack(
+        self,
+        model: str,
+        container: str,
+        block: str,
+        blocks: int,
+        *,
+        new: bool = True,
+        is_trunk: bool = False,
+    ) -> StackRecord:
         """The record of a stack of one more model; made where there is none of such a stack.
 
         Args:
@@ -157,12 +174,13 @@ class Captured:
             block: The name of the blocks' class.
             blocks: How many blocks of that class there are in it.
             new: The model counts as one more; otherwise it has got further blocks.
+            is_trunk: It is the one that calls them.
         """
         with self._lock:
-            key = (model, container, block, blocks)
+            key = (model, container, block, blocks, is_trunk)
             record = self._records.get(key)
             if record is None:
-                record = self._records[key] = StackRecord(*key)
+                record = self._records[key] = StackRecord(*key[:4], is_trunk=is_trunk)
             record.models += new
         return record
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from twinkle.capture.lent import copies_of, lend
+from twinkle.capture.buffers import copies_of
+from twinkle.capture.lent import lend
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ class Weights:
         """Copy what a replay is about to write to."""
         found = self._found[at]
         if found is not None and found[1] is not None:
-            self._found[at] = copies_of(found[0]), None
+            self._found[at] = _settled(found[0]), None
 
     def take(
         self, wanted: Sequence[Tensor | None], parameters: Sequence[Tensor], nodes: Sequence[Any]
@@ -114,9 +115,17 @@ class Weights:
                 copied += [lent[0][0], *lend(parameters, made, lent[1:])]
             else:
                 copied += [at for at, _, _ in lent]
-            for at, copy in zip(copied, copies_of([made[at] for at in copied]), strict=True):
+            for at, copy in zip(
+                copied, copies_of([one for at in copied if (one := made[at]) is not None]), strict=True
+            ):
                 made[at] = copy
         return made
+
+
+def _settled(found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Copies of those gradients that there are."""
+    copies = iter(copies_of([one for one in found if one is not None]))
+    return [None if one is None else next(copies) for one in found]
 
 
 def is_awaited(tensors: Sequence[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from twinkle.fuse.rotations import plain_rotation
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.failures import is_failure
 from twinkle.proof import first_use
-from twinkle.proof.room import comparing
+from twinkle.proof.room import comparing, is_capturing
 from twinkle.proof.speed import ORIGINAL, Speed, speed_at_call
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
@@ -120,7 +120,7 @@ class FusedStep:
             The kernel's result, or None when the original steps are to run.
         """
         candidate = self.candidate(owner)
-        if candidate is None or _capturing() or comparing() or candidate.proofs.given_up(ANY):
+        if candidate is None or is_capturing() or comparing() or candidate.proofs.given_up(ANY):
             return None
         grad = _recording()
         comparison = cache(comparison)
@@ -265,7 +265,3 @@ def tensor_text(tensor: Any) -> str:
 
 def _nothing() -> None:
     """Nobody is to be told: the forward was taken out by another call."""
-
-
-def _capturing() -> bool:
-    return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())

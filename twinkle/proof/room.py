@@ -23,7 +23,15 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["Generators", "NotNow", "clean_room", "comparing", "is_recomputing", "reason_against"]
+__all__ = [
+    "Generators",
+    "NotNow",
+    "clean_room",
+    "comparing",
+    "is_capturing",
+    "is_recomputing",
+    "reason_against",
+]
 
 _autograd: Any = torch._C._autograd
 _ACCELERATORS = ("cuda", "xpu", "mps")
@@ -48,6 +56,15 @@ def comparing() -> bool:
     return _occupied.now
 
 
+def is_capturing() -> bool:
+    """Whether what is launched in this thread goes into a CUDA graph.
+
+    ``torch.cuda.is_current_stream_capturing`` is not asked: where Twinkle captures layers it says what it
+    would say without that.
+    """
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isCurrentStreamCapturing())
+
+
 def reason_against(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) -> str | None:
     """Why no comparison can be made now, in words that follow "not compared yet"; None where one can.
 
@@ -64,7 +81,7 @@ def reason_against(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False
         return "inside forward-mode autograd"
     if torch._C._get_tracing_state() is not None:
         return "inside torch.jit.trace"
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if is_capturing():
         return "while a CUDA graph is captured"
     if is_recomputing():
         return "while checkpointed activations are computed again"

@@ -34,17 +34,22 @@ def lines(captures: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     """
     if not captures:
         return []
-    return ["captured layers", *(line for one in captures for line in _stack(one, width))]
+    trunks = [one for one in captures if one.get("is_trunk")]
+    return ["captured layers", *(line for one in captures for line in _stack(one, trunks, width))]
 
 
-def _stack(one: Mapping[str, Any], width: int) -> list[str]:
+def _stack(one: Mapping[str, Any], trunks: Sequence[Mapping[str, Any]], width: int) -> list[str]:
     place = " ".join(part for part in (one["model"], one["container"]) if part)
     models = f" in each of {one['models']} models" if one["models"] > 1 else ""
     did = [f"{_times(one['replays'], 'call')} replayed" if one["signatures"] else "nothing is captured"]
+    if not one["signatures"] and not one.get("is_trunk"):
+        around = [trunk for trunk in trunks if trunk["signatures"] and _is_inside(one, trunk)]
+        did = [f"replayed as a part of {trunk['block']}" for trunk in around] or did
     if one["most_bytes"]:
         now, most = size_in_words(one["bytes"]), size_in_words(one["most_bytes"])
         did.append(f"{most} held" if now == most else f"{now} held, {most} at most")
-    rows = [f"  {place}: {one['blocks']} x {one['block']}{models}: {', '.join(did)}"]
+    what = f"all of {one['block']}" if one.get("is_trunk") else f"{one['blocks']} x {one['block']}"
+    rows = [f"  {place}: {what}{models}: {', '.join(did)}"]
     rows += _some([_signature(signature) for signature in one["signatures"]], "kinds of calls")
     reasons = [f"as it is, {_times(number, 'call')}: {reason}" for reason, number in one["eager"].items()]
     rows += _some(reasons, "reasons")
@@ -53,6 +58,11 @@ def _stack(one: Mapping[str, Any], width: int) -> list[str]:
         for row in rows
         for line in textwrap.wrap(printable(row), width=max(40, width), subsequent_indent="      ")
     ]
+
+
+def _is_inside(one: Mapping[str, Any], trunk: Mapping[str, Any]) -> bool:
+    place = trunk["container"]
+    return bool(one["model"] == trunk["model"] and (not place or one["container"].startswith(f"{place}.")))
 
 
 def _signature(one: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from twinkle.errors import KernelError
 from twinkle.ops.failures import is_failure
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.results import Parts, taken_apart
-from twinkle.proof.room import Generators, clean_room, is_recomputing, reason_against
+from twinkle.proof.room import Generators, clean_room, is_capturing, is_recomputing, reason_against
 from twinkle.proof.runs import Given, Result, run
 from twinkle.proof.twin import Held
 from twinkle.swap.backward import function_behind, guard_backward
@@ -232,7 +232,7 @@ def inspect_result(
 def random_state() -> list[tuple[torch.Generator, Tensor]]:
     """The random numbers of torch as they are, for kernels that draw some: 1.2 us on a CPU."""
     generators = [torch.default_generator]
-    if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_initialized() and not is_capturing():
         generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
     return [(generator, generator.get_state()) for generator in generators]
 

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from twinkle.proof.room import is_capturing
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -66,7 +68,7 @@ class Watch:
             bad = _bad(results, args, kwargs)
         if bad.device.type == "cpu":
             return Found(self._text(self._calls), False) if bool(bad) else None
-        if not (bad.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (bad.is_cuda and is_capturing()):
             self._answer = (*_on_its_way(bad), self._calls)
         return None
 

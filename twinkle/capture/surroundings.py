@@ -1,0 +1,133 @@
+"""What a program finds around it while it is recorded: what it would find if it ran, and nothing that waits.
+
+A recording stands for what the program does by itself. So it is not told that a graph is captured, which some
+ask before they choose their way. And what copies a number of the program to the device is put as a launch: a
+copy from the host's memory is nothing that a graph may hold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from twinkle import forks
+from twinkle.runtime import runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+__all__ = ["as_if_run"]
+
+_MOST = 64  # numbers of a constant
+_NUMBERS = frozenset({bool, int, float})
+_MODELS = "transformers.modeling_utils"
+_CACHES = "transformers.cache_utils"
+
+
+class Replaced:
+    """Held while functions of others are replaced."""
+
+    def __init__(self) -> None:
+        self.lock = forks.lock()
+
+
+@contextlib.contextmanager
+def as_if_run() -> Iterator[None]:
+    """Within it this thread's program is told what it would be without a recording.
+
+    - ``torch.cuda.is_current_stream_capturing`` says no: transformers masks all of a sequence otherwise, and
+      leaves that to the kernel when it runs.
+    - ``torch.tensor`` fills in its numbers on the device.
+    - Models of transformers do not look for padding in tokens without a mask, to warn of it: they did when
+      they ran.
+    - Its caches with a window leave the number that says so on the CPU; whoever makes such a cache of what
+      was recorded brings it to the device.
+    """
+    models: Any = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
+    windows: Any = getattr(sys.modules.get(_CACHES), "DynamicSlidingWindowLayer", None)
+    begin = None if windows is None else vars(windows).get("lazy_initialization")
+    with runtime.of(Replaced).lock, contextlib.ExitStack() as stack:
+        stack.enter_context(_instead(torch.cuda, "is_current_stream_capturing", lambda theirs: _no))
+        stack.enter_context(_instead(torch, "tensor", _filled))
+        stack.enter_context(_instead(models, "warn_if_padding_and_no_attention_mask", lambda theirs: _pass))
+        if begin is not None and _only_moves(windows, begin):
+            stack.enter_context(_instead(windows, "lazy_initialization", lambda theirs: _base_of(windows)))
+        yield
+
+
+@contextlib.contextmanager
+def _instead(owner: Any, name: str, made: Callable[[Any], Any]) -> Iterator[None]:
+    """Have this thread call another function in the place of one; nothing where there is none."""
+    theirs = None if owner is None else vars(owner).get(name)
+    if theirs is None:
+        yield
+        return
+    ours, thread = made(theirs), threading.get_ident()
+
+    @functools.wraps(theirs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (ours if threading.get_ident() == thread else theirs)(*args, **kwargs)
+
+    setattr(owner, name, call)
+    try:
+        yield
+    finally:
+        setattr(owner, name, theirs)
+
+
+def _no() -> bool:
+    return False
+
+
+def _pass(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _filled(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As ``torch.tensor``, but for a few numbers that are to be on a device."""
+
+    def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Tensor:
+        if device is not None and not kwargs and torch.device(device).type == "cuda" and _is_constant(data):
+            made = theirs(data, dtype=dtype, device="cpu")
+            if 0 < made.numel() <= _MOST:
+                values: list[Any] = made.flatten().tolist()
+                filled = [torch.full((), value, dtype=made.dtype, device=device) for value in values]
+                return torch.stack(filled).view(made.shape)
+        return theirs(data, dtype=dtype, device=device, **kwargs)
+
+    return tensor
+
+
+def _is_constant(data: Any) -> bool:
+    if type(data) in (list, tuple):
+        return len(data) <= _MOST and all(map(_is_constant, data))
+    return type(data) in _NUMBERS
+
+
+def _base_of(cls: Any) -> Callable[..., None]:
+    def lazy_initialization(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(cls, self).lazy_initialization(*args, **kwargs)
+
+    return lazy_initialization
+
+
+@functools.lru_cache(maxsize=4)
+def _only_moves(cls: Any, begin: Any) -> bool:
+    """Whether a layer with a window does nothing else with its first tokens than one without: it is tried."""
+    try:
+        one, other, keys = cls(4), cls(4), torch.zeros(1, 2, 3, 2, device="cpu")
+        begin(one, keys, keys)
+        super(cls, other).lazy_initialization(keys, keys)
+        same = [
+            torch.equal(mine, its) if isinstance(mine, Tensor) else mine == its
+            for mine, its in zip(vars(one).values(), vars(other).values(), strict=True)
+        ]
+        return all(same) and [*vars(one)] == [*vars(other)]
+    except Exception:  # of another version
+        return False
