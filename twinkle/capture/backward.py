@@ -11,6 +11,8 @@ from twinkle.capture.buffers import Shared, alias
 from twinkle.capture.lent import Lent
 from twinkle.capture.signature import BUSY, IN_USE, Unservable
 from twinkle.capture.surroundings import as_if_run
+from twinkle.ops.recorded import Recorded
+from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +60,12 @@ class Backward:
             return torch.autograd.grad(results, wanted, given, retain_graph=True, allow_unused=True)
 
         with torch.enable_grad(), as_if_run():
-            self._replay, found = recording.graphs.record(run)
+            state = runtime.of(Recorded)
+            state.backward = True
+            try:
+                self._replay, found = recording.graphs.record(run)
+            finally:
+                state.backward = False
         self._index = pool.next_index()
         self._order = recording.order
         count = len(recording.where)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -97,7 +98,10 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
                 empty(inner)
             fill(block, call)
         filled += blocks
-    for path, trunk in {id(stack.trunk[1]): stack.trunk for stack in stacks if stack.trunk}.values():
+    trunks = {id(stack.trunk[1]): stack.trunk for stack in stacks if stack.trunk is not None}
+    if trunks and _is_of_transformers(model):
+        trunks.setdefault(id(model), ("", model))
+    for path, trunk in trunks.values():
         if _takes(trunk, again=again):
             state.prepare()
             cls = class_of(trunk)
@@ -105,6 +109,14 @@ def install(model: nn.Module, *, again: bool = False) -> list[nn.Module]:
             fill(trunk, *state.calls_for([trunk], record))
             filled.append(trunk)
     return filled
+
+
+def _is_of_transformers(model: nn.Module) -> bool:
+    """Whether a model is one of transformers, whose forward does nothing but to compute its output."""
+    transformers: Any = sys.modules.get("transformers.modeling_utils")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    return class_of(model).__module__.startswith("transformers.")
 
 
 def _is_free(block: nn.Module) -> bool:

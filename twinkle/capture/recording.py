@@ -17,6 +17,7 @@ from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
 from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, flattened, template
 from twinkle.capture.surroundings import as_if_run
 from twinkle.capture.weights import is_taken
+from twinkle.deferred.forward import taken_apart
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -36,6 +37,7 @@ SHORT = "given back: the device ran out of memory"
 FILLED = "its cache holds tokens already"
 GIVEN = "a cache is given to it"
 _SAME: Any = contextlib.nullcontext()
+_MOST_GIVEN = 512 << 20  # bytes of all results, which each replay copies
 _MOST_READ = 4  # results that others may read where they are: those of a cache come after them
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
 
@@ -159,7 +161,7 @@ class Recording:
             made: list[Tensor] = []
             uses.clear()
             args, kwargs = self._fill(tensors, empty_caches(self._caches, uses, made))
-            with self._casting(), aliases or _SAME, as_if_run():
+            with self._casting(), aliases or _SAME, as_if_run(), taken_apart():
                 result = block._call_impl(*args, **kwargs)
             out: list[Tensor] = []
             rebuild = flattened(result, out, {id(one): at for at, one in enumerate(tensors)})
@@ -176,6 +178,9 @@ class Recording:
     def _check_results(self) -> None:
         taken = {one.buffer.untyped_storage().data_ptr() for one in self.inputs}
         taken |= {one.untyped_storage().data_ptr() for one in self.makeup.parameters}
+        most = min(_MOST_GIVEN, self.graphs.total() // 64)
+        if sum(int(one.nbytes) for one in self.kept) > most:
+            raise Unservable("its results are too large to be copied")
         for one in self.kept:
             if one.device != self.pool.device:
                 raise Unservable("a result is on another device than the block")

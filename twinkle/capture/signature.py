@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.caches import is_cache, is_of_caches, kind_of_cache
+from twinkle.deferred.forward import defer, made_of
+from twinkle.deferred.logits import DeferredLogits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -197,6 +199,8 @@ def flattened(result: Any, tensors: list[Tensor], given: dict[int, int]) -> Rebu
         return lambda made, inputs: result
     if kind is dict:
         return _dictionary(result, tensors, given)
+    if kind is DeferredLogits:
+        return _deferred(result, tensors, given)
     if _is_output(kind):
         fields = {name: getattr(result, name) for name in kind.__dataclass_fields__}
         if vars(result).keys() <= fields.keys():
@@ -217,6 +221,16 @@ def flattened(result: Any, tensors: list[Tensor], given: dict[int, int]) -> Rebu
     if kind is type and is_of_caches(result):
         return lambda made, inputs: result
     raise Unservable(f"its result is a {kind.__qualname__}")
+
+
+def _deferred(logits: DeferredLogits, tensors: list[Tensor], given: dict[int, int]) -> Rebuild:
+    """Logits that are computed when they are read: each replay has some of its own hidden states."""
+    call = made_of(logits)
+    if call is None:
+        raise Unservable("its result is logits that are not computed yet")
+    head, hidden = call
+    rows = flattened(hidden, tensors, given)
+    return lambda made, inputs: defer(head, rows(made, inputs))
 
 
 def _dictionary(values: dict[Any, Any], tensors: list[Tensor], given: dict[int, int]) -> Rebuild:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.frames import leave_to_python
 from twinkle.deferred.head import Head, LabelCount
+from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.nodes import DeferredHead
 from twinkle.deferred.steps import apply_pointwise
 from twinkle.deferred.switch import ModelInGraph, switch_off, switch_on
@@ -20,11 +22,12 @@ from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
 from twinkle.ops.plain import pays
+from twinkle.proof.room import is_capturing
 from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from torch import Tensor
@@ -33,8 +36,10 @@ __all__ = [
     "DeferringForward",
     "defer",
     "deferring_heads",
+    "made_of",
     "module_at",
     "reason_against",
+    "taken_apart",
 ]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -49,6 +54,10 @@ _LEAST_ON_GPU = 1 << 27
 of a deferred loss: with 2^27.6 logits in bfloat16 head and loss alone take 2.63 for 2.19 ms, a step of which
 they are a part a few percent of that, and 700 MiB less; with 2^29.6 they take 7.53 for 8.37 ms."""
 
+_LEAST_COUNTED = 1 << 27
+"""The fewest logits of which those that count are counted ahead. The host waits there until the device has
+come to this forward: with few it has nothing to do then, before the loss is issued."""
+
 
 class _Calls(threading.local):
     """The heads that are to defer, of the forwards that this thread is in, and the calls they deferred."""
@@ -56,6 +65,7 @@ class _Calls(threading.local):
     def __init__(self) -> None:
         self.heads: list[tuple[nn.Module, LabelCount | None, bool]] = []
         self.made: list[Head] = []
+        self.taken_apart = False
 
 
 _calls = _Calls()
@@ -114,7 +124,10 @@ def defer(head: Any, hidden: Tensor, *, counted: LabelCount | None = None) -> Te
     Returns:
         Deferred logits; plain logits where device or dtype of the two differ.
     """
-    return _deferred(hidden, head.weight, head.bias, counted)
+    logits = _deferred(hidden, head.weight, head.bias, counted)
+    if _calls.taken_apart and isinstance(logits, DeferredLogits):
+        logits.node.head.call = head, hidden
+    return logits
 
 
 def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: LabelCount | None) -> Tensor:
@@ -130,9 +143,30 @@ def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Labe
     logits: Tensor = DeferredHead.apply(rows, torch.ops.aten.alias(used), added, head)
     if head.fresh:
         _calls.made.append(head)
-    else:
+    elif not _calls.taken_apart:
         head.keep()
     return logits
+
+
+@contextlib.contextmanager
+def taken_apart() -> Iterator[None]:
+    """Within it logits that this thread defers are to be made anew, of hidden states like theirs."""
+    before, _calls.taken_apart = _calls.taken_apart, True
+    try:
+        yield
+    finally:
+        _calls.taken_apart = before
+
+
+def made_of(logits: DeferredLogits) -> tuple[Any, Tensor] | None:
+    """The head and the hidden states ``[..., hidden]`` of logits that were deferred to be taken apart.
+
+    None for others, and where steps came after the head.
+    """
+    node = logits.node
+    if not logits.is_deferred or logits.gradient is not None or node.previous is not None:
+        return None
+    return node.head.call
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
@@ -237,7 +271,9 @@ class DeferringForward:
         if not self.verified(model, head, labels):
             return False
         counted = None
-        if self.ignore_index is not None and isinstance(labels, torch.Tensor) and labels.is_cuda:
+        if self.ignore_index is not None and _are_many(labels, head.weight):
+            if is_capturing():
+                raise RuntimeError("its labels are counted while the device computes")
             counted = LabelCount(labels, self.ignore_index, copies=self.of_language)
         _calls.heads.append((head, counted, self.traceable))
         switch_on(head, _head_forward)
@@ -307,6 +343,13 @@ def _are_few(weight: Tensor, labels: Any, least_on_gpu: int) -> bool:
     return not pays(labels, least) and not uses_triton(weight)
 
 
+def _are_many(labels: Any, weight: Tensor) -> bool:
+    """Whether labels are counted on the GPU, so that rows that do not count are left out of the products."""
+    if not isinstance(labels, torch.Tensor) or not labels.is_cuda:
+        return False
+    return bool(labels.numel() * weight.shape[0] >= _LEAST_COUNTED)
+
+
 def _weight_at(model: Any, steps: list[str]) -> Any:
     """The weight of the head that a path of names leads to; None where it leads through no plain layers.
 
@@ -325,8 +368,9 @@ def _end() -> None:
     switch_off(head)
     made, _calls.made = _calls.made, []
     for one in made:
-        one.keep()
-        one.fresh = False
+        if one.call is None:
+            one.keep()
+            one.fresh = False
 
 
 def _finish(output: Any) -> Any:

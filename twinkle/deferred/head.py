@@ -109,6 +109,7 @@ class Head:
     Attributes:
         wants: Which of the three require a gradient.
         readers: Whatever can still ask for logits, by ``id``.
+        call: The head and its hidden states, of a call whose logits are taken apart; else None.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class Head:
         self.wants = (hidden.requires_grad, weight.requires_grad, bias is not None and bias.requires_grad)
         self.counted = counted
         self.fresh = fresh
+        self.call: tuple[Any, Tensor] | None = None
         self.readers: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
         # Aliases: `param.data = other` leaves them what they are.
         self._given = Operands(hidden.detach(), Weights(weight, bias))

@@ -13,6 +13,7 @@ import torch
 
 from twinkle.ops.causal_lm_loss.chunks import Wanted, in_chunks, uses_triton
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
+from twinkle.ops.recorded import is_recorded_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -181,7 +182,9 @@ def _is_last_use(gradient: Tensor, factor: Tensor) -> bool:
     """Whether a gradient may be changed: nobody else has it, and no other backward will want it."""
     if torch.compiler.is_compiling() or torch._C._functorch.is_legacy_batchedtensor(factor):
         return False
-    return type(gradient) is torch.Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
+    if type(gradient) is not torch.Tensor:
+        return False
+    return not torch._C._autograd._get_current_graph_task_keep_graph() or is_recorded_once()
 
 
 loss_of_all_rows.register_autograd(_scale_gradients, setup_context=_keep_gradients)
