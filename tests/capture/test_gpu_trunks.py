@@ -194,7 +194,8 @@ def test_a_whole_model_with_its_loss(tied: bool) -> None:
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
         assert done.returncode == 0, done.stderr
         found[capture] = done
-    assert " LlamaForCausalLM 12 " in found["auto"].stderr, found["auto"].stderr
+    assert "LlamaForCausalLM 13 {" in found["auto"].stderr, found["auto"].stderr
+    assert "LlamaModel 0 {" in found["auto"].stderr, "nothing inside is captured by itself"
     plain, ours = (found[capture].stdout.split() for capture in ("off", "auto"))
     assert len(plain) == len(ours) > 200
     assert [at for at in range(len(plain)) if plain[at] != ours[at]] == [], found["auto"].stderr

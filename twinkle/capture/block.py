@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -14,15 +15,16 @@ from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.chains import Chains
 from twinkle.capture.pool import Pool, pool_of
 from twinkle.capture.recording import BUSY, FILLED, GIVEN, NO_ROOM, SHORT, Recording
-from twinkle.capture.signature import IN_USE, Passing, Unservable, call_of, settings, words_of
+from twinkle.capture.signature import IN_USE, Passing, Undecided, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
+from twinkle.capture.surroundings import every_size_on
 from twinkle.capture.weights import Calls, is_awaited
 from twinkle.ops.failures import is_failure
 from twinkle.proof.room import comparing, is_capturing
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import nn
 
@@ -42,6 +44,7 @@ results of the recording whose memory is read: then it is made anew."""
 _MISSES = 8
 """Calls in a row that could not be replayed, after which as many as there were are not looked at."""
 _MOST_SKIPPED = 32
+_EARLY = "before it was recorded"
 _HOST_IS_SLOW = 1.15
 """Device time over host time above which a replay would gain nothing: the device is the wall."""
 
@@ -190,16 +193,36 @@ class BlockCall(Slot):
                 self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
                 recording = self._recording(block, call, (call.key, settings()), pool)
-                if isinstance(recording, Kind):
-                    return recording.timed(block, args, kwargs, pool)
-                if recording is not None:
+                if type(recording) is Recording:
                     self._misses = 0
                     result = recording.replay(block, call, stack.chains)
                     stack.record.replays += 1
                     return result
+                assert isinstance(recording, Kind)
+                with self._undecided(pool):
+                    return recording.timed(block, args, kwargs, pool)
+        except Undecided as why:
+            stack.record.eager(str(why))
+            with self._undecided(pool):
+                return block._call_impl(*args, **kwargs)
         except Unservable as why:
             self._missed(str(why))
         return block._call_impl(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _undecided(self, pool: Pool) -> Iterator[None]:
+        """A call that runs as it is until those of its kind are captured, or found not to be worth it.
+
+        Kernels take small inputs for large ones, as they do in a replay: there the host costs nothing. Of a
+        trunk nothing inside is captured by itself meanwhile.
+        """
+        outer = self.is_of_trunk
+        pool.undecided += outer
+        try:
+            with every_size_on(pool.device):
+                yield
+        finally:
+            pool.undecided -= outer
 
     def _missed(self, why: str) -> None:
         self._stack.record.eager(why)
@@ -218,10 +241,11 @@ class BlockCall(Slot):
         self._known.clear()
         self._stack.chains = Chains()
 
-    def _recording(self, block: nn.Module, call: Call, key: Any, pool: Pool) -> Recording | Kind | None:
-        """The recording for a call, made now where it is time; a kind that is timed; None for a plain call.
+    def _recording(self, block: nn.Module, call: Call, key: Any, pool: Pool) -> Recording | Kind:
+        """The recording for a call, made now where it is time; or a kind that is timed.
 
         Raises:
+            Undecided: It is not time yet.
             Unservable: The call runs as it is.
         """
         known = self._known.get(key, 0)
@@ -237,11 +261,15 @@ class BlockCall(Slot):
                 if len(self._known) > 2 * _MOST_KINDS:
                     self._known = {one: made for one, made in self._known.items() if type(made) is not int}
                 self._known[key] = known + 1
-                self._stack.record.eager("before it was recorded")
-                return kind if known == WARM - 1 and pool.device.type == "cuda" else None
+                if known == WARM - 1 and pool.device.type == "cuda":
+                    self._stack.record.eager(_EARLY)
+                    return kind
+                raise Undecided(_EARLY)
+            if pool.undecided:
+                raise Undecided(_EARLY)
             why = kind.decide()
             if why is not None:
-                raise Unservable(why)
+                raise Unservable(why) if kind.refused is not None else Undecided(why)
             known = self._known[key] = self._record(block, call, kind, pool)
         if known.broken is not None:
             self._known[key] = 0
@@ -292,7 +320,8 @@ class BlockCall(Slot):
         except Exception as error:
             if not is_failure(error):
                 raise
-            text = f"it cannot be recorded: {type(error).__name__}: {error}".partition("\n")[0]
+            said = f"{type(error).__name__}: {error}".partition("\n")[0]
+            text = f"it cannot be recorded: {said}{_place_of(error)}"
             self._failed(kind, text)
             raise Unservable(text) from error
         pool.holders.add(self)
@@ -339,6 +368,17 @@ def _watches() -> bool:
     registry = runtime.registry
     chosen = {kernel.watch for kernel in (*registry.layer_kernels, *registry.function_kernels)}
     return bool(chosen - {None, "off"}) or runtime.options.watch != "off"
+
+
+def _place_of(error: Exception) -> str:
+    """Where the program was: the last line of it that is neither torch's nor Twinkle's."""
+    found, step = "", error.__traceback__
+    while step is not None:
+        name = str(step.tb_frame.f_globals.get("__name__", ""))
+        if name.partition(".")[0] not in ("torch", "twinkle"):
+            found = f" (at {name}:{step.tb_lineno})"
+        step = step.tb_next
+    return found
 
 
 def _is_plain() -> bool:

@@ -68,6 +68,7 @@ class Pool:
         holders: Of recordings.
         last_backward: The one that was replayed last.
         nothing: An empty tensor.
+        undecided: How many calls are under way that may soon be captured with all that is called in them.
         lends: Whether parameters may be lent the memory of their gradients.
         age: Counts how often all was to be recorded anew.
     """
@@ -85,6 +86,7 @@ class Pool:
         self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._looked = 0.0
         self.lends = True
+        self.undecided = 0
         self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
         self._order_of_training, self._order_of_inference = Order(), Order()

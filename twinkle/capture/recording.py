@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from twinkle.capture.buffers import FEW, Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
 from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, flattened, template
-from twinkle.capture.surroundings import as_if_run
+from twinkle.capture.surroundings import as_if_run, every_size_on
 from twinkle.capture.weights import is_taken
 from twinkle.deferred.forward import taken_apart
 
@@ -156,12 +157,13 @@ class Recording:
         self, block: nn.Module, tensors: Sequence[Tensor], uses: CacheUses, aliases: Aliases | None = None
     ) -> Callable[[], Any]:
         """A function that calls the block with other tensors, and gives all tensors that come out of it."""
+        sizes = functools.partial(every_size_on, self.pool.device)
 
         def run() -> Any:
             made: list[Tensor] = []
             uses.clear()
             args, kwargs = self._fill(tensors, empty_caches(self._caches, uses, made))
-            with self._casting(), aliases or _SAME, as_if_run(), taken_apart():
+            with self._casting(), aliases or _SAME, as_if_run(), taken_apart(), sizes():
                 result = block._call_impl(*args, **kwargs)
             out: list[Tensor] = []
             rebuild = flattened(result, out, {id(one): at for at, one in enumerate(tensors)})

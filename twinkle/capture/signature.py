@@ -23,6 +23,7 @@ __all__ = [
     "IN_USE",
     "Call",
     "Passing",
+    "Undecided",
     "Unservable",
     "call_of",
     "flattened",
@@ -44,6 +45,10 @@ class Unservable(Exception):
 
 class Passing(Unservable):
     """What may be otherwise at a later call."""
+
+
+class Undecided(Unservable):
+    """Whether calls of this kind are captured is not known yet."""
 
 
 class Call:

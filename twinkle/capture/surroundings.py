@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from twinkle import forks
+from twinkle.ops.plain import at_every_size
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["as_if_run"]
+__all__ = ["as_if_run", "every_size_on"]
 
 _MOST = 64  # numbers of a constant
 _NUMBERS = frozenset({bool, int, float})
@@ -59,6 +60,11 @@ def as_if_run() -> Iterator[None]:
         if begin is not None and _only_moves(windows, begin):
             stack.enter_context(_instead(windows, "lazy_initialization", lambda theirs: _base_of(windows)))
         yield
+
+
+def every_size_on(device: torch.device) -> Any:
+    """Within it the kernels of a GPU run at every size: what a launch costs the host is not of a replay."""
+    return at_every_size() if device.type == "cuda" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
