@@ -350,10 +350,12 @@ class Recording:
         now = self.graphs.random()
         if context.random is not None:
             self.graphs.set_random(context.random)
+        self.pool.undecided += 1  # what is called in the block runs as it is
         try:
             with torch.enable_grad():
                 _, out = self._run_of(context.block, tensors, CacheUses())()
         finally:
+            self.pool.undecided -= 1
             if context.random is not None:
                 self.graphs.set_random(now)
         given = [(one, grad) for one, grad in zip(out, grads, strict=True) if grad is not None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.caches import is_cache, is_of_caches, kind_of_cache
-from twinkle.deferred.forward import defer, made_of
+from twinkle.deferred.forward import made_of
 from twinkle.deferred.logits import DeferredLogits
 
 if TYPE_CHECKING:
@@ -230,12 +230,11 @@ def flattened(result: Any, tensors: list[Tensor], given: dict[int, int]) -> Rebu
 
 def _deferred(logits: DeferredLogits, tensors: list[Tensor], given: dict[int, int]) -> Rebuild:
     """Logits that are computed when they are read: each replay has some of its own hidden states."""
-    call = made_of(logits)
-    if call is None:
+    found = made_of(logits)
+    if found is None:
         raise Unservable("its result is logits that are not computed yet")
-    head, hidden = call
-    rows = flattened(hidden, tensors, given)
-    return lambda made, inputs: defer(head, rows(made, inputs))
+    rows = flattened(found.hidden, tensors, given)
+    return lambda made, inputs: found.again(rows(made, inputs))
 
 
 def _dictionary(values: dict[Any, Any], tensors: list[Tensor], given: dict[int, int]) -> Rebuild:

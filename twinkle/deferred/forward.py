@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.frames import leave_to_python
 from twinkle.deferred.head import Head, LabelCount
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.nodes import DeferredHead
-from twinkle.deferred.steps import apply_pointwise
+from twinkle.deferred.steps import Number, apply_pointwise
 from twinkle.deferred.switch import ModelInGraph, switch_off, switch_on
 from twinkle.deferred.traced import TracedLogits
 from twinkle.deferred.verification import loss_verified
@@ -28,9 +28,8 @@ from twinkle.swap.tensors import constant
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
 
-    from torch import Tensor
+    from twinkle.deferred.steps import PointwiseOp
 
 __all__ = [
     "DeferringForward",
@@ -158,15 +157,38 @@ def taken_apart() -> Iterator[None]:
         _calls.taken_apart = before
 
 
-def made_of(logits: DeferredLogits) -> tuple[Any, Tensor] | None:
-    """The head and the hidden states ``[..., hidden]`` of logits that were deferred to be taken apart.
+class Made(NamedTuple):
+    """What deferred logits are made of.
 
-    None for others, and where steps came after the head.
+    Attributes:
+        head: The module.
+        hidden: What it was given, ``[..., hidden]``.
+        pointwise: What was done to its logits, each number by itself.
+    """
+
+    head: Any
+    hidden: Tensor
+    pointwise: tuple[PointwiseOp, ...]
+
+    def again(self, hidden: Tensor) -> Tensor:
+        """The same of other hidden states, deferred."""
+        return apply_pointwise(defer(self.head, hidden), self.pointwise)
+
+
+def made_of(logits: DeferredLogits) -> Made | None:
+    """What logits are made of that were deferred to be taken apart; None for others.
+
+    None as well where only some of their rows are left, or a tensor was added to them.
     """
     node = logits.node
-    if not logits.is_deferred or logits.gradient is not None or node.previous is not None:
+    if not logits.is_deferred or logits.gradient is not None or node.head.call is None:
         return None
-    return node.head.call
+    found = Made(*node.head.call, node.pointwise)
+    while node.previous is not None:
+        if not isinstance(node.step, Number):
+            return None
+        node = node.previous
+    return found
 
 
 def _head_forward(self: Any, input: Tensor) -> Tensor:
