@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.capture import block as the_module
-from twinkle.capture.block import BlockCall, Stack
+from twinkle.capture.block import BlockCall
+from twinkle.capture.kinds import Stack
 from twinkle.capture.pool import Pool
 from twinkle.capture.state import StackRecord
 from twinkle.proof.room import is_capturing
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
 __all__ = ["EmulatedGraphs", "put_in"]
 
@@ -30,6 +32,8 @@ class EmulatedGraphs:
 
     memory = 1 << 40
     short = 0
+    waits = True
+    """Whether what is recorded may read numbers, as it may not on a device."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -40,7 +44,8 @@ class EmulatedGraphs:
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         run = functools.partial(_captured, run)
         state = torch.get_rng_state()
-        first = run()
+        with contextlib.nullcontext() if self.waits else _nothing_is_read():
+            first = run()
         torch.set_rng_state(state)  # a graph that is recorded draws nothing
         self.recorded += 1
         graph = _Graph(self, run, first)
@@ -103,6 +108,22 @@ class _Graph:
                 old.copy_(new)
         if isinstance(self._first[-1], list):
             self._first[-1][:] = again[-1]
+
+
+@contextlib.contextmanager
+def _nothing_is_read() -> Iterator[None]:
+    def refuse(self: Tensor) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    names = ("item", "__bool__", "__int__", "__float__", "__index__")
+    new = [name for name in names if name not in vars(Tensor)]  # others answer already
+    for name in new:
+        setattr(Tensor, name, refuse)
+    try:
+        yield
+    finally:
+        for name in new:
+            delattr(Tensor, name)
 
 
 def _captured(run: Callable[[], Any]) -> Any:

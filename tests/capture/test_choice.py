@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from twinkle.capture import block as block_module
-from twinkle.capture.block import Kind
+from twinkle.capture import kinds
+from twinkle.capture.kinds import Kind
 
 
 class Layer(nn.Module):
@@ -43,7 +43,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
             return next(clock) * times["host"] / 1e3
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(block_module, "time", Clock)
+    monkeypatch.setattr(kinds, "time", Clock)
     return times
 
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from twinkle.capture.block import BlockCall, Stack
+from twinkle.capture.block import BlockCall
+from twinkle.capture.kinds import Stack
 from twinkle.capture.pool import Pool
 from twinkle.capture.stacks import stacks_of
 from twinkle.capture.state import StackRecord

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from twinkle.capture.block import BlockCall, Stack
+from twinkle.capture.block import BlockCall
+from twinkle.capture.kinds import Stack
 from twinkle.capture.pool import Pool
 from twinkle.capture.state import StackRecord
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from twinkle.capture.block import BlockCall, Stack
+from twinkle.capture.block import BlockCall
 from twinkle.capture.buffers import Shared
+from twinkle.capture.kinds import Stack
 from twinkle.capture.order import Order
 from twinkle.capture.pool import Pool
 from twinkle.capture.signature import IN_USE

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.capture.recording import GIVEN, NO_ROOM
-from twinkle.capture.signature import flattened
+from twinkle.capture.results import flattened
 from twinkle.capture.stacks import stacks_of
 from twinkle.capture.surroundings import as_if_run
 
@@ -300,7 +300,7 @@ def test_numbers_that_are_filled_in_are_those_that_would_be_copied(data: Any, dt
         return full(*args, **kwargs)
 
     full = torch.full
-    tensor = surroundings._filled(torch.tensor)
+    tensor = surroundings.filled(torch.tensor)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "full", on_the_cpu)
         found = tensor(data, dtype=dtype, device="cuda")

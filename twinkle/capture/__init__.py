@@ -5,11 +5,12 @@ It stands beside the way of a kernel, as the deferred logits do.
 
 In reading order:
 
-- ``stacks``: which blocks of a model are alike, by the structure of the model;
+- ``stacks``: which blocks of a model are alike, by its structure, and what calls them: their trunk;
 - ``slot``: where a module has a place for another call than its own;
 - ``install``: puts a callable in the place of each block's call, and takes it out again;
-- ``block``: what stands there: which calls are recorded, and which are replayed;
-- ``signature``, ``caches``: what kind of call a call is;
+- ``block``: what stands there: which calls are recorded, and which are replayed; ``kinds``: where that pays;
+- ``signature``, ``caches``: what kind of call a call is; ``results``: what it gives;
+- ``surroundings``, ``answers``: what a program finds around it while it is recorded;
 - ``recording``: one kind of call of one block, with ``guard`` (is the block what it was?) and ``aliases``;
 - ``backward``: the graph of its backward; ``weights``, ``chains`` and ``lent``: how gradients of weights get
   to the parameters;

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,11 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
+from twinkle.capture.answers import is_wait, numbers_read
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.chains import Chains
-from twinkle.capture.pool import Pool, pool_of
+from twinkle.capture.kinds import MOST_KINDS, WARM, Kind, Stack
+from twinkle.capture.pool import pool_of
 from twinkle.capture.recording import BUSY, FILLED, GIVEN, NO_ROOM, SHORT, Recording
 from twinkle.capture.signature import IN_USE, Passing, Undecided, Unservable, call_of, settings, words_of
 from twinkle.capture.slot import Slot
@@ -28,14 +29,13 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from twinkle.capture.answers import Answer
+    from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
     from twinkle.capture.state import StackRecord
 
-__all__ = ["BlockCall", "Stack", "calls_for"]
+__all__ = ["BlockCall", "calls_for"]
 
-WARM = 2
-"""Calls of a kind that run as they are before one is recorded."""
-_MOST_KINDS = 64
 _MOST_RECORDINGS = 8
 _MOST_ATTEMPTS = 3
 _MOST_STRAYED = 4
@@ -45,88 +45,6 @@ _MISSES = 8
 """Calls in a row that could not be replayed, after which as many as there were are not looked at."""
 _MOST_SKIPPED = 32
 _EARLY = "before it was recorded"
-_HOST_IS_SLOW = 1.15
-"""Device time over host time above which a replay would gain nothing: the device is the wall."""
-
-
-class Stack:
-    """Alike blocks of one model, or the one module that calls them: what is decided for all of them.
-
-    Args:
-        record: What the report knows of them.
-        pool: Where recordings go; that of the blocks' device where None.
-        always: Record also where it was not found to be faster.
-    """
-
-    def __init__(self, record: StackRecord, pool: Pool | None = None, *, always: bool = False) -> None:
-        self.record = record
-        self._always = always
-        self.pool = pool
-        self.kinds: dict[Any, Kind] = {}
-        self.blocks: weakref.WeakSet[BlockCall] = weakref.WeakSet()
-        self.chains = Chains()
-
-    def kind(self, key: Any) -> Kind | None:
-        """One kind of call; None where there are more kinds than are kept in mind."""
-        known = self.kinds.get(key)
-        if known is None:
-            if len(self.kinds) >= _MOST_KINDS:
-                seldom = next((one for one, kind in self.kinds.items() if not kind.chosen), None)
-                if seldom is None:
-                    return None
-                del self.kinds[seldom]
-            known = self.kinds[key] = Kind(chosen=self._always)
-        return known
-
-
-class Kind:
-    """One kind of call of the blocks of a stack, and whether it is captured.
-
-    Attributes:
-        refused: Why it is not; None while that is open, or when it is.
-        chosen: Whether it was found that the host is the wall.
-        attempts: Recordings that failed.
-        kept: Bytes that a call has kept for its backward.
-    """
-
-    def __init__(self, *, chosen: bool = False) -> None:
-        self.kept = 0
-        self.refused: str | None = None
-        self.chosen = chosen
-        self.attempts = 0
-        self._times: list[tuple[float, Any, Any]] = []
-        self._late = 0
-
-    def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pool: Pool) -> Any:
-        """Run a call as it is, and look how long host and device are at it, and what it keeps."""
-        before = pool.allocated()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        began = time.perf_counter()
-        result = block._call_impl(*args, **kwargs)
-        taken = time.perf_counter() - began
-        end.record()
-        self.kept = max(self.kept, pool.allocated() - before)
-        self._times.append((taken, start, end))
-        return result
-
-    def decide(self) -> str | None:
-        """Why it is not captured now; None where it is to be."""
-        if self.chosen or self.refused is not None or not self._times:
-            self.chosen = self.refused is None
-            return self.refused
-        if not self._times[-1][2].query():
-            self._late += 1
-            if self._late > WARM * len(self._times):
-                self.refused = "not faster here: the device is more than a step behind the host"
-            return self.refused or "the device has not come so far"
-        host = sorted(taken for taken, _, _ in self._times)[len(self._times) // 2] * 1e3
-        device = sorted(start.elapsed_time(end) for _, start, end in self._times)[len(self._times) // 2]
-        self._times.clear()
-        if device > host * _HOST_IS_SLOW:
-            self.refused = f"not faster here: the device takes {device:.2f} ms, the host {host:.2f} ms"
-        self.chosen = self.refused is None
-        return self.refused
 
 
 def calls_for(blocks: Sequence[nn.Module], record: StackRecord) -> list[BlockCall]:
@@ -154,6 +72,7 @@ class BlockCall(Slot):
         "_calls",
         "_known",
         "_layers",
+        "_masks",
         "_misses",
         "_pass",
         "_skip",
@@ -168,6 +87,7 @@ class BlockCall(Slot):
         self._calls = Calls()
         self._pass = -1
         self._layers: frozenset[int] | None = None
+        self._masks: tuple[str, ...] = ()
         self._misses = 0
         self._skip = 0
         self._why = ""
@@ -192,6 +112,8 @@ class BlockCall(Slot):
                     pool.next_pass()
                 self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
+                if self._masks:
+                    call.key = (*call.key, *[pool.is_whole(kwargs.get(name)) for name in self._masks])
                 recording = self._recording(block, call, (call.key, settings()), pool)
                 if type(recording) is Recording:
                     self._misses = 0
@@ -258,7 +180,7 @@ class BlockCall(Slot):
             if kind.refused is not None:
                 raise Unservable(kind.refused)
             if known < WARM:
-                if len(self._known) > 2 * _MOST_KINDS:
+                if len(self._known) > 2 * MOST_KINDS:
                     self._known = {one: made for one, made in self._known.items() if type(made) is not int}
                 self._known[key] = known + 1
                 if known == WARM - 1 and pool.device.type == "cuda":
@@ -310,7 +232,9 @@ class BlockCall(Slot):
         if not pool.has_room(self._needs(block, call, kind)):
             raise Unservable(SHORT if pool.is_short else NO_ROOM)
         try:
-            made = Recording(block, call, pool, self._calls)
+            made = self._made(block, call, pool)
+        except Undecided:
+            raise
         except Passing as why:
             self._failed(kind, str(why))
             raise
@@ -327,6 +251,39 @@ class BlockCall(Slot):
         pool.holders.add(self)
         made.belongs_to(self._stack.record, words_of(call.tensors), mode)
         return made
+
+    def _made(self, block: nn.Module, call: Call, pool: Pool) -> Recording:
+        """The recording of a call, told what it would wait for where that is the same at every call."""
+        try:
+            return Recording(block, call, pool, self._calls)
+        except Exception as error:
+            if not self.is_of_trunk or not is_wait(error) or not is_failure(error):
+                raise
+            answers = self._numbers(block, call, pool)
+            if not answers:
+                raise
+            return Recording(block, call, pool, self._calls, answers)
+
+    def _numbers(self, block: nn.Module, call: Call, pool: Pool) -> list[Answer]:
+        """The numbers that a call reads from the device; none where one of them is not always the same.
+
+        Raises:
+            Undecided: They are where masks are of ones alone, which is a part of the kind from now on.
+        """
+        graphs = pool.graphs(training=call.grad)
+        whole = [call.kwargs[name] for name in self._masks if pool.is_whole(call.kwargs.get(name))]
+        answers = numbers_read(block, call, graphs, whole)
+        if all(one.is_constant for one in answers):
+            return answers
+        masks = {
+            name: value for name, value in call.kwargs.items() if "mask" in name and pool.is_whole(value)
+        }
+        if not self._masks and masks:
+            answers = numbers_read(block, call, graphs, masks.values())
+            if all(one.is_constant for one in answers):
+                self._masks = tuple(masks)
+                raise Undecided(_EARLY)
+        return []
 
     def _needs(self, block: nn.Module, call: Call, kind: Kind) -> int:
         """Bytes that a recording will hold, as far as that is known: nothing for a block."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Pool", "pool_of"]
 
 _MOST_SHARED = 64
+_MASKS, _MASK_DIMS = frozenset({torch.bool, torch.int32, torch.int64}), 2
 _SECONDS = 0.05
 """Between two looks at whether memory is short, which take 20 us."""
 
@@ -87,6 +88,7 @@ class Pool:
         self._looked = 0.0
         self.lends = True
         self.undecided = 0
+        self._mask: tuple[Callable[[], Any], int, bool] = (lambda: None), -1, False
         self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
         self._order_of_training, self._order_of_inference = Order(), Order()
@@ -217,6 +219,17 @@ class Pool:
     def _drop(self) -> None:
         for holder in [*self.holders]:
             holder.close()
+
+    def is_whole(self, mask: Any) -> bool:
+        """Whether something is a mask of ones alone, ``[batch, tokens]``; it is waited for, once for each."""
+        if not isinstance(mask, torch.Tensor) or mask.dim() != _MASK_DIMS or mask.dtype not in _MASKS:
+            return False
+        version = -1 if mask.is_inference() else mask._version
+        known, of, whole = self._mask
+        if known() is not mask or of != version or version < 0:
+            whole = bool((mask == 1).all())
+            self._mask = weakref.ref(mask), version, whole
+        return whole
 
     def allocated(self) -> int:
         """Bytes that tensors of this process have."""

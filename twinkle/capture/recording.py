@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.aliases import Aliases
+from twinkle.capture.answers import answered
 from twinkle.capture.backward import Backward
 from twinkle.capture.buffers import FEW, Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
-from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, flattened, template
+from twinkle.capture.results import flattened
+from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, template
 from twinkle.capture.surroundings import as_if_run, every_size_on
 from twinkle.capture.weights import is_taken
 from twinkle.deferred.forward import taken_apart
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from twinkle.capture.answers import Answer
     from twinkle.capture.chains import Chains
     from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
@@ -51,13 +54,16 @@ class Recording:
         call: A call.
         pool: Of the device.
         calls: Counts those of the block.
+        answers: Numbers that the block reads from the device, each the same at every call.
 
     Raises:
         Unservable: It is nothing that can be replayed.
         Exception: What the device or the block says to being recorded.
     """
 
-    def __init__(self, block: nn.Module, call: Call, pool: Pool, calls: Calls) -> None:
+    def __init__(
+        self, block: nn.Module, call: Call, pool: Pool, calls: Calls, answers: Sequence[Answer] = ()
+    ) -> None:
         if hooks_on(block):
             raise Unservable("hooks are called inside")
         self.pool, self.calls = pool, calls
@@ -79,7 +85,7 @@ class Recording:
         self._uses = CacheUses()
         self.aliases = Aliases(block) if wanted else None
         run = self._run_of(block, [one.leaf for one in self.inputs], self._uses, self.aliases)
-        self._replay, results = self._record(block, run)
+        self._replay, results = self._record(block, run, answers)
         self._uses_random: bool | None = None
         self._generators = self.graphs.generators()
         self._rebuild, self.kept = results
@@ -134,11 +140,12 @@ class Recording:
             self._record_of.holds(count)
             weakref.finalize(self, self._record_of.holds, -count)
 
-    def _record(self, block: nn.Module, run: Callable[[], Any]) -> Any:
+    def _record(self, block: nn.Module, run: Callable[[], Any], answers: Sequence[Answer]) -> Any:
         versions = [one.buffer._version for one in self.inputs]
         traces, draws = Traces(block), Draws()
         try:
-            made = self.graphs.record(run)
+            with answered(answers, self.pool.device):
+                made = self.graphs.record(run)
         except BaseException:
             traces.wipe()
             draws.put_back()

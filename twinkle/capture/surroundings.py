@@ -23,7 +23,7 @@ from twinkle.runtime import runtime
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["as_if_run", "every_size_on"]
+__all__ = ["as_if_run", "every_size_on", "filled"]
 
 _MOST = 64  # numbers of a constant
 _NUMBERS = frozenset({bool, int, float})
@@ -55,7 +55,7 @@ def as_if_run() -> Iterator[None]:
     begin = None if windows is None else vars(windows).get("lazy_initialization")
     with runtime.of(Replaced).lock, contextlib.ExitStack() as stack:
         stack.enter_context(_instead(torch.cuda, "is_current_stream_capturing", lambda theirs: _no))
-        stack.enter_context(_instead(torch, "tensor", _filled))
+        stack.enter_context(_instead(torch, "tensor", filled))
         stack.enter_context(_instead(models, "warn_if_padding_and_no_attention_mask", lambda theirs: _pass))
         if begin is not None and _only_moves(windows, begin):
             stack.enter_context(_instead(windows, "lazy_initialization", lambda theirs: _base_of(windows)))
@@ -95,7 +95,7 @@ def _pass(*args: Any, **kwargs: Any) -> None:
     return None
 
 
-def _filled(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def filled(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """As ``torch.tensor``, but for a few numbers that are to be on a device."""
 
     def tensor(data: Any, *, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Tensor:
@@ -103,8 +103,8 @@ def _filled(theirs: Callable[..., Tensor]) -> Callable[..., Tensor]:
             made = theirs(data, dtype=dtype, device="cpu")
             if 0 < made.numel() <= _MOST:
                 values: list[Any] = made.flatten().tolist()
-                filled = [torch.full((), value, dtype=made.dtype, device=device) for value in values]
-                return torch.stack(filled).view(made.shape)
+                numbers = [torch.full((), value, dtype=made.dtype, device=device) for value in values]
+                return torch.stack(numbers).view(made.shape)
         return theirs(data, dtype=dtype, device=device, **kwargs)
 
     return tensor

@@ -1,0 +1,187 @@
+"""Numbers that are read while something is recorded: those that are the same at every call, and no others."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from twinkle.capture.answers import Answer, answered, numbers_read
+from twinkle.capture.signature import call_of
+
+from .emulated import EmulatedGraphs, put_in
+from .nets import GPT, tokens
+from .test_models import built, evaluated, trained
+
+CPU = torch.device("cpu")
+
+
+class Reads(nn.Module):
+    """Reads numbers of several origins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.calls = 0
+
+    def forward(self, x: Tensor, read: Any) -> Tensor:
+        self.calls += 1
+        return x * float(read(self, x))
+
+
+ORIGINS: dict[str, tuple[Any, bool]] = {
+    "positions": (lambda self, x: (torch.arange(5, device=x.device).diff() == 1).all(), True),
+    "a mask of ones": (lambda self, x: torch.ones(x.shape, device=x.device).bool().all(), True),
+    "filled in place": (lambda self, x: torch.empty(3, device=x.device).fill_(2.0).add_(1).sum(), True),
+    "the shape of the input": (lambda self, x: torch.zeros(x.shape, device=x.device).numel(), True),
+    "the input": (lambda self, x: x.sum(), False),
+    "a weight": (lambda self, x: self.weight.sum(), False),
+    "random": (lambda self, x: torch.rand(2, device=x.device).sum(), False),
+    "written to by the input": (lambda self, x: torch.zeros(x.shape, device=x.device).copy_(x).sum(), False),
+    "a view that is written to": (
+        lambda self, x: (lambda z: (z[:1].add_(x.flatten()[0]), z.sum())[1])(torch.zeros(3, device=x.device)),
+        False,
+    ),
+    "out of a product with the input": (
+        lambda self, x: torch.mul(torch.ones(3), x.flatten()[:3], out=torch.zeros(3)).sum(),
+        False,
+    ),
+    "constants written into one another": (
+        lambda self, x: torch.add(torch.ones(3), 1, out=torch.zeros(3)).sum(),
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_where_a_number_comes_from(origin: str) -> None:
+    read, constant = ORIGINS[origin]
+    module, x = Reads(), torch.arange(6.0).view(2, 3)
+    call = call_of((x, None), {}, CPU, training=True)
+    call.args = (x, read)
+    state = torch.get_rng_state()
+    found = numbers_read(module, call, EmulatedGraphs(CPU))
+    assert [one.is_constant for one in found] == ([] if origin == "the shape of the input" else [constant])
+    assert module.calls == 0, "no trace is left"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_input_that_is_known_is_a_constant() -> None:
+    module, x = Reads(), torch.ones(2, 3)
+    call = call_of((x, None), {}, CPU, training=True)
+    call.args = (x, ORIGINS["the input"][0])
+    assert [one.is_constant for one in numbers_read(module, call, EmulatedGraphs(CPU), [x])] == [True]
+
+
+def test_the_answers_are_read_in_their_order() -> None:
+    yes, three = Answer(True, torch.bool, True), Answer(3, torch.int64, True)
+    with answered([yes, three], CPU):
+        assert bool(torch.tensor(False))
+        assert torch.tensor(8).item() == 3
+    assert torch.tensor(8).item() == 8
+    with pytest.raises(RuntimeError, match="another number"), answered([yes], CPU):
+        torch.tensor(8).item()
+    with pytest.raises(RuntimeError, match="fewer"), answered([yes], CPU):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="another number"),
+        answered([yes._replace(is_constant=False)], CPU),
+    ):
+        bool(torch.tensor(True))
+    assert "item" not in vars(Tensor)
+
+
+@pytest.fixture
+def strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is recorded may read a number."""
+    monkeypatch.setattr(EmulatedGraphs, "waits", False)
+
+
+class Asking(GPT):
+    def __init__(self, constant: bool) -> None:
+        super().__init__(3)
+        self.constant = constant
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out = super().forward(tokens)
+        asked = torch.arange(4) if self.constant else tokens
+        return out * 2 if (asked >= 0).all() else out
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("constant", [True, False])
+def test_a_trunk_that_reads(constant: bool) -> None:
+    torch.manual_seed(0)
+    plain = Asking(constant)
+    ours = copy.deepcopy(plain)
+    trunk, blocks = put_in([ours], is_trunk=True), put_in(ours.transformer.h)  # type: ignore[arg-type]
+    for _ in range(6):
+        found = []
+        for model in (plain, ours):
+            model(tokens()).square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+            model.zero_grad()
+        assert all(map(torch.equal, *found))
+    assert trunk.record.replays == (4 if constant else 0)
+    assert blocks.record.replays == (0 if constant else 4 * 3)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "GPT2"])
+def test_models_that_ask_whether_their_positions_are_in_a_row(family: str) -> None:
+    plain, ours, _ = built(family)
+    trunk = put_in([ours.base_model], is_trunk=True)
+    for model in (plain, ours):
+        model.config.use_cache = False
+        model.forward = without_mask(model.forward)
+    for work in (trained, evaluated):
+        assert all(map(torch.equal, work(ours), work(plain)))
+    assert trunk.record.replays == 2 + 2, trunk.record.calls
+
+
+def without_mask(forward: Any) -> Any:
+    def call(*args: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
+        return forward(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.usefixtures("strict")
+def test_masks_of_ones_are_a_kind_of_their_own() -> None:
+    plain, ours, [blocks] = built("Llama")
+    trunk = put_in([ours.base_model], is_trunk=True)
+    ids = torch.arange(2, 26).view(2, 12)
+    padded = torch.ones_like(ids)
+    padded[0, 9:] = 0
+    replays = []
+    for at in range(14):
+        mask = padded.clone() if at in (6, 9, 10, 11, 12) else torch.ones_like(ids)
+        found = []
+        for model in (plain, ours):
+            torch.manual_seed(at)
+            loss = model.train()(input_ids=ids + at, attention_mask=mask, labels=ids).loss
+            loss.backward()
+            found.append([loss.detach(), *(p.grad.clone() for p in model.parameters())])
+            model.zero_grad(set_to_none=at % 2 == 0)
+        assert all(map(torch.equal, *found)), at
+        replays.append(trunk.record.replays)
+    ones = [at for at in range(14) if replays[at] > (replays[at - 1] if at else 0)]
+    assert len(ones) >= 3, (replays, trunk.record.calls)
+    assert not {6, 9, 10, 11, 12} & set(ones), "padding is not what was recorded"
+    assert blocks.record.replays > 0, "which are captured with any mask"
+
+
+def test_a_mask_is_waited_for_once() -> None:
+    pool = put_in([nn.Linear(2, 2)]).pool
+    assert pool is not None
+    mask = torch.ones(2, 3, dtype=torch.int64)
+    assert pool.is_whole(mask)
+    assert pool.is_whole(mask)
+    mask[0, 1] = 0
+    assert not pool.is_whole(mask)
+    for other in (None, 3, torch.ones(2, 3), torch.ones(2, 3, 4, dtype=torch.int64), mask):
+        assert not pool.is_whole(other)
+    assert pool.is_whole(torch.ones(1, 4, dtype=torch.bool))

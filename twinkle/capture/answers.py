@@ -1,0 +1,165 @@
+"""Numbers that a program reads from the device: those that are the same at every call of a kind.
+
+A recording cannot wait for the device. Some waits are for what no input decides: whether positions that were
+counted just before are in a row, whether a mask of ones masks anything. A call is followed once, operator by
+operator, to see which of the numbers that it reads come from nothing but its constants; the recording is told
+these. All others leave it impossible.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from twinkle.capture.guard import Draws, Traces
+from twinkle.capture.surroundings import as_if_run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from torch import nn
+
+    from twinkle.capture.signature import Call
+
+__all__ = ["Answer", "answered", "is_wait", "numbers_read"]
+
+_READ = torch.ops.aten._local_scalar_dense.default
+_READERS: dict[str, Callable[[Any], Any]] = {
+    "item": lambda value: value,
+    "__bool__": bool,
+    "__int__": int,
+    "__float__": float,
+    "__index__": int,
+}
+
+
+class Answer(NamedTuple):
+    """A number that was read.
+
+    Attributes:
+        value: The number.
+        dtype: Of the tensor that had it.
+        is_constant: Whether no input, weight or random number had a part in it.
+    """
+
+    value: Any
+    dtype: torch.dtype
+    is_constant: bool
+
+
+def is_wait(error: BaseException) -> bool:
+    """Whether an error may come from a wait for the device, which nothing that is recorded can do."""
+    return "captur" in str(error)
+
+
+def numbers_read(block: nn.Module, call: Call, graphs: Any, constants: Iterable[Tensor] = ()) -> list[Answer]:
+    """Run a call for the numbers that it reads from the device, in order; it leaves no other trace.
+
+    Args:
+        block: The module.
+        call: A call of it.
+        graphs: Of the device, for its random numbers.
+        constants: Inputs whose contents are a part of the kind of the call.
+    """
+    follower = _Follower(graphs.device, constants)
+    traces, draws, random = Traces(block), Draws(), graphs.random()
+    try:
+        with as_if_run(), follower:
+            block._call_impl(*call.args, **call.kwargs)
+    finally:
+        graphs.set_random(random)
+        draws.put_back()
+        traces.wipe()
+    return follower.found
+
+
+class _Follower(TorchDispatchMode):
+    """Which memory holds what comes from constants alone.
+
+    What an operator makes of such memory is such memory, and what it writes to it as well; anything else that
+    it has a part in is not.
+    """
+
+    def __init__(self, device: torch.device, constants: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.found: list[Answer] = []
+        self._device = device
+        storages = [one.untyped_storage() for one in constants]
+        self._held: dict[int, Any] = {
+            one._cdata: one for one in storages
+        }  # their addresses are taken so long
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        constant = torch.Tag.nondeterministic_seeded not in func.tags and all(map(self._holds, given))
+        result = func(*args, **kwargs)
+        if func is _READ and given[0].device == self._device:
+            self.found.append(Answer(result, given[0].dtype, constant))
+        for one in (*_written(func, args, kwargs), *tree_leaves(result)):
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                if constant:
+                    self._held[storage._cdata] = storage
+                else:
+                    self._held.pop(storage._cdata, None)
+        return result
+
+    def _holds(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage()._cdata in self._held
+
+
+def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes to."""
+    written = []
+    for at, parameter in enumerate(func._schema.arguments):
+        if parameter.alias_info is not None and parameter.alias_info.is_write:
+            value = args[at] if at < len(args) else kwargs.get(parameter.name)
+            written += tree_leaves(value)
+    return written
+
+
+@contextlib.contextmanager
+def answered(answers: Sequence[Answer], device: torch.device) -> Iterator[None]:
+    """Within it this thread reads these numbers, in order, from tensors of the device.
+
+    Raises:
+        RuntimeError: The program reads others, or more or fewer.
+    """
+    if not answers:
+        yield
+        return
+    left, thread = list(answers), threading.get_ident()
+
+    def reader(name: str, convert: Callable[[Any], Any]) -> Callable[[Tensor], Any]:
+        theirs: Any = getattr(Tensor, name)
+
+        def read(self: Tensor) -> Any:
+            if threading.get_ident() != thread or self.device != device:
+                return theirs(self)
+            if not left or left[0].dtype is not self.dtype or not left[0].is_constant:
+                raise RuntimeError("what is captured reads another number than it did before")
+            return convert(left.pop(0).value)
+
+        return read
+
+    own = {name: vars(Tensor)[name] for name in _READERS if name in vars(Tensor)}
+    readers = {name: reader(name, convert) for name, convert in _READERS.items()}
+    try:
+        for name, read in readers.items():
+            setattr(Tensor, name, read)
+        yield
+    finally:
+        for name in readers:
+            if name in own:
+                setattr(Tensor, name, own[name])
+            else:
+                delattr(Tensor, name)
+    if left:
+        raise RuntimeError("what is captured reads fewer numbers than it did before")
