@@ -86,12 +86,13 @@ class Makeup:
         self._parts = modules[1:]
         self._types = [*map(type, self._parts)]
         self._hooks = [getattr(part, name) for part in modules for name in _HOOKS]
-        configs = {
-            id(value): vars(value)
-            for part in modules
-            for value in part.__dict__.values()
-            if _is_config(value)
-        }
+        configs: dict[int, dict[str, Any]] = {}
+        left = [value for part in modules for value in part.__dict__.values() if _is_config(value)]
+        while left:
+            config = left.pop()
+            if id(config) not in configs:
+                configs[id(config)] = vars(config)
+                left += filter(_is_config, vars(config).values())
         held = [part.__dict__[name] for part in modules for name in _TABLES]
         tables = [*held, *configs.values()]
         self._spaces = [part.__dict__ for part in self._parts]

@@ -105,7 +105,7 @@ def _take(value: Any, key: list[Any], tensors: list[Tensor], caches: list[Any], 
             raise Unservable("an argument is on another device than the block")
         if value.layout is not torch.strided or value.is_quantized:
             raise Unservable("an argument is no plain tensor")
-        if value.data_ptr() & 15:
+        if value.data_ptr() & 15 and value.is_floating_point():  # of which kernels take several at a time
             raise Unservable("an argument is not aligned in memory")
         if value.is_inference() and not key[2]:
             raise Unservable("an argument was made in inference mode")
