@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import types
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from twinkle.capture import block as the_module
 from twinkle.capture.recording import GIVEN, NO_ROOM
 from twinkle.capture.results import flattened
 from twinkle.capture.stacks import stacks_of
@@ -308,3 +310,64 @@ def test_numbers_that_are_filled_in_are_those_that_would_be_copied(data: Any, dt
     assert made, "it was filled"
     assert found.dtype is expected.dtype
     assert torch.equal(found, expected)
+
+
+def test_tokens_that_are_a_part_of_others() -> None:
+    plain, ours, trunk, _ = plain_models()
+    for at in range(5):
+        data = torch.arange(at, at + 12)[None] % 16
+        with torch.no_grad():
+            assert torch.equal(ours(data[:, 1:]), plain(data[:, 1:]))
+    assert trunk.record.replays == 3, trunk.record.calls
+
+
+class VisionConfig:
+    def __init__(self) -> None:
+        self.scale = 1.0
+
+
+class WholeConfig:
+    def __init__(self) -> None:
+        self.vision_config = VisionConfig()
+
+
+class Scaled(GPT):
+    def __init__(self) -> None:
+        super().__init__(3)
+        self.config = WholeConfig()
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens) * self.config.vision_config.scale
+
+
+def test_a_number_in_a_configuration_within_another() -> None:
+    torch.manual_seed(0)
+    plain = Scaled()
+    ours = copy.deepcopy(plain)
+    trunk = put_in([ours], is_trunk=True)
+
+    def change(model: Any, at: int) -> None:
+        if at == 4:
+            model.config.vision_config.scale = 3.0
+
+    assert all(map(torch.equal, steps(ours, change=change), steps(plain, change=change)))
+    assert trunk.record.replays == 2, trunk.record.calls
+
+
+def test_a_trunk_that_cannot_be_recorded_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ours, trunk, blocks = plain_models()
+    tried: list[int] = []
+
+    def refuse(self: Any, tokens: Tensor) -> Tensor:
+        if the_module.is_capturing():
+            tried.append(1)
+            raise RuntimeError("not while something is captured")
+        return GPT.forward(self, tokens)
+
+    for model in (plain, ours):
+        model.forward = types.MethodType(refuse, model)
+    assert all(map(torch.equal, steps(ours), steps(plain)))
+    assert len(tried) == 1
+    assert blocks.record.replays == 4 * 3
+    [reason] = [reason for reason in trunk.record.calls if "recorded: " in reason]
+    assert reason.startswith("it cannot be recorded: RuntimeError: not while something is captured (at ")

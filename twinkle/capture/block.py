@@ -246,7 +246,10 @@ class BlockCall(Slot):
                 raise
             said = f"{type(error).__name__}: {error}".partition("\n")[0]
             text = f"it cannot be recorded: {said}{_place_of(error)}"
-            self._failed(kind, text)
+            if self.is_of_trunk:
+                kind.refused = text  # what is inside has an attempt of its own
+            else:
+                self._failed(kind, text)
             raise Unservable(text) from error
         pool.holders.add(self)
         made.belongs_to(self._stack.record, words_of(call.tensors), mode)
