@@ -361,6 +361,38 @@ class Draws(Counter):
         return Block.forward(self, x) * random.random() * float(numpy.random.rand())
 
 
+class Collects(Block):
+    """Adds to a list and a dictionary of its caller's."""
+
+    def forward(self, x: Tensor, kept: list[Tensor], named: dict[str, Tensor]) -> Tensor:  # type: ignore[override]
+        y = Block.forward(self, x)
+        kept.append(y)
+        named["last"] = y
+        return y
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_lists_and_dictionaries_of_the_caller_get_what_is_put_in(grad: bool) -> None:
+    torch.manual_seed(0)
+    plain = Collects()
+    ours = copy.deepcopy(plain)
+    stack = put_in([ours])
+    for _ in range(6):
+        x = torch.randn(2, 5, 8)
+        found = []
+        for model in (plain, ours):
+            kept: list[Tensor] = []
+            named = {"first": x}
+            with torch.set_grad_enabled(grad):
+                model(x, kept, named)
+            assert [*named] == ["first", "last"]
+            assert kept[0] is named["last"]
+            found.append(kept[0].detach())
+        assert torch.equal(*found)
+    assert stack.record.replays == 0
+    assert stack.record.calls["its forward changes a list or dictionary that it is given"] == 4
+
+
 class Beside(Counter):
     """Its weight is kept in a list as well, as those of recurrent layers are."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,15 @@ from twinkle.capture.buffers import FEW, Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
 from twinkle.capture.results import flattened
-from twinkle.capture.signature import BUSY, IN_USE, Passing, Unservable, template
+from twinkle.capture.signature import (
+    BUSY,
+    IN_USE,
+    Passing,
+    Unservable,
+    containers_in,
+    holds_other,
+    template,
+)
 from twinkle.capture.surroundings import as_if_run, every_size_on
 from twinkle.capture.weights import is_taken
 from twinkle.deferred.forward import taken_apart
@@ -170,8 +179,11 @@ class Recording:
             made: list[Tensor] = []
             uses.clear()
             args, kwargs = self._fill(tensors, empty_caches(self._caches, uses, made))
+            held = [(one, copy.copy(one)) for one in containers_in((args, kwargs))]
             with self._casting(), aliases or _SAME, as_if_run(), taken_apart(), sizes():
                 result = block._call_impl(*args, **kwargs)
+            if any(holds_other(one, before) for one, before in held):
+                raise Unservable("its forward changes a list or dictionary that it is given")
             out: list[Tensor] = []
             rebuild = flattened(result, out, {id(one): at for at, one in enumerate(tensors)})
             return rebuild, [*out, *made]

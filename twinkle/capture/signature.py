@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +22,8 @@ __all__ = [
     "Undecided",
     "Unservable",
     "call_of",
+    "containers_in",
+    "holds_other",
     "overlaps",
     "settings",
     "template",
@@ -169,6 +172,25 @@ def _place(value: Any) -> Callable[[Iterator[Tensor], Iterator[Any]], Any]:
     if is_cache(kind):
         return lambda tensors, caches: next(caches)
     return lambda tensors, caches: value
+
+
+def containers_in(value: Any) -> Iterator[Any]:
+    """The lists and dictionaries in an argument, itself included."""
+    if type(value) in (list, dict):
+        yield value
+    if type(value) in (tuple, list, dict):
+        for part in value.values() if type(value) is dict else value:
+            yield from containers_in(part)
+
+
+def holds_other(container: Any, before: Any) -> bool:
+    """Whether a list or dictionary holds other objects than a copy of it."""
+    if len(container) != len(before):
+        return True
+    if type(container) is dict and [*container] != [*before]:
+        return True
+    pairs = (container.values(), before.values()) if type(container) is dict else (container, before)
+    return not all(map(operator.is_, *pairs))
 
 
 def overlaps(tensor: Tensor) -> bool:
