@@ -9,7 +9,8 @@ image models 16 images and one. ``eager`` is the plain program, ``compile`` is
 ``torch.compile(mode="reduce-overhead", dynamic=False)``; ``liger`` is left out of families that liger-kernel
 does not know. With ``--prepare 8`` eight processes at once compile all families before the first is measured.
 
-Each way is a process of its own and they take turns; see turns.py for what a ratio is. Beside the
+Each way is a process of its own and they take turns; see turns.py for what a ratio is. On a CPU with other
+work the ratio of the fastest turns scatters least. Beside the
 milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
 launches it is made of (from one profiled call). The file of results has the first losses and what Twinkle's
 report says as well: its kernels, how many calls of which layers were replayed and why others were not; of
@@ -371,7 +372,7 @@ def show(result: dict[str, Any]) -> None:
                 if "launches" in found
                 else ""
             )
-            spread = f"({found['smallest']:.2f} to {found['largest']:.2f})"
+            spread = f"({found['smallest']:.2f} to {found['largest']:.2f}, fastest {found['of_fastest']:.3f})"
             text = f"{found['ms']:8.2f} ms  x{found['ratio']:.3f} {spread}  host {found['host_ms']:7.2f}"
             print(f"   {way:8} {mode:5} {text}{device}", flush=True)
 
@@ -383,6 +384,8 @@ def summary(results: list[dict[str, Any]]) -> list[str]:
         for mode in MODES:
             ratios_of = {r["family"]: r[way][mode]["ratio"] for r in results if mode in r.get(way, {})}
             lines += one_line(f"{way} {mode}", "eager", ratios_of)
+            fastest = {r["family"]: r[way][mode]["of_fastest"] for r in results if mode in r.get(way, {})}
+            lines += one_line(f"{way} {mode}, fastest turns", "eager", fastest)
     for other in WAYS[2:]:
         for mode in MODES:
             ratios_of = {

@@ -166,9 +166,14 @@ def in_turns(workers: list[Worker], rounds: int, *words: str) -> list[dict[str, 
 
 
 def ratios(first: Iterable[float], other: Iterable[float]) -> dict[str, float]:
-    """Median, smallest and largest of what the first took over what the other took, in the same round."""
-    found = [a / b for a, b in zip(first, other, strict=True)]
+    """Median, smallest and largest of what the first took over what the other took, in the same round.
+
+    Beside them the ratio of their fastest turns: what other work on the machine takes only ever adds.
+    """
+    pairs = [*zip(first, other, strict=True)]
+    found = [a / b for a, b in pairs]
     return {
+        "of_fastest": round(min(a for a, _ in pairs) / min(b for _, b in pairs), 3),
         "ratio": round(statistics.median(found), 3),
         "smallest": round(min(found), 3),
         "largest": round(max(found), 3),
