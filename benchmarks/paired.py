@@ -10,11 +10,11 @@ image models 16 images and one. ``eager`` is the plain program, ``compile`` is
 does not know. With ``--prepare 8`` eight processes at once compile all families before the first is measured.
 
 Each way is a process of its own and they take turns; see turns.py for what a ratio is. On a CPU with other
-work the ratio of the fastest turns scatters least. Beside the
-milliseconds of a call stand those the host takes to issue it, those the device is busy with it and how many
-launches it is made of (from one profiled call). The file of results has the first losses and what Twinkle's
-report says as well: its kernels, how many calls of which layers were replayed and why others were not; of
-each way the peak of memory. At the end: the geometric mean of the ratios of each mode and the worst family.
+work the ratio of the fastest turns scatters least. Beside the milliseconds of a call stand those the host
+takes to issue it, those the device is busy with it and how many launches it is made of (from one profiled
+call). The file of results has the first losses and what Twinkle's report says as well: its kernels, how many
+calls of which layers were replayed and why others were not; of each way the peak of memory. At the end: the
+geometric mean of the ratios of each mode and the worst family.
 
 A file of results that is there already is added to, family by family.
 """

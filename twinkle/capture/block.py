@@ -129,6 +129,9 @@ class BlockCall(Slot):
                 return block._call_impl(*args, **kwargs)
         except Unservable as why:
             self._missed(str(why))
+            if why.of_recorded:
+                with every_size_on(pool.device):  # the kernels of a replay
+                    return block._call_impl(*args, **kwargs)
         return block._call_impl(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -208,7 +211,9 @@ class BlockCall(Slot):
                 self._known[key] = 1  # as of the others that were dropped: they are made anew in one pass
             elif known.strayed > _MOST_STRAYED:
                 self._forget(key)
-            raise Unservable(why)
+            refusal = Unservable(why)
+            refusal.of_recorded = True
+            raise refusal
         return known  # type: ignore[no-any-return]
 
     def _is_filled(self, block: nn.Module, call: Call) -> bool:

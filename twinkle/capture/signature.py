@@ -37,7 +37,13 @@ _TENSORS = frozenset({Tensor, torch.nn.Parameter})
 
 
 class Unservable(Exception):
-    """A call that is not captured; the message says why, in words that are the same for calls of its kind."""
+    """A call that is not captured; the message says why, in words that are the same for calls of its kind.
+
+    Attributes:
+        of_recorded: Others of its kind are replayed.
+    """
+
+    of_recorded = False
 
 
 class Passing(Unservable):
