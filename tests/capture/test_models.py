@@ -184,39 +184,39 @@ def test_a_cache_with_tokens_is_left_to_the_block() -> None:
     assert len(stack.record.signatures) == 1
 
 
+def generated(model: Any, arguments: dict[str, Any]) -> Tensor:
+    """Tokens of four generations."""
+    ids = torch.arange(2, 10)[None].repeat(2, 1)
+    torch.manual_seed(0)
+    return torch.cat([model.eval().generate(ids, max_new_tokens=5, **arguments) for _ in range(4)])
+
+
+@torch.no_grad()
+def looked_at(model: Any) -> list[Tensor]:
+    """Hidden states of a call that asks for them after others that do not, and the logits of one more."""
+    inputs, _ = given(model)
+    model.eval()
+    for _ in range(4):
+        model(**inputs)
+    out = model(**inputs, output_hidden_states=True)
+    return [*out.hidden_states, model(**inputs).logits]
+
+
+def adapted(model: Any) -> list[Tensor]:
+    """What is seen in training with adapters that come after some steps."""
+    peft = pytest.importorskip("peft")
+    trained(model)
+    torch.manual_seed(3)
+    return trained(peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"])))
+
+
 @pytest.mark.parametrize("arguments", [{}, {"do_sample": True}, {"num_beams": 2}])
 def test_generate(arguments: dict[str, Any]) -> None:
     plain, ours, _ = built("Llama")
-    ids = torch.arange(2, 10)[None].repeat(2, 1)
-    found = []
-    for model in (plain, ours):
-        torch.manual_seed(0)
-        runs = [model.eval().generate(ids, max_new_tokens=5, **arguments) for _ in range(4)]
-        found.append(torch.cat(runs))
-    assert torch.equal(*found)
+    assert torch.equal(generated(ours, arguments), generated(plain, arguments))
 
 
-def test_hidden_states_and_attentions_that_are_asked_for() -> None:
+@pytest.mark.parametrize("work", [looked_at, adapted])
+def test_what_is_asked_for_later(work: Any) -> None:
     plain, ours, _ = built("Llama")
-    inputs, _ = given(plain)
-    found = []
-    for model in (plain, ours):
-        model.eval()
-        with torch.no_grad():
-            for _ in range(4):
-                model(**inputs)
-            out = model(**inputs, output_hidden_states=True)
-            found.append([*out.hidden_states, model(**inputs).logits])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
-
-
-def test_adapters_that_come_later() -> None:
-    peft = pytest.importorskip("peft")
-    plain, ours, _ = built("Llama")
-    found = []
-    for model in (plain, ours):
-        trained(model)
-        torch.manual_seed(3)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-        found.append(trained(wrapped))
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    assert all(map(torch.equal, work(ours), work(plain)))

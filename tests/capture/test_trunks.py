@@ -18,7 +18,7 @@ from twinkle.capture.surroundings import as_if_run
 
 from .emulated import put_in
 from .nets import GPT, UNet, VisionTransformer, tokens
-from .test_models import FAMILIES, built, evaluated, given, trained
+from .test_models import FAMILIES, adapted, built, evaluated, generated, looked_at, trained
 
 transformers = pytest.importorskip("transformers")
 
@@ -94,38 +94,13 @@ def test_two_caches_of_replays_are_two() -> None:
 @pytest.mark.parametrize("family", ["Llama", "GPT2", "T5", "Gemma3Text"])
 def test_generate(family: str, arguments: dict[str, Any]) -> None:
     plain, ours, _, _ = with_trunks(family)
-    ids = torch.arange(2, 10)[None].repeat(2, 1)
-    found = []
-    for model in (plain, ours):
-        torch.manual_seed(0)
-        found.append(torch.cat([model.eval().generate(ids, max_new_tokens=5, **arguments) for _ in range(4)]))
-    assert torch.equal(*found)
+    assert torch.equal(generated(ours, arguments), generated(plain, arguments))
 
 
-def test_hidden_states_and_attentions_that_are_asked_for() -> None:
+@pytest.mark.parametrize("work", [looked_at, adapted])
+def test_what_is_asked_for_later(work: Any) -> None:
     plain, ours, _, _ = with_trunks("Llama")
-    inputs, _ = given(plain)
-    found = []
-    for model in (plain, ours):
-        model.eval()
-        with torch.no_grad():
-            for _ in range(4):
-                model(**inputs)
-            out = model(**inputs, output_hidden_states=True)
-            found.append([*out.hidden_states, model(**inputs).logits])
-    assert all(map(torch.equal, *found))
-
-
-def test_adapters_that_come_later() -> None:
-    peft = pytest.importorskip("peft")
-    plain, ours, _, _ = with_trunks("Llama")
-    found = []
-    for model in (plain, ours):
-        trained(model)
-        torch.manual_seed(3)
-        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"]))
-        found.append(trained(wrapped))
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, work(ours), work(plain)))
 
 
 def steps(model: Any, count: int = 6, change: Any = None) -> list[Tensor]:
