@@ -1,9 +1,9 @@
 """Numbers that a program reads from the device: those that are the same at every call of a kind.
 
 A recording cannot wait for the device. Some waits are for what no input decides: whether positions that were
-counted just before are in a row, whether a mask of ones masks anything. A call is followed once, operator by
-operator, to see which of the numbers that it reads come from nothing but its constants; the recording is told
-these. All others leave it impossible.
+counted just before are in a row, whether a mask of ones masks anything. Others ask of a mask whether it has
+a zero, which is a part of the kind of a call. A call is followed once, operator by operator, to see which of
+the numbers that it reads come from nothing else; the recording is told these. Others leave it impossible.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Answer", "answered", "is_wait", "numbers_read"]
 
-_READ = torch.ops.aten._local_scalar_dense.default
+_aten = torch.ops.aten
+_READ = _aten._local_scalar_dense.default
+_COPIES = frozenset({_aten._to_copy.default, _aten.clone.default})
 _READERS: dict[str, Callable[[Any], Any]] = {
     "item": lambda value: value,
     "__bool__": bool,
@@ -58,7 +60,9 @@ def is_wait(error: BaseException) -> bool:
     return "captur" in str(error)
 
 
-def numbers_read(block: nn.Module, call: Call, graphs: Any, constants: Iterable[Tensor] = ()) -> list[Answer]:
+def numbers_read(
+    block: nn.Module, call: Call, graphs: Any, constants: Iterable[Tensor] = (), masks: Iterable[Tensor] = ()
+) -> list[Answer]:
     """Run a call for the numbers that it reads from the device, in order; it leaves no other trace.
 
     Args:
@@ -66,8 +70,9 @@ def numbers_read(block: nn.Module, call: Call, graphs: Any, constants: Iterable[
         call: A call of it.
         graphs: Of the device, for its random numbers.
         constants: Inputs whose contents are a part of the kind of the call.
+        masks: Inputs of which it is a part of the kind that they have a zero.
     """
-    follower = _Follower(graphs.device, constants)
+    follower = _Follower(graphs.device, constants, masks)
     traces, draws, random = Traces(block), Draws(), graphs.random()
     try:
         with as_if_run(), follower:
@@ -83,11 +88,14 @@ class _Follower(TorchDispatchMode):
     """Which memory holds what comes from constants alone.
 
     What an operator makes of such memory is such memory, and what it writes to it as well; anything else that
-    it has a part in is not.
+    it has a part in is not. Of a mask its copies are followed, how many of their numbers are not zero, and
+    whether these are all of them: nothing else comes from whether it has a zero.
     """
 
-    def __init__(self, device: torch.device, constants: Iterable[Tensor]) -> None:
+    def __init__(self, device: torch.device, constants: Iterable[Tensor], masks: Iterable[Tensor]) -> None:
         super().__init__()
+        self._masks = {one.untyped_storage()._cdata: (one.untyped_storage(), one.numel()) for one in masks}
+        self._counts: dict[int, tuple[Any, int]] = {}
         self.found: list[Answer] = []
         self._device = device
         storages = [one.untyped_storage() for one in constants]
@@ -102,14 +110,35 @@ class _Follower(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is _READ and given[0].device == self._device:
             self.found.append(Answer(result, given[0].dtype, constant))
-        for one in (*_written(func, args, kwargs), *tree_leaves(result)):
+        written, made = _written(func, args, kwargs), tree_leaves(result)
+        for one in (*written, *made):
             if isinstance(one, Tensor):
                 storage = one.untyped_storage()
                 if constant:
                     self._held[storage._cdata] = storage
                 else:
                     self._held.pop(storage._cdata, None)
+        for one in written:
+            if isinstance(one, Tensor):
+                self._masks.pop(one.untyped_storage()._cdata, None)
+                self._counts.pop(one.untyped_storage()._cdata, None)
+        if self._masks and given and len(made) == 1 and isinstance(made[0], Tensor):
+            self._follow_masks(func, args, given[0], made[0])
         return result
+
+    def _follow_masks(self, func: Any, args: Any, given: Tensor, made: Tensor) -> None:
+        source, target = given.untyped_storage()._cdata, made.untyped_storage()
+        mask, count = self._masks.get(source), self._counts.get(source)
+        if mask is not None and given.numel() == mask[1] and given.is_contiguous():
+            is_copy = func in _COPIES and torch.bool in (made.dtype, given.dtype)
+            if is_copy or (func is _aten.clone.default and made.dtype is given.dtype):
+                self._masks[target._cdata] = target, made.numel()
+            elif func is _aten.sum.default and given.dtype is torch.bool:
+                self._counts[target._cdata] = target, mask[1]
+            elif func is _aten.all.default:
+                self._held[target._cdata] = target
+        elif count is not None and func is _aten.eq.Scalar and args[1] == count[1]:
+            self._held[target._cdata] = target
 
     def _holds(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._held

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ class BlockCall(Slot):
                 self._pass = pool.passed
                 call = call_of(args, kwargs, pool.device, training=block.training)
                 if self._masks:
-                    call.key = (*call.key, *[pool.is_whole(kwargs.get(name)) for name in self._masks])
+                    call.key = (*call.key, *[pool.contents(kwargs.get(name)) for name in self._masks])
                 recording = self._recording(block, call, (call.key, settings()), pool)
                 if type(recording) is Recording:
                     self._misses = 0
@@ -175,27 +176,9 @@ class BlockCall(Slot):
         """
         known = self._known.get(key, 0)
         if type(known) is int:
-            if call.caches and (self.is_of_trunk or self._is_filled(block, call)):
-                raise Unservable(GIVEN if self.is_of_trunk else FILLED)
-            kind = self._stack.kind(key)
-            if kind is None:
-                raise Unservable("calls are of too many kinds")
-            if kind.refused is not None:
-                raise Unservable(kind.refused)
-            if known < WARM:
-                if len(self._known) > 2 * MOST_KINDS:
-                    self._known = {one: made for one, made in self._known.items() if type(made) is not int}
-                self._known[key] = known + 1
-                if known == WARM - 1 and pool.device.type == "cuda":
-                    self._stack.record.eager(_EARLY)
-                    return kind
-                raise Undecided(_EARLY)
-            if pool.undecided:
-                raise Undecided(_EARLY)
-            why = kind.decide()
-            if why is not None:
-                raise Unservable(why) if kind.refused is not None else Undecided(why)
-            known = self._known[key] = self._record(block, call, kind, pool)
+            known = self._counted(block, call, key, known, pool)
+            if type(known) is Kind:
+                return known
         if known.broken is not None:
             self._known[key] = 0
             self._refuse(key, known.broken)
@@ -215,6 +198,43 @@ class BlockCall(Slot):
             refusal.of_recorded = True
             raise refusal
         return known  # type: ignore[no-any-return]
+
+    def _counted(self, block: nn.Module, call: Call, key: Any, count: int, pool: Pool) -> Any:
+        """The recording for a call of a kind that was called so often; or the kind, where it is timed.
+
+        Raises:
+            Undecided: It is not time yet.
+            Unservable: The call runs as it is.
+        """
+        if call.caches and (self.is_of_trunk or self._is_filled(block, call)):
+            raise Unservable(GIVEN if self.is_of_trunk else FILLED)
+        kind = self._stack.kind(key)
+        if kind is None:
+            raise Unservable("calls are of too many kinds")
+        if kind.refused is not None:
+            raise Unservable(kind.refused)
+        if count < WARM:
+            if len(self._known) > 2 * MOST_KINDS:
+                self._known = {one: made for one, made in self._known.items() if type(made) is not int}
+            self._known[key] = count + 1
+            if count == WARM - 1 and pool.device.type == "cuda":
+                self._stack.record.eager(_EARLY)
+                return kind
+            raise Undecided(_EARLY)
+        if pool.undecided:
+            raise Undecided(_EARLY)
+        why = kind.decide()
+        if why is not None:
+            raise Unservable(why) if kind.refused is not None else Undecided(why)
+        try:
+            made = self._known[key] = self._record(block, call, kind, pool)
+        except Undecided:
+            for contents in itertools.product(("ones", "zeros"), repeat=len(self._masks)):
+                now = (*key[0], *contents), key[1]
+                self._known[now] = WARM
+                self._stack.kinds[now] = kind.another()
+            raise
+        return made
 
     def _is_filled(self, block: nn.Module, call: Call) -> bool:
         """Whether a cache is one that the block adds to, as in the steps of a generation."""
@@ -276,22 +296,25 @@ class BlockCall(Slot):
         """The numbers that a call reads from the device; none where one of them is not always the same.
 
         Raises:
-            Undecided: They are where masks are of ones alone, which is a part of the kind from now on.
+            Undecided: They are by what masks hold, which is a part of the kind from now on.
         """
         graphs = pool.graphs(training=call.grad)
-        whole = [call.kwargs[name] for name in self._masks if pool.is_whole(call.kwargs.get(name))]
-        answers = numbers_read(block, call, graphs, whole)
-        if all(one.is_constant for one in answers):
-            return answers
-        masks = {
-            name: value for name, value in call.kwargs.items() if "mask" in name and pool.is_whole(value)
-        }
-        if not self._masks and masks:
-            answers = numbers_read(block, call, graphs, masks.values())
+        if not self._masks:
+            answers = numbers_read(block, call, graphs)
             if all(one.is_constant for one in answers):
-                self._masks = tuple(masks)
-                raise Undecided(_EARLY)
-        return []
+                return answers
+        named = {name: call.kwargs[name] for name in self._masks or call.kwargs if "mask" in name}
+        ones = {name: one for name, one in named.items() if pool.contents(one) == "ones"}
+        zeros = {name: one for name, one in named.items() if pool.contents(one) == "zeros"}
+        if not ones and not zeros:
+            return []
+        answers = numbers_read(block, call, graphs, ones.values(), zeros.values())
+        if not all(one.is_constant for one in answers):
+            return []
+        if not self._masks:
+            self._masks = (*ones, *zeros)
+            raise Undecided(_EARLY)
+        return answers
 
     def _needs(self, block: nn.Module, call: Call, kind: Kind) -> int:
         """Bytes that a recording will hold, as far as that is known: nothing for a block."""

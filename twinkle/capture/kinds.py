@@ -75,6 +75,12 @@ class Kind:
         self._times: list[tuple[float, Any, Any]] = []
         self._late = 0
 
+    def another(self) -> Kind:
+        """A kind like this one, of which as much is known."""
+        made = Kind(chosen=self.chosen)
+        made.kept = self.kept
+        return made
+
     def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pool: Pool) -> Any:
         """Run a call as it is, and look how long host and device are at it, and what it keeps."""
         before = pool.allocated()

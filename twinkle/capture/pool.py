@@ -88,7 +88,7 @@ class Pool:
         self._looked = 0.0
         self.lends = True
         self.undecided = 0
-        self._mask: tuple[Callable[[], Any], int, bool] = (lambda: None), -1, False
+        self._mask: tuple[Callable[[], Any], int, str] = (lambda: None), -1, "else"
         self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
         self._order_of_training, self._order_of_inference = Order(), Order()
@@ -220,16 +220,20 @@ class Pool:
         for holder in [*self.holders]:
             holder.close()
 
-    def is_whole(self, mask: Any) -> bool:
-        """Whether something is a mask of ones alone, ``[batch, tokens]``; it is waited for, once for each."""
-        if not isinstance(mask, torch.Tensor) or mask.dim() != _MASK_DIMS or mask.dtype not in _MASKS:
-            return False
+    def contents(self, mask: Any) -> str:
+        """What is in a mask ``[batch, tokens]``: ``ones``, or ``zeros`` as well; ``else`` of anything else.
+
+        It is waited for, once for each.
+        """
+        if type(mask) is not torch.Tensor or mask.dim() != _MASK_DIMS or mask.dtype not in _MASKS:
+            return "else"
         version = -1 if mask.is_inference() else mask._version
-        known, of, whole = self._mask
+        known, of, contents = self._mask
         if known() is not mask or of != version or version < 0:
-            whole = bool((mask == 1).all())
-            self._mask = weakref.ref(mask), version, whole
-        return whole
+            ones, filled = torch.stack([(mask == 1).all(), mask.all()]).tolist()
+            contents = "ones" if ones else "else" if filled else "zeros"
+            self._mask = weakref.ref(mask), version, contents
+        return contents
 
     def allocated(self) -> int:
         """Bytes that tensors of this process have."""
