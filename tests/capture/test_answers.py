@@ -207,6 +207,27 @@ def test_masks_of_ones_and_masks_with_zeros_are_kinds(family: str) -> None:
     assert blocks.record.replays == 0, (blocks.record.calls, trunk.record.calls, replays)
 
 
+@pytest.mark.usefixtures("strict")
+def test_calls_without_a_mask_keep_what_was_recorded() -> None:
+    plain, ours, [blocks] = built("Llama")
+    trunk = put_in([ours.base_model], is_trunk=True)
+    trunk.pool = blocks.pool
+    ids = torch.arange(2, 26).view(2, 12)
+    for model in (plain, ours):
+        model.eval()
+    with torch.no_grad():
+        for at in range(16):
+            given = {"input_ids": (ids + at) % 64}
+            if at % 4 > 1:
+                given["attention_mask"] = torch.ones_like(ids)
+            assert torch.equal(ours(**given).logits, plain(**given).logits), at
+    assert {key: one.most for key, one in trunk.record.signatures.items()} == {
+        ("int64[2, 12]", "inference"): 1,
+        ("int64[2, 12] and 1 more", "inference"): 1,
+    }
+    assert trunk.record.replays == 16 - 2 - 3, trunk.record.calls
+
+
 def test_a_mask_is_waited_for_once() -> None:
     pool = put_in([nn.Linear(2, 2)]).pool
     assert pool is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -229,12 +230,22 @@ class BlockCall(Slot):
         try:
             made = self._known[key] = self._record(block, call, kind, pool)
         except Undecided:
-            for contents in itertools.product(("ones", "zeros"), repeat=len(self._masks)):
-                now = (*key[0], *contents), key[1]
-                self._known[now] = WARM
-                self._stack.kinds[now] = kind.another()
+            self._divide(key, kind)
             raise
         return made
+
+    def _divide(self, key: Any, kind: Kind) -> None:
+        """Have what masks hold be a part of the kinds of calls; those without masks are what they were."""
+        none = ("else",) * len(self._masks)
+        self._known = {
+            ((*call, *none), state): known
+            for (call, state), known in self._known.items()
+            if not any(_gives(call, name) for name in self._masks)
+        }
+        for contents in itertools.product(("ones", "zeros"), repeat=len(self._masks)):
+            now = (*key[0], *contents), key[1]
+            self._known[now] = WARM
+            self._stack.kinds[now] = kind.another()
 
     def _is_filled(self, block: nn.Module, call: Call) -> bool:
         """Whether a cache is one that the block adds to, as in the steps of a generation."""
@@ -349,6 +360,11 @@ class BlockCall(Slot):
             self._stack.pool = pool_of(one.device)
             return self._stack.pool
         raise Unservable("the block has no parameters")
+
+
+def _gives(key: tuple[Any, ...], name: str) -> bool:
+    """Whether calls of a kind have an argument of a name that is not None."""
+    return name in key and key[key.index(name) + 1] != (NoneType, None)
 
 
 def _watches() -> bool:
