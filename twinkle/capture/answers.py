@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from twinkle.capture.guard import Draws, Traces
 from twinkle.capture.surroundings import as_if_run
@@ -76,12 +76,20 @@ def numbers_read(
     traces, draws, random = Traces(block), Draws(), graphs.random()
     try:
         with as_if_run(), follower:
-            block._call_impl(*call.args, **call.kwargs)
+            # Nothing in the call is to follow gradients to what came before it.
+            args, kwargs = tree_map(_cut_off, (call.args, call.kwargs))
+            block._call_impl(*args, **kwargs)
     finally:
         graphs.set_random(random)
         draws.put_back()
         traces.wipe()
     return follower.found
+
+
+def _cut_off(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.requires_grad:
+        return value.detach().requires_grad_()
+    return value
 
 
 class _Follower(TorchDispatchMode):

@@ -122,9 +122,6 @@ class BlockCall(Slot):
                     result = recording.replay(block, call, stack.chains)
                     stack.record.replays += 1
                     return result
-                assert isinstance(recording, Kind)
-                with self._undecided(pool):
-                    return recording.timed(block, args, kwargs, pool)
         except Undecided as why:
             stack.record.eager(str(why))
             with self._undecided(pool):
@@ -134,6 +131,10 @@ class BlockCall(Slot):
             if why.of_recorded:
                 with every_size_on(pool.device):  # the kernels of a replay
                     return block._call_impl(*args, **kwargs)
+        else:  # without the lock: a backward within the call may want it, in another thread
+            assert isinstance(recording, Kind)
+            with self._undecided(pool):
+                return recording.timed(block, args, kwargs, pool)
         return block._call_impl(*args, **kwargs)
 
     @contextlib.contextmanager
@@ -143,13 +144,8 @@ class BlockCall(Slot):
         Kernels take small inputs for large ones, as they do in a replay: there the host costs nothing. Of a
         trunk nothing inside is captured by itself meanwhile.
         """
-        outer = self.is_of_trunk
-        pool.undecided += outer
-        try:
-            with every_size_on(pool.device):
-                yield
-        finally:
-            pool.undecided -= outer
+        with pool.deciding() if self.is_of_trunk else contextlib.nullcontext(), every_size_on(pool.device):
+            yield
 
     def _missed(self, why: str) -> None:
         self._stack.record.eager(why)

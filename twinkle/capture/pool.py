@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,7 +16,7 @@ from twinkle.capture.order import Order
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from torch import Tensor
 
@@ -69,7 +70,7 @@ class Pool:
         holders: Of recordings.
         last_backward: The one that was replayed last.
         nothing: An empty tensor.
-        undecided: How many calls are under way that may soon be captured with all that is called in them.
+        undecided: An item for each call under way that may soon be captured with all that is called in it.
         lends: Whether parameters may be lent the memory of their gradients.
         age: Counts how often all was to be recorded anew.
     """
@@ -87,7 +88,7 @@ class Pool:
         self.holders: weakref.WeakSet[Holder] = weakref.WeakSet()
         self._looked = 0.0
         self.lends = True
-        self.undecided = 0
+        self.undecided: list[None] = []
         self._mask: tuple[Callable[[], Any], int, str] = (lambda: None), -1, "else"
         self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
@@ -219,6 +220,15 @@ class Pool:
     def _drop(self) -> None:
         for holder in [*self.holders]:
             holder.close()
+
+    @contextlib.contextmanager
+    def deciding(self) -> Iterator[None]:
+        """Within it nothing is captured by itself."""
+        self.undecided.append(None)  # an item, for threads do not count together
+        try:
+            yield
+        finally:
+            self.undecided.pop()
 
     def contents(self, mask: Any) -> str:
         """What is in a mask ``[batch, tokens]``: ``ones``, or ``zeros`` as well; ``else`` of anything else.

@@ -369,12 +369,10 @@ class Recording:
         now = self.graphs.random()
         if context.random is not None:
             self.graphs.set_random(context.random)
-        self.pool.undecided += 1  # what is called in the block runs as it is
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), self.pool.deciding():
                 _, out = self._run_of(context.block, tensors, CacheUses())()
         finally:
-            self.pool.undecided -= 1
             if context.random is not None:
                 self.graphs.set_random(now)
         given = [(one, grad) for one, grad in zip(out, grads, strict=True) if grad is not None]
