@@ -76,6 +76,21 @@ def test_an_input_that_is_known_is_a_constant() -> None:
     assert [one.is_constant for one in numbers_read(module, call, EmulatedGraphs(CPU), [x])] == [True]
 
 
+@pytest.mark.parametrize("value", [1, 0])
+def test_what_lies_beside_a_mask_is_not_known(value: int) -> None:
+    class Asks(Reads):
+        def forward(self, mask: Tensor, other: Any) -> Tensor:
+            return mask * float(mask.all()) * float(other.all())
+
+    packed = torch.ones(2, 2, 3, dtype=torch.int64)
+    packed[0, 1, 2] = value
+    mask, other = packed
+    call = call_of((mask, other), {}, CPU, training=True)
+    constants, masks = ([mask], []) if value else ([], [mask])
+    found = numbers_read(Asks(), call, EmulatedGraphs(CPU), constants, masks)
+    assert [one.is_constant for one in found] == [True, False]
+
+
 def test_the_answers_are_read_in_their_order() -> None:
     yes, three = Answer(True, torch.bool, True), Answer(3, torch.int64, True)
     with answered([yes, three], CPU):

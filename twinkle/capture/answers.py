@@ -9,6 +9,7 @@ the numbers that it reads come from nothing else; the recording is told these. O
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -72,13 +73,15 @@ def numbers_read(
         constants: Inputs whose contents are a part of the kind of the call.
         masks: Inputs of which it is a part of the kind that they have a zero.
     """
-    follower = _Follower(graphs.device, constants, masks)
+    # Their memory may be a part of what others lie in as well; that of copies is theirs alone.
+    known = {id(one): one.clone() for one in constants}
+    asked = {id(one): one.clone() for one in masks}
+    given = tree_map(functools.partial(_stand_in, known | asked), (call.args, call.kwargs))
+    follower = _Follower(graphs.device, known.values(), asked.values())
     traces, draws, random = Traces(block), Draws(), graphs.random()
     try:
         with as_if_run(), follower:
-            # Nothing in the call is to follow gradients to what came before it.
-            args, kwargs = tree_map(_cut_off, (call.args, call.kwargs))
-            block._call_impl(*args, **kwargs)
+            block._call_impl(*given[0], **given[1])
     finally:
         graphs.set_random(random)
         draws.put_back()
@@ -86,10 +89,11 @@ def numbers_read(
     return follower.found
 
 
-def _cut_off(value: Any) -> Any:
+def _stand_in(copies: dict[int, Tensor], value: Any) -> Any:
+    """What a call is given in the place of an argument: no gradient is followed to what came before it."""
     if isinstance(value, Tensor) and value.requires_grad:
         return value.detach().requires_grad_()
-    return value
+    return copies.get(id(value), value)
 
 
 class _Follower(TorchDispatchMode):
