@@ -111,9 +111,8 @@ class _Follower(TorchDispatchMode):
         self.found: list[Answer] = []
         self._device = device
         storages = [one.untyped_storage() for one in constants]
-        self._held: dict[int, Any] = {
-            one._cdata: one for one in storages
-        }  # their addresses are taken so long
+        # With the storages themselves: their addresses are taken so long.
+        self._held: dict[int, Any] = {one._cdata: one for one in storages}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
