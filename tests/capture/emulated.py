@@ -15,7 +15,7 @@ from twinkle.capture.block import BlockCall
 from twinkle.capture.kinds import Stack
 from twinkle.capture.pool import Pool
 from twinkle.capture.state import StackRecord
-from twinkle.proof.room import is_capturing
+from twinkle.ops.cuda_graphs import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -165,6 +165,34 @@ def test_what_was_given_by_one_backward_and_is_read_after_another_model() -> Non
         assert all(map(torch.equal, *found)), at
 
 
+def with_gradients(chain: Any, grad: Tensor) -> Tensor:
+    """The gradient itself, after a forward of other blocks that is recorded for training."""
+    with torch.enable_grad():
+        through(chain, grad)
+    return grad
+
+
+def test_gradients_on_their_way_after_a_backward_that_took_others() -> None:
+    """Another model runs while gradients of the last blocks wait to be taken; those of the first were."""
+    plain, ours, _ = chains(2, depth=4)
+    for at in range(8):
+        x = torch.randn(2, 5, 8)
+        found = []
+        for first, second in (plain, ours):
+            through(first, x).square().mean().backward()
+            y = second[1](second[0](x))
+            if at > 3:
+                y.register_hook(lambda grad, first=first: with_gradients(first, grad))
+            loss = second[3](second[2](y)).square().mean()
+            if at > 3:
+                y.sum().backward(retain_graph=True)
+            loss.backward()
+            found.append([p.grad.clone() for chain in (first, second) for p in chain.parameters()])
+            for chain in (first, second):
+                chain.zero_grad()
+        assert all(map(torch.equal, *found)), at
+
+
 def test_views_of_gradients_that_are_kept_have_all_recorded_anew_once() -> None:
     (plain,), (ours,), pool = chains(1)
     kept: list[list[Tensor]] = [[], []]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from twinkle.capture.guard import Draws, Traces
-from twinkle.capture.surroundings import as_if_run
+from twinkle.capture.surroundings import as_if_run, instead
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -32,7 +31,6 @@ __all__ = ["Answer", "answered", "is_wait", "numbers_read"]
 
 _aten = torch.ops.aten
 _READ = _aten._local_scalar_dense.default
-_COPIES = frozenset({_aten._to_copy.default, _aten.clone.default})
 _READERS: dict[str, Callable[[Any], Any]] = {
     "item": lambda value: value,
     "__bool__": bool,
@@ -64,7 +62,7 @@ def is_wait(error: BaseException) -> bool:
 def numbers_read(
     block: nn.Module, call: Call, graphs: Any, constants: Iterable[Tensor] = (), masks: Iterable[Tensor] = ()
 ) -> list[Answer]:
-    """Run a call for the numbers that it reads from the device, in order; it leaves no other trace.
+    """The numbers that a call reads from the device, in order: it is run for them, and leaves no other trace.
 
     Args:
         block: The module.
@@ -141,8 +139,8 @@ class _Follower(TorchDispatchMode):
         source, target = given.untyped_storage()._cdata, made.untyped_storage()
         mask, count = self._masks.get(source), self._counts.get(source)
         if mask is not None and given.numel() == mask[1] and given.is_contiguous():
-            is_copy = func in _COPIES and torch.bool in (made.dtype, given.dtype)
-            if is_copy or (func is _aten.clone.default and made.dtype is given.dtype):
+            to_bool = func is _aten._to_copy.default and torch.bool in (made.dtype, given.dtype)
+            if to_bool or func is _aten.clone.default:
                 self._masks[target._cdata] = target, made.numel()
             elif func is _aten.sum.default and given.dtype is torch.bool:
                 self._counts[target._cdata] = target, mask[1]
@@ -167,7 +165,7 @@ def _written(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any
 
 @contextlib.contextmanager
 def answered(answers: Sequence[Answer], device: torch.device) -> Iterator[None]:
-    """Within it this thread reads these numbers, in order, from tensors of the device.
+    """Have this thread read these numbers, in order, from tensors of the device.
 
     Raises:
         RuntimeError: The program reads others, or more or fewer.
@@ -175,13 +173,11 @@ def answered(answers: Sequence[Answer], device: torch.device) -> Iterator[None]:
     if not answers:
         yield
         return
-    left, thread = list(answers), threading.get_ident()
+    left = list(answers)
 
-    def reader(name: str, convert: Callable[[Any], Any]) -> Callable[[Tensor], Any]:
-        theirs: Any = getattr(Tensor, name)
-
+    def reader(theirs: Any, convert: Callable[[Any], Any]) -> Callable[[Tensor], Any]:
         def read(self: Tensor) -> Any:
-            if threading.get_ident() != thread or self.device != device:
+            if self.device != device:
                 return theirs(self)
             if not left or left[0].dtype is not self.dtype or not left[0].is_constant:
                 raise RuntimeError("what is captured reads another number than it did before")
@@ -189,17 +185,7 @@ def answered(answers: Sequence[Answer], device: torch.device) -> Iterator[None]:
 
         return read
 
-    own = {name: vars(Tensor)[name] for name in _READERS if name in vars(Tensor)}
-    readers = {name: reader(name, convert) for name, convert in _READERS.items()}
-    try:
-        for name, read in readers.items():
-            setattr(Tensor, name, read)
+    with instead((Tensor, name, reader(getattr(Tensor, name), to)) for name, to in _READERS.items()):
         yield
-    finally:
-        for name in readers:
-            if name in own:
-                setattr(Tensor, name, own[name])
-            else:
-                delattr(Tensor, name)
     if left:
         raise RuntimeError("what is captured reads fewer numbers than it did before")

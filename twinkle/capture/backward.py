@@ -11,7 +11,7 @@ from twinkle.capture.buffers import Shared, alias
 from twinkle.capture.lent import Lent
 from twinkle.capture.signature import BUSY, IN_USE, Unservable
 from twinkle.capture.surroundings import as_if_run
-from twinkle.ops.recorded import Recorded
+from twinkle.ops.cuda_graphs import Recorded
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:

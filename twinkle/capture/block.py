@@ -22,8 +22,9 @@ from twinkle.capture.signature import IN_USE, Passing, Undecided, Unservable, ca
 from twinkle.capture.slot import Slot
 from twinkle.capture.surroundings import every_size_on
 from twinkle.capture.weights import Calls, is_awaited
+from twinkle.ops.cuda_graphs import is_capturing
 from twinkle.ops.failures import is_failure
-from twinkle.proof.room import comparing, is_capturing
+from twinkle.proof.room import comparing
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
@@ -197,7 +198,14 @@ class BlockCall(Slot):
         return known  # type: ignore[no-any-return]
 
     def _counted(self, block: nn.Module, call: Call, key: Any, count: int, pool: Pool) -> Any:
-        """The recording for a call of a kind that was called so often; or the kind, where it is timed.
+        """The recording for a call of a kind that has none yet, or the kind where the call is timed.
+
+        Args:
+            block: The block.
+            call: Of it.
+            key: The kind.
+            count: How often calls of the kind ran as they are.
+            pool: Of the device.
 
         Raises:
             Undecided: It is not time yet.
@@ -231,7 +239,7 @@ class BlockCall(Slot):
         return made
 
     def _divide(self, key: Any, kind: Kind) -> None:
-        """Have what masks hold be a part of the kinds of calls; those without masks are what they were."""
+        """Tell kinds of calls apart by what their masks hold; recordings of calls without masks stay."""
         none = ("else",) * len(self._masks)
         self._known = {
             ((*call, *none), state): known

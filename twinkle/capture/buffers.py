@@ -16,11 +16,7 @@ if TYPE_CHECKING:
 
     from twinkle.capture.pool import Pool
 
-__all__ = ["FEW", "Input", "Shared", "alias", "copies_of"]
-
-
-FEW = 4
-"""So many copies cost less one by one."""
+__all__ = ["Input", "Shared", "alias", "copies_of"]
 _SCALED = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
@@ -124,19 +120,16 @@ def alias(tensor: Tensor) -> Tensor:
 
 
 def copies_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies of tensors, those of one floating dtype in one go where they are many."""
-    if len(tensors) <= FEW:
-        return [one.clone() for one in tensors]
+    """Copies of tensors without gradients, those of one floating dtype in one launch."""
     made: dict[int, Tensor] = {}
     by_dtype: dict[torch.dtype, list[int]] = {}
     for at, one in enumerate(tensors):
         by_dtype.setdefault(one.dtype, []).append(at)
-    with torch.no_grad():
-        for dtype, places in by_dtype.items():
-            group = [tensors[at] for at in places]
-            copies = torch._foreach_mul(group, 1.0) if dtype in _SCALED else [*map(Tensor.clone, group)]
-            made.update(zip(places, copies, strict=True))
-    return [made[at] for at in range(len(tensors))]
+    for dtype, places in by_dtype.items():
+        group = [tensors[at] for at in places]
+        copies = torch._foreach_mul(group, 1.0) if dtype in _SCALED else [*map(Tensor.clone, group)]
+        made.update(zip(places, copies, strict=True))
+    return [*map(made.__getitem__, range(len(tensors)))]
 
 
 def _nothing() -> None:

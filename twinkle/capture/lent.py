@@ -42,6 +42,7 @@ class Lent:
         present: The numbers of those that there are.
         is_plain: Which are laid out as their weights are.
         lends: Whether the parameters get the memory itself.
+        taker: Where the gradients wait to be taken to the parameters, and the place there.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Lent:
         self._found = found
         self._weights = [weakref.ref(one) for one in weights]
         self._pool = pool
-        self._taker: tuple[weakref.ref[Weights], int] | None = None
+        self.taker: tuple[weakref.ref[Weights], int] | None = None
         self._left = _COPIES
         self._storages = [one.untyped_storage() for one in found if one is not None]
         self._addresses = [one._cdata for one in self._storages]
@@ -71,15 +72,15 @@ class Lent:
             at: The place among them.
         """
         weights.give(at, self._found, self)
-        self._taker = weakref.ref(weights), at
+        self.taker = weakref.ref(weights), at
 
     def is_let_go(self) -> bool:
         """Whether nobody has any of the memory; gradients of the parameters are moved elsewhere."""
-        if self._taker is not None:
-            weights = self._taker[0]()
-            if weights is not None and not weights.done:
-                weights.settle(self._taker[1])
-            self._taker = None
+        if self.taker is not None:
+            weights = self.taker[0]()
+            if weights is not None:
+                weights.settle(self.taker[1])
+            self.taker = None
         if self._left:
             self._left -= 1
             self._uses = self._counted()

@@ -1,4 +1,4 @@
-"""Which memory of graphs still has what they wrote there."""
+"""The order of replays, and which results in the graphs' shared memory are still valid."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Order:
         self.claims: list[Claim] = []
 
     def rewind(self, index: int) -> bool:
-        """An earlier graph is about to be replayed, which it must not where False: its memory is in use.
+        """Prepare for the replay of an earlier graph; False where what it would write to is in use.
 
         Args:
             index: Its place in the order of all that were recorded.
@@ -56,9 +56,9 @@ class Order:
         return True
 
     def look_after(self) -> None:
-        """Have all memory that somebody may need let go, where that can be done."""
+        """Move what is still needed of earlier results elsewhere, where that can be done."""
         self.claims = [one for one in self.claims if not one.is_let_go()]
 
 
 STILL = Order()
-"""Of memory that no graph has been given."""
+"""The order of memory that no graph was given: nothing is ever written over there."""

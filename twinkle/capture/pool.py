@@ -105,7 +105,7 @@ class Pool:
         return self._training if training else self._inference
 
     def order(self, *, training: bool) -> Order:
-        """That of the graphs that have been recorded with gradients, or without."""
+        """The order of the graphs that are recorded with gradients, or without."""
         return self._order_of_training if training else self._order_of_inference
 
     def next_index(self) -> int:
@@ -134,7 +134,7 @@ class Pool:
         return any(one.index == index for one in self._pending if one.context() is not None)
 
     def rewind(self, order: Order, index: int) -> bool:
-        """An earlier graph than the last one is about to be replayed, which it must not where False.
+        """Prepare for the replay of an earlier graph than the last one; False where it must not run.
 
         Then the program has views of gradients that it was lent, where the graph would write. All is recorded
         anew, behind that memory, and gradients are lent no more.
@@ -147,7 +147,7 @@ class Pool:
         return False
 
     def look_after(self) -> None:
-        """A recording has gone: what its memory is needed for is moved elsewhere."""
+        """Move what is needed of the memory of a recording that has gone elsewhere."""
         self._order_of_training.look_after()
 
     def waits(self, index: int, context: Any, shared: list[Shared]) -> None:
@@ -223,7 +223,7 @@ class Pool:
 
     @contextlib.contextmanager
     def deciding(self) -> Iterator[None]:
-        """Within it nothing is captured by itself."""
+        """Keep what is called within from being captured by itself."""
         self.undecided.append(None)  # an item, for threads do not count together
         try:
             yield

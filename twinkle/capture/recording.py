@@ -14,7 +14,7 @@ from torch import Tensor
 from twinkle.capture.aliases import Aliases
 from twinkle.capture.answers import answered
 from twinkle.capture.backward import Backward
-from twinkle.capture.buffers import FEW, Input, Shared, alias, copies_of
+from twinkle.capture.buffers import Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
 from twinkle.capture.results import flattened
@@ -50,6 +50,7 @@ SHORT = "given back: the device ran out of memory"
 FILLED = "its cache holds tokens already"
 GIVEN = "a cache is given to it"
 _SAME: Any = contextlib.nullcontext()
+_FEW = 4  # results whose copies cost less one by one
 _MOST_GIVEN = 512 << 20  # bytes of all results, which each replay copies
 _MOST_READ = 4  # results that others may read where they are: those of a cache come after them
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
@@ -101,7 +102,6 @@ class Recording:
         self._check_results()
         self.grad = wanted and any(one.requires_grad for one in self.kept)
         self._static = [one.detach() for one in self.kept]
-        self._is_many = len(self._static) > FEW
         self._results = len(self._static) - 2 * len(self._uses.updates)
         if not self.grad:
             self.kept = []
@@ -264,7 +264,7 @@ class Recording:
         self._replay()
         if before is not None:
             self._uses_random = self.graphs.random() != before
-        if self._is_many:
+        if len(self._static) > _FEW:
             return tuple(copies_of(self._static))
         return tuple([one.clone() for one in self._static])
 

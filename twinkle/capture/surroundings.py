@@ -21,26 +21,57 @@ from twinkle.ops.plain import at_every_size
 from twinkle.runtime import runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
-__all__ = ["as_if_run", "every_size_on", "filled"]
+__all__ = ["as_if_run", "every_size_on", "filled", "instead"]
 
 _MOST = 64  # numbers of a constant
 _NUMBERS = frozenset({bool, int, float})
 _MODELS = "transformers.modeling_utils"
 _CACHES = "transformers.cache_utils"
+_LOOKS_FOR_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 class Replaced:
-    """Held while functions of others are replaced."""
+    """The lock that is held while functions of torch and transformers are replaced."""
 
     def __init__(self) -> None:
         self.lock = forks.lock()
 
 
 @contextlib.contextmanager
+def instead(replacements: Iterable[tuple[Any, str, Callable[..., Any]]]) -> Iterator[None]:
+    """Have this thread call other functions in the place of some, and all others these.
+
+    Args:
+        replacements: Of each its owner, a module or class, its name there, and the function that is called.
+    """
+    thread, undo = threading.get_ident(), []
+
+    def only_here(theirs: Any, ours: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(theirs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (ours if threading.get_ident() == thread else theirs)(*args, **kwargs)
+
+        return call
+
+    with runtime.of(Replaced).lock:
+        try:
+            for owner, name, ours in replacements:
+                undo.append((owner, name, vars(owner).get(name)))
+                setattr(owner, name, only_here(getattr(owner, name), ours))
+            yield
+        finally:
+            for owner, name, own in reversed(undo):
+                if own is None:
+                    delattr(owner, name)  # it is inherited
+                else:
+                    setattr(owner, name, own)
+
+
+@contextlib.contextmanager
 def as_if_run() -> Iterator[None]:
-    """Within it this thread's program is told what it would be without a recording.
+    """Have this thread's program find, while it is recorded, what it finds when it runs.
 
     - ``torch.cuda.is_current_stream_capturing`` says no: transformers masks all of a sequence otherwise, and
       leaves that to the kernel when it runs.
@@ -52,39 +83,22 @@ def as_if_run() -> Iterator[None]:
     """
     models: Any = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
     windows: Any = getattr(sys.modules.get(_CACHES), "DynamicSlidingWindowLayer", None)
+    replacements: list[tuple[Any, str, Callable[..., Any]]] = [
+        (torch.cuda, "is_current_stream_capturing", _no),
+        (torch, "tensor", filled(torch.tensor)),
+    ]
+    if hasattr(models, _LOOKS_FOR_PADDING):
+        replacements.append((models, _LOOKS_FOR_PADDING, _pass))
     begin = None if windows is None else vars(windows).get("lazy_initialization")
-    with runtime.of(Replaced).lock, contextlib.ExitStack() as stack:
-        stack.enter_context(_instead(torch.cuda, "is_current_stream_capturing", lambda theirs: _no))
-        stack.enter_context(_instead(torch, "tensor", filled))
-        stack.enter_context(_instead(models, "warn_if_padding_and_no_attention_mask", lambda theirs: _pass))
-        if begin is not None and _only_moves(windows, begin):
-            stack.enter_context(_instead(windows, "lazy_initialization", lambda theirs: _base_of(windows)))
+    if begin is not None and _only_moves(windows, begin):
+        replacements.append((windows, "lazy_initialization", _base_of(windows)))
+    with instead(replacements):
         yield
 
 
 def every_size_on(device: torch.device) -> Any:
-    """Within it the kernels of a GPU run at every size: what a launch costs the host is not of a replay."""
+    """Have kernels run at every size on a GPU, as in a replay: there a launch costs the host nothing."""
     return at_every_size() if device.type == "cuda" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _instead(owner: Any, name: str, made: Callable[[Any], Any]) -> Iterator[None]:
-    """Have this thread call another function in the place of one; nothing where there is none."""
-    theirs = None if owner is None else vars(owner).get(name)
-    if theirs is None:
-        yield
-        return
-    ours, thread = made(theirs), threading.get_ident()
-
-    @functools.wraps(theirs)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (ours if threading.get_ident() == thread else theirs)(*args, **kwargs)
-
-    setattr(owner, name, call)
-    try:
-        yield
-    finally:
-        setattr(owner, name, theirs)
 
 
 def _no() -> bool:

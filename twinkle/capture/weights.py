@@ -104,6 +104,7 @@ class Weights:
                 self._found[at] = None
                 if owner is None:
                     continue
+                owner.taker = None
                 if owner.lends and self._calls[at].count == 1:
                     lent += [(start + n, owner, n) for n in owner.present]
                 else:  # to sum the gradients of several calls in autograd's order is autograd's work

@@ -21,8 +21,8 @@ from twinkle.deferred.traced import TracedLogits
 from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
+from twinkle.ops.cuda_graphs import is_capturing
 from twinkle.ops.plain import pays
-from twinkle.proof.room import is_capturing
 from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
 
@@ -149,7 +149,7 @@ def _deferred(hidden: Tensor, weight: Tensor, bias: Tensor | None, counted: Labe
 
 @contextlib.contextmanager
 def taken_apart() -> Iterator[None]:
-    """Within it logits that this thread defers are to be made anew, of hidden states like theirs."""
+    """Have logits that this thread defers keep head and hidden states, so that replays make their own."""
     before, _calls.taken_apart = _calls.taken_apart, True
     try:
         yield

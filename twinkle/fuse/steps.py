@@ -16,9 +16,10 @@ from torch import nn
 from twinkle.fuse.norms import hooked, norm_of, numbers_of, unswapped
 from twinkle.fuse.rotations import plain_rotation
 from twinkle.match.symbolic.source import function_of_callable
+from twinkle.ops.cuda_graphs import is_capturing
 from twinkle.ops.failures import is_failure
 from twinkle.proof import first_use
-from twinkle.proof.room import comparing, is_capturing
+from twinkle.proof.room import comparing
 from twinkle.proof.speed import ORIGINAL, Speed, speed_at_call
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain

@@ -20,6 +20,8 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode_temporar
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
+from twinkle.ops.cuda_graphs import is_capturing
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
@@ -28,7 +30,6 @@ __all__ = [
     "NotNow",
     "clean_room",
     "comparing",
-    "is_capturing",
     "is_recomputing",
     "reason_against",
 ]
@@ -54,15 +55,6 @@ _occupied = _Occupied()
 def comparing() -> bool:
     """Whether this thread makes a comparison."""
     return _occupied.now
-
-
-def is_capturing() -> bool:
-    """Whether what is launched in this thread goes into a CUDA graph.
-
-    ``torch.cuda.is_current_stream_capturing`` is not asked: where Twinkle captures layers it says what it
-    would say without that.
-    """
-    return torch.cuda.is_initialized() and bool(torch._C._cuda_isCurrentStreamCapturing())
 
 
 def reason_against(tensors: Iterable[torch.Tensor] = (), *, traced: bool = False) -> str | None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from twinkle.errors import KernelError
+from twinkle.ops.cuda_graphs import is_capturing
 from twinkle.ops.failures import is_failure
 from twinkle.proof.compare import dtype_of
 from twinkle.proof.results import Parts, taken_apart
-from twinkle.proof.room import Generators, clean_room, is_capturing, is_recomputing, reason_against
+from twinkle.proof.room import Generators, clean_room, is_recomputing, reason_against
 from twinkle.proof.runs import Given, Result, run
 from twinkle.proof.twin import Held
 from twinkle.swap.backward import function_behind, guard_backward

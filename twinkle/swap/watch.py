@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from twinkle.proof.room import is_capturing
+from twinkle.ops.cuda_graphs import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,7 +13,7 @@ import torch
 
 from twinkle.ops.causal_lm_loss.chunks import Wanted, in_chunks, uses_triton
 from twinkle.ops.causal_lm_loss.row_loss import RowLoss
-from twinkle.ops.recorded import is_recorded_once
+from twinkle.ops.cuda_graphs import is_recorded_once
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

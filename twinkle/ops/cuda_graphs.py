@@ -1,0 +1,34 @@
+"""Whether a CUDA graph is captured, and what for."""
+
+from __future__ import annotations
+
+import torch
+
+from twinkle.runtime import runtime
+
+__all__ = ["Recorded", "is_capturing", "is_recorded_once"]
+
+
+class Recorded:
+    """What Twinkle captures in this process now.
+
+    Attributes:
+        backward: A backward, with its graph kept for those that cannot be replayed.
+    """
+
+    def __init__(self) -> None:
+        self.backward = False
+
+
+def is_capturing() -> bool:
+    """Whether what is launched in this thread goes into a CUDA graph.
+
+    ``torch.cuda.is_current_stream_capturing`` is not asked: where Twinkle captures layers it says what it
+    would say without that.
+    """
+    return torch.cuda.is_initialized() and bool(torch._C._cuda_isCurrentStreamCapturing())
+
+
+def is_recorded_once() -> bool:
+    """Whether this thread captures a backward that uses up its forward: each is replayed once."""
+    return runtime.of(Recorded).backward and is_capturing()
