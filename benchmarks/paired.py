@@ -289,6 +289,7 @@ class Way:
             began = time.perf_counter()
             call()  # to an idle device, whose queue takes a whole step
             found[f"{mode} host"] = (time.perf_counter() - began) * 1e3
+            self._wait()  # the next way's turn is to find the device idle
         return found
 
     def profile(self) -> dict[str, Any]:

@@ -131,6 +131,49 @@ def test_loss_and_gradients_are_those_of_cross_entropy(options, bias, small_chun
     )
 
 
+@pytest.fixture
+def aligned_products(monkeypatch):
+    """Products of vocabularies cut at a multiple of 64, as on a GPU for 16 bits; counts those that were."""
+    cut = []
+
+    def products(vocab, dtype, *, gpu):
+        found = split(vocab, torch.float16, gpu=True)
+        cut.extend(found[1:])
+        return found
+
+    split = chunks._products
+    monkeypatch.setattr(chunks, "_products", products)
+    monkeypatch.setattr(chunks, "_LEAST_SPLIT", 64)
+    return cut
+
+
+@pytest.mark.parametrize("vocab", [64, 101, 129, 300])
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_vocabulary_of_any_size_is_multiplied_by_aligned_parts(
+    options, vocab, small_chunks, aligned_products
+):
+    leaves, labels = inputs(vocab=vocab, bias=True)
+    labels = labels.where(labels != -100, options.get("ignore_index", -100))
+    found = outcome(linear_cross_entropy, leaves, labels, **options)
+    assert_same(found, outcome(reference, leaves, labels, **options), FLOAT32)
+    assert bool(aligned_products) == bool(vocab % 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_aligned_parts_err_no_more_in_half_precision(dtype, small_chunks, products, aligned_products):
+    test_half_precision_errs_no_more_than_twice_as_much(dtype, small_chunks, products)
+
+
+def test_large_vocabularies_of_16_bits_are_cut_on_a_gpu():
+    parts = chunks._products
+    assert parts(51865, torch.bfloat16, gpu=True) == [(51840, 51865), (0, 51840)]
+    assert parts(51840, torch.bfloat16, gpu=True) == [(0, 51840)]
+    assert parts(51865, torch.float32, gpu=True) == [(0, 51865)]
+    assert parts(51865, torch.bfloat16, gpu=False) == [(0, 51865)]
+    assert parts(1001, torch.bfloat16, gpu=True) == [(0, 1001)]  # too small to be worth two launches
+    assert parts(0, torch.bfloat16, gpu=True) == [(0, 0)]
+
+
 def test_float64_stays_float64(small_chunks):
     leaves, labels = inputs(dtype=torch.float64)
     assert_same(outcome(linear_cross_entropy, leaves, labels), outcome(reference, leaves, labels), FLOAT64)
