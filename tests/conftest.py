@@ -72,7 +72,21 @@ def _keep_the_bytecode() -> None:
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
+def _measure_no_speeds() -> None:
+    """Kernels run from the sizes in their code on, unless a test asks for measurements: these vary."""
+    from twinkle.options import Options
+
+    def made(self: Options) -> None:
+        init(self)
+        self.sizes = "fixed"
+
+    init = Options.__init__
+    Options.__init__ = made  # type: ignore[method-assign]
+    os.environ["TWINKLE_SIZES"] = "fixed"
+
+
 _share_the_cores()
+_measure_no_speeds()
 _keep_the_bytecode()
 _seed_without_a_stack()
 _import_triton_for_its_interpreter()

@@ -59,7 +59,7 @@ class Options:
         self.watch = "off"
         self.disabled: Collection[str] = ()
         self.kernels: str | Collection[str] = "off"
-        self.sizes = "fixed"
+        self.sizes = "auto"
         self.capture = "auto"
         self.capture_memory: float | int = 0.1
         self.trust_remote_code: bool | Collection[str] = False

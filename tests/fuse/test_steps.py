@@ -13,7 +13,8 @@ from twinkle.fuse import steps
 from twinkle.fuse.norms import described
 from twinkle.fuse.qk_norm_rotary import PairStep
 from twinkle.fuse.residual_norm import SumStep, unfused
-from twinkle.fuse.steps import SLOWER, Comparison, layer_copies, reason_against
+from twinkle.fuse.steps import SLOWER, Comparison, at_any_size, layer_copies, reason_against, size_key
+from twinkle.ops.plain import at_every_size, pays
 from twinkle.proof.clocks import Cost
 from twinkle.proof.compare import Verdict
 from twinkle.proof.speed import KERNEL, ORIGINAL, Speed, Unmeasured, size_of
@@ -39,6 +40,7 @@ class Planted(SumStep):
         self.right = right
         self.compared: list[bool] = []
         self.verdicts: list[Verdict] = []
+        self.asked: list[bool] = []
 
     def candidate(self, owner: nn.Module) -> Candidate | None:
         return self.planted if self.planted.rejected is None else None
@@ -59,7 +61,7 @@ def never() -> NoReturn:
 
 
 def compare_and_run(step: Planted, kernel: Callable[[], Any] = lambda: "done") -> Any:
-    return step.compare_and_run(nn.Identity(), "key", "needs", kernel, lambda: None)  # type: ignore[arg-type,return-value]
+    return step.compare_and_run(nn.Identity(), "key", "needs", kernel, lambda _: None)  # type: ignore[arg-type,return-value]
 
 
 def test_a_kernel_runs_alone_after_as_many_comparisons_as_asked_for() -> None:
@@ -95,12 +97,14 @@ def measured(monkeypatch: pytest.MonkeyPatch, clean_registry: object) -> dict[tu
     return ways
 
 
-def run_at(step: Planted, count: int) -> Any:
+def run_at(step: Planted, count: int, least: int = 0) -> Any:
     x = torch.ones(count)
-    compared = Comparison("a subject", never, never, (x,), nn.Identity())  # type: ignore[arg-type]
-    return step.compare_and_run(
-        nn.Identity(), ("kind", size_of(x)), "needs", lambda: "done", lambda: compared
-    )
+
+    def comparison(whole: bool) -> Comparison:
+        step.asked.append(whole)
+        return Comparison("a subject", never, never, (x,), nn.Identity(), least)  # type: ignore[arg-type]
+
+    return step.compare_and_run(nn.Identity(), ("kind", size_key(x)), "needs", lambda: "done", comparison)
 
 
 def test_each_size_is_compared_once_and_measured(measured: dict[tuple[int, bool], str]) -> None:
@@ -139,6 +143,45 @@ def test_a_step_that_cannot_be_measured_runs(
 ) -> None:
     monkeypatch.setattr(steps, "speed_at_call", lambda *args, **kwargs: Unmeasured("no room", for_good=True))
     assert run_at(Planted(), 4) == "done"
+    assert run_at(Planted(), 8, least=8) == "done"
+    assert run_at(Planted(), 4, least=8) is None, "below the size in its code it may well be slower"
+
+
+def test_a_part_of_a_call_is_compared_and_all_of_it_measured(
+    measured: dict[tuple[int, bool], str],
+) -> None:
+    step = Planted()
+    run_at(step, 4)
+    run_at(step, 8)
+    assert step.asked == [False, True, True]
+
+
+def test_calls_that_are_to_be_recorded_are_not_measured(measured: dict[tuple[int, bool], str]) -> None:
+    measured[3, True] = ORIGINAL
+    step = Planted()
+    with at_every_size():
+        assert run_at(step, 4) == "done"
+    assert step.asked == [False]
+    assert run_at(step, 4) is None, "a call that the host issues is another matter"
+    with at_every_size():
+        assert step.proven_with_grad[("kind", size_key(torch.ones(4)))] == "needs"
+
+
+def test_small_calls_are_measured_where_speeds_are(clean_registry: object) -> None:
+    x = torch.ones(4)
+    assert not Planted().may_pay(x, 8)
+    runtime.options.sizes = "auto"
+    assert Planted().may_pay(x, 8)
+    assert not Planted(proofs=0).may_pay(x, 8), "what is not compared is not measured"
+
+
+def test_a_path_is_found_at_any_size_where_speeds_are_measured(clean_registry: object) -> None:
+    path = at_any_size(lambda x: pays(x, 8))
+    x = torch.ones(4)
+    assert not path(x)
+    runtime.options.sizes = "auto"
+    assert path(x)
+    assert not pays(x, 8)
 
 
 def test_a_kernel_that_is_wrong_is_not_called() -> None:

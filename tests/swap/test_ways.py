@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import sys
 import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from twinkle.ops.plain import pays
+from twinkle.ops.plain import Least, at_every_size, pays
 from twinkle.proof.clocks import Cost
 from twinkle.proof.speed import KERNEL, ORIGINAL, SMALL_TOO, Speed, Unmeasured
 from twinkle.records import Binding, FunctionKernel, LayerKernel
@@ -378,6 +379,53 @@ def test_copies_and_files_are_as_before(swapped: Any, speeds: Speeds) -> None:
     assert len(speeds.made) == 1
 
 
+def test_calls_that_are_to_be_recorded_go_to_the_kernel(swapped: Any, speeds: Speeds) -> None:
+    layer, _ = swapped
+    speeds.by_size[4] = SLOW
+    call(layer, 4)
+    found = [call(layer, 4)]
+    with at_every_size():
+        found += [call(layer, 4), call(layer, 8)]
+    found.append(call(layer, 4))
+    assert found == ["original", "kernel", "kernel", "original"]
+    assert [size for size, _ in speeds.made] == [4], "what is not issued again is not measured"
+
+
+def test_what_cannot_be_measured_goes_to_the_kernel_from_the_size_in_its_code_on(
+    kit: Any, speeds: Speeds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ScaleKernel.forward.__dict__, "least", Least("x", 16, 64))
+    layer = Scale()
+    assert kit.swap_in(layer, [embedded()])
+    speeds.by_size = {size: Unmeasured("no room", for_good=True) for size in (4, 16, 32, 64)}
+    call(layer, 4)  # proven here, and then at its size
+    found = [call(layer, size) for size in (4, 16, 32)]
+    with torch.no_grad():
+        found += [call(layer, size) for size in (32, 64)]
+    left = "kernel, left to the definition"
+    assert found == ["original", left, left, "original", left]
+
+
+def test_a_size_left_to_the_original_is_asked_for_before_all_else(
+    kit: Any, swapped: Any, speeds: Speeds
+) -> None:
+    layer, _ = swapped
+    speeds.by_size[4] = SLOW
+    call(layer, 4)
+    x, names = torch.ones(4), []
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "call":
+            names.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        type(layer).forward(layer, x)
+    finally:
+        sys.setprofile(None)
+    assert names[:3] == ["forward", "is_dynamo_compiling", "forward"]
+
+
 def test_a_measured_call_costs_little_more_than_another(kit: Any, swapped: Any, speeds: Speeds) -> None:
     """Counted, as time would not be the same twice: what the text calls before the kernel."""
     layer, _ = swapped
@@ -389,8 +437,6 @@ def test_a_measured_call_costs_little_more_than_another(kit: Any, swapped: Any, 
             calls.append(argument.__name__)
         elif event == "call":
             calls.append(frame.f_code.co_name)
-
-    import sys
 
     x = torch.ones(4)
     sys.setprofile(profile)

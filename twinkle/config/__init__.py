@@ -95,7 +95,7 @@ class Settings:
         self.verify = "auto"
         self.watch = "off"
         self.kernels = kernels
-        self.sizes = "fixed"
+        self.sizes = "auto"
         self.capture = "auto"
         self.capture_memory = 0.1
         self.trust_remote_code = False

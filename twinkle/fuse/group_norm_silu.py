@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from twinkle.fuse.norms import UNGUARDED, hooked, plainly_called
-from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, tensor_text
+from twinkle.fuse.steps import (
+    SLOWER,
+    Comparison,
+    FusedStep,
+    at_any_size,
+    layer_copies,
+    size_key,
+    tensor_text,
+)
 from twinkle.match.instance import elementwise_of
 from twinkle.match.reads import CHANGED, Guard, of_forward
 from twinkle.match.structure import recognise
@@ -17,8 +25,6 @@ from twinkle.ops.group_norm import triton_backend
 from twinkle.ops.group_norm.reference import VARIANTS, GroupNormVariant
 from twinkle.ops.group_norm.triton_backend import path_for, run
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
-from twinkle.ops.plain import pays
-from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 from twinkle.swap.tensors import constant
 
@@ -31,6 +37,7 @@ __all__ = ["ActivatedNormStep", "GroupNormLayer", "activated", "group_norm_of"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
+_path_for = at_any_size(path_for)
 _PLAIN = next(variant for variant in VARIANTS if variant.activation == "none")
 _BEHIND: dict[str, GroupNormVariant] = {
     variant.activation: variant for variant in VARIANTS if variant is not _PLAIN
@@ -184,10 +191,10 @@ class ActivatedNormStep(FusedStep):
         """The kernel's result, or None; then what is to be done once the original steps have run, or None."""
         if _compiling():
             return self._traced(x, norm, act), None
-        if type(x) is not torch.Tensor or not pays(x, triton_backend.LEAST):
+        if type(x) is not torch.Tensor or not self.may_pay(x, triton_backend.LEAST):
             return None, None
         layer = isinstance(act, nn.Module)
-        key = (type(norm), type(act) if layer else act, x.dtype, size_of(x))
+        key = (type(norm), type(act) if layer else act, x.dtype, size_key(x))
         proven = self.proven_with_grad if _recording() else self.proven
         known: _Fused | None = proven.get(key)
         if known is SLOWER:
@@ -198,7 +205,7 @@ class ActivatedNormStep(FusedStep):
             self.note(owner, f"the norm or its activation {CHANGED}")
         elif not (hooked(norm) or (layer and hooked(act))):
             numbers = known.norm.numbers(norm)
-            if numbers is not None and path_for(x, *numbers[:3]) is EAGER:
+            if numbers is not None and _path_for(x, *numbers[:3]) is EAGER:
                 try:
                     return run(EAGER, x, *numbers, known.behind.variant), None
                 except Exception as error:
@@ -229,7 +236,7 @@ class ActivatedNormStep(FusedStep):
             why = "lacks its numbers" if numbers is None else "has hooks or a forward of its own"
             self.note(owner, f"its norm or its activation {why}")
             return None
-        if path_for(x, *numbers[:3]) is not EAGER:
+        if _path_for(x, *numbers[:3]) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(x)}")
             return None
         done: Tensor | None = self.compare_and_run(
@@ -237,7 +244,7 @@ class ActivatedNormStep(FusedStep):
             key,
             _Fused(group, behind),
             lambda: run(EAGER, x, *numbers, behind.variant),
-            lambda: self.comparison(group, behind, x, layers, act),
+            lambda _whole: self.comparison(group, behind, x, layers, act),
         )
         if done is not None:
             self.note_taken_over(owner, layers)
@@ -249,14 +256,20 @@ class ActivatedNormStep(FusedStep):
         """Kernel and original steps on the input of a call and copies of its layers."""
 
         def original(copies: nn.Module, x: Tensor) -> Tensor:
-            h = copies.get_submodule("0")(x)
+            norm: Any = copies._modules["0"]
+            h = norm(x)
             if self.written:
                 return h * torch.sigmoid(h)
-            made: Tensor = (copies.get_submodule("1") if len(layers) > 1 else act)(h)
+            last: Any = copies._modules["1"] if len(layers) > 1 else act
+            made: Tensor = last(h)
             return made
 
         def kernel(copies: nn.Module, x: Tensor) -> Tensor:
-            numbers = group.numbers(copies.get_submodule("0"))
+            own: Any = copies._modules["0"]
+            self.proven.get((type(own), None, x.dtype, size_key(x)))
+            if not group.guard.holds(own) or hooked(own):
+                raise TypeError("its norm is another")
+            numbers = group.numbers(own)
             assert numbers is not None
             path = path_for(x, *numbers[:3])
             if path is REFERENCE:
@@ -265,7 +278,7 @@ class ActivatedNormStep(FusedStep):
 
         groups, _, _, eps = group.numbers(layers[0]) or (None, None, None, None)
         subject = EmbeddedLayer(self.op, behind.variant, {"groups": groups, "eps": eps})
-        return Comparison(subject, original, kernel, (x,), layer_copies(layers))
+        return Comparison(subject, original, kernel, (x,), layer_copies(layers), triton_backend.LEAST)
 
 
 def _text_of(cls: type) -> str:

@@ -9,12 +9,19 @@ import torch
 from twinkle.fuse.modulated_functions import ModulatingFunction, modulating_function
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
 from twinkle.fuse.places import LayerThenModulation
-from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.fuse.steps import (
+    SLOWER,
+    Comparison,
+    FusedStep,
+    at_any_size,
+    layer_copies,
+    reason_against,
+    size_key,
+    tensor_text,
+)
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
 from twinkle.ops.modulated_norm.triton_backend import least_for, path_for, run, variant_of
-from twinkle.ops.plain import pays
-from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ __all__ = ["ModulationStep"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
+_path_for = at_any_size(path_for)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TOKENS = 256
 """Tokens of a sample that a comparison is made on, where they share one condition."""
@@ -146,11 +154,11 @@ class ModulationStep(FusedStep):
         dtype = _dtype_of(like, x)
         proven = self.proven_with_grad if _recording() else self.proven
         other = None if shift is None else shift.dtype
-        key = (type(layer), x.dtype, scale.dtype, other, dtype, scale.numel() == x.numel(), size_of(x))
+        key = (type(layer), x.dtype, scale.dtype, other, dtype, scale.numel() == x.numel(), size_key(x))
         known = proven.get(key)
         if known is None:
             least = self.least.get(type(layer))
-            if least is None or pays(x, least):
+            if least is None or self.may_pay(x, least):
                 done = self.first_call(owner, key, x, layer, dtype, scale, shift, original)
                 if done is not None:
                     return done
@@ -162,7 +170,7 @@ class ModulationStep(FusedStep):
             numbers = numbers_of(known.norm, layer, x.shape[-1:])
             if numbers is not None:
                 weight, eps, bias = numbers
-                if path_for(x, weight, bias, scale, shift, known.variant) is EAGER:
+                if _path_for(x, weight, bias, scale, shift, known.variant) is EAGER:
                     try:
                         return run(EAGER, x, weight, bias, eps, scale, shift, known.variant, dtype)
                     except Exception as error:
@@ -217,7 +225,7 @@ class ModulationStep(FusedStep):
         variant = variant_of(norm.variant, upcast=self.upcast, widened=self.widened)
         weight, eps, bias = numbers
         self.least[type(layer)] = least_for(norm.variant)
-        if path_for(x, weight, bias, scale, shift, variant) is not EAGER:
+        if _path_for(x, weight, bias, scale, shift, variant) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(x)} and a scale {tensor_text(scale)}")
             return None
         done: Tensor | None = self.compare_and_run(
@@ -225,7 +233,7 @@ class ModulationStep(FusedStep):
             key,
             Proven(norm, variant),
             lambda: run(EAGER, x, weight, bias, eps, scale, shift, variant, dtype),
-            lambda: self.comparison(norm, variant, x, layer, dtype, scale, shift),
+            lambda whole: self.comparison(norm, variant, x, layer, dtype, scale, shift, whole=whole),
         )
         if done is not None:
             self.note_taken_over(owner, (layer,))
@@ -240,16 +248,22 @@ class ModulationStep(FusedStep):
         dtype: torch.dtype | None,
         scale: Tensor,
         shift: Tensor | None,
+        *,
+        whole: bool,
     ) -> Comparison:
-        """Kernel and original steps on the input and the condition of a call and a copy of its layer."""
+        """Kernel and original steps on the first tokens of a call, or on all, and a copy of its layer."""
 
         def original(layers: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-            y = self.normed(x, layers.get_submodule("0")) * (self.one + scale)
+            y = self.normed(x, layers._modules["0"]) * (self.one + scale)
             y = y if shift is None else y + shift
             return y if dtype is None or x.dtype != given else y.to(dtype)
 
         def kernel(layers: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
-            weight, eps, bias = _numbers(norm, layers.get_submodule("0"))
+            own: Any = layers._modules["0"]
+            self.proven.get((type(own), x.dtype, scale.dtype, None, dtype, True, size_key(x)))
+            if not norm.guard.holds(own) or hooked(own):
+                raise TypeError("its norm is another")
+            weight, eps, bias = _numbers(norm, own)
             path = path_for(x, weight, bias, scale, shift, variant)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
@@ -258,10 +272,11 @@ class ModulationStep(FusedStep):
         given = x.dtype
         _, eps, _ = _numbers(norm, layer)
         subject = EmbeddedLayer(self.op, variant, {"eps": eps, "dtype": str(dtype), "one": self.one})
-        if x.dim() > 2 and x.shape[-2] > _TOKENS and scale.shape[-2:-1] in ((1,), ()):
+        if not whole and x.dim() > 2 and x.shape[-2] > _TOKENS and scale.shape[-2:-1] in ((1,), ()):
             x = x[..., :_TOKENS, :].contiguous()
         tensors = (x, scale) if shift is None else (x, scale, shift)
-        return Comparison(subject, original, kernel, tensors, layer_copies((layer,)))
+        least = least_for(norm.variant)
+        return Comparison(subject, original, kernel, tensors, layer_copies((layer,)), least)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -16,7 +16,7 @@ from twinkle.fuse.norms import (
     numbers_of,
 )
 from twinkle.fuse.rotations import plain_rotation, rotation_of, rotation_variant
-from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against
+from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against, size_key
 from twinkle.match.reads import CHANGED, Guard
 from twinkle.match.structure import recognise
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
@@ -27,7 +27,6 @@ from twinkle.ops.rms_norm.reference import RMSNormVariant
 from twinkle.ops.rotary.reference import VARIANTS
 from twinkle.proof.first_use import proof_tokens
 from twinkle.proof.inputs import fewer_of
-from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 from twinkle.swap.tensors import constant
 
@@ -212,7 +211,7 @@ class PairStep(FusedStep):
             return self.traced(q, k, q_layer, k_layer, function, cos, sin)
         if not (type(q) is type(k) is type(cos) is type(sin) is torch.Tensor):
             return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
-        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype, size_of(q))
+        key = (type(q_layer), type(k_layer), function, q.dtype, k.dtype, cos.dtype, size_key(q))
         pair = (self.proven_with_grad if _recording() else self.proven).get(key)
         if pair is SLOWER:
             return self.unfused(q, k, q_layer, k_layer, function, cos, sin)
@@ -319,7 +318,7 @@ class PairStep(FusedStep):
             key,
             pair,
             lambda: run(EAGER, q, k, u[0], v[0], u[1], v[1], cos, sin, pair.variant),
-            lambda: self.comparison(pair, q, k, q_layer, k_layer, key[2], cos, sin),
+            lambda whole: self.comparison(pair, q, k, q_layer, k_layer, key[2], cos, sin, whole=whole),
         )
         if done is not None:
             self.note_taken_over(owner, (q_layer, k_layer), key[2])
@@ -335,8 +334,10 @@ class PairStep(FusedStep):
         function: Any,
         cos: Tensor,
         sin: Tensor,
+        *,
+        whole: bool,
     ) -> Comparison:
-        """Kernel and original steps on the first tokens of a call and copies of its layers.
+        """Kernel and original steps on the first tokens of a call, or on all, and copies of its layers.
 
         Args:
             pair: The norms and the variant of the op.
@@ -347,9 +348,11 @@ class PairStep(FusedStep):
             function: The rotation.
             cos: ``[batch, tokens, rotary_dim]``.
             sin: As ``cos``.
+            whole: All of the call.
         """
-        rotate, tokens = plain_rotation(function), slice(fewer_of(q.shape[2], proof_tokens((q,))))
-        sequences = slice(2)
+        rotate = plain_rotation(function)
+        tokens = slice(None if whole else fewer_of(q.shape[2], proof_tokens((q,))))
+        sequences = slice(None if whole else 2)
         # No inputs of the comparison: the kernel takes no table that wants a gradient, and there every
         # input wants one.
         cos_, sin_ = (table.detach()[sequences, tokens] for table in (cos, sin))

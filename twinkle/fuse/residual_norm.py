@@ -7,14 +7,21 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from twinkle.fuse.norms import described, hooked, norm_from, norm_of, numbers_of
-from twinkle.fuse.steps import SLOWER, Comparison, FusedStep, layer_copies, reason_against, tensor_text
+from twinkle.fuse.steps import (
+    SLOWER,
+    Comparison,
+    FusedStep,
+    at_any_size,
+    layer_copies,
+    reason_against,
+    size_key,
+    tensor_text,
+)
 from twinkle.match.reads import CHANGED
 from twinkle.ops.launch import CUSTOM_OP, EAGER, REFERENCE
-from twinkle.ops.plain import pays
 from twinkle.ops.residual_norm.reference import ResidualNormVariant
 from twinkle.ops.residual_norm.triton_backend import path_for, run
 from twinkle.ops.residual_norm.triton_layer_norm import LEAST
-from twinkle.proof.speed import size_of
 from twinkle.sources.embedded import EmbeddedLayer
 
 if TYPE_CHECKING:
@@ -28,6 +35,7 @@ __all__ = ["SumStep", "variants_of"]
 
 _compiling = torch.compiler.is_compiling
 _recording = torch.is_grad_enabled
+_path_for = at_any_size(path_for)
 
 
 class NormVariants(NamedTuple):
@@ -105,10 +113,10 @@ class SumStep(FusedStep):
         if type(left) is not torch.Tensor or type(right) is not torch.Tensor:
             return unfused(left, right, layer, factor)
         proven = self.proven_with_grad if _recording() else self.proven
-        variants = proven.get((type(layer), left.dtype, right.dtype, size_of(left)))
+        variants = proven.get((type(layer), left.dtype, right.dtype, size_key(left)))
         if variants is None:
             least = self.least.get(type(layer))
-            if least is not None and not pays(left, least):
+            if least is not None and not self.may_pay(left, least):
                 return unfused(left, right, layer, factor)
             done = self.first_call(owner, left, right, layer, factor)
             if done is not None:
@@ -122,7 +130,7 @@ class SumStep(FusedStep):
             if numbers is not None:
                 weight, eps, bias = numbers
                 variant = variants.variant if factor is None else variants.scaled
-                path = path_for(right, left, weight, variant, bias)
+                path = _path_for(right, left, weight, variant, bias)
                 if path is EAGER:
                     try:
                         return run(path, right, left, weight, eps, variant, factor, bias, wanted)
@@ -163,15 +171,15 @@ class SumStep(FusedStep):
         weight, eps, bias = numbers
         if norm.op == "layer_norm":
             self.least[type(layer)] = LEAST
-        if path_for(right, left, weight, variant, bias) is not EAGER:
+        if _path_for(right, left, weight, variant, bias) is not EAGER:
             self.note(owner, f"no kernel for {tensor_text(left)} + {tensor_text(right)}")
             return None
         done: tuple[Tensor, Tensor] | None = self.compare_and_run(
             owner,
-            (type(layer), left.dtype, right.dtype, size_of(left)),
+            (type(layer), left.dtype, right.dtype, size_key(left)),
             variants,
             lambda: run(EAGER, right, left, weight, eps, variant, factor, bias),
-            lambda: self.comparison(norm, variant, left, right, layer, factor),
+            lambda _whole: self.comparison(norm, variant, left, right, layer, factor),
         )
         if done is not None:
             self.note_taken_over(owner, (layer,))
@@ -189,10 +197,14 @@ class SumStep(FusedStep):
         """Kernel and original steps on the addends of a call and a copy of its layer."""
 
         def original(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            return unfused(left, right, layers.get_submodule("0"), factor)
+            return unfused(left, right, layers._modules["0"], factor)
 
         def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-            weight, eps, bias = _numbers(norm, layers.get_submodule("0"))
+            own: Any = layers._modules["0"]
+            self.proven.get((type(own), left.dtype, right.dtype, size_key(left)))
+            if not norm.guard.holds(own) or hooked(own):
+                raise TypeError("its norm is another")
+            weight, eps, bias = _numbers(norm, own)
             path = path_for(right, left, weight, variant, bias)
             if path is REFERENCE:
                 raise TypeError("the kernel does not take copies of its inputs")
@@ -200,7 +212,14 @@ class SumStep(FusedStep):
 
         _, eps, _ = _numbers(norm, layer)
         subject = EmbeddedLayer(self.op, variant, {"eps": eps, "scale": factor})
-        return Comparison(subject, original, kernel, (left, right), layer_copies((layer,)))
+        return Comparison(
+            subject,
+            original,
+            kernel,
+            (left, right),
+            layer_copies((layer,)),
+            self.least.get(type(layer), 0),
+        )
 
 
 def unfused(left: Any, right: Any, layer: Any, factor: Any) -> tuple[Any, Any]:

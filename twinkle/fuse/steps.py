@@ -7,7 +7,7 @@ forward around it may not run twice (it may write to a cache of keys and values,
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -18,9 +18,10 @@ from twinkle.fuse.rotations import plain_rotation
 from twinkle.match.symbolic.source import function_of_callable
 from twinkle.ops.cuda_graphs import is_capturing
 from twinkle.ops.failures import is_failure
+from twinkle.ops.plain import FORCED, at_measured_size, pays
 from twinkle.proof import first_use
 from twinkle.proof.room import comparing
-from twinkle.proof.speed import ORIGINAL, Speed, speed_at_call
+from twinkle.proof.speed import ORIGINAL, Speed, size_of, speed_at_call
 from twinkle.runtime import runtime
 from twinkle.swap.candidate import explain
 from twinkle.swap.dtype_keys import ANY
@@ -38,7 +39,16 @@ if TYPE_CHECKING:
     from twinkle.sources.embedded import EmbeddedLayer
     from twinkle.swap.candidate import Candidate
 
-__all__ = ["SLOWER", "Comparison", "FusedStep", "layer_copies", "reason_against", "tensor_text"]
+__all__ = [
+    "SLOWER",
+    "Comparison",
+    "FusedStep",
+    "at_any_size",
+    "layer_copies",
+    "reason_against",
+    "size_key",
+    "tensor_text",
+]
 
 _recording = torch.is_grad_enabled
 SLOWER: Any = object()
@@ -51,9 +61,11 @@ class Comparison(NamedTuple):
     Attributes:
         subject: What the verdict is about.
         original: The original steps, as a function of ``layers`` and ``tensors``.
-        kernel: The kernel, as a function of the same.
+        kernel: The kernel, as a function of the same; it looks at the layers as a call of the place does,
+            which takes some time as well.
         tensors: The inputs.
         layers: Copies of the layers, as :func:`layer_copies` makes them.
+        least: Elements of the first input from which the kernel runs where nothing is measured.
     """
 
     subject: EmbeddedLayer
@@ -61,6 +73,25 @@ class Comparison(NamedTuple):
     kernel: Callable[..., Any]
     tensors: tuple[Tensor, ...]
     layers: nn.Module
+    least: int = 0
+
+
+def size_key(tensor: Tensor) -> int:
+    """The size that a call with such a first tensor counts as, by which what was decided of it is known.
+
+    Calls whose sizes do not count have numbers of their own: what they decide holds for replays.
+    """
+    return -size_of(tensor) if FORCED else size_of(tensor)
+
+
+def at_any_size(path_for: Callable[..., Any]) -> Callable[..., Any]:
+    """What finds the path of a proven kernel's call: of any size, where sizes were measured before."""
+    anyway = at_measured_size(path_for)[0]
+
+    def path(*args: Any) -> Any:
+        return (anyway if runtime.options.sizes == "auto" else path_for)(*args)
+
+    return path
 
 
 class FusedStep:
@@ -93,6 +124,12 @@ class FusedStep:
         """What the forward calls at the place, in the order :meth:`Draft.build` takes them."""
         raise NotImplementedError
 
+    def may_pay(self, tensor: Tensor, least: int) -> bool:
+        """Whether a tensor has ``least`` elements, or it is measured what the kernel gains at any size."""
+        return pays(tensor, least) or (
+            self.proofs > 0 and runtime.options.sizes == "auto" and tensor.numel() > 0
+        )
+
     def candidate(self, owner: nn.Module) -> Candidate | None:
         """The candidate that put the rewritten forward into a layer; None once it is rejected."""
         for candidate in candidates_of(owner):
@@ -106,16 +143,17 @@ class FusedStep:
         key: Any,
         needs: Any,
         kernel: Callable[[], Any],
-        comparison: Callable[[], Comparison],
+        comparison: Callable[[bool], Comparison],
     ) -> Any:
         """Run a kernel that is not proven yet, after a comparison.
 
         Args:
             owner: The layer whose forward it is.
-            key: What the kernel depends on; the last of it is the size of the call (:func:`size_of`).
+            key: What the kernel depends on; the last of it is the size of the call (:func:`size_key`).
             needs: Kept under ``key`` in :attr:`proven` once it is.
             kernel: The call.
-            comparison: Makes what is compared; called if a comparison is due.
+            comparison: Makes what is compared, or measured of the whole call where its argument says so;
+                called if that is due.
 
         Returns:
             The kernel's result, or None when the original steps are to run.
@@ -124,9 +162,8 @@ class FusedStep:
         if candidate is None or is_capturing() or comparing() or candidate.proofs.given_up(ANY):
             return None
         grad = _recording()
-        comparison = cache(comparison)
         if self._passed(key, grad) < self.proofs:
-            verdict = self._verdict(comparison(), grad)
+            verdict = self._verdict(comparison(False), grad)
             candidate.record_verdict(verdict, grad=grad)
             if not verdict.ok and not (verdict.pending and self._passed(key, grad)):
                 return None
@@ -158,19 +195,20 @@ class FusedStep:
             recall=self.recall,
         )
 
-    def _is_slower(self, candidate: Candidate, comparison: Callable[[], Comparison], grad: bool) -> bool:
+    def _is_slower(self, candidate: Candidate, comparison: Callable[[bool], Comparison], grad: bool) -> bool:
         """Whether the original steps are faster at the size of a call, as far as that can be measured."""
-        if not self.proofs or runtime.options.sizes != "auto":
-            return False
-        compared = comparison()
+        if not self.proofs or runtime.options.sizes != "auto" or FORCED:
+            return False  # FORCED: such a call is about to be recorded, and issued no more
+        compared = comparison(True)
         if not measures(compared.subject):
-            return False
+            return not pays(compared.tensors[0], compared.least)
+        kernel = at_measured_size(compared.kernel)[0]
         subject = first_use.Subject(
-            compared.subject, compared.original, compared.kernel, nn.Module, recall=self.recall
+            compared.subject, compared.original, kernel, nn.Module, recall=self.recall
         )
         speed = speed_at_call(subject, (compared.layers, *compared.tensors), {}, grad=grad)
         if not isinstance(speed, Speed):
-            return False
+            return not pays(compared.tensors[0], compared.least)
         candidate.record_speed(speed._replace(at=f"{self.op} {speed.at}"))
         return speed.way == ORIGINAL
 

@@ -18,6 +18,7 @@ from twinkle import forks
 from twinkle.codegen import compile_source
 from twinkle.match.reads import CHANGED, KEPT
 from twinkle.ops.failures import is_failure
+from twinkle.ops.plain import FORCED
 from twinkle.proof.first_use import Subject, prove_ahead, prove_at_call
 from twinkle.proof.room import comparing
 from twinkle.proof.speed import size_of
@@ -153,7 +154,7 @@ class Dispatch:
         if any(map(is_checked, candidates)) or any(entry.ways is not None for entry in self.entries):
             names.append("by_dynamo")
         if any(entry.ways is not None for entry in self.entries):
-            names.append("grad")
+            names += ["grad", "any_autocast", "type"]
         if any(candidate.proofs.number for candidate in candidates):
             names += ["getattr", "autocast", "bfloat16", "float16", "float32"]
         if self._minds_the_gpu():
@@ -273,7 +274,7 @@ class Dispatch:
         """The way of a call whose size was not met yet: a function, or False for the original."""
         entry = self.entry(index)
         assert entry.ways is not None
-        known = entry.ways.known.get(key)
+        known = entry.function if FORCED else entry.ways.known.get(key)
         if known is not None:
             return known
         return entry.ways.decide(entry.candidate, self._subject(entry), key, args, kwargs)
@@ -615,6 +616,8 @@ _FIXED_NAMES: dict[str, Any] = {
     "fx": _symbolic_trace,
     "grad": torch.is_grad_enabled,
     "autocast": autocasting,
+    # The same for a moment that no compiler follows, without a frame of Python.
+    "any_autocast": torch._C._is_any_autocast_enabled,
     "dtype_key": dtype_key_of,
     "current": current_gpu,
     "there": call_there,

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from twinkle.ops import launch
-from twinkle.ops.plain import at_measured_size
+from twinkle.ops.plain import Least, at_measured_size
 from twinkle.proof.room import comparing
 from twinkle.proof.speed import ORIGINAL, SMALL_TOO, Speed, speed_at_call
 from twinkle.runtime import runtime
@@ -72,7 +72,7 @@ class Ways:
     ) -> Callable[..., Any] | bool:
         """Find the way for a key that has none yet, by the call at hand; see ``known``.
 
-        A call that cannot be measured goes to the kernel, which begins at the fixed sizes in its code.
+        A call that cannot be measured goes to the kernel from the size on that is in its code.
         """
         if comparing():
             # A layer within one that is compared or measured: its turn is when the program calls it.
@@ -84,9 +84,9 @@ class Ways:
         else:
             candidate.record_unmeasured()
             self._tries[key] += 1
+            way = False if _is_too_small(subject.kernel, *key[1:]) else subject.kernel
             if not speed.for_good and self._tries[key] < _MOST_TRIES:
-                return subject.kernel
-            way = subject.kernel
+                return way
         # Of two threads that measured at once, both go the way of the first.
         return self.known.setdefault(key, way)
 
@@ -95,6 +95,14 @@ class Ways:
         if speed.way == ORIGINAL:
             return False
         return at_measured_size(kernel)[0] if speed.way == SMALL_TOO else kernel
+
+
+def _is_too_small(kernel: Callable[..., Any], size: int, grad: bool) -> bool:
+    """Whether a kernel would come to its definition for calls of a size (:func:`size_of`)."""
+    least = getattr(kernel, "least", None)
+    return isinstance(least, Least) and (1 << size) <= (
+        least.elements if grad else max(least.elements, least.without_gradients)
+    )
 
 
 def tell_speed(
