@@ -73,7 +73,7 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if os.environ.get("TWINKLE_TEST_FAMILIES") != "all":
         command += ["--classes", *SAMPLE]
     environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
-    environ.update(PYTHONPATH=str(REPO), TWINKLE_CACHE="off")
+    environ.update(PYTHONPATH=str(REPO), TWINKLE_CACHE="off", TWINKLE_SIZES="fixed")
     environ.pop("TRITON_INTERPRET", None)
     done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
     assert out.is_file(), done.stderr[-2000:]

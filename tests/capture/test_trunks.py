@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from twinkle.capture import block as the_module
+from twinkle.capture.kinds import Kind
 from twinkle.capture.recording import GIVEN, NO_ROOM
 from twinkle.capture.results import flattened
 from twinkle.capture.stacks import stacks_of
@@ -193,6 +194,24 @@ def test_where_it_has_no_room_the_blocks_have() -> None:
     assert trunk.record.replays == 0
     assert trunk.record.calls[NO_ROOM] == 4
     assert blocks.record.replays == 3 * 4
+
+
+def test_where_the_device_is_the_wall_in_all_of_it_the_blocks_are_left_alone_as_well() -> None:
+    plain, ours, trunk, blocks = plain_models()
+    why = "not faster here: the device takes 2.00 ms, the host 1.00 ms"
+
+    def at_the_wall(kind: Kind) -> str:
+        kind.leave_to_device(why)
+        return why
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Kind, "decide", at_the_wall)
+        expected, found = steps(plain), steps(ours)
+    assert all(map(torch.equal, found, expected))
+    assert trunk.record.replays == blocks.record.replays == 0
+    assert trunk.record.calls[why] == 4
+    assert blocks.record.calls[why] == 4 * 3, "what was found of the whole, without a decision of their own"
+    assert all(kind.device_is_wall for kind in blocks.kinds.values())
 
 
 def test_gradients_that_somebody_waits_for_come_block_by_block() -> None:

@@ -55,7 +55,7 @@ def test_without_anything_the_defaults_hold() -> None:
     assert (settings.mode, settings.device) == (None, None)
     assert (settings.use_fallback, settings.strict, settings.verify) == (True, False, "auto")
     assert (settings.trust_remote_code, settings.plugins, settings.disable) == (False, (), ())
-    assert (settings.kernels, settings.sizes) == ("auto", "fixed")
+    assert (settings.kernels, settings.sizes) == ("auto", "auto")
     assert (settings.log, settings.report, settings.off) == ("warning", None, False)
     assert settings.records() == ((), (), ())
 

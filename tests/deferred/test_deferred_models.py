@@ -352,7 +352,7 @@ def test_trainer_trains_and_computes_metrics(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gpu_counts_labels_ahead_and_leaves_rows_out(monkeypatch):
-    monkeypatch.setattr(forward, "_LEAST_COUNTED", 0)
+    monkeypatch.setattr(forward, "LEAST_COUNTED", 0)
     model, inputs = build().cuda().bfloat16(), batch(rows=4, tokens=60)
     inputs = {k: v.cuda() for k, v in inputs.items()}
     inputs["labels"][:, :40] = -100

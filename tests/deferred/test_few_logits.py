@@ -44,16 +44,16 @@ def is_deferred(rows: int, dtype: torch.dtype = torch.float32, width: int = 4) -
     return isinstance(model(tokens, tokens)[1], DeferredLogits)
 
 
-@pytest.mark.parametrize(("rows", "deferred"), [(1023, False), (1024, True)])
+@pytest.mark.parametrize(("rows", "deferred"), [(4095, False), (4096, True)])
 def test_float32(rows: int, deferred: bool) -> None:
     assert is_deferred(rows) is deferred
 
 
-@pytest.mark.parametrize(("rows", "deferred"), [(2047, False), (2048, True)])
+@pytest.mark.parametrize(("rows", "deferred"), [(8191, False), (8192, True)])
 def test_fewer_rows_than_the_hidden_states_are_wide_do_not_pay_for_a_copy_of_the_weight(
     rows: int, deferred: bool
 ) -> None:
-    assert is_deferred(rows, width=2048) is deferred
+    assert is_deferred(rows, width=8192) is deferred
 
 
 @pytest.mark.parametrize(("rows", "deferred"), [(63, False), (64, True)])

@@ -141,9 +141,9 @@ def aligned_products(monkeypatch):
         cut.extend(found[1:])
         return found
 
-    split = chunks._products
-    monkeypatch.setattr(chunks, "_products", products)
-    monkeypatch.setattr(chunks, "_LEAST_SPLIT", 64)
+    split = chunks.products
+    monkeypatch.setattr(chunks, "products", products)
+    monkeypatch.setattr(chunks, "LEAST_SPLIT", 64)
     return cut
 
 
@@ -165,7 +165,7 @@ def test_aligned_parts_err_no_more_in_half_precision(dtype, small_chunks, produc
 
 
 def test_large_vocabularies_of_16_bits_are_cut_on_a_gpu():
-    parts = chunks._products
+    parts = chunks.products
     assert parts(51865, torch.bfloat16, gpu=True) == [(51840, 51865), (0, 51840)]
     assert parts(51840, torch.bfloat16, gpu=True) == [(0, 51840)]
     assert parts(51865, torch.float32, gpu=True) == [(0, 51865)]

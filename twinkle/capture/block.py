@@ -132,6 +132,9 @@ class BlockCall(Slot):
             if why.of_recorded:
                 with every_size_on(pool.device):  # the kernels of a replay
                     return block._call_impl(*args, **kwargs)
+            if why.of_device and self.is_of_trunk:
+                with pool.at_the_wall(str(why)):
+                    return block._call_impl(*args, **kwargs)
         else:  # without the lock: a backward within the call may want it, in another thread
             assert isinstance(recording, Kind)
             with self._undecided(pool):
@@ -216,8 +219,10 @@ class BlockCall(Slot):
         kind = self._stack.kind(key)
         if kind is None:
             raise Unservable("calls are of too many kinds")
+        if pool.walls and not kind.chosen and kind.refused is None:
+            kind.leave_to_device(pool.walls[-1])
         if kind.refused is not None:
-            raise Unservable(kind.refused)
+            raise _refusal(kind)
         if count < WARM:
             if len(self._known) > 2 * MOST_KINDS:
                 self._known = {one: made for one, made in self._known.items() if type(made) is not int}
@@ -230,7 +235,7 @@ class BlockCall(Slot):
             raise Undecided(_EARLY)
         why = kind.decide()
         if why is not None:
-            raise Unservable(why) if kind.refused is not None else Undecided(why)
+            raise _refusal(kind) if kind.refused is not None else Undecided(why)
         try:
             made = self._known[key] = self._record(block, call, kind, pool)
         except Undecided:
@@ -369,6 +374,12 @@ class BlockCall(Slot):
 def _gives(key: tuple[Any, ...], name: str) -> bool:
     """Whether calls of a kind have an argument of a name that is not None."""
     return name in key and key[key.index(name) + 1] != (NoneType, None)
+
+
+def _refusal(kind: Kind) -> Unservable:
+    refusal = Unservable(str(kind.refused))
+    refusal.of_device = kind.device_is_wall
+    return refusal
 
 
 def _watches() -> bool:

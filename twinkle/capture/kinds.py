@@ -63,6 +63,7 @@ class Kind:
     Attributes:
         refused: Why it is not; None while that is open, or when it is.
         chosen: Whether it was found that the host is the wall.
+        device_is_wall: Whether it is refused since that is the device.
         attempts: Recordings that failed.
         kept: Bytes that a call has kept for its backward.
     """
@@ -70,6 +71,7 @@ class Kind:
     def __init__(self, *, chosen: bool = False) -> None:
         self.kept = 0
         self.refused: str | None = None
+        self.device_is_wall = False
         self.chosen = chosen
         self.attempts = 0
         self._times: list[tuple[float, Any, Any]] = []
@@ -94,6 +96,10 @@ class Kind:
         self._times.append((taken, start, end))
         return result
 
+    def leave_to_device(self, why: str) -> None:
+        """Refuse it: nothing is gained where the device is the wall."""
+        self.refused, self.device_is_wall = why, True
+
     def decide(self) -> str | None:
         """Why it is not captured now; None where it is to be."""
         if self.chosen or self.refused is not None or not self._times:
@@ -102,12 +108,12 @@ class Kind:
         if not self._times[-1][2].query():
             self._late += 1
             if self._late > WARM * len(self._times):
-                self.refused = "not faster here: the device is more than a step behind the host"
+                self.leave_to_device("not faster here: the device is more than a step behind the host")
             return self.refused or "the device has not come so far"
         host = sorted(taken for taken, _, _ in self._times)[len(self._times) // 2] * 1e3
         device = sorted(start.elapsed_time(end) for _, start, end in self._times)[len(self._times) // 2]
         self._times.clear()
         if device > host * _HOST_IS_SLOW:
-            self.refused = f"not faster here: the device takes {device:.2f} ms, the host {host:.2f} ms"
+            self.leave_to_device(f"not faster here: the device takes {device:.2f} ms, the host {host:.2f} ms")
         self.chosen = self.refused is None
         return self.refused

@@ -71,6 +71,7 @@ class Pool:
         last_backward: The one that was replayed last.
         nothing: An empty tensor.
         undecided: An item for each call under way that may soon be captured with all that is called in it.
+        walls: For each call under way in which the device is the wall, what was found.
         lends: Whether parameters may be lent the memory of their gradients.
         age: Counts how often all was to be recorded anew.
     """
@@ -89,6 +90,7 @@ class Pool:
         self._looked = 0.0
         self.lends = True
         self.undecided: list[None] = []
+        self.walls: list[str] = []
         self._mask: tuple[Callable[[], Any], int, str] = (lambda: None), -1, "else"
         self.age = 0
         self._training, self._inference = graphs(device), graphs(device)
@@ -230,6 +232,22 @@ class Pool:
         finally:
             self.undecided.pop()
 
+    @contextlib.contextmanager
+    def at_the_wall(self, why: str) -> Iterator[None]:
+        """Leave what is called within alone: the device is the wall in all of it.
+
+        What is found of a part says less: a part may be issued slower than it is computed, while the device
+        is behind with what came before.
+
+        Args:
+            why: What was found of the whole.
+        """
+        self.walls.append(why)
+        try:
+            yield
+        finally:
+            self.walls.pop()
+
     def contents(self, mask: Any) -> str:
         """What is in a mask ``[batch, tokens]``: ``ones``, or ``zeros`` as well; ``else`` of anything else.
 
@@ -250,7 +268,10 @@ class Pool:
         return int(self._training.allocated())
 
     def has_room(self, needed: int = 0) -> bool:
-        """Whether one recording more may be made: within the limit, and the device is not nearly full.
+        """Whether one recording more may be made: within the limit, and more stays free than recordings hold.
+
+        A program that suddenly needs more than it ever had finds at least half of what it would have without
+        recordings; where it needs that, all are given back (:meth:`next_pass`).
 
         Args:
             needed: Bytes that it will hold; 0 where it is like those before it.
@@ -260,7 +281,7 @@ class Pool:
         last = needed or self.used // max(1, self.count)
         if self.used + last > self.limit:
             return False
-        return bool(self._training.free() > self._training.total() // 20 + 2 * last)
+        return bool(self._training.free() > self._training.total() // 20 + self.used + 2 * last)
 
 
 class Pools:

@@ -41,9 +41,11 @@ class Unservable(Exception):
 
     Attributes:
         of_recorded: Others of its kind are replayed.
+        of_device: The device is the wall in calls of its kind.
     """
 
     of_recorded = False
+    of_device = False
 
 
 class Passing(Unservable):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from twinkle.deferred.frames import leave_to_python
-from twinkle.deferred.head import Head, LabelCount
+from twinkle.deferred.head import Head, LabelCount, LabelCounts
 from twinkle.deferred.logits import DeferredLogits
 from twinkle.deferred.nodes import DeferredHead
 from twinkle.deferred.steps import Number, apply_pointwise
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from twinkle.deferred.steps import PointwiseOp
 
 __all__ = [
+    "LEAST_COUNTED",
     "DeferringForward",
     "defer",
     "deferring_heads",
@@ -42,20 +43,23 @@ __all__ = [
 ]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LEAST, _LEAST_HALF = 1 << 20, 1 << 16
-"""The fewest logits that are deferred on a CPU: with fewer it is slower. 2^20 in float32 take 4 MiB, and a
-chunk may have four times as many. In half precision what is computed with them costs more. In float32 the
-copy of the weight costs more than the logits of fewer rows than the hidden states are wide: on two cores, a
-vocabulary of 32000 and 512 channels, steps with 128, 256 and 1024 rows took 208, 265 and 535 ms for 106, 172
-and 645 ms."""
+_LEAST, _LEAST_HALF = 1 << 22, 1 << 16
+"""The fewest logits that are deferred on a CPU: with fewer it is slower. 2^22 in float32 take 16 MiB. From
+2^21 on head and loss alone take a tenth less time, but the C library gives the top of a heap without such
+blocks back at each step, and the optimizer's pages are fetched anew: a Llama was 0.94 to 0.97 times as fast
+with 2^21 logits, 1.03 to 1.06 with 2^22. In half precision what is computed with them costs more. In
+float32 the copy of the weight costs more than the logits of fewer rows than the hidden states are wide: on
+two cores, a vocabulary of 32000 and 512 channels, steps with 128, 256 and 1024 rows took 208, 265 and 535
+ms for 106, 172 and 645 ms."""
 _LEAST_ON_GPU = 1 << 27
 """The same on a GPU, for losses that a forward computes itself. On an H200 the host takes 2 ms for the steps
 of a deferred loss: with 2^27.6 logits in bfloat16 head and loss alone take 2.63 for 2.19 ms, a step of which
 they are a part a few percent of that, and 700 MiB less; with 2^29.6 they take 7.53 for 8.37 ms."""
 
-_LEAST_COUNTED = 1 << 27
-"""The fewest logits of which those that count are counted ahead. The host waits there until the device has
-come to this forward: with few it has nothing to do then, before the loss is issued."""
+LEAST_COUNTED = 1 << 27
+"""The fewest logits of which those that count are counted ahead, and of labels that do not count for
+which that is worth the wait (:class:`~twinkle.deferred.head.LabelCounts`). On an H200 a T5 with 2^28
+logits that all count took 89 ms a step for 65 ms of work of the device."""
 
 
 class _Calls(threading.local):
@@ -249,6 +253,7 @@ class DeferringForward:
         self.of_language = of_language
         self.on_run = on_run
         self.owner = owner
+        self.counts = LabelCounts(LEAST_COUNTED)
 
     def layer_class(self) -> type[nn.Module]:
         """A layer kernel with this forward, for the class of the model."""
@@ -294,9 +299,11 @@ class DeferringForward:
             return False
         counted = None
         if self.ignore_index is not None and _are_many(labels, head.weight):
-            if is_capturing():
+            if not is_capturing():
+                vocab = head.weight.shape[0]
+                counted = self.counts.of(labels, vocab, self.ignore_index, copies=self.of_language)
+            elif self.counts.waits:
                 raise RuntimeError("its labels are counted while the device computes")
-            counted = LabelCount(labels, self.ignore_index, copies=self.of_language)
         _calls.heads.append((head, counted, self.traceable))
         switch_on(head, _head_forward)
         self.on_run()
@@ -369,7 +376,7 @@ def _are_many(labels: Any, weight: Tensor) -> bool:
     """Whether labels are counted on the GPU, so that rows that do not count are left out of the products."""
     if not isinstance(labels, torch.Tensor) or not labels.is_cuda:
         return False
-    return bool(labels.numel() * weight.shape[0] >= _LEAST_COUNTED)
+    return bool(labels.numel() * weight.shape[0] >= LEAST_COUNTED)
 
 
 def _weight_at(model: Any, steps: list[str]) -> Any:

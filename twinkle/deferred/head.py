@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from twinkle.deferred.weights import Operands, Weights, same_bits
+from twinkle.ops.cuda_graphs import is_capturing
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,9 +18,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-__all__ = ["Head", "LabelCount", "LabelMemory"]
+__all__ = ["Head", "LabelCount", "LabelCounts", "LabelMemory"]
 
 _NO_MEMORY = (RuntimeError, MemoryError, OSError)
+_IN_VAIN, _SELDOM = 2, 8
+"""Counts in a row that were not worth it; from then on one of so many calls is counted, and none waited
+for."""
 
 
 class LabelCount:
@@ -33,6 +37,9 @@ class LabelCount:
         ignore_index: Labels of this value do not count.
         copies: Whether all targets of losses in the forward are made of these labels; else it is asked
             whether they have the same memory, unchanged.
+
+    Attributes:
+        known: The number, once somebody has waited for it.
     """
 
     def __init__(self, labels: Tensor, ignore_index: int = -100, *, copies: bool = True) -> None:
@@ -45,6 +52,7 @@ class LabelCount:
             self._host.copy_(number, non_blocking=True)
             self._done = torch.cuda.Event()
             self._done.record()
+        self.known: int | None = None
 
     def bound(self, targets: Tensor, ignore_index: int) -> int | None:
         """The most labels of ``targets`` that can count, or None if that is not known.
@@ -57,8 +65,63 @@ class LabelCount:
             return None
         if self._memory is not None and not self._memory.holds(targets):
             return None
-        self._done.synchronize()
-        return int(self._host)
+        return self.number()
+
+    def number(self) -> int:
+        """How many are not ignored, waited for."""
+        if self.known is None:
+            self._done.synchronize()
+            self.known = int(self._host)
+        return self.known
+
+
+class LabelCounts:
+    """Whether it is worth waiting for how many labels of a model count, from those of its calls before.
+
+    Where nearly all of them did, leaving the others out would save less than the host loses: it waits until
+    the device has come to the forward, which has nothing to do afterwards until more is issued.
+
+    Args:
+        least: Logits of labels that do not count which are worth it.
+    """
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+        self._last: LabelCount | None = None
+        self._calls = 0
+        self._in_vain = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether the next call is to wait."""
+        self._take_in()
+        return self._in_vain < _IN_VAIN
+
+    def of(self, labels: Tensor, vocab: int, ignore_index: int, *, copies: bool) -> LabelCount | None:
+        """That of one call; None where it is not to be waited for.
+
+        Args:
+            labels: On a GPU.
+            vocab: Logits of one label.
+            ignore_index: See :class:`LabelCount`.
+            copies: See :class:`LabelCount`.
+        """
+        waits = self.waits
+        self._calls += 1
+        if not waits and self._calls % _SELDOM:
+            return None
+        count = LabelCount(labels, ignore_index, copies=copies)
+        self._last, self._vocab = count, vocab
+        return count if waits else None
+
+    def _take_in(self) -> None:
+        """What the last count gave: always at the next call, so that two runs decide alike."""
+        if self._last is not None and self._last.known is None and is_capturing():
+            return  # a wait is nothing for a recording
+        last, self._last = self._last, None
+        if last is not None:
+            pays = (last.size - last.number()) * self._vocab >= self.least
+            self._in_vain = 0 if pays else self._in_vain + 1
 
 
 class LabelMemory(NamedTuple):

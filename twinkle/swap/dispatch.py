@@ -253,6 +253,8 @@ class Dispatch:
             entry.state = "live"  # as the text has it: whether it ever runs is decided by size
             self.rebuild()
             key = self._size_key(args, kwargs)
+            if key is None:
+                entry.candidate.record_unmeasured()
             way = entry.function if key is None else self._decide(entry.index, key, args, kwargs)
             if way is False:
                 return self.original(*args, **kwargs)
@@ -264,7 +266,8 @@ class Dispatch:
     def _size_key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The key by which the text finds the way of a call; None for one without a tensor in front."""
         named = self._call.probe is not None
-        first = self._call.probed(args, kwargs) if named else next(iter((*args, *kwargs.values())), None)
+        rest = (*args, *kwargs.values())[self._call.skip :]
+        first = self._call.probed(args, kwargs) if named else next(iter(rest), None)
         if not isinstance(first, torch.Tensor):
             return None
         key = first.dtype if named and not autocasting() else dtype_key_of(first)
@@ -274,7 +277,10 @@ class Dispatch:
         """The way of a call whose size was not met yet: a function, or False for the original."""
         entry = self.entry(index)
         assert entry.ways is not None
-        known = entry.function if FORCED else entry.ways.known.get(key)
+        if FORCED:
+            entry.candidate.record_unmeasured()
+            return entry.function
+        known = entry.ways.known.get(key)
         if known is not None:
             return known
         return entry.ways.decide(entry.candidate, self._subject(entry), key, args, kwargs)

@@ -145,7 +145,7 @@ class DispatchCode:
         elif tree.live:
             yield from self._kernel_lines(tree.entry, pad, known)
         elif tree.dtype_keys and self.form.probe is None:
-            yield from self._lines_by_size(tree.entry, pad, known, f"{self.form.values()}[0]")
+            yield from self._lines_by_size(tree.entry, pad, known, f"{self.form.values()}[{self.form.skip}]")
         elif tree.dtype_keys and (self.always_compiling or known.get("compiling") is not True):
             yield from self._lines_for_keys(tree.entry, tree.dtype_keys, pad, known)
         elif known.get("compiling") is True and not self.always_compiling:
@@ -259,7 +259,7 @@ class DispatchCode:
         grad = "_tw_grad()" if known.get("grad") is None else repr(known["grad"])
         yield f"{inner}    _tw_key = {dtype}, _tw_first.numel().bit_length(), {grad}"
         # Calls whose sizes do not count are about to be recorded: the host will be spared what they cost it.
-        yield f"{inner}    _tw_way = _tw_k{index} if _tw_forced else _tw_ways{index}(_tw_key)"
+        yield f"{inner}    _tw_way = None if _tw_forced else _tw_ways{index}(_tw_key)"
         yield f"{inner}except _tw_Exception:"
         yield f"{inner}    _tw_way = _tw_k{index}"
         yield f"{pad}if _tw_way is None:"

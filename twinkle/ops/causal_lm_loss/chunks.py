@@ -28,10 +28,19 @@ if TYPE_CHECKING:
 
     from twinkle.ops.causal_lm_loss.row_loss import RowLoss
 
-__all__ = ["Wanted", "chunk_rows", "gpu_memory", "in_chunks", "plain_row_losses", "uses_triton"]
+__all__ = [
+    "LEAST_SPLIT",
+    "Wanted",
+    "chunk_rows",
+    "gpu_memory",
+    "in_chunks",
+    "plain_row_losses",
+    "products",
+    "uses_triton",
+]
 
 _MIB = 1 << 20
-_ALIGNED, _LEAST_SPLIT = 64, 4096
+_ALIGNED, LEAST_SPLIT = 64, 4096
 """Tokens that a vocabulary is cut at, for matrix products of aligned sides; only a large one is."""
 
 
@@ -151,7 +160,7 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tens
     """The weight in ``dtype``: whole where it has it, else some rows at a time."""
     vocab, width = weight.shape
     if weight.dtype == dtype:
-        for first, last in _products(vocab, dtype, gpu=weight.is_cuda):
+        for first, last in products(vocab, dtype, gpu=weight.is_cuda):
             yield first, last, weight[first:last]
         return
     step = max(256, 4 * _MIB // max(1, width))
@@ -160,14 +169,22 @@ def _blocks(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, int, Tens
         yield first, last, weight[first:last].to(dtype)
 
 
-def _products(vocab: int, dtype: torch.dtype, *, gpu: bool) -> list[tuple[int, int]]:
-    """The columns of logits that one matrix product each is made of: what is left over first.
+def products(vocab: int, dtype: torch.dtype, *, gpu: bool) -> list[tuple[int, int]]:
+    """The columns of logits that one matrix product each is made of, what is left over first.
 
     cuBLAS chooses its slow kernels where a side of the matrices is no multiple of 16 bytes, however their
-    rows are aligned: Whisper's 51865 tokens took three to four times as long as 51840.
+    rows are aligned: with Whisper's 51865 tokens.
+
+    Args:
+        vocab: Columns there are.
+        dtype: Of both matrices.
+        gpu: Whether it is for a GPU.
+
+    Returns:
+        The first column of each, and the one behind its last.
     """
     whole = vocab // _ALIGNED * _ALIGNED
-    if not gpu or dtype.itemsize != 2 or whole == vocab or whole < _LEAST_SPLIT:
+    if not gpu or dtype.itemsize != 2 or whole == vocab or whole < LEAST_SPLIT:
         return [(0, vocab)]
     return [(whole, vocab), (0, whole)]
 
@@ -221,7 +238,7 @@ class _WeightSum:
         for part in self._parts:
             rows = part.shape[0]
             columns = logits[:, column : column + rows].t()
-            for first, last in _products(rows, logits.dtype, gpu=logits.is_cuda):
+            for first, last in products(rows, logits.dtype, gpu=logits.is_cuda):
                 _accumulate(part[first:last], columns[first:last], hidden, first=self._empty)
             column += rows
         self._empty = False
