@@ -9,12 +9,14 @@ image models 16 images and one. ``eager`` is the plain program, ``compile`` is
 ``torch.compile(mode="reduce-overhead", dynamic=False)``; ``liger`` is left out of families that liger-kernel
 does not know. With ``--prepare 8`` eight processes at once compile all families before the first is measured.
 
-Each way is a process of its own and they take turns; see turns.py for what a ratio is. On a CPU with other
-work the ratio of the fastest turns scatters least. Beside the milliseconds of a call stand those the host
-takes to issue it, those the device is busy with it and how many launches it is made of (from one profiled
-call). The file of results has the first losses and what Twinkle's report says as well: its kernels, how many
-calls of which layers were replayed and why others were not; of each way the peak of memory. At the end: the
-geometric mean of the ratios of each mode and the worst family.
+Each way is a process of its own and they take turns; see turns.py for what a ratio is. Two processes of one
+program differ by three percent for as long as they run: with ``--restarts 5`` all families are measured by
+as many processes of each way, a ratio is the median of theirs, and each one's stands beside it. On a CPU
+pin all of them to one core (``OMP_NUM_THREADS=1 taskset -c 1``). Beside the milliseconds of a call stand
+those the host takes to issue it, those the device is busy with it and how many launches it is made of (from
+one profiled call). The file of results has the first losses and what Twinkle's report says as well: its
+kernels, how many calls of which layers were replayed and why others were not; of each way the peak of
+memory. At the end: the geometric mean of the ratios of each mode and the worst family.
 
 A file of results that is there already is added to, family by family.
 """
@@ -22,6 +24,7 @@ A file of results that is there already is added to, family by family.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -358,6 +361,49 @@ def measure(workers: list[Worker], name: str, rounds: int, *, processor: bool) -
     return result
 
 
+def measure_all(
+    workers: list[Worker],
+    names: list[str],
+    found: dict[str, list[dict[str, Any]]],
+    options: argparse.Namespace,
+) -> None:
+    """Measure families with some workers, which end with that; their results are added to those found."""
+    began = time.perf_counter()
+    try:
+        for name in names:
+            if time.perf_counter() - began > options.seconds:
+                print(f"{options.seconds:.0f} s are over: {name} and others were left out", flush=True)
+                break
+            again = found.setdefault(name, [])
+            again.append(measure(workers, name, options.rounds, processor=options.device == "cpu"))
+            show(again[-1])
+            if options.json is not None:
+                results = [merged(several) for several in found.values()]
+                write(options.json, results, versions(options.device) | {"size": options.size})
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One of a family's results, with the medians of all of them as its ratios."""
+    first = next((result for result in results if "failed" in result), results[0])
+    if len(results) == 1 or "failed" in first:
+        return first
+    one = copy.deepcopy(first)
+    for way in filter(one.__contains__, WAYS):
+        for mode in filter(one[way].__contains__, MODES):
+            several = [result[way][mode] for result in results]
+            one[way][mode] |= {
+                "ratio": round(statistics.median(found["ratio"] for found in several), 3),
+                "of_fastest": round(statistics.median(found["of_fastest"] for found in several), 3),
+                "smallest": min(found["smallest"] for found in several),
+                "largest": max(found["largest"] for found in several),
+                "restarts": [found["ratio"] for found in several],
+            }
+    return one
+
+
 def show(result: dict[str, Any]) -> None:
     """A family as lines."""
     if "failed" in result:
@@ -420,10 +466,13 @@ def main() -> int:
     )
     parser.add_argument("--size", choices=SIZES, default="mid")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--restarts", type=int, default=1, help="processes of each way, one after the other")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--modes", default=",".join(MODES), help="what is called")
     parser.add_argument("--prepare", type=int, default=0, help="processes that compile the families first")
-    parser.add_argument("--seconds", type=float, default=1e9, help="begin no family after so many")
+    parser.add_argument(
+        "--seconds", type=float, default=1e9, help="of each restart, after which no family begins"
+    )
     parser.add_argument("--json", type=Path, help="results are added to it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -436,25 +485,18 @@ def main() -> int:
     unknown = [name for name in names if name not in FAMILIES]
     if unknown:
         parser.error(f"no families: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
-    began, results = time.perf_counter(), []
+    began = time.perf_counter()
     shared = ("--device", options.device, "--size", options.size, "--modes", options.modes)
     ways = options.ways.split(",")
     if options.prepare and "compile" in ways:
         prepare(lambda: Worker(__file__, "compile", ("--worker", "compile", *shared)), names, options.prepare)
         print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
-    workers = [Worker(__file__, way, ("--worker", way, *shared)) for way in ways]
-    try:
-        for name in names:
-            if time.perf_counter() - began > options.seconds:
-                print(f"{options.seconds:.0f} s are over: {name} and those after it were not run", flush=True)
-                break
-            results.append(measure(workers, name, options.rounds, processor=options.device == "cpu"))
-            show(results[-1])
-            if options.json is not None:
-                write(options.json, results, versions(options.device) | {"size": options.size})
-    finally:
-        for worker in workers:
-            worker.end()
+    found: dict[str, list[dict[str, Any]]] = {}
+    for _ in range(options.restarts):
+        measure_all(
+            [Worker(__file__, way, ("--worker", way, *shared)) for way in ways], names, found, options
+        )
+    results = [merged(several) for several in found.values()]
     done = [result for result in results if "failed" not in result]
     print(*summary(done), sep="\n")
     return 0 if len(done) == len(results) else 1
