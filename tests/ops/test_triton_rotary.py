@@ -99,6 +99,22 @@ def test_results_and_gradients_equal_the_definition_bit_for_bit(kernels, half, n
     assert [y.stride() for y in ours] == [y.stride() for y in theirs]
 
 
+@pytest.mark.parametrize("programs", [1, 2 * BATCH, 512])
+@pytest.mark.parametrize("name", ["half", "halves_first"])
+def test_heads_that_lie_one_after_the_other_may_be_shared_out(kernels, monkeypatch, name, programs):
+    """Among one program, two and as many as there are heads, of which the keys have fewer."""
+    from twinkle.ops.rotary import triton
+
+    monkeypatch.setattr(triton, "PROGRAMS", programs)
+    variant = VARIANTS[name]
+    inputs, extra, wanted = example(variant, kernels, tokens_first_in_memory=False)
+    ours, theirs = (one(*inputs, variant=variant, **extra) for one in (rotary, reference.rotary))
+    gradients = [torch.randn(y.shape).to(y).contiguous() for y in theirs]
+    found, expected = (torch.autograd.grad(y, wanted, gradients) for y in (ours, theirs))
+    assert all(torch.equal(a, b) for a, b in zip((*ours, *found), (*theirs, *expected), strict=True))
+    assert all(map(used_kernel, ours))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["complex_float32", "complex_float64", "complex_head_2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -123,7 +123,8 @@ class Dispatch:
         )
         for entry in self.entries:
             if entry.ways is not None:
-                self._set(**{f"ways{entry.index}": entry.ways.known.get})
+                ways = entry.ways
+                self._set(**{f"ways{entry.index}": ways.known.get, f"small{entry.index}": ways.small})
         self._text = ""
         self._traced_texts: dict[str, str] = {}
         self._code = DispatchCode(
@@ -622,7 +623,7 @@ _FIXED_NAMES: dict[str, Any] = {
     "fx": _symbolic_trace,
     "grad": torch.is_grad_enabled,
     "autocast": autocasting,
-    # The same for a moment that no compiler follows, without a frame of Python.
+    # The same without a frame of Python.
     "any_autocast": torch._C._is_any_autocast_enabled,
     "dtype_key": dtype_key_of,
     "current": current_gpu,

@@ -163,7 +163,7 @@ class DispatchCode:
         It is asked before anything else: the kernel would come to its definition, some calls later.
         """
         if entry.ways is not None:
-            yield from self._first_lines_by_size(entry, pad)
+            yield from self._small_lines(entry, pad)
             return
         least = None if is_checked(entry.candidate) else getattr(entry.function, "least", None)
         if (
@@ -181,29 +181,15 @@ class DispatchCode:
         yield f"{pad}if _tw_type({x}) is _tw_Tensor and {few} and not _tw_forced:"
         yield f"{pad}    return {self.standing}({self.form.arguments})"
 
-    def _first_lines_by_size(self, entry: Entry, pad: str) -> Iterator[str]:
-        """The lines that run the original where it was measured to be the faster one, before all else.
-
-        For an ordinary call ``_tw_key`` and ``_tw_way`` are known then; otherwise ``_tw_key`` is None.
-        """
+    def _small_lines(self, entry: Entry, pad: str) -> Iterator[str]:
+        """The lines that run the original below the sizes at which it was measured to be the faster one."""
         x = self.form.probe
-        if not self._knows_first(entry):
-            return
-        self.constants |= {"Tensor": Tensor, "forced": FORCED}
-        plain = "not _tw_by_dynamo() and not _tw_forced and not _tw_any_autocast()"
-        yield f"{pad}_tw_key = None"
-        yield f"{pad}if _tw_type({x}) is _tw_Tensor and {plain}:"
-        yield f"{pad}    try:"
-        yield f"{pad}        _tw_key = {x}.dtype, {x}.numel().bit_length(), _tw_grad()"
-        yield f"{pad}        _tw_way = _tw_ways{entry.index}(_tw_key)"
-        yield f"{pad}    except _tw_Exception:"
-        yield f"{pad}        _tw_way = _tw_k{entry.index}"
-        yield f"{pad}    if _tw_way is False:"
-        yield f"{pad}        return {self.standing}({self.form.arguments})"
-
-    def _knows_first(self, entry: Entry) -> bool:
-        """Whether the way of an ordinary call is looked up before all else."""
-        return entry.ways is not None and self.form.probe is not None and not self.always_compiling
+        if x is not None and not self.always_compiling:
+            self.constants |= {"Tensor": Tensor, "forced": FORCED}
+            small = f"_tw_small{entry.index}"
+            few = f"{x}.numel() < {small}[_tw_grad()] and {x}.dtype is {small}[2]"
+            yield f"{pad}if _tw_type({x}) is _tw_Tensor and {few} and not (_tw_forced or _tw_any_autocast()):"
+            yield f"{pad}    return {self.standing}({self.form.arguments})"
 
     def _guard_lines(self, entry: Entry, guard: Guard, pad: str) -> Iterator[str]:
         """The lines that run what stands now where the kernel was made for something else."""
@@ -249,19 +235,15 @@ class DispatchCode:
             yield f"{pad}if _tw_by_dynamo():"
             yield f"{pad}    return _tw_k{index}({arguments})"
         self.constants["forced"] = FORCED
-        inner = pad
-        if dtype and self._knows_first(entry):
-            yield f"{pad}if _tw_key is None:"
-            inner += "    "
-        yield f"{inner}try:"
-        yield f"{inner}    _tw_first = {first}"
+        yield f"{pad}try:"
+        yield f"{pad}    _tw_first = {first}"
         dtype = dtype or "_tw_dtype_key(_tw_first)"
         grad = "_tw_grad()" if known.get("grad") is None else repr(known["grad"])
-        yield f"{inner}    _tw_key = {dtype}, _tw_first.numel().bit_length(), {grad}"
+        yield f"{pad}    _tw_key = {dtype}, _tw_first.numel().bit_length(), {grad}"
         # Calls whose sizes do not count are about to be recorded: the host will be spared what they cost it.
-        yield f"{inner}    _tw_way = None if _tw_forced else _tw_ways{index}(_tw_key)"
-        yield f"{inner}except _tw_Exception:"
-        yield f"{inner}    _tw_way = _tw_k{index}"
+        yield f"{pad}    _tw_way = None if _tw_forced else _tw_ways{index}(_tw_key)"
+        yield f"{pad}except _tw_Exception:"
+        yield f"{pad}    _tw_way = _tw_k{index}"
         yield f"{pad}if _tw_way is None:"
         yield f"{pad}    _tw_way = _tw_decide({index}, _tw_key, {self.form.packed})"
         yield f"{pad}if _tw_way is False:"

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from twinkle.ops import launch
 from twinkle.ops.plain import Least, at_measured_size
 from twinkle.proof.room import comparing
@@ -56,10 +58,14 @@ class Ways:
     Attributes:
         known: By the key of a call (its dtype, its size and whether gradients are recorded, see
             :mod:`twinkle.swap.dispatch_code`) the function that takes it, or False for the original.
+        small: The number of elements below which calls go to the original before anything else is asked,
+            without gradients and with, and their dtype. A kernel that did not pay at a size is not measured
+            at smaller ones.
     """
 
     def __init__(self) -> None:
         self.known: dict[Any, Callable[..., Any] | bool] = {}
+        self.small: list[Any] = [0, 0, None]
         self._tries: Counter[Any] = Counter()
 
     def decide(
@@ -88,7 +94,18 @@ class Ways:
             if not speed.for_good and self._tries[key] < _MOST_TRIES:
                 return way
         # Of two threads that measured at once, both go the way of the first.
-        return self.known.setdefault(key, way)
+        way = self.known.setdefault(key, way)
+        if way is False:
+            self._note_small(*key)
+        return way
+
+    def _note_small(self, dtype: Any, size: int, grad: bool) -> None:
+        """The original takes calls of a size: those of smaller ones as well, unless the kernel has some."""
+        if self.small[2] is None and isinstance(dtype, torch.dtype):
+            self.small[2] = dtype
+        alike = (way for (_, smaller, same), way in self.known.items() if same is grad and smaller <= size)
+        if self.small[2] is dtype and not any(alike):
+            self.small[grad] = max(self.small[grad], 1 << size)
 
     @staticmethod
     def _way(speed: Speed, kernel: Callable[..., Any]) -> Callable[..., Any] | bool:

@@ -17,8 +17,22 @@ from twinkle.ops.launch import Launcher, cdiv, on_device, power_of_2, tl_dtype
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["COMPLEX", "HALF", "INTERLEAVED", "MATRIX", "TO_HALF", "pair_of_tables", "turn", "turned"]
+__all__ = [
+    "COMPLEX",
+    "HALF",
+    "INTERLEAVED",
+    "MATRIX",
+    "PROGRAMS",
+    "TO_HALF",
+    "pair_of_tables",
+    "turn",
+    "turned",
+]
 
+PROGRAMS = 512
+"""Programs that keep a GPU busy: with fewer the heads are shared out as well, and each reads the tables
+anew. Of 4x512 tokens and 16 heads that lie one after the other, 8 programs had the pairs of 8 channels,
+on 132 processors."""
 HALF, INTERLEAVED, TO_HALF, COMPLEX, MATRIX = range(5)
 """Pairs are (i, i + d/2), (2i, 2i + 1), or the latter read and the former written.
 
@@ -146,6 +160,8 @@ def _heads(
     y_t,
     y_h,
     heads,
+    group,
+    groups,
     c1,
     s1,
     c2,
@@ -169,9 +185,11 @@ def _heads(
 ):
     adjacent: tl.constexpr = PAIRS == 1 or PAIRS > 2
     i = tl.arange(0, W)[None, None, :]
-    for first_head in range(0, heads, H):
+    part = tl.cdiv(tl.cdiv(heads, groups), H) * H
+    last = tl.minimum(heads, (group + 1) * part)
+    for first_head in range(group * part, last, H):
         h = first_head + tl.arange(0, H)[None, :, None].to(tl.int64)
-        row_ok = token_ok & (h < heads)
+        row_ok = token_ok & (h < last)
         x_at = x + t * x_t + h * x_h
         y_at = y + t * y_t + h * y_h
         a, b = _load_pairs(x_at + start, row_ok, i, half, T, H, W, adjacent or (PAIRS == 2 and not BACK))
@@ -247,6 +265,8 @@ def _turn(
     BACK: tl.constexpr,
 ):
     blocks = tl.cdiv(tokens, T)
+    group = tl.program_id(1)
+    groups = tl.num_programs(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     t = (tl.program_id(0) % blocks) * T + tl.arange(0, T)[:, None, None].to(tl.int64)
     token_ok = t < tokens
@@ -277,6 +297,8 @@ def _turn(
         qo_t,
         qo_h,
         q_heads,
+        group,
+        groups,
         c1,
         s1,
         c2,
@@ -309,6 +331,8 @@ def _turn(
             ko_t,
             ko_h,
             k_heads,
+            group,
+            groups,
             c1,
             s1,
             c2,
@@ -389,7 +413,7 @@ def turn(
     batch, heads, tokens, channels = q.shape
     width = power_of_2(half)
     rest = channels - 2 * half
-    # A program reads what lies together: all heads of a token, or one head of many tokens.
+    # A program reads what lies together: all heads of a token, or many tokens of one head after the other.
     tokens_outer = q.stride(2) >= q.stride(1)
     most = max(1, 4096 // width) if not back else max(1, 2048 // width)
     if tokens_outer:
@@ -398,11 +422,14 @@ def turn(
         token_block = 1
     else:
         q_block = k_block = 1
-        token_block = min(power_of_2(tokens), max(1, 2048 // width))
+        token_block = min(power_of_2(tokens), max(1, 2048 // max(width, power_of_2(rest) // 2)))
+    programs, groups = batch * cdiv(tokens, token_block), 1
+    if not tokens_outer and programs < PROGRAMS:
+        groups = min(max(heads, second.shape[1]), cdiv(PROGRAMS, programs))
     elements = width * max(q_block, k_block) * token_block
     with on_device(q):
         _launch_turn(
-            (batch * cdiv(tokens, token_block),),
+            (programs, groups),
             (q, second, q_out, second_out, cos, sin, factor),
             (
                 tokens,
