@@ -98,7 +98,7 @@ class Program:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
         paths = [str(self.root / "site"), os.path.dirname(os.path.dirname(os.path.dirname(__file__)))]
         environ["PYTHONPATH"] = os.pathsep.join(paths)
-        environ["TWINKLE_CACHE"] = "off"
+        environ |= {"TWINKLE_CACHE": "off", "TWINKLE_SIZES": "fixed"}
         if config is not None:
             (self.root / "twinkle.toml").write_text(textwrap.dedent(config))
             environ["TWINKLE_CONFIG"] = str(self.root / "twinkle.toml")

@@ -329,7 +329,7 @@ def test_what_the_program_itself_defines_is_replaced(
     environ = {key: value for key, value in os.environ.items() if not key.startswith("TWINKLE_")}
     paths = (str(program.root / "site"), str(ROOT / "sitecustomize_template"), str(ROOT))
     environ |= {"PYTHONPATH": os.pathsep.join(paths), "TWINKLE_CONFIG": "twinkle.toml"}
-    environ |= {"TWINKLE_LOG": "info", "TWINKLE_CACHE": "off"}
+    environ |= {"TWINKLE_LOG": "info", "TWINKLE_CACHE": "off", "TWINKLE_SIZES": "fixed"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=program.root,
