@@ -417,6 +417,19 @@ def test_a_kernel_that_does_not_pay_is_not_measured_at_smaller_sizes(swapped: An
         assert call(layer, 8) == kernel, "calls without gradients are another matter"
 
 
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_compiler_follows_a_size_that_is_left_to_the_original(
+    swapped: Any, speeds: Speeds, gradients: bool
+) -> None:
+    layer, _ = swapped
+    speeds.by_size[4] = SLOW
+    with torch.set_grad_enabled(gradients):
+        call(layer, 4)
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        for count in (4, 2, 3, 2000):
+            assert torch.equal(compiled(torch.ones(count)), torch.full((count,), 3.0))
+
+
 def test_a_size_left_to_the_original_is_asked_for_before_all_else(
     kit: Any, swapped: Any, speeds: Speeds
 ) -> None:

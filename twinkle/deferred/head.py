@@ -88,6 +88,7 @@ class LabelCounts:
     def __init__(self, least: int) -> None:
         self.least = least
         self._last: LabelCount | None = None
+        self._vocab = 0
         self._calls = 0
         self._in_vain = 0
 
