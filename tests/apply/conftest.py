@@ -98,7 +98,9 @@ class Program:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
         paths = [str(self.root / "site"), os.path.dirname(os.path.dirname(os.path.dirname(__file__)))]
         environ["PYTHONPATH"] = os.pathsep.join(paths)
-        environ |= {"TWINKLE_CACHE": "off", "TWINKLE_SIZES": "fixed"}
+        environ["TWINKLE_CACHE"] = "off"
+        if "sizes" not in (config or "") and variables.get("TWINKLE_CONFIG", "auto") == "auto":
+            environ["TWINKLE_SIZES"] = "fixed"  # which kernels run is not to follow from a measurement
         if config is not None:
             (self.root / "twinkle.toml").write_text(textwrap.dedent(config))
             environ["TWINKLE_CONFIG"] = str(self.root / "twinkle.toml")
