@@ -386,14 +386,14 @@ def measure_all(
 
 
 def merged(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One of a family's results, with the medians of all of them as its ratios."""
+    """A family's first result, with the medians of those of all restarts as its ratios."""
     first = next((result for result in results if "failed" in result), results[0])
     if len(results) == 1 or "failed" in first:
         return first
     one = copy.deepcopy(first)
     for way in filter(one.__contains__, WAYS):
         for mode in filter(one[way].__contains__, MODES):
-            several = [result[way][mode] for result in results]
+            several = [result[way][mode] for result in results if mode in result.get(way, {})]
             one[way][mode] |= {
                 "ratio": round(statistics.median(found["ratio"] for found in several), 3),
                 "of_fastest": round(statistics.median(found["of_fastest"] for found in several), 3),

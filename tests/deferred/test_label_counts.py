@@ -74,11 +74,11 @@ def test_nothing_is_waited_for_while_the_device_records(
 ) -> None:
     counts.of(labels(0), VOCAB, -100, copies=True)  # whose number nobody asked for
     monkeypatch.setattr(head, "is_capturing", lambda: True)
-    assert counts.waits
+    assert counts.will_wait()
     assert Counted.waited == 0
     monkeypatch.setattr(head, "is_capturing", lambda: False)
     assert waits(counts, 0)
-    assert not counts.waits
+    assert not counts.will_wait()
 
 
 @pytest.mark.gpu

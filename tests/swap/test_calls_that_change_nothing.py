@@ -116,9 +116,8 @@ def counts(under_twinkle: bool) -> dict[str, dict[str, int]]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TWINKLE_")}
     environment.pop("TRITON_INTERPRET", None)
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TWINKLE_CACHE": "off"}
-    environment["TWINKLE_SIZES"] = (
-        "fixed"  # whichever kernels a measurement chooses run functions of their own
-    )
+    # Kernels that a measurement chooses would run functions of their own.
+    environment["TWINKLE_SIZES"] = "fixed"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), environment.get("PYTHONPATH"))))
     start = [sys.executable, *(["-m", "twinkle", "run"] if under_twinkle else [])]
     done = subprocess.run(

@@ -302,7 +302,7 @@ class DeferringForward:
             if not is_capturing():
                 vocab = head.weight.shape[0]
                 counted = self.counts.of(labels, vocab, self.ignore_index, copies=self.of_language)
-            elif self.counts.waits:
+            elif self.counts.will_wait():
                 raise RuntimeError("its labels are counted while the device computes")
         _calls.heads.append((head, counted, self.traceable))
         switch_on(head, _head_forward)

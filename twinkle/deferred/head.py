@@ -87,19 +87,17 @@ class LabelCounts:
 
     def __init__(self, least: int) -> None:
         self.least = least
-        self._last: LabelCount | None = None
-        self._vocab = 0
+        self._last: tuple[LabelCount, int] | None = None
         self._calls = 0
         self._in_vain = 0
 
-    @property
-    def waits(self) -> bool:
-        """Whether the next call is to wait."""
-        self._take_in()
+    def will_wait(self) -> bool:
+        """Whether the next call waits for its count, by those of the calls so far."""
+        self._note_last()
         return self._in_vain < _IN_VAIN
 
     def of(self, labels: Tensor, vocab: int, ignore_index: int, *, copies: bool) -> LabelCount | None:
-        """That of one call; None where it is not to be waited for.
+        """Count the labels of a call that are not ignored; None where the call is not to wait for it.
 
         Args:
             labels: On a GPU.
@@ -107,22 +105,24 @@ class LabelCounts:
             ignore_index: See :class:`LabelCount`.
             copies: See :class:`LabelCount`.
         """
-        waits = self.waits
+        waits = self.will_wait()
         self._calls += 1
         if not waits and self._calls % _SELDOM:
             return None
         count = LabelCount(labels, ignore_index, copies=copies)
-        self._last, self._vocab = count, vocab
+        self._last = count, vocab
         return count if waits else None
 
-    def _take_in(self) -> None:
-        """What the last count gave: always at the next call, so that two runs decide alike."""
-        if self._last is not None and self._last.known is None and is_capturing():
-            return  # a wait is nothing for a recording
-        last, self._last = self._last, None
-        if last is not None:
-            pays = (last.size - last.number()) * self._vocab >= self.least
-            self._in_vain = 0 if pays else self._in_vain + 1
+    def _note_last(self) -> None:
+        """Note whether the last count was worth it: at the very next call, so that two runs decide alike."""
+        if self._last is None:
+            return
+        count, vocab = self._last
+        if count.known is None and is_capturing():
+            return  # nothing that is recorded can wait
+        self._last = None
+        pays = (count.size - count.number()) * vocab >= self.least
+        self._in_vain = 0 if pays else self._in_vain + 1
 
 
 class LabelMemory(NamedTuple):

@@ -14,6 +14,7 @@ from twinkle.fuse.steps import (
     Comparison,
     FusedStep,
     at_any_size,
+    check_norm,
     layer_copies,
     size_key,
     tensor_text,
@@ -266,9 +267,7 @@ class ActivatedNormStep(FusedStep):
 
         def kernel(copies: nn.Module, x: Tensor) -> Tensor:
             own: Any = copies._modules["0"]
-            self.proven.get((type(own), None, x.dtype, size_key(x)))
-            if not group.guard.holds(own) or hooked(own):
-                raise TypeError("its norm is another")
+            check_norm(group, own)
             numbers = group.numbers(own)
             assert numbers is not None
             path = path_for(x, *numbers[:3])

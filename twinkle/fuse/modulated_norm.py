@@ -14,6 +14,7 @@ from twinkle.fuse.steps import (
     Comparison,
     FusedStep,
     at_any_size,
+    check_norm,
     layer_copies,
     reason_against,
     size_key,
@@ -260,9 +261,7 @@ class ModulationStep(FusedStep):
 
         def kernel(layers: nn.Module, x: Tensor, scale: Tensor, shift: Tensor | None = None) -> Tensor:
             own: Any = layers._modules["0"]
-            self.proven.get((type(own), x.dtype, scale.dtype, None, dtype, True, size_key(x)))
-            if not norm.guard.holds(own) or hooked(own):
-                raise TypeError("its norm is another")
+            check_norm(norm, own)
             weight, eps, bias = _numbers(norm, own)
             path = path_for(x, weight, bias, scale, shift, variant)
             if path is REFERENCE:

@@ -12,6 +12,7 @@ from twinkle.fuse.steps import (
     Comparison,
     FusedStep,
     at_any_size,
+    check_norm,
     layer_copies,
     reason_against,
     size_key,
@@ -201,9 +202,7 @@ class SumStep(FusedStep):
 
         def kernel(layers: nn.Module, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
             own: Any = layers._modules["0"]
-            self.proven.get((type(own), left.dtype, right.dtype, size_key(left)))
-            if not norm.guard.holds(own) or hooked(own):
-                raise TypeError("its norm is another")
+            check_norm(norm, own)
             weight, eps, bias = _numbers(norm, own)
             path = path_for(right, left, weight, variant, bias)
             if path is REFERENCE:

@@ -44,6 +44,7 @@ __all__ = [
     "Comparison",
     "FusedStep",
     "at_any_size",
+    "check_norm",
     "layer_copies",
     "reason_against",
     "size_key",
@@ -61,8 +62,7 @@ class Comparison(NamedTuple):
     Attributes:
         subject: What the verdict is about.
         original: The original steps, as a function of ``layers`` and ``tensors``.
-        kernel: The kernel, as a function of the same; it looks at the layers as a call of the place does,
-            which takes some time as well.
+        kernel: The kernel, as a function of the same, with what each call of the place asks of its norm.
         tensors: The inputs.
         layers: Copies of the layers, as :func:`layer_copies` makes them.
         least: Elements of the first input from which the kernel runs where nothing is measured.
@@ -76,16 +76,30 @@ class Comparison(NamedTuple):
     least: int = 0
 
 
-def size_key(tensor: Tensor) -> int:
-    """The size that a call with such a first tensor counts as, by which what was decided of it is known.
+def check_norm(norm: Any, layer: nn.Module) -> None:
+    """Ask of a norm's layer what each call of a place asks before its kernel runs.
 
-    Calls whose sizes do not count have numbers of their own: what they decide holds for replays.
+    Args:
+        norm: What the class of the layer computes, with the guard of that.
+        layer: The layer.
+
+    Raises:
+        TypeError: It computes something else now, or has hooks.
+    """
+    if not norm.guard.holds(layer) or hooked(layer):
+        raise TypeError("its norm is another")
+
+
+def size_key(tensor: Tensor) -> int:
+    """The number of a call's size, by the first tensor, under which what was decided for it is kept.
+
+    Negative in calls that are about to be recorded, for which the host's time does not count.
     """
     return -size_of(tensor) if FORCED else size_of(tensor)
 
 
 def at_any_size(path_for: Callable[..., Any]) -> Callable[..., Any]:
-    """What finds the path of a proven kernel's call: of any size, where sizes were measured before."""
+    """Make the function that chooses a kernel's path pass over its least size where speeds are measured."""
     anyway = at_measured_size(path_for)[0]
 
     def path(*args: Any) -> Any:
@@ -125,7 +139,7 @@ class FusedStep:
         raise NotImplementedError
 
     def may_pay(self, tensor: Tensor, least: int) -> bool:
-        """Whether a tensor has ``least`` elements, or it is measured what the kernel gains at any size."""
+        """Whether a tensor has ``least`` elements, or the kernel's speed is measured at every size."""
         return pays(tensor, least) or (
             self.proofs > 0 and runtime.options.sizes == "auto" and tensor.numel() > 0
         )

@@ -100,7 +100,7 @@ class Ways:
         return way
 
     def _note_small(self, dtype: Any, size: int, grad: bool) -> None:
-        """The original takes calls of a size: those of smaller ones as well, unless the kernel has some."""
+        """Leave smaller sizes to the original as well, unless the kernel was faster at one of them."""
         if self.small[2] is None and isinstance(dtype, torch.dtype):
             self.small[2] = dtype
         alike = (way for (_, smaller, same), way in self.known.items() if same is grad and smaller <= size)

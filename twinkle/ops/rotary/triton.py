@@ -160,8 +160,6 @@ def _heads(
     y_t,
     y_h,
     heads,
-    group,
-    groups,
     c1,
     s1,
     c2,
@@ -185,9 +183,10 @@ def _heads(
 ):
     adjacent: tl.constexpr = PAIRS == 1 or PAIRS > 2
     i = tl.arange(0, W)[None, None, :]
-    part = tl.cdiv(tl.cdiv(heads, groups), H) * H
-    last = tl.minimum(heads, (group + 1) * part)
-    for first_head in range(group * part, last, H):
+    part = tl.cdiv(tl.cdiv(heads, tl.num_programs(1)), H) * H
+    first = tl.program_id(1) * part
+    last = tl.minimum(heads, first + part)
+    for first_head in range(first, last, H):
         h = first_head + tl.arange(0, H)[None, :, None].to(tl.int64)
         row_ok = token_ok & (h < last)
         x_at = x + t * x_t + h * x_h
@@ -265,8 +264,6 @@ def _turn(
     BACK: tl.constexpr,
 ):
     blocks = tl.cdiv(tokens, T)
-    group = tl.program_id(1)
-    groups = tl.num_programs(1)
     batch = (tl.program_id(0) // blocks).to(tl.int64)
     t = (tl.program_id(0) % blocks) * T + tl.arange(0, T)[:, None, None].to(tl.int64)
     token_ok = t < tokens
@@ -297,8 +294,6 @@ def _turn(
         qo_t,
         qo_h,
         q_heads,
-        group,
-        groups,
         c1,
         s1,
         c2,
@@ -331,8 +326,6 @@ def _turn(
             ko_t,
             ko_h,
             k_heads,
-            group,
-            groups,
             c1,
             s1,
             c2,
