@@ -65,7 +65,7 @@ def work(way: str, device: str) -> None:
                 "losses": [float(losses[0]), float(losses[-1])],
             }
         if what == "report":
-            done = profiled(step, costliest=24) if gpu else {}
+            done = profiled(step, costliest=40) if gpu else {}
             found = {"captures": captures(), "left_alone": left_alone()}
             return {"bindings": bindings(), **found, **done}
         wait()

@@ -27,8 +27,9 @@ class Script:
     def __init__(
         self,
         rounds: dict[str, list[Cost]],
-        views: Callable[[Cost], Sequence[float]] = lambda cost: cost[:1],
+        views: Callable[[Cost, Cost], Sequence[float]] = lambda cost, original: cost[:1],
     ) -> None:
+        self.round = 4e-4
         self.ways = {name: lambda: None for name in rounds}
         self._costs: dict[Callable[[], object], Iterator[Cost]] = {
             self.ways[name]: itertools.cycle(costs) for name, costs in rounds.items()
@@ -106,8 +107,13 @@ def on_gpu(host: float, device: float) -> list[Cost]:
         ((40, 5), (15, 4), True),  # the host is the wall, and fewer launches are the way
         ((8, 500), (25, 250), True),  # the device is
         ((8, 10), (25, 8), False),  # it saves on the device what nobody waits for
-        ((8, 30), (25, 20), False),  # sooner where the device is the wall, later where the host is
+        ((30, 25), (45, 18), False),  # sooner where the device is the wall, later where the host is
         ((30, 20), (15, 60), False),
+        # Where the original is long on the device, so are the matrix products around it.
+        ((180, 276), (250, 84), True),
+        ((324, 424), (549, 125), True),
+        ((8, 100), (60, 95), False),  # for little
+        ((20, 30), (90, 10), False),  # and not for what the host takes thrice as long for
     ],
 )
 def test_host_and_device_both_count(
@@ -132,9 +138,9 @@ def test_a_cpu_counts_work_and_not_waiting(monkeypatch: pytest.MonkeyPatch) -> N
     assert cost.host < 0.01 < cost.device
     assert clock.spent(lambda: spin(0.002), 2).host >= 0.002
     monkeypatch.setattr(machine, "one_thread", lambda: True)
-    assert clock.views(cost) == (cost.host,)
+    assert clock.views(cost, cost) == (cost.host,)
     monkeypatch.setattr(machine, "one_thread", lambda: False)
-    assert clock.views(cost) == cost
+    assert clock.views(cost, cost) == cost
 
 
 def test_a_busy_loop_is_slower_than_half_of_it() -> None:

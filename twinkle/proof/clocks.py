@@ -25,8 +25,9 @@ NOT_SLOWER = 0.97
 """Times as fast as the original that a kernel has to be in three rounds of four."""
 FEWEST, MOST = 7, 21
 """Rounds; more than the fewest where these leave a doubt."""
-_ROUND = 4e-4
-"""Seconds that the calls of one way take in a round at least: the clocks tell microseconds."""
+_ROUND_OF_CPU, _ROUND_OF_GPU = 4e-4, 1e-3
+"""Seconds that the calls of one way take in a round at least: the clocks tell microseconds, and a GPU's driver
+and the thread of autograd, which have slept until the device was done, are slow at first."""
 _MOST_CALLS = 64
 _CYCLES = 2_000_000_000
 """Of a GPU in a second, about."""
@@ -46,14 +47,25 @@ class Cost(NamedTuple):
 
 
 class Clock(Protocol):
-    """Measures calls on one kind of device."""
+    """Measures calls on one kind of device.
+
+    Attributes:
+        round: Seconds that the calls of one way take in a round at least.
+    """
+
+    round: float
 
     def spent(self, call: Callable[[], object], times: int) -> Cost:
         """What one of so many calls in a row costs."""
         ...
 
-    def views(self, cost: Cost) -> Sequence[float]:
-        """The costs that two calls are compared by: a kernel is slower where it is in one of them."""
+    def views(self, cost: Cost, original: Cost) -> Sequence[float]:
+        """What two calls are compared by: a kernel is slower where it is in one of them.
+
+        Args:
+            cost: Of one of the two.
+            original: Of the original, which says what the wall may be.
+        """
         ...
 
 
@@ -64,6 +76,8 @@ class CPUClock:
     take more of them, and one that takes less may be done later.
     """
 
+    round = _ROUND_OF_CPU
+
     def spent(self, call: Callable[[], object], times: int) -> Cost:
         """See :class:`Clock`."""
         used, began = time.process_time(), time.perf_counter()
@@ -71,7 +85,7 @@ class CPUClock:
             call()
         return Cost((time.process_time() - used) / times, (time.perf_counter() - began) / times)
 
-    def views(self, cost: Cost) -> Sequence[float]:
+    def views(self, cost: Cost, original: Cost) -> Sequence[float]:
         """See :class:`Clock`."""
         return cost[:1] if machine.one_thread() else cost
 
@@ -80,12 +94,20 @@ class GPUClock:
     """The time until calls are issued, and what the GPU takes for them when it has not to wait for the host.
 
     It is kept busy before: what it does then is measured by events on its own stream, and the host is not
-    held up by it. Nothing is known here of the program's other layers, so that either may be the wall:
+    held up by it. Nothing is known here of the program's other layers. Where the original takes the device
+    less than the host either may be the wall:
 
     - what the call takes alone, again and again, is the larger of the two;
     - what it takes of a program whose wall is the host in one half of its time, and the device in the other,
       is their sum. A kernel that saves little on the device and costs more to launch shows here.
+
+    Where already the original takes the device longer than the host, the device is the wall of the program by
+    far: what kernels replace are the operations that read much and compute little, and the products of
+    matrices between them, of the same sizes, take the device longer still for a launch each. Of what the
+    host takes a part counts then, for a program is more than its layers.
     """
+
+    round = _ROUND_OF_GPU
 
     def __init__(self) -> None:
         self._sleep = _FIRST_SLEEP
@@ -95,6 +117,7 @@ class GPUClock:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.current_stream().synchronize()
         torch.cuda._sleep(int(self._sleep * _CYCLES))
+        call()  # wakes what has slept
         begin.record()
         began = time.perf_counter()
         for _ in range(times):
@@ -103,11 +126,14 @@ class GPUClock:
         end.record()
         end.synchronize()
         # Once and a half as long as it took to issue the calls; those to come may be held up.
-        self._sleep = min(max(1.5 * host, _FIRST_SLEEP / 4), 20 * _FIRST_SLEEP)
+        with_first = host * (times + 1) / times
+        self._sleep = min(max(1.5 * with_first, _FIRST_SLEEP / 4), 20 * _FIRST_SLEEP)
         return Cost(host / times, begin.elapsed_time(end) / 1e3 / times)
 
-    def views(self, cost: Cost) -> Sequence[float]:
+    def views(self, cost: Cost, original: Cost) -> Sequence[float]:
         """See :class:`Clock`."""
+        if original.device >= original.host:
+            return max(cost.device, cost.host / 2), cost.device + cost.host / 4
         return max(cost), sum(cost)
 
 
@@ -166,7 +192,7 @@ def in_turns(
     longest = max(first)
     if longest * len(ways) * FEWEST > seconds:
         return None
-    times = min(_MOST_CALLS, math.ceil(_ROUND / max(min(first), 1e-6)))
+    times = min(_MOST_CALLS, math.ceil(clock.round / max(min(first), 1e-6)))
     times = max(1, min(times, int(seconds / (longest * len(ways) * FEWEST))))
     costs: dict[str, list[Cost]] = {name: [] for name in ways}
     for number in range(1, MOST + 1):
@@ -193,5 +219,5 @@ def _paired(costs: Mapping[str, list[Cost]], clock: Clock) -> dict[str, Paired]:
 
 
 def _ratio(clock: Clock, original: Cost, kernel: Cost) -> float:
-    pairs = zip(clock.views(original), clock.views(kernel), strict=True)
+    pairs = zip(clock.views(original, original), clock.views(kernel, original), strict=True)
     return min(theirs / max(ours, 1e-9) for theirs, ours in pairs)
