@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from twinkle.capture.answers import Answer, answered, numbers_read
+from twinkle.capture.answers import Answer, answered, followed
+from twinkle.capture.guard import Draw, Draws
 from twinkle.capture.signature import call_of
 
 from .emulated import EmulatedGraphs, put_in
@@ -63,7 +65,7 @@ def test_where_a_number_comes_from(origin: str) -> None:
     call = call_of((x, None), {}, CPU, training=True)
     call.args = (x, read)
     state = torch.get_rng_state()
-    found = numbers_read(module, call, EmulatedGraphs(CPU))
+    found = followed(module, call, EmulatedGraphs(CPU)).answers
     assert [one.is_constant for one in found] == ([] if origin == "the shape of the input" else [constant])
     assert module.calls == 0, "no trace is left"
     assert torch.equal(torch.get_rng_state(), state)
@@ -73,7 +75,7 @@ def test_an_input_that_is_known_is_a_constant() -> None:
     module, x = Reads(), torch.ones(2, 3)
     call = call_of((x, None), {}, CPU, training=True)
     call.args = (x, ORIGINS["the input"][0])
-    assert [one.is_constant for one in numbers_read(module, call, EmulatedGraphs(CPU), [x])] == [True]
+    assert [one.is_constant for one in followed(module, call, EmulatedGraphs(CPU), [x]).answers] == [True]
 
 
 @pytest.mark.parametrize("value", [1, 0])
@@ -87,8 +89,71 @@ def test_what_lies_beside_a_mask_is_not_known(value: int) -> None:
     mask, other = packed
     call = call_of((mask, other), {}, CPU, training=True)
     constants, masks = ([mask], []) if value else ([], [mask])
-    found = numbers_read(Asks(), call, EmulatedGraphs(CPU), constants, masks)
+    found = followed(Asks(), call, EmulatedGraphs(CPU), constants, masks).answers
     assert [one.is_constant for one in found] == [True, False]
+
+
+class Elsewhere(EmulatedGraphs):
+    """Of a device that the CPU's numbers are not drawn on."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("meta"))
+
+
+DRAWN: dict[str, tuple[Any, list[Draw] | None]] = {
+    "below 0": (lambda: bool(torch.rand([]) < 0.0), [Draw(1, torch.float32)]),
+    "below 0, the integer": (lambda: bool(torch.rand([]) < 0), [Draw(1, torch.float32)]),
+    "not below 0": (lambda: bool(torch.rand(3).ge(-1).all()), [Draw(3, torch.float32)]),
+    "several": (lambda: [torch.rand([]) < 0 for _ in range(3)], [Draw(3, torch.float32)]),
+    "of two dtypes": (
+        lambda: (torch.rand(2) < 0, torch.rand([], dtype=torch.float64) < 0),
+        [Draw(2, torch.float32), Draw(1, torch.float64)],
+    ),
+    "below something": (lambda: bool(torch.rand([]) < 0.1), None),
+    "above 0": (lambda: bool(torch.rand([]) > 0), None),
+    "a number": (lambda: torch.rand([]).item(), None),
+    "twice itself": (lambda: bool(torch.rand([]) * 2 < 0), None),
+    "written to": (lambda: bool(torch.rand([]).sub_(1) < 0), None),
+    "below a number that was drawn": (lambda: bool(torch.rand([]) < torch.rand([])), None),
+    "a generator of its own": (lambda: torch.rand(1, generator=torch.Generator()) < 0, None),
+    "others": (lambda: torch.randn([]) < 0, None),
+    "an order": (lambda: torch.randperm(4), None),
+}
+
+
+@pytest.mark.parametrize("what", DRAWN)
+def test_numbers_that_are_drawn_on_the_cpu(what: str) -> None:
+    draw, expected = DRAWN[what]
+    module, x = Reads(), torch.ones(2, 3)
+    call = call_of((x, None), {}, CPU, training=True)
+    call.args = (x, lambda self, x: (draw(), 1.0)[1])
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert followed(module, call, Elsewhere()).draws == expected
+    assert torch.equal(torch.get_rng_state(), state)
+    if expected is not None:
+        draws = Draws()
+        draw()
+        assert not draws.put_back(expected), "what was drawn, and no more"
+        draw()
+        torch.rand(1)
+        assert draws.put_back(expected)
+        draw()
+        random.random()
+        assert draws.put_back(expected)
+
+
+@pytest.mark.usefixtures("strict")
+@pytest.mark.parametrize("family", ["OPT", "Bart"])
+def test_layers_that_are_never_left_out(family: str) -> None:
+    plain, ours, [blocks, *_] = built(family)
+    model = ours.model.decoder
+    trunk = put_in([model], is_trunk=True)
+    trunk.pool = blocks.pool
+    for work in (trained, evaluated):
+        # The gradients that an encoder's output gets are summed in another order.
+        torch.testing.assert_close(work(ours), work(plain), rtol=1e-4, atol=1e-6)
+    assert trunk.record.replays >= 2, trunk.record.calls
 
 
 def test_the_answers_are_read_in_their_order() -> None:
@@ -191,7 +256,7 @@ def test_what_is_asked_of_a_mask_with_zeros(what: str) -> None:
 
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     call = call_of((mask, None), {}, CPU, training=True)
-    found = numbers_read(Asks(), call, EmulatedGraphs(CPU), (), [mask])
+    found = followed(Asks(), call, EmulatedGraphs(CPU), (), [mask]).answers
     assert [one.is_constant for one in found] == constant
 
 

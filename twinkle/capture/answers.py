@@ -1,9 +1,12 @@
-"""Numbers that a program reads from the device: those that are the same at every call of a kind.
+"""Numbers that a program reads from the device or draws on the CPU: those that decide the same at every call.
 
 A recording cannot wait for the device. Some waits are for what no input decides: whether positions that were
 counted just before are in a row, whether a mask of ones masks anything. Others ask of a mask whether it has
 a zero, which is a part of the kind of a call. A call is followed once, operator by operator, to see which of
 the numbers that it reads come from nothing else; the recording is told these. Others leave it impossible.
+
+A layer that may be left out, with the probability 0, is a number drawn on the CPU that is asked whether it is
+below 0. Replays draw such numbers as well, for those that come after them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from twinkle.capture.guard import Draws, Traces
+from twinkle.capture.guard import Draw, Draws, Traces
 from twinkle.capture.surroundings import as_if_run, instead
 
 if TYPE_CHECKING:
@@ -27,10 +30,12 @@ if TYPE_CHECKING:
 
     from twinkle.capture.signature import Call
 
-__all__ = ["Answer", "answered", "is_wait", "numbers_read"]
+__all__ = ["NOTHING", "Answer", "Followed", "answered", "followed", "is_wait"]
 
 _aten = torch.ops.aten
 _READ = _aten._local_scalar_dense.default
+_BELOW = frozenset({_aten.lt.Scalar, _aten.ge.Scalar})
+"""What ``torch.rand`` answers alike for all its numbers, where the other one is not above 0."""
 _READERS: dict[str, Callable[[Any], Any]] = {
     "item": lambda value: value,
     "__bool__": bool,
@@ -54,15 +59,35 @@ class Answer(NamedTuple):
     is_constant: bool
 
 
+class Followed(NamedTuple):
+    """What a call does that is no launch.
+
+    Attributes:
+        answers: The numbers that it reads from the device, in order.
+        draws: The numbers that it draws on the CPU, none of which matters; None where one may.
+    """
+
+    answers: list[Answer]
+    draws: list[Draw] | None
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether it does the same at every call of its kind."""
+        return self.draws is not None and all(one.is_constant for one in self.answers)
+
+
+NOTHING = Followed([], [])
+
+
 def is_wait(error: BaseException) -> bool:
     """Whether an error may come from a wait for the device, which nothing that is recorded can do."""
     return "captur" in str(error)
 
 
-def numbers_read(
+def followed(
     block: nn.Module, call: Call, graphs: Any, constants: Iterable[Tensor] = (), masks: Iterable[Tensor] = ()
-) -> list[Answer]:
-    """The numbers that a call reads from the device, in order: it is run for them, and leaves no other trace.
+) -> Followed:
+    """What a call reads from the device and draws on the CPU: it is run for that, and leaves no other trace.
 
     Args:
         block: The module.
@@ -84,7 +109,7 @@ def numbers_read(
         graphs.set_random(random)
         draws.put_back()
         traces.wipe()
-    return follower.found
+    return Followed(follower.found, None if follower.draws_matter else follower.draws)
 
 
 def _stand_in(copies: dict[int, Tensor], value: Any) -> Any:
@@ -106,7 +131,10 @@ class _Follower(TorchDispatchMode):
         super().__init__()
         self._masks = {one.untyped_storage()._cdata: (one.untyped_storage(), one.numel()) for one in masks}
         self._counts: dict[int, tuple[Any, int]] = {}
+        self._drawn: dict[int, Any] = {}
         self.found: list[Answer] = []
+        self.draws: list[Draw] = []
+        self.draws_matter = False
         self._device = device
         storages = [one.untyped_storage() for one in constants]
         # With the storages themselves: their addresses are taken so long.
@@ -115,8 +143,15 @@ class _Follower(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
-        constant = torch.Tag.nondeterministic_seeded not in func.tags and all(map(self._holds, given))
+        draws = torch.Tag.nondeterministic_seeded in func.tags
+        constant = not draws and all(map(self._holds, given))
+        asked = [one for one in given if one.untyped_storage()._cdata in self._drawn]
+        if asked:
+            constant = func in _BELOW and not args[1] > 0
+            self.draws_matter |= not constant and any(one.device != self._device for one in asked)
         result = func(*args, **kwargs)
+        if draws:
+            self._note_draw(func, kwargs, result)
         if func is _READ and given[0].device == self._device:
             self.found.append(Answer(result, given[0].dtype, constant))
         written, made = _written(func, args, kwargs), tree_leaves(result)
@@ -134,6 +169,19 @@ class _Follower(TorchDispatchMode):
         if self._masks and given and len(made) == 1 and isinstance(made[0], Tensor):
             self._follow_masks(func, args, given[0], made[0])
         return result
+
+    def _note_draw(self, func: Any, kwargs: dict[str, Any], result: Any) -> None:
+        """Follow what is drawn: on the device a replay draws it too, on the CPU whoever replays has to."""
+        is_rand = func is _aten.rand.default
+        if is_rand:
+            storage = result.untyped_storage()
+            self._drawn[storage._cdata] = storage
+        on_device = all(one.device == self._device for one in tree_leaves(result) if isinstance(one, Tensor))
+        if is_rand and not on_device and result.device.type == "cpu":
+            before = self.draws.pop() if self.draws and self.draws[-1].dtype is result.dtype else None
+            self.draws.append(Draw(result.numel() + (before.numbers if before else 0), result.dtype))
+        elif not on_device:
+            self.draws_matter = True
 
     def _follow_masks(self, func: Any, args: Any, given: Tensor, made: Tensor) -> None:
         source, target = given.untyped_storage()._cdata, made.untyped_storage()

@@ -12,13 +12,22 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
-from twinkle.capture.answers import is_wait, numbers_read
+from twinkle.capture.answers import NOTHING, followed, is_wait
 from twinkle.capture.caches import holds_tokens, layers_of
 from twinkle.capture.chains import Chains
 from twinkle.capture.kinds import MOST_KINDS, WARM, Kind, Stack
 from twinkle.capture.pool import pool_of
 from twinkle.capture.recording import BUSY, FILLED, GIVEN, NO_ROOM, SHORT, Recording
-from twinkle.capture.signature import IN_USE, Passing, Undecided, Unservable, call_of, settings, words_of
+from twinkle.capture.signature import (
+    IN_USE,
+    Drawing,
+    Passing,
+    Undecided,
+    Unservable,
+    call_of,
+    settings,
+    words_of,
+)
 from twinkle.capture.slot import Slot
 from twinkle.capture.surroundings import every_size_on
 from twinkle.capture.weights import Calls, is_awaited
@@ -32,7 +41,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from twinkle.capture.answers import Answer
+    from twinkle.capture.answers import Followed
     from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
     from twinkle.capture.state import StackRecord
@@ -301,40 +310,41 @@ class BlockCall(Slot):
         return made
 
     def _made(self, block: nn.Module, call: Call, pool: Pool) -> Recording:
-        """The recording of a call, told what it would wait for where that is the same at every call."""
+        """The recording of a call, told what it would wait for or draw where that is alike at every call."""
         try:
             return Recording(block, call, pool, self._calls)
         except Exception as error:
-            if not self.is_of_trunk or not is_wait(error) or not is_failure(error):
+            is_followed = isinstance(error, Drawing) or (is_wait(error) and is_failure(error))
+            if not self.is_of_trunk or not is_followed:
                 raise
-            answers = self._numbers(block, call, pool)
-            if not answers:
+            found = self._followed(block, call, pool)
+            if found is None or found == NOTHING:
                 raise
-            return Recording(block, call, pool, self._calls, answers)
+            return Recording(block, call, pool, self._calls, found)
 
-    def _numbers(self, block: nn.Module, call: Call, pool: Pool) -> list[Answer]:
-        """The numbers that a call reads from the device; none where one of them is not always the same.
+    def _followed(self, block: nn.Module, call: Call, pool: Pool) -> Followed | None:
+        """What a call reads from the device and draws on the CPU; None where that is not always alike.
 
         Raises:
-            Undecided: They are by what masks hold, which is a part of the kind from now on.
+            Undecided: It is by what masks hold, which is a part of the kind from now on.
         """
         graphs = pool.graphs(training=call.grad)
         if not self._masks:
-            answers = numbers_read(block, call, graphs)
-            if all(one.is_constant for one in answers):
-                return answers
+            found = followed(block, call, graphs)
+            if found.is_alike:
+                return found
         named = {name: call.kwargs[name] for name in self._masks or call.kwargs if "mask" in name}
         ones = {name: one for name, one in named.items() if pool.contents(one) == "ones"}
         zeros = {name: one for name, one in named.items() if pool.contents(one) == "zeros"}
         if not ones and not zeros:
-            return []
-        answers = numbers_read(block, call, graphs, ones.values(), zeros.values())
-        if not all(one.is_constant for one in answers):
-            return []
+            return None
+        found = followed(block, call, graphs, ones.values(), zeros.values())
+        if not found.is_alike:
+            return None
         if not self._masks:
             self._masks = (*ones, *zeros)
             raise Undecided(_EARLY)
-        return answers
+        return found
 
     def _needs(self, block: nn.Module, call: Call, kind: Kind) -> int:
         """Bytes that a recording will hold, as far as that is known: nothing for a block."""

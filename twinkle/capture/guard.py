@@ -7,7 +7,7 @@ import random
 import sys
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from twinkle.capture.slot import NAME
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-__all__ = ["Draws", "Makeup", "Traces", "hooks_on"]
+__all__ = ["Draw", "Draws", "Makeup", "Traces", "draw_again", "hooks_on"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = tuple(
@@ -163,6 +163,24 @@ class Traces:
                 value.update(before)
 
 
+class Draw(NamedTuple):
+    """Numbers that ``torch.rand`` draws on the CPU.
+
+    Attributes:
+        numbers: How many, one after the other.
+        dtype: Of all of them.
+    """
+
+    numbers: int
+    dtype: torch.dtype
+
+
+def draw_again(draws: Iterable[Draw]) -> None:
+    """Move the CPU's generator as these draws do: a program that goes on finds the numbers it would find."""
+    for one in draws:
+        torch.rand(one.numbers, dtype=one.dtype, device="cpu")
+
+
 class Draws:
     """The generators of random numbers besides the device's, to be put back after a call."""
 
@@ -172,9 +190,16 @@ class Draws:
         numpy: Any = sys.modules.get("numpy.random")
         self._numpy = None if numpy is None else (numpy, numpy.get_state())
 
-    def put_back(self) -> bool:
-        """Put all back; whether one has moved."""
-        moved = random.getstate() != self._python or not torch.equal(torch.get_rng_state(), self._torch)
+    def put_back(self, expected: Iterable[Draw] = ()) -> bool:
+        """Put all back; whether one has moved, other than by the draws that were expected.
+
+        Args:
+            expected: From the CPU's generator, in order.
+        """
+        now_torch = torch.get_rng_state()
+        torch.set_rng_state(self._torch)
+        draw_again(expected)
+        moved = random.getstate() != self._python or not torch.equal(torch.get_rng_state(), now_torch)
         if self._numpy is not None:
             numpy, state = self._numpy
             now = numpy.get_state()

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from twinkle.capture.aliases import Aliases
-from twinkle.capture.answers import answered
+from twinkle.capture.answers import NOTHING, answered
 from twinkle.capture.backward import Backward
 from twinkle.capture.buffers import Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
-from twinkle.capture.guard import Draws, Makeup, Traces, hooks_on
+from twinkle.capture.guard import Draws, Makeup, Traces, draw_again, hooks_on
 from twinkle.capture.results import flattened
 from twinkle.capture.signature import (
     BUSY,
     IN_USE,
+    Drawing,
     Passing,
     Unservable,
     containers_in,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-    from twinkle.capture.answers import Answer
+    from twinkle.capture.answers import Followed
     from twinkle.capture.chains import Chains
     from twinkle.capture.pool import Pool
     from twinkle.capture.signature import Call
@@ -51,7 +52,7 @@ FILLED = "its cache holds tokens already"
 GIVEN = "a cache is given to it"
 _SAME: Any = contextlib.nullcontext()
 _FEW = 4  # results whose copies cost less one by one
-_MOST_GIVEN = 512 << 20  # bytes of all results, which each replay copies
+_GIVEN = 64  # the share of the device that all results may have, which each replay copies
 _MOST_READ = 4  # results that others may read where they are: those of a cache come after them
 _MOST_REPEATS = 2  # backwards that are computed by calling the block once more, before it is left alone
 
@@ -64,7 +65,7 @@ class Recording:
         call: A call.
         pool: Of the device.
         calls: Counts those of the block.
-        answers: Numbers that the block reads from the device, each the same at every call.
+        followed: What the block reads from the device and draws on the CPU, the same at every call.
 
     Raises:
         Unservable: It is nothing that can be replayed.
@@ -72,7 +73,7 @@ class Recording:
     """
 
     def __init__(
-        self, block: nn.Module, call: Call, pool: Pool, calls: Calls, answers: Sequence[Answer] = ()
+        self, block: nn.Module, call: Call, pool: Pool, calls: Calls, followed: Followed = NOTHING
     ) -> None:
         if hooks_on(block):
             raise Unservable("hooks are called inside")
@@ -95,7 +96,8 @@ class Recording:
         self._uses = CacheUses()
         self.aliases = Aliases(block) if wanted else None
         run = self._run_of(block, [one.leaf for one in self.inputs], self._uses, self.aliases)
-        self._replay, results = self._record(block, run, answers)
+        self._draws = followed.draws or ()
+        self._replay, results = self._record(block, run, followed)
         self._uses_random: bool | None = None
         self._generators = self.graphs.generators()
         self._rebuild, self.kept = results
@@ -149,11 +151,11 @@ class Recording:
             self._record_of.holds(count)
             weakref.finalize(self, self._record_of.holds, -count)
 
-    def _record(self, block: nn.Module, run: Callable[[], Any], answers: Sequence[Answer]) -> Any:
+    def _record(self, block: nn.Module, run: Callable[[], Any], followed: Followed) -> Any:
         versions = [one.buffer._version for one in self.inputs]
         traces, draws = Traces(block), Draws()
         try:
-            with answered(answers, self.pool.device):
+            with answered(followed.answers, self.pool.device):
                 made = self.graphs.record(run)
         except BaseException:
             traces.wipe()
@@ -163,8 +165,8 @@ class Recording:
             traces.wipe()
             draws.put_back()
             raise Passing("its forward changes the block")
-        if draws.put_back():
-            raise Unservable("its forward draws random numbers on the CPU")
+        if draws.put_back(self._draws):
+            raise Drawing("its forward draws random numbers on the CPU")
         if versions != [one.buffer._version for one in self.inputs]:
             raise Unservable("its forward writes to its arguments")
         return made
@@ -199,8 +201,7 @@ class Recording:
     def _check_results(self) -> None:
         taken = {one.buffer.untyped_storage().data_ptr() for one in self.inputs}
         taken |= {one.untyped_storage().data_ptr() for one in self.makeup.parameters}
-        most = min(_MOST_GIVEN, self.graphs.total() // 64)
-        if sum(int(one.nbytes) for one in self.kept) > most:
+        if sum(int(one.nbytes) for one in self.kept) > self.graphs.total() // _GIVEN:
             raise Unservable("its results are too large to be copied")
         for one in self.kept:
             if one.device != self.pool.device:
@@ -239,6 +240,8 @@ class Recording:
             chains: Of the stack.
         """
         tensors = call.tensors
+        if self._draws:
+            draw_again(self._draws)
         if self.grad:
             weights, at, token = chains.token(self, tensors) if self.weights else _NO_WEIGHTS
             out = _apply(self, block, weights, at, token, *tensors)
@@ -366,13 +369,15 @@ class Recording:
             inputs = [one.detach().requires_grad_() for one in inputs]
         wanted, others = iter(inputs), iter(saved[count:])
         tensors = [next(wanted if at in self.where else others) for at in range(len(self.inputs))]
-        now = self.graphs.random()
+        now, draws = self.graphs.random(), Draws() if self._draws else None
         if context.random is not None:
             self.graphs.set_random(context.random)
         try:
             with torch.enable_grad(), self.pool.deciding():
                 _, out = self._run_of(context.block, tensors, CacheUses())()
         finally:
+            if draws is not None:
+                draws.put_back()
             if context.random is not None:
                 self.graphs.set_random(now)
         given = [(one, grad) for one, grad in zip(out, grads, strict=True) if grad is not None]

@@ -18,6 +18,7 @@ __all__ = [
     "IN_USE",
     "PLAIN",
     "Call",
+    "Drawing",
     "Passing",
     "Undecided",
     "Unservable",
@@ -46,6 +47,10 @@ class Unservable(Exception):
 
     of_recorded = False
     of_device = False
+
+
+class Drawing(Unservable):
+    """It draws random numbers on the CPU."""
 
 
 class Passing(Unservable):
