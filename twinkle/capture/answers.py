@@ -176,7 +176,8 @@ class _Follower(TorchDispatchMode):
         if is_rand:
             storage = result.untyped_storage()
             self._drawn[storage._cdata] = storage
-        on_device = all(one.device == self._device for one in tree_leaves(result) if isinstance(one, Tensor))
+        # Attention on the device gives its seed on the CPU, too.
+        on_device = any(one.device == self._device for one in tree_leaves(result) if isinstance(one, Tensor))
         if is_rand and not on_device and result.device.type == "cpu":
             before = self.draws.pop() if self.draws and self.draws[-1].dtype is result.dtype else None
             self.draws.append(Draw(result.numel() + (before.numbers if before else 0), result.dtype))

@@ -26,6 +26,7 @@ __all__ = [
     "is_of_caches",
     "kind_of_cache",
     "layers_of",
+    "without_copies",
 ]
 
 _MODULE = "transformers.cache_utils"
@@ -185,6 +186,31 @@ def _only_keeps(kind: Any, update: Any) -> bool:
         return False
 
 
+def without_copies(layers: Any) -> Any:
+    """The ``update`` of a class of layers, but for what an empty one is given: that is kept where it lies.
+
+    It would be joined to nothing, which copies it. What is not contiguous is copied, as it would be.
+
+    Args:
+        layers: The class.
+
+    Returns:
+        The method; None where an update does more than that.
+    """
+    theirs = vars(layers)["update"]
+    if not _only_keeps(layers, theirs):
+        return None
+
+    def update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.is_initialized or key_states is value_states:
+            return theirs(self, key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        return self.keys, self.values
+
+    return update
+
+
 @functools.cache
 def _classes() -> tuple[Any, Any]:
     # transformers is there: a call has a cache of its.
@@ -212,9 +238,8 @@ def _classes() -> tuple[Any, Any]:
             if layer_idx in self._seen or any(isinstance(v, torch.Tensor) for v in (*args, *kwargs.values())):
                 raise TypeError("the block updates its cache in a way that cannot be repeated")
             self._seen[layer_idx] = key_states.shape[-2]
-            # The cache joins them to what it holds, which is nothing: it makes contiguous copies of both.
-            keys = key_states.clone(memory_format=torch.contiguous_format)
-            values = value_states.clone(memory_format=torch.contiguous_format)
+            # The cache joins them to what it holds, which is nothing: they are contiguous after that.
+            keys, values = key_states.contiguous(), value_states.contiguous()
             self._uses.empty.add((self._place, layer_idx))
             self._uses.updates.append((self._place, layer_idx, args, kwargs))
             self._made += (keys, values)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from twinkle import forks
+from twinkle.capture.caches import without_copies
 from twinkle.ops.plain import at_every_size
 from twinkle.runtime import runtime
 
@@ -80,6 +81,7 @@ def as_if_run() -> Iterator[None]:
       they ran.
     - Its caches with a window leave the number that says so on the CPU; whoever makes such a cache of what
       was recorded brings it to the device.
+    - Its caches that are empty keep what they are given, and no copy of it.
     """
     models: Any = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
     windows: Any = getattr(sys.modules.get(_CACHES), "DynamicSlidingWindowLayer", None)
@@ -92,6 +94,10 @@ def as_if_run() -> Iterator[None]:
     begin = None if windows is None else vars(windows).get("lazy_initialization")
     if begin is not None and _only_moves(windows, begin):
         replacements.append((windows, "lazy_initialization", _base_of(windows)))
+    layers: Any = getattr(sys.modules.get(_CACHES), "DynamicLayer", None)
+    update = None if layers is None else without_copies(layers)
+    if update is not None:
+        replacements.append((layers, "update", update))
     with instead(replacements):
         yield
 
