@@ -26,6 +26,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     import twinkle.ops.gated_mlp.triton
     import twinkle.ops.layer_norm.triton
+    import twinkle.ops.linear_bias.triton
     import twinkle.ops.modulated_norm.triton
     import twinkle.ops.qk_norm_rotary.triton
     import twinkle.ops.residual_norm.triton  # noqa: F401

@@ -11,6 +11,7 @@ In reading order:
 - ``block``: what stands there: which calls are recorded, and which are replayed; ``kinds``: where that pays;
 - ``signature``, ``caches``: what kind of call a call is; ``results``: what it gives;
 - ``surroundings``, ``answers``: what a program finds around it while it is recorded;
+- ``biases``: a kernel that is for recordings alone;
 - ``recording``: one kind of call of one block, with ``guard`` (is the block what it was?) and ``aliases``;
 - ``backward``: the graph of its backward; ``weights``, ``chains`` and ``lent``: how gradients of weights get
   to the parameters;

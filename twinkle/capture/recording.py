@@ -14,6 +14,7 @@ from torch import Tensor
 from twinkle.capture.aliases import Aliases
 from twinkle.capture.answers import NOTHING, answered
 from twinkle.capture.backward import Backward
+from twinkle.capture.biases import biases_by_kernel
 from twinkle.capture.buffers import Input, Shared, alias, copies_of
 from twinkle.capture.caches import CacheUses, empty_caches, kind_of_cache
 from twinkle.capture.guard import Draws, Makeup, Traces, draw_again, hooks_on
@@ -153,6 +154,7 @@ class Recording:
 
     def _record(self, block: nn.Module, run: Callable[[], Any], followed: Followed) -> Any:
         versions = [one.buffer._version for one in self.inputs]
+        self._biases()  # proven and compiled before, not while it is recorded
         traces, draws = Traces(block), Draws()
         try:
             with answered(followed.answers, self.pool.device):
@@ -182,7 +184,7 @@ class Recording:
             uses.clear()
             args, kwargs = self._fill(tensors, empty_caches(self._caches, uses, made))
             held = [(one, copy.copy(one)) for one in containers_in((args, kwargs))]
-            with self._casting(), aliases or _SAME, as_if_run(), taken_apart(), sizes():
+            with self._casting(), aliases or _SAME, as_if_run(), taken_apart(), sizes(), self._biases():
                 result = block._call_impl(*args, **kwargs)
             if any(holds_other(one, before) for one, before in held):
                 raise Unservable("its forward changes a list or dictionary that it is given")
@@ -191,6 +193,9 @@ class Recording:
             return rebuild, [*out, *made]
 
         return run
+
+    def _biases(self) -> Any:
+        return biases_by_kernel(self.weights, self.pool.device, self._autocast)
 
     def _casting(self) -> Any:
         if self._autocast is None:

@@ -26,8 +26,8 @@ NOT_SLOWER = 0.97
 FEWEST, MOST = 7, 21
 """Rounds; more than the fewest where these leave a doubt."""
 _ROUND_OF_CPU, _ROUND_OF_GPU = 4e-4, 1e-3
-"""Seconds that the calls of one way take in a round at least: the clocks tell microseconds, and a GPU's driver
-and the thread of autograd, which have slept until the device was done, are slow at first."""
+"""Seconds that the calls of one way take in a round at least: the clocks tell microseconds, and a GPU's
+driver and the thread of autograd, which have slept until the device was done, are slow at first."""
 _MOST_CALLS = 64
 _CYCLES = 2_000_000_000
 """Of a GPU in a second, about."""
