@@ -83,10 +83,11 @@ def main() -> int:
     for shape in SHAPES:
         one = measure(*shape, options.rounds)
         found.append(one)
+        us, errors = one["us"], one["errors"]
         print(
-            f"{shape[0]:6} x {shape[1]:5}  torch {one['us']['torch']:7.1f} us  kernel {one['us']['kernel']:6.1f} us  "
-            f"x{one['ratio']:.2f} ({one['smallest']:.2f} to {one['largest']:.2f})  {one['kernel_tb_s']:.2f} TB/s  "
-            f"errors {one['errors']['torch']:.1e}, {one['errors']['kernel']:.1e}",
+            f"{shape[0]:6} x {shape[1]:5}  torch {us['torch']:7.1f} us  kernel {us['kernel']:6.1f} us  "
+            f"x{one['ratio']:.2f} ({one['smallest']:.2f} to {one['largest']:.2f})  "
+            f"{one['kernel_tb_s']:.2f} TB/s  errors {errors['torch']:.1e}, {errors['kernel']:.1e}",
             flush=True,
         )
     if options.json:

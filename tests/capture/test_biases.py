@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -141,3 +144,53 @@ def test_other_threads_call_torch_s(kernel: Any) -> None:
     call()
     names = [type(node).__name__ for node in seen]
     assert names == ["AddmmBackward0", "ViewBackward0", "AddmmBackward0"]
+
+
+INSIDE = """
+import collections, sys
+import torch, transformers
+from twinkle.capture.biases import biases_by_kernel
+from twinkle.ops.linear_bias import triton_backend
+triton_backend.LEAST = 0
+sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "num_key_value_heads": 4}
+model = getattr(transformers, sys.argv[1])(getattr(transformers, sys.argv[2])(**sizes)).train()
+ids = torch.arange(48).view(2, 24)
+def nodes():
+    left, seen = [model(input_ids=ids, labels=ids).loss.grad_fn], set()
+    while left:
+        node = left.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            left += [one for one, _ in node.next_functions]
+    return collections.Counter(type(node).__name__ for node in seen)
+for _ in range(2):
+    model(input_ids=ids, labels=ids).loss.backward()
+outside = nodes()
+with biases_by_kernel(model.parameters(), torch.device("cpu"), None):
+    inside = nodes()
+assert nodes() == outside
+assert outside["DeferredHeadBackward"] == 1, outside
+print(inside.pop("_BiasBackward"), inside == outside)
+"""
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "biases_in_it"),
+    [
+        ("BertForMaskedLM", "BertConfig", 13),
+        ("GPT2LMHeadModel", "GPT2Config", 8),
+        ("Qwen2ForCausalLM", "Qwen2Config", 6),
+    ],
+)
+def test_all_other_kernels_and_deferred_logits_stay(
+    kernels: torch.device, model: str, config: str, biases_in_it: int
+) -> None:
+    """Its head was no longer deferred in recordings: torch's linear function had another in its place."""
+    pytest.importorskip("transformers")
+    env = {**os.environ, "TWINKLE_CONFIG": "auto", "TWINKLE_SIZES": "all", "TRITON_INTERPRET": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, "-c", INSIDE, model, config]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(biases_in_it), "True"], done.stdout

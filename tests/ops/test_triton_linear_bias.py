@@ -153,8 +153,18 @@ def test_other_arguments_go_to_torch(at_any_size):
     assert not summed(addmm(torch.zeros(20, 16, device=x.device, requires_grad=True), x, w.t()))
 
 
-def test_small_results_go_to_torch(kernels):
-    assert not summed(linear(*[t.requires_grad_() for t in inputs(kernels, (20,), 16)[:3]]))
+def test_small_and_wide_results_go_to_torch(kernels, monkeypatch):
+    def takes(rows, width):
+        return summed(linear(*[t.requires_grad_() for t in inputs(kernels, (rows,), width)[:3]]))
+
+    assert not takes(20, 16)
+    monkeypatch.setattr(triton_backend, "LEAST", 320)
+    monkeypatch.setattr(triton_backend, "NARROW", 16)
+    monkeypatch.setattr(triton_backend, "MOST", 640)
+    assert [takes(19, 16), takes(20, 16), takes(200, 16), takes(20, 32), takes(21, 32)] == [
+        *(False, True, True),
+        *(True, False),
+    ]
 
 
 def test_the_variants_are_what_they_say():

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from twinkle import forks
 from twinkle.capture.caches import without_copies
+from twinkle.ops.cuda_graphs import STANDS_FOR
 from twinkle.ops.plain import at_every_size
 from twinkle.runtime import runtime
 
@@ -54,6 +55,7 @@ def instead(replacements: Iterable[tuple[Any, str, Callable[..., Any]]]) -> Iter
         def call(*args: Any, **kwargs: Any) -> Any:
             return (ours if threading.get_ident() == thread else theirs)(*args, **kwargs)
 
+        call.__dict__[STANDS_FOR] = theirs
         return call
 
     with runtime.of(Replaced).lock:

@@ -21,7 +21,7 @@ from twinkle.deferred.traced import TracedLogits
 from twinkle.deferred.verification import loss_verified
 from twinkle.ops.causal_lm_loss.chunks import uses_triton
 from twinkle.ops.causal_lm_loss.linear_cross_entropy import as_autocast
-from twinkle.ops.cuda_graphs import is_capturing
+from twinkle.ops.cuda_graphs import is_capturing, stood_for
 from twinkle.ops.plain import pays
 from twinkle.swap.front import MARK, USERS
 from twinkle.swap.tensors import constant
@@ -97,7 +97,8 @@ def reason_against(head: Any, *, loaded: bool = True) -> str | None:
     name = f"{type(head).__module__}.{type(head).__qualname__}"
     if not isinstance(head, nn.Linear) or type(head).forward not in (nn.Linear.forward, _head_forward):
         return f"its head is a {name} with a forward of its own (an adapter on the head, a quantised head)"
-    if nn.Linear.forward.__module__ != nn.Linear.__module__ or F.linear is not torch._C._nn.linear:
+    linear = stood_for(F.linear)
+    if nn.Linear.forward.__module__ != nn.Linear.__module__ or linear is not torch._C._nn.linear:
         return "the forward of torch.nn.Linear, or torch.nn.functional.linear, was replaced"
     if vars(head).get(MARK, "").endswith(USERS):
         return "its head has a kernel of the user's"

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from twinkle.runtime import runtime
 
-__all__ = ["Recorded", "is_capturing", "is_recorded_once"]
+if TYPE_CHECKING:
+    from typing import Any
+
+__all__ = ["STANDS_FOR", "Recorded", "is_capturing", "is_recorded_once", "stood_for"]
+
+STANDS_FOR = "_twinkle_stands_for"
+"""The attribute of a function that is in the place of another while something is captured: that other one."""
 
 
 class Recorded:
@@ -32,3 +40,14 @@ def is_capturing() -> bool:
 def is_recorded_once() -> bool:
     """Whether this thread captures a backward that uses up its forward: each is replayed once."""
     return runtime.of(Recorded).backward and is_capturing()
+
+
+def stood_for(function: Any) -> Any:
+    """The function that one stands for while Twinkle captures something; the same one elsewhere.
+
+    Args:
+        function: What stands at a name of torch or transformers.
+    """
+    while (theirs := getattr(function, STANDS_FOR, None)) is not None:
+        function = theirs
+    return function
