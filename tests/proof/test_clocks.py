@@ -55,9 +55,9 @@ def measured(original: list[Cost], kernel: list[Cost]) -> tuple[float, bool]:
 
 @pytest.mark.parametrize(
     ("kernel", "expected"),
-    [(50, (2.0, True)), (100, (1.0, True)), (103, (0.97, True)), (104, (0.96, False)), (200, (0.5, False))],
+    [(50, (2.0, True)), (99, (1.01, True)), (100, (1.0, True)), (101, (0.99, False)), (200, (0.5, False))],
 )
-def test_a_kernel_is_slower_below_97_hundredths(kernel: float, expected: tuple[float, bool]) -> None:
+def test_a_kernel_is_slower_below_the_original(kernel: float, expected: tuple[float, bool]) -> None:
     assert measured(of_host(100), of_host(kernel)) == expected
 
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["FEWEST", "NOT_SLOWER", "Clock", "Cost", "Paired", "clock_for", "in_turns"]
 
-NOT_SLOWER = 0.97
-"""Times as fast as the original that a kernel has to be in three rounds of four."""
+NOT_SLOWER = 1.0
+"""Times as fast as the original that a kernel has to be in three rounds of four: what is as fast stays out, for
+each call of it is looked at."""
 FEWEST, MOST = 7, 21
 """Rounds; more than the fewest where these leave a doubt."""
 _ROUND_OF_CPU, _ROUND_OF_GPU = 4e-4, 1e-3
@@ -160,7 +161,7 @@ class Paired(NamedTuple):
     @property
     def is_clear(self) -> bool:
         """Whether more rounds would hardly change what is made of it."""
-        return self.low >= NOT_SLOWER or self.ratio < 0.9 * NOT_SLOWER
+        return self.low >= NOT_SLOWER or self.ratio < 0.93 * NOT_SLOWER
 
     @property
     def is_not_slower(self) -> bool:

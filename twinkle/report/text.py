@@ -113,7 +113,7 @@ def _speeds(speeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _speed(at: str, figures: Mapping[str, Any]) -> str:
-    unsure = not figures["runs"] and figures["ratio"] >= 0.97 > figures["low"]
+    unsure = not figures["runs"] and figures["ratio"] >= 1 > figures["low"]
     doubt = f" ({figures['low']:.2f}x or less in a quarter of the rounds)" if unsure else ""
     return f"{figures['ratio']:.2f}x{doubt} at {at}"
 
