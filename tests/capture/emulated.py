@@ -70,6 +70,9 @@ class EmulatedGraphs:
     def free(self) -> int:
         return self.memory // 16 if self.short == 1 else self.memory
 
+    def spare(self) -> int:
+        return self.free()
+
     def total(self) -> int:
         return self.memory
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import itertools
 from typing import Any
 
@@ -11,6 +13,9 @@ from torch import nn
 
 from twinkle.capture import kinds
 from twinkle.capture.kinds import Kind
+
+from .emulated import put_in
+from .nets import Block
 
 
 class Layer(nn.Module):
@@ -90,3 +95,31 @@ def test_a_device_that_is_steps_behind_is_the_wall(device: dict[str, Any]) -> No
     found = [kind.decide() for _ in range(8)]
     assert found[-1] == "not faster here: the device is more than a step behind the host"
     assert kind.refused
+
+
+@pytest.mark.parametrize(("tokens", "stays"), [(5, True), (10, True), (25, False)])
+def test_recordings_make_way_for_calls_larger_than_any_before(tokens: int, stays: bool) -> None:
+    """An evaluation of larger batches, say, finds what it would find without recordings."""
+    torch.manual_seed(0)
+    plain = Block()
+    ours = copy.deepcopy(plain)
+    stack = put_in([ours])
+    assert stack.pool is not None
+    x = torch.randn(2, 5, 8)
+    for _ in range(4):
+        assert torch.equal(ours(x), plain(x))
+    [kind] = stack.kinds.values()
+    kind.kept = 1000  # as measured on a GPU
+    for training in (True, False):
+        stack.pool.graphs(training=training).free = lambda: 5000
+    assert stack.record.held
+    larger = torch.randn(2, tokens, 8)
+    with torch.no_grad():
+        assert torch.equal(ours(larger), plain(larger))
+    gc.collect()  # an emulated graph is held by what it has recorded
+    assert (stack.record.held > 0) is stays
+    for training in (True, False):
+        stack.pool.graphs(training=training).free = lambda: 1 << 40
+    for _ in range(4):
+        assert torch.equal(ours(x), plain(x))
+    assert stack.record.replays == (2 + 4 if stays else 2 + 2), stack.record.calls

@@ -228,6 +228,10 @@ class BlockCall(Slot):
         kind = self._stack.kind(key)
         if kind is None:
             raise Unservable("calls are of too many kinds")
+        if not kind.elements:
+            elements = sum(one.numel() for one in call.tensors)
+            pool.make_way(self._stack.needs(elements))
+            kind.elements = elements
         if pool.walls and not kind.chosen and kind.refused is None:
             kind.leave_to_device(pool.walls[-1])
         if kind.refused is not None:

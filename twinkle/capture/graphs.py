@@ -133,6 +133,10 @@ class CudaGraphs:
         """Bytes that no process has taken of the device."""
         return int(torch.cuda.mem_get_info(self.device)[0])
 
+    def spare(self) -> int:
+        """Bytes that tensors of this process may still have: what is free, and what they gave back."""
+        return self.free() + self.held() - self.allocated()
+
     def total(self) -> int:
         """Bytes of the device's memory."""
         return int(torch.cuda.mem_get_info(self.device)[1])

@@ -23,6 +23,8 @@ WARM = 2
 """Calls of a kind that run as they are before one is recorded."""
 MOST_KINDS = 64
 """Kinds of calls of one stack that are kept in mind."""
+_MARGIN = 2
+"""Times what a call keeps that it may need while it runs, and in its backward."""
 _HOST_IS_SLOW = 1.15
 """Device time over host time above which a replay would gain nothing: the device is the wall."""
 
@@ -43,6 +45,15 @@ class Stack:
         self.kinds: dict[Any, Kind] = {}
         self.blocks: weakref.WeakSet[BlockCall] = weakref.WeakSet()
         self.chains = Chains()
+
+    def needs(self, elements: int) -> int:
+        """Bytes that a call may need, by what others of this stack have kept for each element given.
+
+        Args:
+            elements: Of its inputs.
+        """
+        kept = max((one.kept / one.elements for one in self.kinds.values() if one.elements), default=0.0)
+        return int(_MARGIN * kept * elements)
 
     def kind(self, key: Any) -> Kind | None:
         """One kind of call; None where there are more kinds than are kept in mind."""
@@ -66,10 +77,11 @@ class Kind:
         device_is_wall: Whether it is refused since that is the device.
         attempts: Recordings that failed.
         kept: Bytes that a call has kept for its backward.
+        elements: Of the inputs of such a call.
     """
 
     def __init__(self, *, chosen: bool = False) -> None:
-        self.kept = 0
+        self.kept = self.elements = 0
         self.refused: str | None = None
         self.device_is_wall = False
         self.chosen = chosen
@@ -80,7 +92,7 @@ class Kind:
     def another(self) -> Kind:
         """A kind like this one, of which as much is known."""
         made = Kind(chosen=self.chosen)
-        made.kept = self.kept
+        made.kept, made.elements = self.kept, self.elements
         return made
 
     def timed(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pool: Pool) -> Any:

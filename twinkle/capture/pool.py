@@ -219,6 +219,15 @@ class Pool:
         self.is_short = True
         self._drop()
 
+    def make_way(self, needed: int) -> None:
+        """Drop all recordings where a call may need what they hold; they are made anew where there is room.
+
+        Args:
+            needed: Bytes that the call may need at most, as far as that is known.
+        """
+        if self.used and needed > self._training.spare():
+            self._drop()
+
     def _drop(self) -> None:
         for holder in [*self.holders]:
             holder.close()
@@ -271,7 +280,8 @@ class Pool:
         """Whether one recording more may be made: within the limit, and more stays free than recordings hold.
 
         A program that suddenly needs more than it ever had finds at least half of what it would have without
-        recordings; where it needs that, all are given back (:meth:`next_pass`).
+        recordings; where it needs that, all are given back (:meth:`next_pass`). For calls that may need more
+        recordings make way before (:meth:`make_way`).
 
         Args:
             needed: Bytes that it will hold; 0 where it is like those before it.

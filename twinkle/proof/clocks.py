@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["FEWEST", "NOT_SLOWER", "Clock", "Cost", "Paired", "clock_for", "in_turns"]
 
 NOT_SLOWER = 1.0
-"""Times as fast as the original that a kernel has to be in three rounds of four: what is as fast stays out, for
-each call of it is looked at."""
+"""Times as fast as the original that a kernel has to be in three rounds of four: what is a little slower than
+that is not made up for by anything."""
 FEWEST, MOST = 7, 21
 """Rounds; more than the fewest where these leave a doubt."""
 _ROUND_OF_CPU, _ROUND_OF_GPU = 4e-4, 1e-3
