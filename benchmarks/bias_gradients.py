@@ -1,6 +1,7 @@
 """The gradient of a linear layer's bias: torch's sum of the rows and the kernel, as parts of CUDA graphs.
 
     python benchmarks/bias_gradients.py [--json FILE]
+    python benchmarks/bias_gradients.py --tune     ways to share a matrix out, the fastest of each size first
 
 Each way is a graph of ten sums of ten matrices, so that no cache has them; they are replayed in turns. Prints
 microseconds of a sum, the median ratio with the smallest and the largest, bytes read in a second, and the
@@ -10,6 +11,7 @@ errors of both against float64.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -72,13 +74,46 @@ def measure(rows: int, width: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def tune(rows: int, width: int) -> list[tuple[float, Any]]:
+    """Microseconds of each way to share a matrix out, the fastest first."""
+    import torch
+
+    from twinkle.ops.linear_bias.triton import Tiling, sum_rows
+
+    given = [torch.randn(rows, width, device="cuda").bfloat16() for _ in range(COPIES)]
+    found = []
+    for tiling in map(Tiling._make, itertools.product((16, 32, 64), (64, 128, 256), (2, 4, 8), (4, 8))):
+        sum_rows(given[0], torch.bfloat16, tiling)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for one in given:
+                sum_rows(one, one.dtype, tiling)
+        times = []
+        for _ in range(9):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / COPIES * 1e3)
+        found.append((round(statistics.median(times), 2), tiling))
+    return sorted(found)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--tune", action="store_true", help="compare ways to share a matrix out")
     options = parser.parse_args()
+    if options.tune:
+        for shape in SHAPES:
+            for us, tiling in tune(*shape)[:4]:
+                print(f"{shape[0]:6} x {shape[1]:5}  {us:6.1f} us  {tiling}", flush=True)
+        return 0
     found = []
     for shape in SHAPES:
         one = measure(*shape, options.rounds)

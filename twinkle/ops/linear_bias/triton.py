@@ -6,7 +6,7 @@ Each program sums a part of the rows of some columns, a second launch the parts.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -17,15 +17,29 @@ from twinkle.ops.launch import Launcher, cdiv, multiprocessors, on_device
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DIVISOR", "sum_rows"]
+__all__ = ["DIVISOR", "Tiling", "sum_rows"]
 
 DIVISOR = 8
 """Of widths and strides, so that what lies side by side is read at once."""
 
-_COLUMNS, _ROWS = 128, 32
-"""What a program reads at a time: 256 bytes of a row in half precision."""
-_PROGRAMS = 4
-"""For each multiprocessor."""
+
+class Tiling(NamedTuple):
+    """How a matrix is shared out.
+
+    Attributes:
+        rows: That a program reads at a time.
+        columns: The same: 128 are 256 bytes of a row in half precision.
+        programs: For each multiprocessor.
+        warps: Of a program.
+    """
+
+    rows: int = 32
+    columns: int = 128
+    programs: int = 4
+    warps: int = 4
+
+
+_TILING = Tiling()
 
 
 # Of sizes none is special: what is recorded first of another size must not be compiled anew.
@@ -60,25 +74,26 @@ def _total(sums, out, parts, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 _launch_partial, _launch_total = Launcher(_partial), Launcher(_total)
 
 
-def sum_rows(dy: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_rows(dy: Tensor, dtype: torch.dtype, tiling: Tiling = _TILING) -> Tensor:
     """The sum of the rows.
 
     Args:
         dy: ``[rows, width]``, neighbours in a row side by side in memory; width and stride are multiples of
             `DIVISOR`.
         dtype: Of the result.
+        tiling: How it is shared out.
 
     Returns:
         ``[width]``.
     """
     rows, width = dy.shape
-    blocks = cdiv(width, _COLUMNS)
-    wanted = max(1, _PROGRAMS * multiprocessors(dy.device) // blocks)
-    each = cdiv(cdiv(rows, wanted), _ROWS) * _ROWS
+    blocks = cdiv(width, tiling.columns)
+    wanted = max(1, tiling.programs * multiprocessors(dy.device) // blocks)
+    each = cdiv(cdiv(rows, wanted), tiling.rows) * tiling.rows
     parts = cdiv(rows, each)
     sums = torch.empty((parts, width), dtype=torch.float32, device=dy.device)
     out = torch.empty(width, dtype=dtype, device=dy.device)
-    sizes = {"ROWS": _ROWS, "COLUMNS": _COLUMNS, "num_warps": 4}
+    sizes = {"ROWS": tiling.rows, "COLUMNS": tiling.columns, "num_warps": tiling.warps}
     with on_device(dy):
         _launch_partial((blocks, parts), (dy, sums), (rows, each, width, dy.stride(0)), **sizes)
         _launch_total((cdiv(width, 32),), (sums, out), (parts, width), ROWS=64, COLUMNS=32, num_warps=4)
