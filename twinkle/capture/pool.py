@@ -225,7 +225,8 @@ class Pool:
         Args:
             needed: Bytes that the call may need at most, as far as that is known.
         """
-        if self.used and needed > self._training.spare():
+        # What recordings hold is given to nobody else, though some of it counts as given back.
+        if self.used and needed > self._training.spare() - self.used:
             self._drop()
 
     def _drop(self) -> None:
